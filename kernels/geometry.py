@@ -1,0 +1,91 @@
+"""Sizes, options and argument checks: what every implementation of the operator agrees on.
+
+An output row i' (the same for columns) belongs to cell q = i' // up, sub-row dy = i' % up, and its window is centred on source row
+q * down + (dy * down) // up, which is (i' * down) // up. With down == 1 a cell is a source pixel (up x up outputs share its window);
+with up == 1 a cell is an output.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NORMALIZERS = ("softmax", "sigmoid", "sigmoid_normalized", "none")
+
+
+class Spec(NamedTuple):
+    """What fixes one reassembly besides its tensors."""
+
+    kernel_size: int
+    up: int = 1
+    down: int = 1
+    groups: int = 1
+    normalizer: str = "softmax"
+
+    @property
+    def taps(self) -> int:
+        """Weights of one window."""
+        return self.kernel_size**2
+
+    def output_size(self, size: int) -> int:
+        """Rows (columns) of the output for `size` source rows (columns)."""
+        return -(-size * self.up // self.down)
+
+    def cells(self, size: int) -> int:
+        """Rows (columns) of the logits for `size` source rows (columns)."""
+        return -(-size // self.down)
+
+
+def check_spec(spec: Spec) -> None:
+    """Raise TypeError or ValueError, naming the option, unless every option is in its domain."""
+    for name in ("kernel_size", "up", "down", "groups"):
+        value = getattr(spec, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if spec.kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, so that a window has a centre, got {spec.kernel_size}")
+    if spec.normalizer not in NORMALIZERS:
+        raise ValueError(f"normalizer must be one of {', '.join(NORMALIZERS)}, got {spec.normalizer!r}")
+
+
+def check_inputs(x: Tensor, weights: Tensor, spec: Spec, *, name: str = "logits") -> None:
+    """Raise TypeError or ValueError unless `x` and `weights` (`name`: "logits" in encoder layout, "weights" at output resolution) fit."""
+    check_spec(spec)
+    for argument, tensor in (("x", x), (name, weights)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{argument} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{argument} must have 4 dimensions [N, C, H, W], got shape {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{argument} must be of a floating-point dtype, got {tensor.dtype}")
+    if x.dtype != weights.dtype:
+        raise TypeError(f"x and {name} must have the same dtype, got {x.dtype} and {weights.dtype}")
+    if x.device != weights.device:
+        raise ValueError(f"x and {name} must be on the same device, got {x.device} and {weights.device}")
+    n, c, h, w = x.shape
+    if c < 1 or h < 1 or w < 1:
+        raise ValueError(f"x must have C, H, W of at least 1, got shape {tuple(x.shape)}")
+    if c % spec.groups:
+        raise ValueError(f"groups must divide the channels of x, got groups={spec.groups} for {c} channels")
+    channels = spec.groups * spec.taps
+    if name == "logits":
+        expected = (n, channels * spec.up**2, spec.cells(h), spec.cells(w))
+    else:
+        expected = (n, channels, spec.output_size(h), spec.output_size(w))
+    if tuple(weights.shape) != expected:
+        raise ValueError(
+            f"{name} must have shape {expected} for x of shape {tuple(x.shape)}, kernel_size={spec.kernel_size}, "
+            f"up={spec.up}, down={spec.down}, groups={spec.groups}, got {tuple(weights.shape)}"
+        )
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of `x` [N, C, H, W] are its fastest axis, so that the output is laid out the same way."""
+    return x.stride(1) == 1 and x.size(1) > 1 and x.stride(3) != 1
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format that an output computed from `x` keeps."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format

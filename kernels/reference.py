@@ -1,0 +1,79 @@
+"""CARAFE++, the definition. Read this first; every fast path is tested against it.
+
+N batch, C channels, G groups, K kernel size, H, W source size, Ho, Wo output size, [Hq, Wq] cells (see geometry.py).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import Spec, check_inputs, memory_format
+
+
+def normalize(logits: Tensor, normalizer: str) -> Tensor:
+    """Normalise `logits` [N, G, K * K, ...] over the window (paper, section 3.2 and Table XIV)."""
+    if normalizer == "softmax":
+        return logits.softmax(dim=2)
+    if normalizer == "sigmoid":
+        return logits.sigmoid()
+    if normalizer == "sigmoid_normalized":
+        # sigmoid(l) / sum(sigmoid(l)), without 0 / 0 where every sigmoid of a window underflows
+        return F.logsigmoid(logits).softmax(dim=2)
+    return logits
+
+
+def reassembly_kernels(logits: Tensor, spec: Spec, height: int, width: int) -> Tensor:
+    """Logits in encoder layout [N, G * K * K * up**2, Hq, Wq] -> normalised kernels [N, G, K * K, Ho, Wo] of a `height` x `width` source."""
+    logits = F.pixel_shuffle(logits, spec.up)  # [N, G * K * K, Hq * up, Wq * up]
+    logits = logits[..., : spec.output_size(height), : spec.output_size(width)]  # a rational scale may cut the last cell
+    return normalize(logits.unflatten(1, (spec.groups, spec.taps)), spec.normalizer)
+
+
+def weighted_sum(x: Tensor, kernels: Tensor, spec: Spec) -> Tensor:
+    """Sum the window of `x` [N, C, H, W] around every target location under `kernels` [N, G, K * K, Ho, Wo] -> [N, C, Ho, Wo] (Eqn. 3)."""
+    n, c, _, _ = x.shape
+    height, width = kernels.shape[-2:]
+    padded = F.pad(x, (spec.kernel_size // 2,) * 4).unflatten(1, (spec.groups, c // spec.groups))
+    # first row and column of every window in the padded map
+    rows = torch.arange(height, device=x.device)[:, None] * spec.down // spec.up  # [Ho, 1]
+    columns = torch.arange(width, device=x.device) * spec.down // spec.up  # [Wo]
+    y = x.new_zeros(n, spec.groups, c // spec.groups, height, width)
+    for tap in range(spec.taps):
+        ky, kx = divmod(tap, spec.kernel_size)
+        y = y + kernels[:, :, tap, None] * padded[..., rows + ky, columns + kx]
+    return y.flatten(1, 2)
+
+
+def reassemble_reference(
+    x: Tensor,
+    logits: Tensor,
+    *,
+    kernel_size: int,
+    up: int = 1,
+    down: int = 1,
+    groups: int = 1,
+    normalizer: str = "softmax",
+) -> Tensor:
+    """Define `reassemble` in plain PyTorch: any device, any float dtype, half precision accumulated in float32.
+
+    Args:
+        x: source features [N, C, H, W].
+        logits: what the content encoder puts out, [N, groups * kernel_size**2 * up**2, ceil(H / down), ceil(W / down)], before pixel
+            shuffle and normalisation. Channel ((g * K + ky) * K + kx) * up**2 + dy * up + dx.
+        kernel_size: side of the reassembly window, odd; windows are zero outside the map and not renormalised there.
+        up, down: output size is ceil(H * up / down) x ceil(W * up / down).
+        groups: groups of channels that share a kernel.
+        normalizer: "softmax", "sigmoid", "sigmoid_normalized" (divided by the sum over the window) or "none".
+
+    Returns:
+        Reassembled features [N, C, ceil(H * up / down), ceil(W * up / down)] in the memory format of `x`.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, shape or value, named with what would be right.
+    """
+    spec = Spec(kernel_size, up, down, groups, normalizer)
+    check_inputs(x, logits, spec)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    kernels = reassembly_kernels(logits.to(dtype), spec, *x.shape[2:])
+    y = weighted_sum(x.to(dtype), kernels, spec)
+    return y.to(x.dtype).contiguous(memory_format=memory_format(x))

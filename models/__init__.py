@@ -1,0 +1,1 @@
+"""Sampling modules and networks."""

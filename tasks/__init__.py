@@ -1,0 +1,1 @@
+"""Lightning modules and data for the four tasks."""
