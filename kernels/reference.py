@@ -23,7 +23,7 @@ def normalize(logits: Tensor, normalizer: str) -> Tensor:
 
 
 def reassembly_kernels(logits: Tensor, spec: Spec, height: int, width: int) -> Tensor:
-    """Logits in encoder layout [N, G * K * K * up**2, Hq, Wq] -> normalised kernels [N, G, K * K, Ho, Wo] of a `height` x `width` source."""
+    """Encoder logits [N, G * K * K * up**2, Hq, Wq] -> normalised kernels [N, G, K * K, Ho, Wo] (source `height` x `width`)."""
     logits = F.pixel_shuffle(logits, spec.up)  # [N, G * K * K, Hq * up, Wq * up]
     logits = logits[..., : spec.output_size(height), : spec.output_size(width)]  # a rational scale may cut the last cell
     return normalize(logits.unflatten(1, (spec.groups, spec.taps)), spec.normalizer)
