@@ -1,0 +1,107 @@
+"""The CARAFE++ module: predict a kernel for every target location, reassemble features under it (paper, section 3)."""
+
+from typing import Literal
+
+import torch.nn as nn
+from torch import Tensor
+
+from ..kernels import reassemble
+from ..kernels.geometry import Spec, check_spec
+from ..kernels.reference import reassembly_kernels
+
+
+class CARAFE(nn.Module):
+    """Resize features by `up` / `down` under kernels predicted from the features themselves.
+
+    A 1x1 convolution compresses the channels, a convolution of stride `down` encodes their content into groups * K * K * up**2 logits,
+    and `carafepp.kernels.reassemble` normalises them and sums the K x K windows of the input (Eqn. 1 to 3). State-dict keys
+    and initialisation are those of mmcv's CARAFEPack, whose weights load. `CARAFE(256, up=2)` has 74,148 parameters.
+
+    Args:
+        channels: C, of input and output.
+        up, down: output size is ceil(H * up / down) x ceil(W * up / down).
+        kernel_size: K, side of the reassembly window, odd.
+        encoder_kernel: side of the content encoder, odd; the paper's rule is K - 2 (section 3.2).
+        compressed_channels: C_m; "auto" is the paper's 64 for upsampling and 16 for downsampling, None leaves the compressor out.
+        groups: groups of channels that share a kernel; divides C.
+        encoder_dilation: dilation of the content encoder.
+        compressor_norm: batch normalisation and ReLU after the compressor, as the paper has them in classification backbones (section 5.1).
+        normalizer: "softmax", "sigmoid", "sigmoid_normalized" or "none" (Table XIV).
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type or value, named with what would be right.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        up: int = 1,
+        down: int = 1,
+        kernel_size: int = 5,
+        encoder_kernel: int = 3,
+        compressed_channels: int | Literal["auto"] | None = "auto",
+        groups: int = 1,
+        encoder_dilation: int = 1,
+        compressor_norm: bool = False,
+        normalizer: str = "softmax",
+    ):
+        super().__init__()
+        self.spec = Spec(kernel_size, up, down, groups, normalizer)
+        check_spec(self.spec)
+        if compressed_channels == "auto":
+            compressed_channels = 64 if up > 1 else 16
+        for name, value in (
+            ("channels", channels),
+            ("encoder_kernel", encoder_kernel),
+            ("encoder_dilation", encoder_dilation),
+            ("compressed_channels", 1 if compressed_channels is None else compressed_channels),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                also = ', "auto" or None' if name == "compressed_channels" else ""
+                raise TypeError(f"{name} must be an int{also}, got {value!r} of type {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if encoder_kernel % 2 == 0:
+            raise ValueError(f"encoder_kernel must be odd, so that the logits keep the positions of the input, got {encoder_kernel}")
+        if channels % groups:
+            raise ValueError(f"groups must divide channels, got groups={groups} for channels={channels}")
+        if compressor_norm and compressed_channels is None:
+            raise ValueError("compressor_norm=True needs a compressor, got compressed_channels=None")
+
+        width = compressed_channels or channels
+        self.channel_compressor = nn.Conv2d(channels, width, 1) if compressed_channels else nn.Identity()
+        self.compressor_norm = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(inplace=True)) if compressor_norm else nn.Identity()
+        self.content_encoder = nn.Conv2d(
+            width,
+            groups * self.spec.taps * up**2,
+            encoder_kernel,
+            stride=down,
+            padding=(encoder_kernel - 1) // 2 * encoder_dilation,
+            dilation=encoder_dilation,
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as mmcv does: the encoder's logits start near 0, so the first kernels are near to a box blur."""
+        if isinstance(self.channel_compressor, nn.Conv2d):
+            nn.init.xavier_uniform_(self.channel_compressor.weight)
+            nn.init.zeros_(self.channel_compressor.bias)
+        nn.init.normal_(self.content_encoder.weight, std=0.001)
+        nn.init.zeros_(self.content_encoder.bias)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Encode the content of `x` [N, C, H, W] into [N, groups * K * K * up**2, ceil(H / down), ceil(W / down)]."""
+        return self.content_encoder(self.compressor_norm(self.channel_compressor(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, ceil(H * up / down), ceil(W * up / down)]."""
+        return reassemble(x, self.logits(x), **self.spec._asdict())
+
+    def kernels(self, x: Tensor) -> Tensor:
+        """Return the normalised kernels of `x` [N, C, H, W] for study and pictures: [N, groups, K, K, Ho, Wo]."""
+        kernels = reassembly_kernels(self.logits(x), self.spec, *x.shape[2:])
+        return kernels.unflatten(2, (self.spec.kernel_size,) * 2)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.spec._asdict().items())

@@ -1,0 +1,100 @@
+"""UperNet with a sampler slot for each of its three parts (paper, section 4.2; Xiao et al., 2018).
+
+State-dict keys of the decoder and its initialisation are those of the authors' public implementation.
+"""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .samplers import Sampler, resize
+
+
+def _conv_bn_relu(inputs: int, outputs: int, kernel_size: int) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=False)
+    norm = nn.BatchNorm2d(outputs)
+    nn.init.kaiming_normal_(conv.weight)
+    nn.init.constant_(norm.bias, 1e-4)
+    return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
+
+
+class UperNet(nn.Module):
+    """Semantic segmentation from a pyramid of features.
+
+    PPM pools C5 to 1, 2, 3 and 6 cells a side and brings each back to C5's size, then 1x1 convolution; FPN adds upsampled features to the
+    laterals top-down; FUSE brings all levels to P2's size and concatenates them.
+
+    Args:
+        backbone: image [N, 3, H, W] -> features C2 to C5 of strides 4, 8, 16, 32; `out_channels` lists their channels.
+        num_classes: classes.
+        ppm: None upsamples pooled cells bilinearly to C5's size; a sampler gets them bilinearly at half that size, with C5's channels.
+        fpn: None upsamples bilinearly to the lateral's size; a sampler upsamples by 2, with fpn_dim channels.
+        fuse: None upsamples every level bilinearly to P2's size; samplers upsample and concatenate in sequence, P5 to P4 to P3 to P2,
+            with fpn_dim, 2 fpn_dim and 3 fpn_dim channels.
+        fpn_dim, ppm_dim: channels of the FPN and of each PPM branch.
+        pool_scales: cells a side of the PPM's branches.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        ppm: Sampler | None = None,
+        fpn: Sampler | None = None,
+        fuse: Sampler | None = None,
+        fpn_dim: int = 512,
+        ppm_dim: int = 512,
+        pool_scales: tuple[int, ...] = (1, 2, 3, 6),
+    ):
+        super().__init__()
+        *laterals, top = backbone.out_channels
+        self.backbone = backbone
+        self.ppm_pooling = nn.ModuleList(nn.AdaptiveAvgPool2d(scale) for scale in pool_scales)
+        self.ppm_up = nn.ModuleList(ppm(top) if ppm else None for _ in pool_scales)
+        self.ppm_conv = nn.ModuleList(_conv_bn_relu(top, ppm_dim, 1) for _ in pool_scales)
+        self.ppm_last_conv = _conv_bn_relu(top + len(pool_scales) * ppm_dim, fpn_dim, 3)
+        self.fpn_in = nn.ModuleList(_conv_bn_relu(channels, fpn_dim, 1) for channels in laterals)
+        self.fpn_up = nn.ModuleList(fpn(fpn_dim) if fpn else None for _ in laterals)
+        # one level deeper than need be, so that the keys are the published ones
+        self.fpn_out = nn.ModuleList(nn.Sequential(_conv_bn_relu(fpn_dim, fpn_dim, 3)) for _ in laterals)
+        self.fuse_up = nn.ModuleList(fuse((i + 1) * fpn_dim) for i in range(len(laterals))) if fuse else None
+        classifier = nn.Conv2d(fpn_dim, num_classes, 1)
+        nn.init.kaiming_normal_(classifier.weight)
+        self.conv_last = nn.Sequential(_conv_bn_relu((len(laterals) + 1) * fpn_dim, fpn_dim, 3), classifier)
+
+    def pool(self, c5: Tensor) -> Tensor:
+        """C5 [N, C, H, W] -> P5 [N, fpn_dim, H, W] (PPM)."""
+        h, w = c5.shape[2:]
+        half = (h + 1) // 2, (w + 1) // 2
+        branches = [c5]
+        for pooling, sampler, conv in zip(self.ppm_pooling, self.ppm_up, self.ppm_conv, strict=True):
+            cells = pooling(c5)
+            if sampler is not None:
+                cells = resize(cells, half, None)
+            branches.append(conv(resize(cells, (h, w), sampler)))
+        return self.ppm_last_conv(torch.cat(branches, dim=1))
+
+    def pyramid(self, levels: list[Tensor]) -> list[Tensor]:
+        """C2 to C5 -> P2 to P5, [N, fpn_dim, ...] each at its level's size (FPN)."""
+        *laterals, c5 = levels
+        y = self.pool(c5)
+        outputs = [y]
+        for i in reversed(range(len(laterals))):
+            lateral = self.fpn_in[i](laterals[i])
+            y = lateral + resize(y, lateral.shape[2:], self.fpn_up[i])
+            outputs.insert(0, self.fpn_out[i](y))
+        return outputs
+
+    def fuse(self, levels: list[Tensor]) -> Tensor:
+        """P2 to P5 -> [N, 4 * fpn_dim, H, W] at P2's size, in this order (FUSE)."""
+        if self.fuse_up is None:
+            return torch.cat([resize(level, levels[0].shape[2:], None) for level in levels], dim=1)
+        *finer, y = levels
+        for level, sampler in zip(reversed(finer), self.fuse_up, strict=True):
+            y = torch.cat([level, resize(y, level.shape[2:], sampler)], dim=1)
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image [N, 3, H, W] -> logits [N, num_classes, ceil(H / 4), ceil(W / 4)]: the loss of the published training is at this size."""
+        return self.conv_last(self.fuse(self.pyramid(self.backbone(x))))
