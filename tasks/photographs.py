@@ -1,0 +1,102 @@
+"""Real images that pip installs with scikit-learn and scikit-image: photographs and scanned digits, split for training and validation.
+
+Only files that lie inside the two wheels are used, so nothing is ever downloaded. Left out on purpose: `page` and `text` show writing,
+that is digits without a label; `motorcycle_right` is `motorcycle_left` from a few centimetres aside, which would defeat a split by
+photograph.
+"""
+
+import functools
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SPLITS = ("train", "val")
+
+# Textures, micrographs and sky stay in training; validation has everyday photographs, one night shot, one grey one and one texture.
+PHOTOGRAPHS = {
+    "train": (
+        "china.jpg",
+        "flower.jpg",
+        "astronaut.png",
+        "retina.jpg",
+        "ihc.png",
+        "motorcycle_left.png",
+        "hubble_deep_field.jpg",
+        "coins.png",
+        "moon.png",
+        "grass.png",
+        "gravel.png",
+        "cell.png",
+    ),
+    "val": ("chelsea.png", "coffee.png", "rocket.jpg", "camera.png", "brick.png"),
+}
+
+# Photographs are shrunk to this shorter side, in pixels.
+SHORTER_SIDE = 400
+
+# The scans are ordered by writer, so the writers of the last ones are (nearly all) unknown to training.
+VALIDATION_SCANS = 360
+
+# A scan of 8 x 8 pixels gets a border of one empty pixel and is enlarged by this factor.
+ENLARGEMENT = 6
+
+
+def check_split(split: str) -> None:
+    """Raise ValueError unless `split` is one of SPLITS."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+
+
+def _package(name: str) -> Path:
+    spec = find_spec(name)
+    if spec is None:
+        raise ModuleNotFoundError(f"the embedded images need {name}, which is not installed: pip install 'carafepp[demo]'", name=name)
+    return Path(spec.origin).parent
+
+
+def photograph_path(name: str) -> Path:
+    """Where an embedded photograph, such as "chelsea.png", is installed.
+
+    Raises ModuleNotFoundError if its package is missing and FileNotFoundError if the installed version of the package has no such file.
+    """
+    in_sklearn = name in ("china.jpg", "flower.jpg")
+    path = _package("sklearn") / "datasets" / "images" / name if in_sklearn else _package("skimage") / "data" / name
+    if not path.is_file():
+        raise FileNotFoundError(f"photograph {path} is missing: pip install --upgrade 'carafepp[demo]'")
+    return path
+
+
+@functools.cache
+def photographs(split: str) -> tuple[Image.Image, ...]:
+    """The photographs of a split ("train" or "val") as RGB images whose shorter side is at most SHORTER_SIDE; read once per process."""
+    check_split(split)
+    images = []
+    for name in PHOTOGRAPHS[split]:
+        with Image.open(photograph_path(name)) as image:
+            image = image.convert("RGB")
+        scale = min(1, SHORTER_SIDE / min(image.size))
+        images.append(image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS))
+    return tuple(images)
+
+
+@functools.cache
+def digit_scans(split: str) -> tuple[tuple[Image.Image, ...], ...]:
+    """The scanned digits of a split: for each of the ten classes its scans, grey images of 60 x 60 pixels with ink as 255.
+
+    Of the 1,797 scans of 8 x 8 pixels the last VALIDATION_SCANS are the validation split. Read and enlarged once per process.
+    """
+    check_split(split)
+    _package("sklearn")
+    # importing scikit-learn takes a second, which only users of the scenes should pay
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    part = slice(None, -VALIDATION_SCANS) if split == "train" else slice(-VALIDATION_SCANS, None)
+    ink = np.pad(data.images[part] * (255 / 16), ((0, 0), (1, 1), (1, 1))).round().astype(np.uint8)
+    side = ink.shape[1] * ENLARGEMENT
+    classes = [[] for _ in range(10)]
+    for scan, digit in zip(ink, data.target[part], strict=True):
+        classes[digit].append(Image.fromarray(scan).resize((side, side), Image.Resampling.BICUBIC))
+    return tuple(tuple(scans) for scans in classes)
