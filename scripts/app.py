@@ -1,0 +1,114 @@
+"""What the Hydra applications share: hints for a configuration that cannot be composed, and run folders that one process owns."""
+
+import contextlib
+import difflib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hydra
+import torch
+from filelock import FileLock, Timeout
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+
+def app(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Make a Hydra application of `carafepp.conf`'s `config_name`; a misspelt key is answered with the keys there are."""
+
+    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+        run = hydra.main(version_base="1.3", config_path="pkg://carafepp.conf", config_name=config_name)(task)
+
+        @functools.wraps(task)
+        def main() -> None:
+            try:
+                run()
+            except SystemExit as stop:
+                if stop.code:
+                    print(*hints(config_name, sys.argv[1:]), sep="\n", file=sys.stderr)
+                raise
+
+        return main
+
+    return decorate
+
+
+def hints(config_name: str, arguments: list[str]) -> list[str]:
+    """Say of each override whose key does not exist which keys do."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module("carafepp.conf", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        groups = [group for group in loader.list_groups("") if group != "hydra"]
+        try:
+            overrides = OverridesParser.create().parse_overrides([a for a in arguments if "=" in a and a[0] not in "-+~"])
+            chosen = [o.input_line for o in overrides if o.key_or_group.split("@")[0] in groups and not o.is_sweep_override()]
+            config = hydra.compose(config_name, overrides=chosen)
+        except HydraException:
+            return []
+    lines = []
+    for override in overrides:
+        key, node = override.key_or_group, config
+        if key.split("@")[0] in groups or key.startswith("hydra"):
+            continue
+        parts = key.split(".")
+        for depth, part in enumerate(parts):
+            if not isinstance(node, DictConfig) or part not in node:
+                known = sorted(node) if isinstance(node, DictConfig) else []
+                close = difflib.get_close_matches(part, [*known, *(groups if depth == 0 else [])], n=1)
+                where = f"'{'.'.join(parts[:depth])}'" if depth else "the configuration"
+                lines.append(f"{key}: '{part}' is not in {where}" + (f"; did you mean '{close[0]}'?" if close else "."))
+                lines.append(f"  keys of {where}: {', '.join(known)}")
+                if depth == 0:
+                    lines.append(f"  groups (group=choice): {', '.join(groups)}")
+                break
+            node = None if OmegaConf.is_missing(node, part) else node[part]
+    return lines
+
+
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Hold the run folder for this process (and the processes it launches for further devices).
+
+    Raises:
+        RuntimeError: another process holds it.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        yield
+        return
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise RuntimeError(f"{folder} is in use by another run: wait for it, or choose another folder with hydra.run.dir=") from None
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint of `carafepp-train`: tensors and primitives, with the run's configuration under "config".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint of carafepp-train, or damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint={path} does not exist; give the last.ckpt or best.ckpt of a run folder")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"checkpoint={path} cannot be read: {error}") from error
+    if not isinstance(checkpoint, dict) or "config" not in checkpoint:
+        raise ValueError(f"checkpoint={path} was not written by carafepp-train: it holds no configuration")
+    return checkpoint
+
+
+def load_task(path: str | Path):
+    """Build the task of a checkpoint, with its weights, in evaluation mode, and return it with the run's configuration."""
+    checkpoint = load_checkpoint(path)
+    config = OmegaConf.create(checkpoint["config"])
+    task = hydra.utils.instantiate(config.task)
+    task.load_state_dict(checkpoint["state_dict"])
+    return task.eval(), config

@@ -1,0 +1,68 @@
+"""carafepp-train: train and evaluate one configuration, or resume a run that was cut off."""
+
+from pathlib import Path
+
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+
+from ..tasks.pictures import Pictures
+from ..tasks.runs import LastCheckpoint, RandomState, RunRecord
+from .app import app, owned
+
+
+def new_run(cfg: DictConfig, folder: Path) -> DictConfig:
+    """Resolve the configuration of a run that starts, and keep it in the run folder."""
+    if (folder / "config.yaml").exists():
+        raise RuntimeError(f"{folder} already holds a run: continue it with resume={folder}, or choose another folder")
+    OmegaConf.set_struct(cfg, False)
+    del cfg.resume
+    choices = {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra/")}
+    cfg.run = {"choices": choices, "overrides": list(HydraConfig.get().overrides.task)}
+    OmegaConf.resolve(cfg)
+    OmegaConf.save(cfg, folder / "config.yaml")
+    return cfg
+
+
+def resumed_run(folder: Path) -> DictConfig:
+    """Read the configuration of a run that continues."""
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"resume={folder} is not a run folder: it has no config.yaml")
+    if others := [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]:
+        raise ValueError(f"resume= continues a run with its own configuration and takes no other override, got {' '.join(others)}")
+    return OmegaConf.load(folder / "config.yaml")
+
+
+def train(cfg: DictConfig, folder: Path) -> None:
+    """Run one resolved configuration to its end in `folder`, from its last checkpoint if it has one."""
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    data, task = instantiate(cfg.data), instantiate(cfg.task)
+    callbacks = [
+        RunRecord(folder, cfg.log_every_n_steps, OmegaConf.to_container(cfg)),
+        RandomState(),
+        LastCheckpoint(folder, cfg.checkpoint_every_n_steps),
+        ModelCheckpoint(folder, filename="best", monitor=task.monitor, mode="max", enable_version_counter=False),
+        Pictures(folder),
+    ]
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, default_root_dir=folder)
+    last = folder / "last.ckpt"
+    trainer.fit(task, data, ckpt_path=last if last.exists() else None, weights_only=True)
+
+
+@app("train")
+def main(cfg: DictConfig) -> None:
+    """Train in Hydra's output folder, which `resume=FOLDER` makes the folder of an earlier run."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with owned(folder):
+        cfg = new_run(cfg, folder) if OmegaConf.is_missing(cfg, "resume") else resumed_run(folder)
+        if (folder / "result.json").exists():
+            print(f"{folder} is finished: see result.json")
+            return
+        train(cfg, folder)
+        print(f"run folder: {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Pictures of what a network predicts."""
+
+import colorsys
+from collections.abc import Collection
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchvision.utils import draw_segmentation_masks, make_grid, save_image
+
+
+def palette(size: int) -> list[tuple[int, int, int]]:
+    """`size` colours, far apart for neighbouring labels."""
+    # the golden ratio spreads the hues of any number of labels
+    hues = [(label * 0.6180339887) % 1 for label in range(size)]
+    return [tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.65 + 0.35 * (i % 2), 1.0)) for i, hue in enumerate(hues)]
+
+
+def overlay(image: Tensor, labels: Tensor, *, unpainted: Collection[int], alpha: float = 0.6) -> Tensor:
+    """Colour the labels [H, W] over an image [3, H, W] in [0, 1]; `unpainted` labels leave it as it is."""
+    shown = [label for label in labels.unique().tolist() if label not in unpainted]
+    if not shown:
+        return image
+    colors = palette(max(shown) + 1)
+    masks = torch.stack([labels == label for label in shown])
+    pixels = (image.cpu().clamp(0, 1) * 255).to(torch.uint8)
+    return draw_segmentation_masks(pixels, masks, alpha=alpha, colors=[colors[label] for label in shown]).float() / 255
+
+
+class Pictures(L.Callback):
+    """After training, write pictures.png: a row of the module's `picture` for each of the first `count` validation samples.
+
+    The pictures also stand one by one in pictures/, for comparisons between runs.
+    """
+
+    def __init__(self, folder: str | Path, count: int = 6) -> None:
+        self.folder, self.count = Path(folder), count
+
+    @torch.no_grad()
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        pl_module.eval()
+        data = trainer.datamodule.val
+        rows = [pl_module.picture(data[index]) for index in range(min(self.count, len(data)))]
+        (self.folder / "pictures").mkdir(exist_ok=True)
+        for index, row in enumerate(rows):
+            save_image(row[-1], self.folder / "pictures" / f"{index}.png")
+        height, width = (max(p.shape[axis] for row in rows for p in row) for axis in (1, 2))
+        tiles = [torch.nn.functional.pad(p, (0, width - p.shape[2], 0, height - p.shape[1]), value=1) for row in rows for p in row]
+        save_image(make_grid(tiles, nrow=len(rows[0]), padding=4, pad_value=1), self.folder / "pictures.png")

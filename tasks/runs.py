@@ -1,0 +1,159 @@
+"""What a run leaves behind and continues from: metrics.csv, result.json, last.ckpt.
+
+A checkpoint is written between two optimizer steps and holds, besides weights and optimizer, the position in the data, the state of the
+random generators and the rows of metrics.csv, so that a killed run continues as if nothing had happened.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import random
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the file at once: a reader or a kill never meets half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def count_flops(model: nn.Module, image: torch.Tensor) -> int:
+    """Floating-point operations (two a multiply-add) of one inference on image [3, H, W]."""
+    training = model.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(image[None])
+    model.train(training)
+    return counter.get_total_flops()
+
+
+class LastCheckpoint(L.Callback):
+    """Write `folder`/last.ckpt every `every_n_steps` optimizer steps and after each validation.
+
+    Where a validation follows a step, the checkpoint waits for it: Lightning does not repeat a validation that was cut off.
+    """
+
+    def __init__(self, folder: str | Path, every_n_steps: int) -> None:
+        self.path, self.every_n_steps = Path(folder) / "last.ckpt", every_n_steps
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        done = batch_idx + 1
+        at_step = done % trainer.accumulate_grad_batches == 0
+        validates = done % trainer.val_check_batch == 0
+        if at_step and not validates and trainer.global_step % self.every_n_steps == 0:
+            trainer.save_checkpoint(self.path)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            trainer.save_checkpoint(self.path)
+
+
+class RandomState(L.Callback):
+    """Carry the states of the random generators through checkpoints."""
+
+    def __init__(self) -> None:
+        self.restored = None
+
+    def state_dict(self) -> dict:
+        kind, keys, position, has_gauss, gauss = np.random.get_state()
+        return {
+            "python": random.getstate(),
+            "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.restored = state_dict
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.restored is None:
+            return
+        state, self.restored = self.restored, None
+        version, numbers, gauss = state["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(state["torch"].cpu())
+        if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+class RunRecord(L.Callback):
+    """Write metrics.csv while training and result.json at its end.
+
+    Args:
+        folder: the run folder.
+        log_every_n_steps: optimizer steps between two rows of training metrics.
+        config: the resolved configuration, which every checkpoint carries; its "run" entry (choices, overrides) identifies the run.
+    """
+
+    def __init__(self, folder: str | Path, log_every_n_steps: int, config: dict) -> None:
+        self.folder, self.log_every_n_steps, self.config = Path(folder), log_every_n_steps, config
+        self.rows: list[dict] = []
+        self.seconds = 0.0
+
+    def state_dict(self) -> dict:
+        return {"rows": self.rows, "seconds": self.seconds + time.monotonic() - self.started}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.rows, self.seconds = state_dict["rows"], state_dict["seconds"]
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
+        checkpoint["config"] = self.config
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.started = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if at_step and trainer.global_step % self.log_every_n_steps == 0:
+            self._add(trainer, "train/", {"lr": trainer.optimizers[0].param_groups[0]["lr"]})
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._add(trainer, "val/", {})
+
+    def _add(self, trainer: L.Trainer, prefix: str, more: dict) -> None:
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
+        self.rows.append({"step": trainer.global_step, **metrics, **more})
+        if trainer.is_global_zero:
+            columns = dict.fromkeys(name for row in self.rows for name in row)
+            text = [",".join(columns), *(",".join(str(row.get(name, "")) for name in columns) for row in self.rows)]
+            write_atomically(self.folder / "metrics.csv", "\n".join(text) + "\n")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        image = trainer.datamodule.val[0][0].to(pl_module.device)
+        result = {
+            **self.config["run"],
+            "seed": self.config["seed"],
+            "metrics": {name: value for row in self.rows for name, value in row.items() if name.startswith("val/")},
+            "steps": trainer.global_step,
+            "seconds": round(self.seconds + time.monotonic() - self.started, 1),
+            "parameters": sum(p.numel() for p in pl_module.parameters()),
+            "flops": count_flops(pl_module, image),
+            "flops_input": list(image.shape),
+            "weights_sha256": weights_hash(pl_module),
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in ("carafepp", "torch", "lightning")},
+        }
+        write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,109 @@
+"""Semantic segmentation (paper, sections 4.2 and 5.1; Tables VIII and IX)."""
+
+from collections.abc import Callable, Sequence
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics.classification import MulticlassConfusionMatrix
+from torchvision.transforms.v2.functional import normalize
+
+from .optimization import parameter_groups
+from .pictures import overlay
+
+IGNORED = 255
+
+
+def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
+    """Scores over the whole set from a confusion matrix [classes, classes] (rows: truth).
+
+    Returns:
+        "IoU" [classes] (NaN where a class is in neither truth nor prediction), "mIoU" over the others, "pixel_accuracy".
+    """
+    confusion = confusion.double()
+    hits = confusion.diagonal()
+    iou = hits / (confusion.sum(0) + confusion.sum(1) - hits)
+    return {"IoU": iou, "mIoU": iou.nanmean(), "pixel_accuracy": hits.sum() / confusion.sum()}
+
+
+class Segmentation(L.LightningModule):
+    """Train and evaluate a network that maps images [N, 3, H, W] to logits [N, classes, h, w], h and w a fraction of H and W.
+
+    The loss is taken at the resolution of the logits, with labels by nearest neighbour, as UperNet's reference implementation does;
+    scores at the resolution of the labels, with logits interpolated bilinearly.
+
+    Args:
+        model: the network, as a function of the number of classes.
+        class_names: one a class; label 255 is ignored, and a class "background" stays unpainted in pictures.
+        optimizer: takes parameter groups (no weight decay on norms and biases).
+        schedule: takes (optimizer, total_iters=steps of the training) and is stepped after every optimizer step.
+        mean, std: of the images' channels, in [0, 1].
+    """
+
+    monitor = "val/mIoU"
+
+    def __init__(
+        self,
+        model: Callable[..., nn.Module],
+        *,
+        class_names: Sequence[str],
+        optimizer: Callable[[list[dict]], Optimizer],
+        schedule: Callable[..., LRScheduler],
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+    ) -> None:
+        super().__init__()
+        self.model = model(num_classes=len(class_names))
+        self.class_names = list(class_names)
+        self.optimizer, self.schedule = optimizer, schedule
+        self.mean, self.std = list(mean), list(std)
+        self.unpainted = [IGNORED, *(label for label, name in enumerate(class_names) if name == "background")]
+        self.confusion = MulticlassConfusionMatrix(len(class_names), ignore_index=IGNORED)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [N, 3, H, W] in [0, 1] to logits at the network's own resolution."""
+        return self.model(normalize(images, self.mean, self.std))
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Map images [N, 3, H, W] in [0, 1] to labels [N, H, W]."""
+        logits = F.interpolate(self(images).float(), images.shape[-2:], mode="bilinear", align_corners=False)
+        return logits.argmax(1)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch  # [N, 3, H, W], [N, H, W]
+        logits = self(images)
+        labels = F.interpolate(labels[:, None].float(), logits.shape[-2:], mode="nearest")[:, 0].long()
+        loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        self.confusion.update(self.predict(images), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        scores = segmentation_scores(self.confusion.compute())
+        self.confusion.reset()
+        self.log("val/mIoU", scores["mIoU"].float(), prog_bar=True)
+        self.log("val/pixel_accuracy", scores["pixel_accuracy"].float())
+
+    def configure_optimizers(self) -> dict:
+        optimizer = self.optimizer(parameter_groups(self.model))
+        schedule = self.schedule(optimizer, total_iters=int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def picture(self, sample: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """Image, truth over it and prediction over it, each [3, H, W] in [0, 1], of one validation sample."""
+        image, labels = sample
+        prediction = self.predict(image[None].to(self.device))[0].cpu()
+        return [image, self._overlay(image, labels), self._overlay(image, prediction)]
+
+    def draw(self, image: Tensor) -> Tensor:
+        """Prediction over an image [3, H, W] in [0, 1] -> [3, H, W]."""
+        return self._overlay(image, self.predict(image[None].to(self.device))[0].cpu())
+
+    def _overlay(self, image: Tensor, labels: Tensor) -> Tensor:
+        return overlay(image, labels, unpainted=self.unpainted)
