@@ -1,0 +1,66 @@
+"""A launch of one compiled kernel, as plain data.
+
+The launchers of the operator build `Launch` values; running one on a device is `launch.run()`. The same value tells an offline compiler
+what the just-in-time compiler would specialise (`launch.source()`), and an emulator what to pass (`launch.parameters()`).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler import ASTSource
+
+INT32_MAX = 2**31 - 1
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+class Launch(NamedTuple):
+    """One kernel with everything that fixes its code and its work."""
+
+    kernel: triton.JITFunction
+    grid: tuple[int, int, int]  # programs in x, y, z
+    arguments: dict[str, Tensor | int]  # by parameter name, in the order of the parameters
+    constants: dict[str, int | str | bool]  # compile-time parameters
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        """Start the kernel on the device of its tensors."""
+        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Compiler options."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def parameters(self) -> dict[str, Tensor | int]:
+        """What the compiled code takes at run time, by name in its parameter order: an integer of 1 is compiled in."""
+        return {name: value for name, value in self.arguments.items() if isinstance(value, Tensor) or value != 1}
+
+    def source(self) -> ASTSource:
+        """What to compile, specialised as a real launch would: an integer of 1 is a constant, a multiple of 16 is known as one."""
+        parameters = self.parameters()
+        constants = {name: value for name, value in self.arguments.items() if name not in parameters} | self.constants
+        names = self.kernel.arg_names
+        signature = {name: _type(parameters[name]) if name in parameters else "constexpr" for name in names}
+        aligned = [name for name, value in parameters.items() if _is_aligned(value)]
+        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+        return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _type(value: Tensor | int) -> str:
+    if isinstance(value, Tensor):
+        return POINTERS[value.dtype]
+    return "i32" if -INT32_MAX <= value <= INT32_MAX else "i64"
+
+
+def _is_aligned(value: Tensor | int) -> bool:
+    # the storage of a meta tensor lies nowhere: take what an allocator gives
+    address = value if isinstance(value, int) else value.storage_offset() * value.element_size() if value.is_meta else value.data_ptr()
+    return address % 16 == 0
+
+
+def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
+    """Strides of `tensor` in elements as kernel arguments: `strides("x", x, "nchw")` has stride_xn to stride_xw."""
+    return {f"stride_{name}{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
