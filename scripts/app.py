@@ -56,8 +56,9 @@ def hints(config_name: str, arguments: list[str]) -> list[str]:
             continue
         parts = key.split(".")
         for depth, part in enumerate(parts):
-            if not isinstance(node, DictConfig) or part not in node:
-                known = sorted(node) if isinstance(node, DictConfig) else []
+            # not `part in node`, which denies a key whose mandatory value is missing
+            known = sorted(node) if isinstance(node, DictConfig) else []
+            if part not in known:
                 close = difflib.get_close_matches(part, [*known, *(groups if depth == 0 else [])], n=1)
                 where = f"'{'.'.join(parts[:depth])}'" if depth else "the configuration"
                 lines.append(f"{key}: '{part}' is not in {where}" + (f"; did you mean '{close[0]}'?" if close else "."))
