@@ -1,7 +1,7 @@
 """Scenes: scanned digits on crops of photographs, with exact masks, boxes, classes and semantic maps. Made on the fly, nothing downloaded.
 
 A scene holds one large digit, the *dominant* one, and up to a few smaller ones lying on top of it and of each other. Each digit is a
-real scan, slanted, stretched, rotated by at most 25 degrees (so that 6 and 9 stay apart), and coloured to differ in luminance from what
+real scan, slanted, stretched, rotated by at most 20 degrees (so that 6 and 9 stay apart), and coloured to differ in luminance from what
 it covers.
 Training and validation share neither a scan, nor (nearly) a writer, nor a photograph.
 """
@@ -29,7 +29,7 @@ STD = (0.27, 0.24, 0.25)
 
 # Height of the dominant digit and of the others, as a fraction of the image's shorter side.
 DOMINANT_HEIGHT = (0.5, 0.75)
-HEIGHT = (0.2, 0.4)
+HEIGHT = (0.25, 0.45)
 
 # No digit is hidden further than to this fraction of its pixels.
 LEAST_VISIBLE = 0.6
@@ -115,7 +115,7 @@ def _background(rng: np.random.Generator, images: tuple[Image.Image, ...], heigh
 
 def _ink(rng: np.random.Generator, scan: Image.Image, height: float, size: tuple[int, int]) -> np.ndarray:
     """Ink of the slanted, stretched, rotated scan, [h, w] uint8, no larger than the image: cropped to the digit and a margin around it."""
-    angle, slant, stretch = rng.uniform((-0.43, -0.25, 0.8), (0.43, 0.25, 1.15))
+    angle, slant, stretch = rng.uniform((-0.35, -0.15, 0.85), (0.35, 0.15, 1.15))
     cos, sin = math.cos(angle), math.sin(angle)
     # the digit fills eight tenths of the scan's rows; source = step * (slant and stretch) * (rotation) * output
     step = 0.8 * scan.height / height

@@ -1,0 +1,162 @@
+"""Scenes as files, in the layouts of COCO 2017, ADE20K, ImageNet and Places365, for whatever reads those data sets."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from .scenes import CLASSES, Scene, Scenes
+
+# The file that says which scenes a folder holds.
+MARKER = "scenes.json"
+
+JPEG_QUALITY = 95
+
+
+def write_scenes(
+    layout: str,
+    out: str | Path,
+    *,
+    train: int,
+    val: int,
+    size: int | tuple[int, int],
+    seed: int = 0,
+    objects: tuple[int, int] = (1, 4),
+) -> None:
+    """Write `train` and `val` scenes to the folder `out` in a layout of LAYOUTS; item i of a split is `Scenes(...)[i]`.
+
+    Files appear complete or not at all; called again with the same arguments, it writes those that are missing.
+
+    Raises ValueError for an unknown layout, for arguments out of the domain of `Scenes`, and for a folder that holds other scenes;
+    FileExistsError for a folder that holds anything else.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    write, view = LAYOUTS[layout]
+    splits = [Scenes(split, length, size, seed, objects, view) for split, length in (("train", train), ("val", val))]
+    arguments = {"train": train, "val": val, "size": splits[0].size, "seed": seed, "objects": splits[0].objects}
+    out = Path(out)
+    _claim(out, {"layout": layout, **arguments})
+    for scenes in splits:
+        write(out, scenes)
+
+
+def _claim(out: Path, arguments: dict) -> None:
+    """Make the folder ours, or check that it already is and was made with the same arguments."""
+    arguments = json.loads(json.dumps(arguments))
+    if (out / MARKER).exists():
+        found = json.loads((out / MARKER).read_text())
+        if different := [f"{key}={found.get(key)}, not {value}" for key, value in arguments.items() if found.get(key) != value]:
+            raise ValueError(f"{out} holds other scenes ({'; '.join(different)}): give another folder, or delete this one")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and holds no scenes: give a new or an empty folder")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out / MARKER, lambda path: path.write_text(json.dumps(arguments, indent=2) + "\n"))
+
+
+def _write(path: Path, save: Callable[[Path], object]) -> None:
+    """Let `save` write a file that then appears under its name at once, unless it is there already."""
+    if not path.exists():
+        part = path.with_name(f".{path.name}.part")
+        save(part)
+        os.replace(part, path)
+
+
+def _write_jpeg(path: Path, scene: Scene) -> None:
+    pixels = np.ascontiguousarray((scene.image * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0))
+    _write(path, lambda part: Image.fromarray(pixels).save(part, "JPEG", quality=JPEG_QUALITY, subsampling=0))
+
+
+def _each(scenes: Scenes):
+    """The scenes of epoch 0, with a progress bar."""
+    return (scenes.scene(index) for index in tqdm(range(len(scenes)), scenes.split, unit="scene"))
+
+
+def _folder(*parts: str | Path) -> Path:
+    folder = Path(*parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run_lengths(mask: np.ndarray) -> dict:
+    """Uncompressed COCO run-length encoding of a mask [H, W] bool: lengths of alternating runs in column order, the first of zeros."""
+    flat = np.concatenate(([False], mask.ravel(order="F")))
+    ends = np.append(np.flatnonzero(flat[1:] != flat[:-1]), mask.size)
+    return {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
+
+
+def write_coco(out: Path, scenes: Scenes) -> None:
+    """train2017/, val2017/ with JPEGs, annotations/instances_*2017.json with masks as run lengths; category 1..10 is digit 0..9."""
+    name = f"{scenes.split}2017"
+    pictures, images, annotations = _folder(out, name), [], []
+    for scene in _each(scenes):
+        # image ids start at 1, as a 0 is taken for "none" here and there
+        image_id = scene.index + 1
+        file_name = f"{image_id:012d}.jpg"
+        _write_jpeg(pictures / file_name, scene)
+        height, width = scene.owner.shape
+        images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
+        for label, mask, box in zip(scene.labels.tolist(), scene.masks, scene.boxes.tolist(), strict=True):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": label,
+                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                    "area": int(mask.sum()),
+                    "segmentation": run_lengths(mask),
+                    "iscrowd": 0,
+                }
+            )
+    content = {
+        "info": {"description": "Scanned digits on photographs", "version": "1.0"},
+        "licenses": [],
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": label, "name": name, "supercategory": "digit"} for label, name in enumerate(CLASSES) if label],
+    }
+    _write(_folder(out, "annotations") / f"instances_{name}.json", lambda path: path.write_text(json.dumps(content)))
+
+
+def write_ade20k(out: Path, scenes: Scenes) -> None:
+    """images/ with JPEGs and annotations/ with 8-bit PNGs, each with training/ and validation/; objectInfo150.txt names the classes.
+
+    In the PNGs 0 means unlabelled, as in ADE20K, so that the classes of the scenes, background included, are 1..11.
+    """
+    folder = {"train": "training", "val": "validation"}[scenes.split]
+    images, annotations = _folder(out, "images", folder), _folder(out, "annotations", folder)
+    for scene in _each(scenes):
+        name = f"ADE_{scenes.split}_{scene.index + 1:08d}"
+        _write_jpeg(images / f"{name}.jpg", scene)
+        labels = Image.fromarray((scene.semantic + 1).astype(np.uint8))
+        _write(annotations / f"{name}.png", lambda path, labels=labels: labels.save(path, "PNG"))
+    rows = ["Idx\tName", *(f"{label + 1}\t{name}" for label, name in enumerate(CLASSES))]
+    _write(out / "objectInfo150.txt", lambda path: path.write_text("\n".join(rows) + "\n"))
+
+
+def write_imagenet(out: Path, scenes: Scenes) -> None:
+    """train/ and val/ with a folder for each dominant digit: torchvision's ImageFolder."""
+    folders = [_folder(out, scenes.split, name) for name in CLASSES[1:]]
+    for scene in _each(scenes):
+        _write_jpeg(folders[scene.labels[0] - 1] / f"{scenes.split}_{scene.index + 1:08d}.JPEG", scene)
+
+
+def write_places365(out: Path, scenes: Scenes) -> None:
+    """train/ and val/ with crops of photographs, without digits."""
+    folder = _folder(out, scenes.split)
+    for scene in _each(scenes):
+        _write_jpeg(folder / f"{scene.index + 1:08d}.jpg", scene)
+
+
+# For each layout its writer and the view of `Scenes` whose items it holds.
+LAYOUTS = {
+    "coco": (write_coco, "detection"),
+    "ade20k": (write_ade20k, "segmentation"),
+    "imagenet": (write_imagenet, "classification"),
+    "places365": (write_places365, "photograph"),
+}
