@@ -1,0 +1,311 @@
+"""Moves, conversions, arithmetic, comparisons and bit operations."""
+
+import numpy as np
+
+from .formats import SIZE, TYPES, UNSIGNED, float_to_bf16, float_to_half, float_to_tf32, half_to_float, halves, is_float, join
+from .machine import Machine, instruction
+from .parser import Instruction, Pair, Unsupported
+
+ROUNDINGS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+SMALLEST_NORMAL = np.float32(1.17549435e-38)
+
+
+@instruction("mov")
+def move(machine: Machine, x: Instruction, mask):
+    kind = x.modifiers[-1]
+    source = x.operands[1]
+    machine.write(x.operands[0], machine.predicate(source) if kind == "pred" else machine.bits(source, SIZE[kind]), mask)
+
+
+@instruction("cvt")
+def convert(machine: Machine, x: Instruction, mask):
+    to, *sources = x.types
+    toward_zero = "rz" in x.modifiers
+    if to in ("f16x2", "bf16x2"):
+        # d = {high: a, low: b}
+        high, low = (machine.values(operand, "f32") for operand in x.operands[1:3])
+        if "relu" in x.modifiers:
+            high, low = np.maximum(high, 0), np.maximum(low, 0)
+        packed = join(float_to_half(low, to, toward_zero=toward_zero), float_to_half(high, to, toward_zero=toward_zero))
+        machine.write(x.operands[0], packed, mask)
+        return
+    values = machine.values(x.operands[1], sources[0])
+    rounding = next((m for m in x.modifiers if m in ROUNDINGS), None)
+    if is_float(to):
+        machine.write(x.operands[0], _to_float(x, values, to, rounding, toward_zero), mask)
+    elif is_float(sources[0]):
+        machine.write(x.operands[0], _float_to_integer(values, to, rounding or "rzi"), mask)
+    else:
+        if "sat" in x.modifiers:
+            span = np.iinfo(TYPES[to])
+            values = np.clip(values, span.min if values.dtype.kind == "i" else 0, min(span.max, np.iinfo(values.dtype).max))
+        machine.write(x.operands[0], values.astype(TYPES[to]), mask)
+
+
+def _float_to_integer(values: np.ndarray, to: str, rounding: str) -> np.ndarray:
+    """Saturating; NaN becomes 0."""
+    span = np.iinfo(TYPES[to])
+    rounded = np.clip(np.nan_to_num(ROUNDINGS[rounding](values.astype(np.float64)), nan=0), float(span.min), float(span.max))
+    # float64 cannot hold the largest 64-bit integers
+    highest = rounded >= float(span.max)
+    return np.where(highest, span.max, np.where(highest, 0, rounded).astype(TYPES[to])).astype(TYPES[to])
+
+
+def _to_float(x: Instruction, values: np.ndarray, to: str, rounding: str | None, toward_zero: bool) -> np.ndarray:
+    if values.dtype.kind != "f":
+        values = values.astype(np.float64)
+    if rounding:
+        values = ROUNDINGS[rounding](values)
+    if "sat" in x.modifiers:
+        values = np.clip(np.nan_to_num(values, nan=0), 0, 1)
+    if "relu" in x.modifiers:
+        values = np.maximum(values, 0)
+    if to == "bf16":
+        return float_to_bf16(values.astype(np.float32), toward_zero=toward_zero)
+    if to == "tf32":
+        return float_to_tf32(values)
+    result = values.astype(TYPES[to])
+    if toward_zero and to != "f64":
+        away = np.abs(result.astype(np.float64)) > np.abs(values.astype(np.float64))
+        result = np.where(away, np.nextafter(result, result.dtype.type(0)), result)
+    return result
+
+
+def _on_floats(machine: Machine, x: Instruction, mask, function) -> None:
+    """Apply a function of float32 (float64) arrays to sources of any floating-point type, packed ones too."""
+    kind, (target, *sources) = x.types[-1], x.operands
+    if kind in ("f16x2", "bf16x2"):
+        lows, highs = zip(*(halves(machine.bits(source, 4)) for source in sources), strict=True)
+        low, high = (float_to_half(function(*(half_to_float(p, kind) for p in parts)), kind) for parts in (lows, highs))
+        machine.write(target, join(low, high), mask)
+        return
+    values = [machine.values(source, kind) for source in sources]
+    if kind == "f16":
+        values = [v.astype(np.float32) for v in values]
+    if "ftz" in x.modifiers and kind == "f32":
+        values = [np.where(np.abs(v) < SMALLEST_NORMAL, np.copysign(np.float32(0), v), v) for v in values]
+    result = function(*values)
+    if "sat" in x.modifiers:
+        result = np.clip(np.nan_to_num(result, nan=0), 0, 1)
+    machine.write(target, float_to_bf16(result) if kind == "bf16" else result.astype(TYPES[kind]), mask)
+
+
+def _on_numbers(machine: Machine, x: Instruction, mask, function) -> None:
+    if is_float(x.types[-1]):
+        _on_floats(machine, x, mask, function)
+    else:
+        target, *sources = x.operands
+        machine.write(target, function(*(machine.values(source, x.types[-1]) for source in sources)), mask)
+
+
+EVERY_NUMBER = {"add": np.add, "sub": np.subtract, "neg": np.negative, "abs": np.abs}
+FLOATS = {
+    "fma": lambda a, b, c: a.astype(np.float64) * b + c,
+    "ex2": np.exp2,
+    "lg2": np.log2,
+    "rcp": lambda a: 1 / a,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda a: 1 / np.sqrt(a.astype(np.float64)),
+    "sin": np.sin,
+    "cos": np.cos,
+    "tanh": np.tanh,
+    "copysign": lambda sign, magnitude: np.copysign(magnitude, sign),
+}
+
+
+@instruction(*EVERY_NUMBER)
+def number(machine: Machine, x: Instruction, mask):
+    _on_numbers(machine, x, mask, EVERY_NUMBER[x.op])
+
+
+@instruction(*FLOATS)
+def floating(machine: Machine, x: Instruction, mask):
+    _on_floats(machine, x, mask, FLOATS[x.op])
+
+
+@instruction("max", "min")
+def extreme(machine: Machine, x: Instruction, mask):
+    propagates_nan = not is_float(x.types[-1]) or "NaN" in x.modifiers
+    name = x.op + "imum" if propagates_nan else "f" + x.op
+    _on_numbers(machine, x, mask, getattr(np, name))
+
+
+@instruction("mul")
+def multiply(machine: Machine, x: Instruction, mask):
+    if is_float(x.types[-1]):
+        _on_floats(machine, x, mask, np.multiply)
+    else:
+        machine.write(x.operands[0], _product(machine, x), mask)
+
+
+@instruction("mad")
+def multiply_add(machine: Machine, x: Instruction, mask):
+    if is_float(x.types[-1]):
+        _on_floats(machine, x, mask, FLOATS["fma"])
+    else:
+        product = _product(machine, x)
+        machine.write(x.operands[0], product + machine.bits(x.operands[3], product.dtype.itemsize).view(product.dtype), mask)
+
+
+def _product(machine: Machine, x: Instruction) -> np.ndarray:
+    """The low half, the high half or the whole of an integer product."""
+    kind = x.types[-1]
+    a, b = machine.values(x.operands[1], kind), machine.values(x.operands[2], kind)
+    if "wide" not in x.modifiers and "hi" not in x.modifiers:
+        return a * b
+    if SIZE[kind] == 8:
+        pairs = zip(*np.broadcast_arrays(a, b), strict=True)
+        return np.array([int(p) * int(q) >> 64 & (1 << 64) - 1 for p, q in pairs], np.uint64).view(TYPES[kind])
+    whole = np.dtype(f"{a.dtype.kind}{2 * SIZE[kind]}").type
+    product = a.astype(whole) * b.astype(whole)
+    return product if "wide" in x.modifiers else (product >> whole(8 * SIZE[kind])).astype(TYPES[kind])
+
+
+@instruction("div", "rem")
+def divide(machine: Machine, x: Instruction, mask):
+    if is_float(x.types[-1]):
+        _on_floats(machine, x, mask, np.divide)
+        return
+
+    def truncated(a, b):
+        b = np.where(b == 0, b.dtype.type(1), b)
+        rest = np.fmod(a, b)
+        return rest if x.op == "rem" else (a - rest) // b
+
+    _on_numbers(machine, x, mask, truncated)
+
+
+@instruction("shl", "shr")
+def shift(machine: Machine, x: Instruction, mask):
+    """A shift by the width or more leaves zeros, or the sign."""
+    kind = x.types[-1]
+    width = 8 * SIZE[kind]
+    values, by = machine.values(x.operands[1], kind), machine.bits(x.operands[2], 4)
+    limited = np.minimum(by, np.uint32(width - 1)).astype(values.dtype)
+    shifted = values << limited if x.op == "shl" else values >> limited
+    if x.op == "shl" or kind[0] != "s":
+        shifted = np.where(by >= width, values.dtype.type(0), shifted)
+    machine.write(x.operands[0], shifted, mask)
+
+
+LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
+
+
+@instruction(*LOGIC)
+def logic(machine: Machine, x: Instruction, mask):
+    target, *sources = x.operands
+    kind = x.modifiers[-1]
+    values = (machine.predicate(s) if kind == "pred" else machine.bits(s, SIZE[kind]) for s in sources)
+    machine.write(target, LOGIC[x.op](*values), mask)
+
+
+@instruction("lop3")
+def lookup(machine: Machine, x: Instruction, mask):
+    """Any function of three bits, by its truth table."""
+    a, b, c = (machine.bits(operand, 4) for operand in x.operands[1:4])
+    result = np.zeros(1, np.uint32)
+    for i in range(8):
+        if x.operands[4].bits >> i & 1:
+            result = result | (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+    machine.write(x.operands[0], result, mask)
+
+
+COMPARISONS = {
+    **{"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal},
+    **{"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal},
+}
+
+
+@instruction("setp")
+def compare(machine: Machine, x: Instruction, mask):
+    kind, name = x.modifiers[-1], x.modifiers[0]
+    a, b = machine.values(x.operands[1], kind), machine.values(x.operands[2], kind)
+    unordered = np.isnan(a) | np.isnan(b) if is_float(kind) else np.zeros(1, bool)
+    if name in ("num", "nan"):
+        result = unordered if name == "nan" else ~unordered
+    elif name in COMPARISONS:
+        result = COMPARISONS[name](a, b) & ~unordered
+    else:
+        # equ, ltu, ...: true as well where either is NaN
+        result = COMPARISONS[name[:-1]](a, b) | unordered
+    complement = ~result
+    combination = next((m for m in x.modifiers[1:] if m in LOGIC), None)
+    if combination:
+        other = machine.predicate(x.operands[3])
+        result, complement = LOGIC[combination](result, other), LOGIC[combination](complement, other)
+    first, second = x.operands[0] if isinstance(x.operands[0], Pair) else (x.operands[0], "_")
+    machine.write(first, result, mask)
+    machine.write(second, complement, mask)
+
+
+@instruction("selp")
+def select(machine: Machine, x: Instruction, mask):
+    size = SIZE[x.modifiers[-1]]
+    _, a, b, condition = x.operands
+    machine.write(x.operands[0], np.where(machine.predicate(condition), machine.bits(a, size), machine.bits(b, size)), mask)
+
+
+@instruction("prmt")
+def permute(machine: Machine, x: Instruction, mask):
+    """Four bytes of eight, chosen by the digits of the third operand; digit 8 and up repeats the sign of the byte."""
+    if len(x.modifiers) > 1:
+        raise Unsupported(x.text)
+    a, b, selector = (machine.each(operand, 4) for operand in x.operands[1:4])
+    source = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.zeros(machine.total, np.uint32)
+    for i in range(4):
+        digit = selector >> np.uint32(4 * i) & np.uint32(15)
+        byte = (source >> (digit & np.uint32(7)).astype(np.uint64) * np.uint64(8) & np.uint64(255)).astype(np.uint32)
+        byte = np.where(digit & 8, np.where(byte & 128, 255, 0), byte).astype(np.uint32)
+        result |= byte << np.uint32(8 * i)
+    machine.write(x.operands[0], result, mask)
+
+
+@instruction("shf")
+def funnel_shift(machine: Machine, x: Instruction, mask):
+    low, high, by = (machine.bits(operand, 4).astype(np.uint64) for operand in x.operands[1:4])
+    by = by & np.uint64(31) if "wrap" in x.modifiers else np.minimum(by, np.uint64(32))
+    both = low | high << np.uint64(32)
+    result = both << by >> np.uint64(32) if "l" in x.modifiers else both >> by
+    if "l" in x.modifiers:
+        result = np.where(by == 32, low, result)
+    machine.write(x.operands[0], result.astype(np.uint32), mask)
+
+
+@instruction("bfe")
+def extract_bits(machine: Machine, x: Instruction, mask):
+    kind = x.types[-1]
+    if SIZE[kind] == 8:
+        raise Unsupported(x.text)
+    values = machine.values(x.operands[1], kind).astype(np.int64)
+    start, length = (np.minimum(machine.bits(operand, 4) & np.uint32(255), np.uint32(32)).astype(np.int64) for operand in x.operands[2:4])
+    field = values >> start & (1 << length) - 1
+    if kind[0] == "s":
+        negative = (length > 0) & (values >> np.minimum(start + length - 1, 31) & 1 == 1)
+        field = np.where(negative, field | ~((1 << length) - 1), field)
+    machine.write(x.operands[0], field.astype(TYPES[kind]), mask)
+
+
+@instruction("bfi")
+def insert_bits(machine: Machine, x: Instruction, mask):
+    size = SIZE[x.modifiers[-1]]
+    if size == 8:
+        raise Unsupported(x.text)
+    field, base = (machine.bits(operand, size).astype(np.uint64) for operand in x.operands[1:3])
+    start, length = (np.minimum(machine.bits(operand, 4) & np.uint32(255), np.uint32(32)).astype(np.uint64) for operand in x.operands[3:5])
+    span = (np.uint64(1) << length) - np.uint64(1) << start
+    machine.write(x.operands[0], (field << start & span | base & ~span).astype(UNSIGNED[size]), mask)
+
+
+@instruction("popc", "clz", "brev")
+def bit_pattern(machine: Machine, x: Instruction, mask):
+    size = SIZE[x.modifiers[-1]]
+    values = np.ascontiguousarray(machine.bits(x.operands[1], size))
+    digits = np.unpackbits(values.astype(f">u{size}").view(np.uint8).reshape(-1, size), axis=1)
+    if x.op == "popc":
+        result = digits.sum(axis=1).astype(np.uint32)
+    elif x.op == "clz":
+        result = np.where(digits.any(axis=1), digits.argmax(axis=1), 8 * size).astype(np.uint32)
+    else:
+        result = np.packbits(digits[:, ::-1], axis=1).view(f">u{size}").reshape(-1).astype(UNSIGNED[size])
+    machine.write(x.operands[0], result, mask)
