@@ -45,3 +45,9 @@ def logit_gradient(logit, weight, gradient, mean, NORMALIZER: tl.constexpr):
 def centre(output, UP: tl.constexpr, DOWN: tl.constexpr):
     """Source row (column) on which the window of an output row (column) is centred."""
     return (output * DOWN) // UP
+
+
+@triton.jit
+def expand(values, AXIS: tl.constexpr):
+    """Lay a vector along axis AXIS of a two-dimensional tile."""
+    return tl.expand_dims(values, 1 - AXIS)
