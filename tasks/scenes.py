@@ -1,8 +1,8 @@
 """Scenes: scanned digits on crops of photographs, with exact masks, boxes, classes and semantic maps. Made on the fly, nothing downloaded.
 
 A scene holds one large digit, the *dominant* one, and up to a few smaller ones lying on top of it and of each other. Each digit is a
-real scan, slanted, stretched, rotated by at most 20 degrees (so that 6 and 9 stay apart), and coloured to differ in luminance from what
-it covers.
+real scan, slanted, stretched, rotated by at most 20 degrees (so that 6 and 9 stay apart), and coloured to differ in luminance from
+what lies around it.
 Training and validation share neither a scan, nor (nearly) a writer, nor a photograph.
 """
 
@@ -32,9 +32,9 @@ DOMINANT_HEIGHT = (0.5, 0.75)
 HEIGHT = (0.25, 0.45)
 
 # No digit is hidden further than to this fraction of its pixels.
-LEAST_VISIBLE = 0.6
+LEAST_VISIBLE = 0.7
 
-# A digit differs in luminance from what it covers by at least this much before blending.
+# The colour of a digit differs in luminance from the mean of what lies under and around it by at least this much.
 LEAST_CONTRAST = 0.4
 
 LUMINANCE = np.array((0.299, 0.587, 0.114))
@@ -93,7 +93,7 @@ def compose(split: str, size: tuple[int, int], key: tuple[int, int, int], object
         place = _free_place(rng, owner, mask, areas)
         if area == 0 or place is None:
             continue
-        _paint(rng, image[:, *place], ink, mask, height)
+        _paint(rng, image[:, *place], ink, height)
         labels.append(digit + 1)
         areas.append(area)
         owner[place][mask] = len(labels)
@@ -142,9 +142,10 @@ def _free_place(rng: np.random.Generator, owner: np.ndarray, mask: np.ndarray, a
     return None
 
 
-def _paint(rng: np.random.Generator, patch: np.ndarray, ink: np.ndarray, mask: np.ndarray, height: float) -> None:
+def _paint(rng: np.random.Generator, patch: np.ndarray, ink: np.ndarray, height: float) -> None:
     """Paint a digit with a soft halo of the opposite luminance on `patch` [3, h, w], in place."""
-    covered = float(LUMINANCE @ patch[:, mask].mean(1))
+    # of what it covers and what lies around it
+    covered = float(LUMINANCE @ patch[:, ink > 0].mean(1))
     up, room, opacity, halo, *chroma = rng.random(7)
     lighter = covered < 0.45 or (covered < 0.55 and up < 0.5)
     span = 1 - covered if lighter else covered
