@@ -83,7 +83,8 @@ def compose(split: str, size: tuple[int, int], key: tuple[int, int, int], object
     owner = np.zeros(size, np.uint8)
     labels, areas = [], [0]
     for position in range(rng.integers(objects[0], objects[1] + 1)):
-        digit = int(rng.integers(10))
+        # dominant digits take turns, so that any ten scenes in a row hold all classes
+        digit = int(rng.integers(10)) if position else key[-1] % 10
         scans = digit_scans(split)[digit]
         low, high = HEIGHT if position else DOMINANT_HEIGHT
         height = min(size) * low * (high / low) ** rng.random()
