@@ -1,10 +1,14 @@
-"""The sampler slot and its plain occupants.
+"""The sampler slot and its occupants without parameters.
 
 A slot is a constructor argument `Callable[[int], nn.Module]`: channels in, a module out that keeps the channels and resizes by 2. What
-else a sampler needs travels in `functools.partial`: `partial(CARAFE, up=2)`, `partial(MaxPool, down=2)`.
+else a sampler needs travels in `functools.partial`: `partial(CARAFE, up=2)`, `partial(DySample, groups=8)`.
 
 Sizes: an upsampler makes H x W into 2H x 2W, and a network crops that where the finer map is odd (`resize`); a downsampler makes
 ceil(H / 2) x ceil(W / 2), as a 3x3 convolution or pool of stride 2 and padding 1 does, so that it fits wherever one of those stood.
+
+Guides: an upsampler whose class says `needs_guide = True` looks at the finer map that its output will meet, `sampler(x, guide)`, with
+x [N, C, H, W] and guide [N, guide_channels, h, w], h in (2H - 1, 2H) and w likewise; its output is [N, C, h, w]. Networks pass it
+(`make_sampler`, `resize`). Without one, as in a mask head, x upsampled bilinearly guides itself.
 """
 
 from collections.abc import Callable
@@ -13,77 +17,80 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-Sampler = Callable[[int], nn.Module]
+Sampler = Callable[..., nn.Module]
 
 
 def published() -> None:
     """Leave a slot empty: the network samples as it was published. The target of the `published` configuration files."""
 
 
-def resize(x: Tensor, size: tuple[int, int], sampler: nn.Module | None) -> Tensor:
-    """Bring `x` [N, C, H, W] to `size`: bilinearly in one step without a sampler, otherwise by 2 and cropped at the bottom and right."""
+def make_sampler(slot: Sampler, channels: int, guide_channels: int) -> nn.Module:
+    """Fill a slot where a finer map of `guide_channels` is at hand: `slot(channels)`, told those channels if it needs a guide."""
+    # a partial hides its class in .func
+    if getattr(getattr(slot, "func", slot), "needs_guide", False):
+        return slot(channels, guide_channels=guide_channels)
+    return slot(channels)
+
+
+def resize(x: Tensor, size: tuple[int, int], sampler: nn.Module | None, guide: Tensor | None = None) -> Tensor:
+    """Bring `x` [N, C, H, W] to `size`: bilinearly in one step without a sampler, otherwise by 2 and cropped at the bottom and right.
+
+    `guide` [N, guide_channels, *size] goes to a sampler that needs one.
+    """
     if sampler is None:
         return F.interpolate(x, size, mode="bilinear", align_corners=False)
-    return sampler(x)[..., : size[0], : size[1]]
+    y = sampler(x, guide) if getattr(sampler, "needs_guide", False) else sampler(x)
+    return y[..., : size[0], : size[1]]
+
+
+def nearest(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, 2H, 2W], every pixel a 2x2 block."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def bilinear(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, 2H, 2W], bilinear between pixel centres (align_corners=False)."""
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 class Nearest(nn.Module):
-    """Nearest-neighbour interpolation by `up`: every pixel becomes an up x up block. No parameters, no arithmetic."""
+    """Nearest-neighbour interpolation: every pixel becomes a 2x2 block. The FPN's own upsampler (Table IV). No parameters."""
 
-    def __init__(self, channels: int, up: int = 2):
+    def __init__(self, channels: int):
         super().__init__()
-        self.up = up
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H * up, W * up]."""
-        return F.interpolate(x, scale_factor=self.up, mode="nearest")
-
-    def extra_repr(self) -> str:
-        return f"up={self.up}"
+        """[N, C, H, W] -> [N, C, 2H, 2W]."""
+        return nearest(x)
 
 
 class Bilinear(nn.Module):
-    """Bilinear interpolation by `up` with pixel centres aligned (align_corners=False). No parameters, 8 FLOPs per output element."""
+    """Bilinear interpolation with pixel centres aligned (Table IV). No parameters, 8 FLOPs per output element."""
 
-    def __init__(self, channels: int, up: int = 2):
+    def __init__(self, channels: int):
         super().__init__()
-        self.up = up
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H * up, W * up]."""
-        return F.interpolate(x, scale_factor=self.up, mode="bilinear", align_corners=False)
-
-    def extra_repr(self) -> str:
-        return f"up={self.up}"
-
-
-class StridedConv(nn.Conv2d):
-    """3x3 convolution of stride `down`, C to C channels: learned downsampling with fixed kernels. 9 C^2 + C parameters.
-
-    As a sampler it stands before the network's own convolution. The strided convolution of the paper's Table III is the published
-    network: an empty slot, where that own convolution has the stride.
-    """
-
-    def __init__(self, channels: int, down: int = 2):
-        super().__init__(channels, channels, kernel_size=3, stride=down, padding=1)
+        """[N, C, H, W] -> [N, C, 2H, 2W]."""
+        return bilinear(x)
 
 
 class MaxPool(nn.MaxPool2d):
-    """Maximum over 3x3 at stride `down`. No parameters.
+    """Maximum over 3x3 at stride 2 (Table III). No parameters.
 
     The paper leaves the window open; 3x3 is that of ResNet's stem, and unlike 2x2 it keeps the ceil sizes and the centres of the
     strided convolutions that it replaces.
     """
 
-    def __init__(self, channels: int, down: int = 2):
-        super().__init__(kernel_size=3, stride=down, padding=1)
+    def __init__(self, channels: int):
+        super().__init__(kernel_size=3, stride=2, padding=1)
 
 
 class AvgPool(nn.AvgPool2d):
-    """Mean over 3x3 at stride `down`, window as in `MaxPool`. No parameters.
+    """Mean over 3x3 at stride 2 (Table III), window as in `MaxPool`. No parameters.
 
     A window that leaves the map averages the pixels that it has, so that borders are not darkened.
     """
 
-    def __init__(self, channels: int, down: int = 2):
-        super().__init__(kernel_size=3, stride=down, padding=1, count_include_pad=False)
+    def __init__(self, channels: int):
+        super().__init__(kernel_size=3, stride=2, padding=1, count_include_pad=False)

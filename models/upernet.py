@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .samplers import Sampler, resize
+from .samplers import Sampler, make_sampler, resize
 
 
 def _conv_bn_relu(inputs: int, outputs: int, kernel_size: int) -> nn.Sequential:
@@ -23,6 +23,8 @@ class UperNet(nn.Module):
 
     PPM pools C5 to 1, 2, 3 and 6 cells a side and brings each back to C5's size, then 1x1 convolution; FPN adds upsampled features to the
     laterals top-down; FUSE brings all levels to P2's size and concatenates them.
+
+    A sampler that needs a guide gets the map that its output meets: C5, the lateral, the finer level.
 
     Args:
         backbone: image [N, 3, H, W] -> features C2 to C5 of strides 4, 8, 16, 32; `out_channels` lists their channels.
@@ -51,14 +53,14 @@ class UperNet(nn.Module):
         *laterals, top = backbone.out_channels
         self.backbone = backbone
         self.ppm_pooling = nn.ModuleList(nn.AdaptiveAvgPool2d(scale) for scale in pool_scales)
-        self.ppm_up = nn.ModuleList(ppm(top) if ppm else None for _ in pool_scales)
+        self.ppm_up = nn.ModuleList(make_sampler(ppm, top, top) if ppm else None for _ in pool_scales)
         self.ppm_conv = nn.ModuleList(_conv_bn_relu(top, ppm_dim, 1) for _ in pool_scales)
         self.ppm_last_conv = _conv_bn_relu(top + len(pool_scales) * ppm_dim, fpn_dim, 3)
         self.fpn_in = nn.ModuleList(_conv_bn_relu(channels, fpn_dim, 1) for channels in laterals)
-        self.fpn_up = nn.ModuleList(fpn(fpn_dim) if fpn else None for _ in laterals)
+        self.fpn_up = nn.ModuleList(make_sampler(fpn, fpn_dim, fpn_dim) if fpn else None for _ in laterals)
         # one level deeper than need be, so that the keys are the published ones
         self.fpn_out = nn.ModuleList(nn.Sequential(_conv_bn_relu(fpn_dim, fpn_dim, 3)) for _ in laterals)
-        self.fuse_up = nn.ModuleList(fuse((i + 1) * fpn_dim) for i in range(len(laterals))) if fuse else None
+        self.fuse_up = nn.ModuleList(make_sampler(fuse, (i + 1) * fpn_dim, fpn_dim) for i in range(len(laterals))) if fuse else None
         classifier = nn.Conv2d(fpn_dim, num_classes, 1)
         nn.init.kaiming_normal_(classifier.weight)
         self.conv_last = nn.Sequential(_conv_bn_relu((len(laterals) + 1) * fpn_dim, fpn_dim, 3), classifier)
@@ -72,7 +74,7 @@ class UperNet(nn.Module):
             cells = pooling(c5)
             if sampler is not None:
                 cells = resize(cells, half, None)
-            branches.append(conv(resize(cells, (h, w), sampler)))
+            branches.append(conv(resize(cells, (h, w), sampler, c5)))
         return self.ppm_last_conv(torch.cat(branches, dim=1))
 
     def pyramid(self, levels: list[Tensor]) -> list[Tensor]:
@@ -82,7 +84,7 @@ class UperNet(nn.Module):
         outputs = [y]
         for i in reversed(range(len(laterals))):
             lateral = self.fpn_in[i](laterals[i])
-            y = lateral + resize(y, lateral.shape[2:], self.fpn_up[i])
+            y = lateral + resize(y, lateral.shape[2:], self.fpn_up[i], lateral)
             outputs.insert(0, self.fpn_out[i](y))
         return outputs
 
@@ -92,7 +94,7 @@ class UperNet(nn.Module):
             return torch.cat([resize(level, levels[0].shape[2:], None) for level in levels], dim=1)
         *finer, y = levels
         for level, sampler in zip(reversed(finer), self.fuse_up, strict=True):
-            y = torch.cat([level, resize(y, level.shape[2:], sampler)], dim=1)
+            y = torch.cat([level, resize(y, level.shape[2:], sampler, level)], dim=1)
         return y
 
     def forward(self, x: Tensor) -> Tensor:

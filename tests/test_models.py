@@ -4,9 +4,7 @@ import itertools
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
-import carafepp.conf
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +18,6 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 
 def count(module):
@@ -170,9 +167,7 @@ def small_resnet(**options):
 
 
 @pytest.mark.parametrize("deep_stem", [False, True])
-@pytest.mark.parametrize(
-    "sampler", [partial(CARAFE, down=2), partial(MaxPool, down=2), partial(AvgPool, down=2)], ids=lambda s: s.func.__name__
-)
+@pytest.mark.parametrize("sampler", [partial(CARAFE, down=2), MaxPool, AvgPool], ids=["carafe", "max_pool", "avg_pool"])
 @pytest.mark.parametrize("size", [(64, 64), (61, 39), (33, 1)], ids=str)
 def test_sampled_resnet_has_the_sizes_of_the_published_one(size, sampler, deep_stem):
     x = torch.randn(2, 3, *size)
@@ -201,7 +196,7 @@ def test_sampled_bottleneck_samples_before_both_convolutions():
     assert channels == [4, 8, 16, 16, 32, 32, 64]
 
 
-SLOTS = [None, partial(Nearest, up=2), partial(CARAFE, up=2, compressed_channels=4)]
+SLOTS = [None, Nearest, partial(CARAFE, up=2, compressed_channels=4)]
 
 
 @pytest.mark.parametrize("fuse", SLOTS, ids=["published", "nearest", "carafe"])
@@ -246,9 +241,6 @@ def test_upernet_has_the_authors_decoder():
         "conv_last.1.bias": (150,),
     }.items():
         assert shapes[name] == shape, name
-
-
-CONF = Path(next(iter(carafepp.conf.__path__)))
 
 
 @pytest.fixture
@@ -304,17 +296,6 @@ def test_published_leaves_slots_empty(primary):
     assert net.fuse_up is None
     assert isinstance(net.backbone.maxpool, torch.nn.MaxPool2d)
     assert net.backbone.layer2[0].conv2.stride == (2, 2)
-
-
-@pytest.mark.parametrize("path", sorted(CONF.glob("*sampler/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_sampler_file_fits_a_slot(path):
-    sampler = instantiate(OmegaConf.load(path))
-    if path.stem == "published":
-        assert sampler is None
-        return
-    x = torch.randn(1, 8, 5, 3)
-    expected = (10, 6) if path.parent.name == "upsampler" else (3, 2)
-    assert sampler(8)(x).shape[2:] == expected
 
 
 def test_models_import_without_triton():

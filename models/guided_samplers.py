@@ -1,0 +1,204 @@
+"""Upsamplers that look at the finer map: IndexNet, A2U, SAPA and FADE predict kernels from it, GUM predicts where to sample.
+
+Where the kernels of one location serve all channels (A2U, SAPA, FADE) the sum is CARAFE's own: `carafepp.kernels.reassemble` normalises
+their logits and sums the windows.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import reassemble
+from .point_samplers import sample
+from .samplers import bilinear, nearest
+
+
+class _Guided(nn.Module):
+    """What the guided samplers share: the channels of the guide and the checks on it."""
+
+    needs_guide = True
+
+    def __init__(self, channels: int, guide_channels: int | None):
+        super().__init__()
+        self.channels = channels
+        self.guide_channels = guide_channels or channels
+
+    def guided(self, x: Tensor, guide: Tensor | None) -> Tensor:
+        """Return the guide, x itself if there is none; raise ValueError unless it fits."""
+        if guide is None:
+            guide = bilinear(x)
+        rows, columns = guide.shape[2:]
+        if guide.shape[1] != self.guide_channels or -(-rows // 2) != x.shape[2] or -(-columns // 2) != x.shape[3]:
+            raise ValueError(
+                f"guide must have {self.guide_channels} channels and twice the size of x, or 1 less, "
+                f"got {tuple(guide.shape)} for x of shape {tuple(x.shape)}"
+            )
+        return guide
+
+
+def _to_even(x: Tensor) -> Tensor:
+    """Pad odd maps with zeros at the bottom and right."""
+    return F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+
+
+def _depth(x: Tensor) -> Tensor:
+    """[N, M, h, w] at the fine size -> [N, M * 4, ceil(h / 2), ceil(w / 2)], the layout of `reassemble`'s logits."""
+    return F.pixel_unshuffle(_to_even(x), 2)
+
+
+class GUM(_Guided):
+    """Guided upsampling (Mazzini, 2018): bilinear sampling at the regular positions plus a predicted offset per output pixel.
+
+    The upsampled features and the guide, concatenated, give the offsets (in source pixels) through a 1x1 convolution to C channels,
+    ReLU and a 1x1 convolution to 2. C (C + C_guide + 1) + 2 (C + 1) parameters, 131,842 for C = C_guide = 256. The paper gives no
+    formula; this form has the 132 K parameters and 1.1 M FLOPs per source pixel that it is compared with.
+    """
+
+    def __init__(self, channels: int, guide_channels: int | None = None):
+        super().__init__(channels, guide_channels)
+        self.mix = nn.Conv2d(channels + self.guide_channels, channels, 1)
+        self.offset = nn.Conv2d(channels, 2, 1)
+        # starts as bilinear interpolation
+        nn.init.normal_(self.offset.weight, std=0.001)
+        nn.init.zeros_(self.offset.bias)
+
+    def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
+        """x [N, C, H, W], guide [N, guide_channels, h, w] -> [N, C, h, w]."""
+        guide = self.guided(x, guide)
+        coarse = bilinear(x)[..., : guide.shape[2], : guide.shape[3]]
+        offsets = self.offset(self.mix(torch.cat([coarse, guide], dim=1)).relu())
+        return sample(x, offsets[:, :, None])
+
+
+class IndexNet(_Guided):
+    """IndexNet (Lu et al., 2019), its decoder side: nearest interpolation times an index map in (0, 1) per element.
+
+    The map is the sigmoid of a 4x4 convolution of stride 2 over the guide to 4 C channels, whose depth becomes space ("many-to-one",
+    linear, with context: what the later upsamplers compare with). 64 C C_guide parameters, 4.2 M for 256.
+    """
+
+    def __init__(self, channels: int, guide_channels: int | None = None):
+        super().__init__(channels, guide_channels)
+        self.index = nn.Conv2d(self.guide_channels, 4 * channels, 4, stride=2, padding=1, bias=False)
+
+    def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
+        """x [N, C, H, W], guide [N, guide_channels, h, w] -> [N, C, h, w]."""
+        guide = self.guided(x, guide)
+        y = nearest(x) * F.pixel_shuffle(self.index(_to_even(guide)).sigmoid(), 2)
+        return y[..., : guide.shape[2], : guide.shape[3]]
+
+
+class A2U(_Guided):
+    """Affinity-aware upsampling (Dai et al., 2021): 3x3 kernels from second-order features of the guide.
+
+    Two 6x6 filters predicted from the pooled guide slide over all of its channels at stride 2; after group normalisation and leaky ReLU
+    their product, summed over channels, is one affinity per source pixel. It is spread over the 36 weights of the pixel by a vector
+    predicted from the guide's mean; the kernels are the softmax of the sigmoid of that. 42 C_guide + 38 parameters.
+    """
+
+    kernel_size = 3
+    filter_size = 6
+
+    def __init__(self, channels: int, guide_channels: int | None = None):
+        super().__init__(channels, guide_channels)
+        width = self.guide_channels
+        self.filters = nn.Conv2d(width, 2, 1)
+        groups = math.gcd(32, width)
+        self.norm_u, self.norm_v = (nn.Sequential(nn.GroupNorm(groups, width), nn.LeakyReLU()) for _ in range(2))
+        self.spread = nn.Conv2d(width, 4 * self.kernel_size**2, 1)
+
+    def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
+        """x [N, C, H, W], guide [N, guide_channels, h, w] -> [N, C, h, w]."""
+        guide = self.guided(x, guide)
+        filters = self.filters(F.adaptive_avg_pool2d(guide, self.filter_size))  # [N, 2, 6, 6]
+        # one pair of filters per image: images become groups, channels become the batch
+        images = _to_even(guide).transpose(0, 1).repeat_interleave(2, dim=1)  # [guide_channels, N * 2, h, w]
+        first = F.conv2d(images, filters.flatten(0, 1)[:, None], stride=2, padding=2, groups=images.shape[1])
+        u, v = first.transpose(0, 1).unflatten(0, (-1, 2)).unbind(1)  # [N, guide_channels, H, W]
+        affinity = (self.norm_u(u) * self.norm_v(v)).sum(1, keepdim=True) / math.sqrt(self.guide_channels)
+        logits = (affinity * self.spread(F.adaptive_avg_pool2d(guide, 1))).sigmoid()
+        return reassemble(x, logits.to(x.dtype), kernel_size=self.kernel_size, up=2)[..., : guide.shape[2], : guide.shape[3]]
+
+
+class SAPA(_Guided):
+    """Similarity-aware point affiliation (Lu et al., 2022): kernels are similarities between a fine pixel and the coarse pixels around it.
+
+    Both maps are normalised over channels and embedded in `embedding` dimensions; the kernel is the softmax of the inner products of the
+    fine pixel's embedding with those of its 5x5 window, where pixels outside the map have similarity 0. About
+    (C + C_guide + 2) * embedding parameters. Gated (SAPA-G), the query is a mixture of both maps' embeddings, weighed per source pixel.
+    """
+
+    kernel_size = 5
+
+    def __init__(self, channels: int, guide_channels: int | None = None, embedding: int = 64, gated: bool = False):
+        super().__init__(channels, guide_channels)
+        self.norm_guide = nn.LayerNorm(self.guide_channels)
+        self.norm = nn.LayerNorm(channels)
+        self.query = nn.Linear(self.guide_channels, embedding)
+        self.key = nn.Linear(channels, embedding)
+        self.query_coarse = nn.Linear(channels, embedding) if gated else None
+        self.gate = nn.Linear(channels, 1) if gated else None
+        for layer in (self.query, self.key, self.query_coarse, self.gate):
+            if layer is not None:
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def logits(self, x: Tensor, guide: Tensor) -> Tensor:
+        """Inner products of fine and coarse embeddings, [N, 25 * 4, H, W] in the layout of `reassemble`'s logits."""
+        coarse = self.norm(x.movedim(1, -1))
+        keys = self.key(coarse).movedim(-1, 1)  # [N, E, H, W]
+        queries = _depth(self.query(self.norm_guide(guide.movedim(1, -1))).movedim(-1, 1))  # [N, E * 4, H, W]
+        queries = queries.unflatten(1, (-1, 4))  # [N, E, 4, H, W]
+        if self.gate is not None:
+            gate = self.gate(coarse).sigmoid().movedim(-1, 1)[:, :, None]  # [N, 1, 1, H, W]
+            queries = gate * queries + (1 - gate) * self.query_coarse(x.movedim(1, -1)).movedim(-1, 1)[:, :, None]
+        windows = F.unfold(keys, self.kernel_size, padding=self.kernel_size // 2)
+        windows = windows.unflatten(1, (-1, self.kernel_size**2)).unflatten(3, x.shape[2:])  # [N, E, 25, H, W]
+        return torch.einsum("nephw,nemhw->nmphw", queries, windows).flatten(1, 2)
+
+    def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
+        """x [N, C, H, W], guide [N, guide_channels, h, w] -> [N, C, h, w]."""
+        guide = self.guided(x, guide)
+        y = reassemble(x, self.logits(x, guide).to(x.dtype), kernel_size=self.kernel_size, up=2)
+        return y[..., : guide.shape[2], : guide.shape[3]]
+
+
+class FADE(_Guided):
+    """FADE (Lu et al., 2022): CARAFE kernels from both maps, and a gate that lets the guide through.
+
+    Compressed to 64 channels, guide and x go through the same 3x3 encoder, each at its own resolution; the sum, x's part repeated, is
+    the logits of 5x5 kernels. out = g * guide + (1 - g) * reassembled, with one gate g = sigmoid(conv1x1(x)) per source pixel.
+    64 (C + C_guide) + C + 14,490 parameters, 47,514 for 256. The lite version compresses to the 25 logits and encodes depthwise.
+    A guide of other channels than x is brought to them by a 1x1 convolution.
+    """
+
+    kernel_size = 5
+
+    def __init__(self, channels: int, guide_channels: int | None = None, lite: bool = False):
+        super().__init__(channels, guide_channels)
+        taps = self.kernel_size**2
+        width = taps if lite else 64
+        self.compress_guide = nn.Conv2d(self.guide_channels, width, 1)
+        self.compress = nn.Conv2d(channels, width, 1, bias=False)
+        self.encoder = nn.Conv2d(width, taps, 3, padding=1, groups=taps if lite else 1)
+        self.gate = nn.Conv2d(channels, 1, 1)
+        self.align = nn.Identity() if self.guide_channels == channels else nn.Conv2d(self.guide_channels, channels, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
+        """x [N, C, H, W], guide [N, guide_channels, h, w] -> [N, C, h, w]."""
+        guide = self.guided(x, guide)
+        h, w = guide.shape[2:]
+        fine = self.encoder(self.compress_guide(guide))  # [N, 25, h, w]
+        coarse = self.encoder(self.compress(x))  # [N, 25, H, W]
+        logits = _depth(fine) + coarse.repeat_interleave(4, dim=1)
+        y = reassemble(x, logits.to(x.dtype), kernel_size=self.kernel_size, up=2)[..., :h, :w]
+        gate = nearest(self.gate(x).sigmoid())[..., :h, :w]
+        return gate * self.align(guide) + (1 - gate) * y

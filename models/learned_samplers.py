@@ -1,0 +1,86 @@
+"""Samplers with learned but fixed kernels, and spatial attention: the paper's rivals that convolve (Tables III, IV and VI)."""
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from .samplers import bilinear, nearest
+
+
+class StridedConv(nn.Conv2d):
+    """3x3 convolution of stride 2, C to C channels: learned downsampling with the same kernel everywhere. 9 C^2 + C parameters.
+
+    As a sampler it stands before the network's own convolution. The strided convolution of the paper's Table III is the published
+    network, an empty slot, where that own convolution has the stride.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, kernel_size=3, stride=2, padding=1)
+
+
+class NearestConv(nn.Conv2d):
+    """Nearest-neighbour interpolation and a 3x3 convolution at the high resolution ("N.C."). 9 C^2 + C parameters, 590,080 for C = 256."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, 2H, 2W]."""
+        return super().forward(nearest(x))
+
+
+class BilinearConv(nn.Conv2d):
+    """Bilinear interpolation and a 3x3 convolution at the high resolution ("B.C."). 9 C^2 + C parameters, 590,080 for C = 256."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, 2H, 2W]."""
+        return super().forward(bilinear(x))
+
+
+class Deconv(nn.ConvTranspose2d):
+    """Deconvolution: transposed 3x3 convolution of stride 2 (Noh et al., 2015). 9 C^2 + C parameters, 590,080 for C = 256.
+
+    Four output phases see 1, 2, 2 and 4 taps, so it costs a quarter of the convolutions that follow an interpolation, and can leave a
+    checkerboard.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, kernel_size=3, stride=2, padding=1, output_padding=1)
+
+
+class PixelShuffle(nn.Conv2d):
+    """Pixel shuffle ("P.S.", Shi et al., 2016): a 3x3 convolution to 4 C channels, whose depth becomes space.
+
+    36 C^2 + 4 C parameters, 2,360,320 for C = 256. Initialised as mmcv's PixelShufflePack: Xavier uniform, zero bias.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, 4 * channels, kernel_size=3, padding=1)
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, 2H, 2W]."""
+        return F.pixel_shuffle(super().forward(x), 2)
+
+
+class SpatialAttention(nn.Module):
+    """Spatial attention ("S.A.", after SCA-CNN, Chen et al., 2017): one predicted factor per location rescales the upsampled features.
+
+    y = bilinear(x); out = y * sigmoid(conv3x3(y)), with one output channel. 9 C + 1 parameters. The paper gives no formula; this one
+    has the 2.3 K parameters and 28 K FLOPs per source pixel that it is compared with for C = 256.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.attention = nn.Conv2d(channels, 1, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, 2H, 2W]."""
+        y = bilinear(x)
+        return y * self.attention(y).sigmoid()

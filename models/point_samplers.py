@@ -1,0 +1,77 @@
+"""Upsampling as point sampling: where to read, rather than under which kernel to sum (DySample; GUM is in guided_samplers.py)."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sample(x: Tensor, offsets: Tensor) -> Tensor:
+    """Read `x` bilinearly at the positions of 2x bilinear interpolation plus `offsets`; positions outside read the border.
+
+    Args:
+        x: [N, C, H, W].
+        offsets: [N, 2, G, Ho, Wo], to the right and down, in pixels of x; G groups of channels have their own.
+
+    Returns:
+        [N, C, Ho, Wo].
+    """
+    n, _, groups, height, width = offsets.shape
+    # positions need more digits than half precision has
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    columns = (torch.arange(width, device=x.device, dtype=dtype) + 0.5) / 2 + offsets[:, 0].to(dtype)
+    rows = (torch.arange(height, device=x.device, dtype=dtype)[:, None] + 0.5) / 2 + offsets[:, 1].to(dtype)
+    grid = torch.stack([columns * 2 / x.shape[3] - 1, rows * 2 / x.shape[2] - 1], dim=-1)  # [N, G, Ho, Wo, 2]
+    y = F.grid_sample(
+        x.to(dtype).unflatten(1, (groups, -1)).flatten(0, 1),
+        grid.flatten(0, 1),
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
+    )
+    return y.unflatten(0, (n, groups)).flatten(1, 2).to(x.dtype)
+
+
+class DySample(nn.Module):
+    """DySample (Liu et al., 2023): bilinear sampling at predicted offsets, per group of channels.
+
+    A 1x1 convolution gives one offset for each output pixel and group: "lp" predicts the four of a source pixel from its C channels and
+    shuffles them apart, "pl" shuffles x to C / 4 channels at the high resolution first. Offsets are scaled by 0.25, within which
+    neighbours do not overlap, or with `dynamic_scope` ("DySample+") by 0.5 * sigmoid of a second 1x1 convolution. 8 groups (C + 1)
+    parameters for lp, 8,224 for C = 256 and 4 groups; 2 groups (C / 4 + 1) for pl; about twice that with dynamic scope.
+
+    Args:
+        channels: C, divisible by `groups`, for "pl" also by 4.
+        style: "lp" or "pl".
+        groups: groups of channels with offsets of their own; the authors take 4, and 8 for "pl" with dynamic scope.
+        dynamic_scope: predict the scale of the offsets too.
+
+    Raises:
+        ValueError: an unknown style, or channels that do not divide.
+    """
+
+    def __init__(self, channels: int, style: str = "lp", groups: int = 4, dynamic_scope: bool = False):
+        super().__init__()
+        if style not in ("lp", "pl"):
+            raise ValueError(f'style must be "lp" or "pl", got {style!r}')
+        if channels % groups:
+            raise ValueError(f"groups must divide channels, got groups={groups} for channels={channels}")
+        if style == "pl" and channels % 4:
+            raise ValueError(f'channels must be divisible by 4 for style "pl", got {channels}')
+        self.style, self.groups = style, groups
+        inputs, outputs = (channels, 8 * groups) if style == "lp" else (channels // 4, 2 * groups)
+        self.offset = nn.Conv2d(inputs, outputs, 1)
+        nn.init.normal_(self.offset.weight, std=0.001)
+        nn.init.zeros_(self.offset.bias)
+        self.scope = nn.Conv2d(inputs, outputs, 1, bias=False) if dynamic_scope else None
+        if dynamic_scope:
+            nn.init.zeros_(self.scope.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, 2H, 2W]."""
+        source = x if self.style == "lp" else F.pixel_shuffle(x, 2)
+        scope = 0.25 if self.scope is None else 0.5 * self.scope(source).sigmoid()
+        offsets = self.offset(source) * scope
+        if self.style == "lp":
+            offsets = F.pixel_shuffle(offsets, 2)
+        return sample(x, offsets.unflatten(1, (2, self.groups)))

@@ -1,0 +1,225 @@
+"""Every sampler of every configuration file, and every option: exact, at any size, in every mode that a user trains or ships in."""
+
+import pytest
+import torch
+from carafepp.models.guided_samplers import FADE, GUM, SAPA
+from carafepp.models.learned_samplers import BilinearConv, Deconv, NearestConv, PixelShuffle, SpatialAttention
+from carafepp.models.point_samplers import DySample
+from carafepp.models.pooling import DPP, LIP, BlurPool, SoftPool
+from carafepp.models.resnet import ResNet
+from carafepp.models.upernet import UperNet
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from sampler_cases import CASES, GROUPS
+
+CHANNELS = 8
+every_sampler = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.group}-{case.id}")
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def build(case, **options):
+    """A sampler whose parameters are all far from their initialisation, so that none is without effect."""
+    torch.manual_seed(0)
+    module = case.slot(CHANNELS, **options)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, mean=0.2, std=0.4)
+    return module
+
+
+def inputs(case, height=5, width=3, odd=(0, 0), channels=CHANNELS):
+    """x, and for a guided sampler the finer map, `odd` rows and columns short of twice the size."""
+    torch.manual_seed(1)
+    x = torch.randn(2, CHANNELS, height, width)
+    return (x, torch.randn(2, channels, 2 * height - odd[0], 2 * width - odd[1])) if case.guided else (x,)
+
+
+def test_every_configuration_file_is_among_the_cases():
+    files = {(path.parent.name, path.stem) for path in GROUPS.glob("*sampler/*.yaml")}
+    assert files - {("upsampler", "published"), ("downsampler", "published")} == {(case.group, case.name) for case in CASES}
+
+
+@pytest.mark.parametrize("group", ["upsampler", "downsampler"])
+def test_published_is_an_empty_slot(group):
+    assert instantiate(OmegaConf.load(GROUPS / group / "published.yaml")) is None
+
+
+@every_sampler
+@torch.no_grad()
+def test_definition(case):
+    module = build(case).double()
+    arguments = [tensor.double() for tensor in inputs(case, odd=(1, 0))]
+    torch.testing.assert_close(module(*arguments), case.definition(module, *arguments))
+
+
+@every_sampler
+@pytest.mark.parametrize("size", [(1, 2), (2, 1), (4, 7), (9, 6)], ids=str)
+@torch.no_grad()
+def test_output_size(case, size):
+    assert build(case)(*inputs(case, *size)).shape == (2, CHANNELS, *case.size(*size))
+
+
+@every_sampler
+def test_training_reaches_every_parameter(case):
+    module = build(case)
+    arguments = [tensor.requires_grad_() for tensor in inputs(case)]
+    y = module(*arguments)
+    (y * torch.randn_like(y)).sum().backward()
+    for name, tensor in [*module.named_parameters(), *((f"input {i}", tensor) for i, tensor in enumerate(arguments))]:
+        assert tensor.grad is not None, name
+        assert tensor.grad.isfinite().all(), name
+        assert tensor.grad.any(), name
+
+
+@every_sampler
+def test_bfloat16_autocast(case):
+    module = build(case)
+    arguments = inputs(case)
+    expected = module(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(*arguments)
+    assert y.dtype in (torch.bfloat16, torch.float32)
+    # bfloat16 has 8 bits, and sums here have up to 72 terms of order 1; offsets move by as much
+    assert (y.float() - expected).abs().mean() < 0.05 * (1 + expected.abs().mean())
+    y.float().sum().backward() if y.requires_grad else None
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+
+
+@every_sampler
+@torch.no_grad()
+def test_bfloat16_module_keeps_its_dtype(case):
+    module = build(case).bfloat16()
+    y = module(*(tensor.bfloat16() for tensor in inputs(case)))
+    assert y.dtype == torch.bfloat16
+    assert y.isfinite().all()
+
+
+@every_sampler
+@torch.no_grad()
+def test_channels_last(case):
+    module = build(case).double()
+    arguments = [tensor.double() for tensor in inputs(case)]
+    expected = module(*arguments)
+    module = module.to(memory_format=torch.channels_last)
+    y = module(*(tensor.contiguous(memory_format=torch.channels_last) for tensor in arguments))
+    torch.testing.assert_close(y, expected)
+
+
+@every_sampler
+def test_compiles_in_one_graph(case):
+    torch.compiler.reset()
+    module = build(case)
+    arguments = inputs(case, odd=(0, 1))
+    expected = module(*arguments)
+    y = torch.compile(module, fullgraph=True, backend="aot_eager")(*arguments)
+    torch.testing.assert_close(y, expected)
+    if y.requires_grad:
+        y.sum().backward()
+        assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+@every_sampler
+@torch.no_grad()
+def test_exports(case):
+    module = build(case).eval()
+    arguments = inputs(case)
+    exported = torch.export.export(module, arguments)
+    torch.testing.assert_close(exported.module()(*arguments), module(*arguments))
+
+
+guided_samplers = pytest.mark.parametrize("case", [case for case in CASES if case.guided], ids=lambda case: case.id)
+
+
+@guided_samplers
+@torch.no_grad()
+def test_guide_of_other_channels(case):
+    module = build(case, guide_channels=12).double()
+    arguments = [tensor.double() for tensor in inputs(case, odd=(1, 1), channels=12)]
+    torch.testing.assert_close(module(*arguments), case.definition(module, *arguments))
+
+
+@guided_samplers
+@torch.no_grad()
+def test_guide_is_the_upsampled_input_where_there_is_none(case):
+    module = build(case)
+    x, _ = inputs(case)
+    upsampled = torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(module(x), module(x, upsampled))
+
+
+@guided_samplers
+@pytest.mark.parametrize("shape", [(2, CHANNELS, 8, 6), (2, CHANNELS, 10, 7), (2, CHANNELS + 1, 10, 6)], ids=str)
+def test_guide_that_does_not_fit_is_named(case, shape):
+    with pytest.raises(ValueError, match=r"guide must have 8 channels.*got \(2"):
+        case.slot(CHANNELS)(torch.randn(2, CHANNELS, 5, 3), torch.randn(shape))
+
+
+@guided_samplers
+def test_upernet_passes_the_guides(case):
+    slot = case.slot
+    net = UperNet(ResNet((1, 1, 1, 1), width=8), 3, ppm=slot, fpn=slot, fuse=slot, fpn_dim=8, ppm_dim=8)
+    seen = []
+    for sampler in (*net.ppm_up, *net.fpn_up, *net.fuse_up):
+        sampler.register_forward_hook(lambda _, arguments, y: seen.append((arguments[1].shape, y.shape)))
+    net(torch.randn(2, 3, 71, 97)).sum().backward()
+    assert len(seen) == 10
+    assert all(guide[2:] == y[2:] for guide, y in seen)
+    assert [guide[1] for guide, _ in seen] == [256] * 4 + [8] * 6
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("sampler", "parameters"),
+    [
+        (NearestConv(256), 590_080),
+        (BilinearConv(256), 590_080),
+        (Deconv(256), 590_080),
+        (PixelShuffle(256), 2_360_320),
+        (SpatialAttention(256), 2_305),
+        (GUM(256), 131_842),
+        (DySample(256), 8_224),
+        (FADE(256), 47_514),
+        (BlurPool(256), 0),
+        (DPP(256), 512),
+        (DPP(256, guide="full"), 11 * 256),
+        (LIP(256), 9 * 256**2 + 512),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else str(value),
+)
+def test_parameters_are_the_published_ones(sampler, parameters):
+    assert count(sampler) == parameters
+
+
+def test_initial_states():
+    """What each starts as, before it learns anything."""
+    x = torch.randn(1, 8, 6, 6)
+    torch.testing.assert_close(LIP(8)(x), torch.nn.AvgPool2d(3, 2, 1, count_include_pad=False)(x))
+    upsampled = torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(DySample(8)(x), upsampled, atol=0.02, rtol=0)
+    torch.testing.assert_close(GUM(8)(x, torch.randn(1, 8, 12, 12)), upsampled, atol=0.05, rtol=0)
+    assert SAPA(8).query.bias.abs().max() == 0
+
+
+def test_soft_pool_and_lip_do_not_overflow():
+    huge = torch.full((1, 2, 4, 4), 1e4)
+    torch.testing.assert_close(SoftPool(2)(huge), torch.full((1, 2, 2, 2), 1e4))
+    lip = LIP(2).half()
+    torch.nn.init.constant_(lip.logits[1].bias, 20.0)
+    assert lip(torch.ones(1, 2, 4, 4, dtype=torch.float16)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: DPP(8, guide="medium"), 'guide must be "lite" or "full", got \'medium\''),
+        (lambda: DySample(8, style="xx"), 'style must be "lp" or "pl", got \'xx\''),
+        (lambda: DySample(6), "groups=4 for channels=6"),
+        (lambda: DySample(6, style="pl", groups=2), "divisible by 4"),
+    ],
+    ids=["dpp", "dysample-style", "dysample-groups", "dysample-pl"],
+)
+def test_wrong_options_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
