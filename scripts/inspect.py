@@ -1,0 +1,90 @@
+"""carafepp-inspect: compile every kernel for GPUs that need not be there, and print what the assembler made of it."""
+
+import importlib.util
+import itertools
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from ..kernels.geometry import Spec, check_spec
+from .app import app
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def chosen(name: str, values: list, choices: dict) -> list:
+    """Look the values of an option up.
+
+    Raises:
+        ValueError: one of them is no choice.
+    """
+    for value in values:
+        if value not in choices:
+            raise ValueError(f"{name} must be among {', '.join(choices)}, got {value!r}")
+    return [choices[value] for value in values]
+
+
+def variants(cfg: dict, capability: int) -> Iterator[tuple[dict, object]]:
+    """Yield every kernel of the sites once, with what it is for."""
+    from ..kernels.compiled import training_step
+
+    seen = set()
+    dtypes = chosen("dtypes", cfg["dtypes"], DTYPES)
+    formats = chosen("memory_formats", cfg["memory_formats"], MEMORY_FORMATS)
+    for (site, options), dtype, memory_format, normalizer in itertools.product(cfg["sites"].items(), dtypes, formats, cfg["normalizers"]):
+        size = [options[name] for name in ("n", "channels", "height", "width")]
+        spec = Spec(**{name: value for name, value in options.items() if name in Spec._fields}, normalizer=normalizer)
+        check_spec(spec)
+        for launch in training_step(*size, spec, dtype, memory_format):
+            key = (launch.source().hash(), launch.num_warps, launch.num_stages)
+            if key not in seen:
+                seen.add(key)
+                name = next(n for n, f in MEMORY_FORMATS.items() if f == memory_format)
+                labels = {"site": site, "dtype": str(dtype).removeprefix("torch."), "memory_format": name, "normalizer": normalizer}
+                yield labels | {"kernel": launch.kernel.__name__, "architecture": f"sm_{capability}"}, launch
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as aligned text."""
+    heads = [name.replace("_", " ") for name in rows[0]]
+    lines = [heads] + [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _cell(value) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{count} {name}" for name, count in value.items()) or "-"
+    return f"{value:.0%}" if isinstance(value, float) else str(value)
+
+
+@app("inspect")
+def main(cfg: DictConfig) -> None:
+    """Compile, print, and exit with 1 if a kernel spills."""
+    if importlib.util.find_spec("triton") is None:
+        raise SystemExit("carafepp-inspect needs the triton package, which is not installed (pip install triton; Linux only)")
+    from ..kernels.compiled import MULTIPROCESSORS, compile_launch, read
+
+    options = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    capabilities = chosen("architectures", options["architectures"], {f"sm_{number}": number for number in MULTIPROCESSORS})
+    work = [(capability, *variant) for capability in capabilities for variant in variants(options, capability)]
+    with ThreadPoolExecutor() as pool:
+        # the disassembler of one kernel runs while the next is compiled
+        pending = [pool.submit(read, compile_launch(launch, capability)) for capability, _, launch in tqdm(work, unit="kernel")]
+        rows = [labels | assembly.result()._asdict() for (_, labels, _), assembly in zip(work, pending, strict=True)]
+    print(table(rows))
+    if options["json"]:
+        Path(options["json"]).write_text(json.dumps(rows, indent=1) + "\n")
+    spilled = [row for row in rows if row["spills"]]
+    if spilled:
+        raise SystemExit(f"{len(spilled)} of {len(rows)} kernels spill registers:\n{table(spilled)}")
+
+
+if __name__ == "__main__":
+    main()
