@@ -113,9 +113,7 @@ class Data(L.LightningDataModule):
         # a generator of its own: torch's global one, which the checkpoint restores, is not drawn from by an iterator
         generator = torch.Generator().manual_seed(self.seed)
         pin_memory = torch.cuda.is_available()
-        return DataLoader(
-            data, num_workers=self.workers, collate_fn=self.collate, generator=generator, pin_memory=pin_memory, **options
-        )
+        return DataLoader(data, num_workers=self.workers, collate_fn=self.collate, generator=generator, pin_memory=pin_memory, **options)
 
     def train_dataloader(self) -> DataLoader:
         """One pass of this loader is the whole training."""

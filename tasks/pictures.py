@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.utils import draw_segmentation_masks, make_grid, save_image
 
@@ -28,11 +29,15 @@ def overlay(image: Tensor, labels: Tensor, *, unpainted: Collection[int], alpha:
     return draw_segmentation_masks(pixels, masks, alpha=alpha, colors=[colors[label] for label in shown]).float() / 255
 
 
-class Pictures(L.Callback):
-    """After training, write pictures.png: a row of the module's `picture` for each of the first `count` validation samples.
+def grid(rows: list[list[Tensor]]) -> Tensor:
+    """Rows of pictures [3, H, W] of any sizes -> one picture, white between them."""
+    height, width = (max(picture.shape[axis] for row in rows for picture in row) for axis in (1, 2))
+    tiles = [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1]), value=1) for row in rows for p in row]
+    return make_grid(tiles, nrow=len(rows[0]), padding=4, pad_value=1)
 
-    The pictures also stand one by one in pictures/, for comparisons between runs.
-    """
+
+class Pictures(L.Callback):
+    """After training, write the module's `pictures` of the first `count` validation samples: pictures.png, and one by one in pictures/."""
 
     def __init__(self, folder: str | Path, count: int = 6) -> None:
         self.folder, self.count = Path(folder), count
@@ -43,10 +48,9 @@ class Pictures(L.Callback):
             return
         pl_module.eval()
         data = trainer.datamodule.val
-        rows = [pl_module.picture(data[index]) for index in range(min(self.count, len(data)))]
+        rows = [pl_module.pictures(data[index]) for index in range(min(self.count, len(data)))]
         (self.folder / "pictures").mkdir(exist_ok=True)
         for index, row in enumerate(rows):
-            save_image(row[-1], self.folder / "pictures" / f"{index}.png")
-        height, width = (max(p.shape[axis] for row in rows for p in row) for axis in (1, 2))
-        tiles = [torch.nn.functional.pad(p, (0, width - p.shape[2], 0, height - p.shape[1]), value=1) for row in rows for p in row]
-        save_image(make_grid(tiles, nrow=len(rows[0]), padding=4, pad_value=1), self.folder / "pictures.png")
+            for name, picture in row.items():
+                save_image(picture, self.folder / "pictures" / f"{index}_{name}.png")
+        save_image(grid([list(row.values()) for row in rows]), self.folder / "pictures.png")

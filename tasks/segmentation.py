@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import lightning as L
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -95,11 +94,10 @@ class Segmentation(L.LightningModule):
         schedule = self.schedule(optimizer, total_iters=int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def picture(self, sample: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """Image, truth over it and prediction over it, each [3, H, W] in [0, 1], of one validation sample."""
+    def pictures(self, sample: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Pictures [3, H, W] in [0, 1] of one validation sample: "image", "truth" and "prediction" over it."""
         image, labels = sample
-        prediction = self.predict(image[None].to(self.device))[0].cpu()
-        return [image, self._overlay(image, labels), self._overlay(image, prediction)]
+        return {"image": image, "truth": self._overlay(image, labels), "prediction": self.draw(image)}
 
     def draw(self, image: Tensor) -> Tensor:
         """Prediction over an image [3, H, W] in [0, 1] -> [3, H, W]."""
