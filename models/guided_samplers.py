@@ -1,7 +1,7 @@
 """Upsamplers that look at the finer map: IndexNet, A2U, SAPA and FADE predict kernels from it, GUM predicts where to sample.
 
 Where the kernels of one location serve all channels (A2U, SAPA, FADE) the sum is CARAFE's own: `carafepp.kernels.reassemble` normalises
-their logits and sums the windows.
+their logits and sums the windows, and SAPA's similarities are a derivative of it.
 """
 
 import math
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import reassemble
+from ..kernels.reassembly import default_backend
 from .point_samplers import sample
 from .samplers import bilinear, nearest
 
@@ -47,6 +48,24 @@ def _to_even(x: Tensor) -> Tensor:
 def _depth(x: Tensor) -> Tensor:
     """[N, M, h, w] at the fine size -> [N, M * 4, ceil(h / 2), ceil(w / 2)], the layout of `reassemble`'s logits."""
     return F.pixel_unshuffle(_to_even(x), 2)
+
+
+def _window_products(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
+    """Inner products of every fine query with the keys of its window, 0 outside the map.
+
+    queries [N, E, 2H, 2W], keys [N, E, H, W] -> [N, K * K * 4, H, W], the layout of `reassemble`'s logits. Reassembling keys under
+    weights is linear in the weights, and these products are its derivative by them, so that its backward computes them directly: 60
+    times faster on a CPU than unfolding the keys.
+    """
+    n, _, h, w = keys.shape
+    if default_backend(keys.device.type) == "reference":
+        windows = F.unfold(keys, kernel_size, padding=kernel_size // 2).unflatten(1, (-1, kernel_size**2)).unflatten(3, (h, w))
+        return torch.einsum("nephw,nemhw->nmphw", _depth(queries).unflatten(1, (-1, 4)), windows).flatten(1, 2)
+    weights = keys.new_zeros(1).expand(n, kernel_size**2, 2, 2, h, w)
+    lse = keys.new_empty(0)
+    backward = torch.ops.carafepp.reassemble_backward
+    _, products = backward(queries, keys, weights, lse, kernel_size, 2, 1, 1, "none", None, need_dx=False, need_dlogits=True)
+    return products.flatten(1, 3)
 
 
 class GUM(_Guided):
@@ -150,14 +169,12 @@ class SAPA(_Guided):
         """Inner products of fine and coarse embeddings, [N, 25 * 4, H, W] in the layout of `reassemble`'s logits."""
         coarse = self.norm(x.movedim(1, -1))
         keys = self.key(coarse).movedim(-1, 1)  # [N, E, H, W]
-        queries = _depth(self.query(self.norm_guide(guide.movedim(1, -1))).movedim(-1, 1))  # [N, E * 4, H, W]
-        queries = queries.unflatten(1, (-1, 4))  # [N, E, 4, H, W]
+        queries = _to_even(self.query(self.norm_guide(guide.movedim(1, -1))).movedim(-1, 1))  # [N, E, 2H, 2W]
         if self.gate is not None:
-            gate = self.gate(coarse).sigmoid().movedim(-1, 1)[:, :, None]  # [N, 1, 1, H, W]
-            queries = gate * queries + (1 - gate) * self.query_coarse(x.movedim(1, -1)).movedim(-1, 1)[:, :, None]
-        windows = F.unfold(keys, self.kernel_size, padding=self.kernel_size // 2)
-        windows = windows.unflatten(1, (-1, self.kernel_size**2)).unflatten(3, x.shape[2:])  # [N, E, 25, H, W]
-        return torch.einsum("nephw,nemhw->nmphw", queries, windows).flatten(1, 2)
+            gate = self.gate(coarse).movedim(-1, 1).sigmoid()  # [N, 1, H, W]
+            mixed = (1 - gate) * self.query_coarse(x.movedim(1, -1)).movedim(-1, 1)
+            queries = nearest(gate) * queries + nearest(mixed)
+        return _window_products(queries.to(keys.dtype), keys, self.kernel_size)
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """x [N, C, H, W], guide [N, guide_channels, h, w] -> [N, C, h, w]."""

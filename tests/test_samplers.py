@@ -202,6 +202,15 @@ def test_initial_states():
     assert SAPA(8).query.bias.abs().max() == 0
 
 
+@torch.no_grad()
+def test_sapa_is_the_same_on_a_device_without_kernels(monkeypatch):
+    torch.manual_seed(0)
+    sapa, x, guide = SAPA(8).double(), torch.randn(2, 8, 5, 4).double(), torch.randn(2, 8, 9, 8).double()
+    expected = sapa(x, guide)
+    monkeypatch.setattr("carafepp.models.guided_samplers.default_backend", lambda device_type: "reference")
+    torch.testing.assert_close(sapa(x, guide), expected)
+
+
 def test_soft_pool_and_lip_do_not_overflow():
     huge = torch.full((1, 2, 4, 4), 1e4)
     torch.testing.assert_close(SoftPool(2)(huge), torch.full((1, 2, 2, 2), 1e4))
