@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..tasks.images import is_image, read_image
 from .app import app, load_task
 
+
 def find_images(path: Path) -> list[Path]:
     """List the image files of a folder, or the one file.
 
