@@ -137,6 +137,8 @@ SEMANTICS = {
     "bfe.u32 %r13, %r10, 5, 9": lambda a, b, c: a >> 5 & 511,
     "bfe.s32 %r13, %r10, 5, 9": lambda a, b, c: i32(a << 18) >> 23,
     "bfi.b32 %r13, %r11, %r10, 4, 8": lambda a, b, c: a & ~np.uint32(0xFF0) | (b & 255) << 4,
+    "mov.b64 %rd7, {%r10, %r11}; bfe.u64 %rd7, %rd7, 30, 12; cvt.u32.u64 %r13, %rd7": lambda a, b, c: a >> 30 | (b & 1023) << 2,
+    "bfe.s32 %r13, %r10, 25, 32": lambda a, b, c: i32(a) >> 25,
     "popc.b32 %r13, %r10": lambda a, b, c: np.bitwise_count(a),
     "clz.b32 %r13, %r10": lambda a, b, c: 32 - np.ceil(np.log2(a.astype(np.float64) + 1)),
     "brev.b32 %r13, %r10": lambda a, b, c: np.array([int(f"{v:032b}"[::-1], 2) for v in a]),

@@ -2,7 +2,7 @@
 
 Outputs, faults, sectors and compulsory bytes are exact for the PTX; the assembler's own instruction count differs from PTX's by -6 to
 +24 %. Code for sm_80 runs (mma.sync, ldmatrix, cp.async, atomics, shuffles, bf16), Hopper's wgmma and bulk copies do not.
-Read parser, memory, machine, then the instructions (data, arithmetic, collectives), then bounds and execute.
+Read parser, memory, machine, then the instructions (data, arithmetic, bitwise, collectives), then bounds and execute.
 """
 
 from .bounds import A100, GPU, dram_microseconds

@@ -6,6 +6,8 @@ The bounds are a roofline, without latency and without launch overhead: differen
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
+
 from .caches import SECTOR
 from .machine import Machine
 
@@ -46,7 +48,7 @@ def report(machine: Machine, gpu: GPU, blocks_run: int, blocks_total: int) -> di
         "warp_insts": sum(categories.values()),
         "warp_insts_by_class": dict(categories.most_common()),
         **{name: counts[name] for name in sorted(counts)},
-        "dram_bytes_compulsory": SECTOR * int(traffic.was_read.sum() + traffic.was_written.sum()),
+        "dram_bytes_compulsory": SECTOR * int(np.count_nonzero(traffic.was_read) + np.count_nonzero(traffic.was_written)),
         "dram_read_bytes": SECTOR * traffic.l2.misses,
         "dram_write_bytes": SECTOR * traffic.l2.written(),
         "l1_hit_rate": hits / reads if reads else None,

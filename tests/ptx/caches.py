@@ -80,7 +80,7 @@ class RoomyCache:
             self.valid[touched, sector] = self.dirty[touched, sector] = True
 
     def written(self) -> int:
-        return int(self.dirty.sum())
+        return int(np.count_nonzero(self.dirty))
 
 
 def second_level(size: int, arena: int) -> LRUCache | RoomyCache:

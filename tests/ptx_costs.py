@@ -1,0 +1,59 @@
+"""Print what the compiled kernels cost on an A100, as counted by the emulator: python tests/ptx_costs.py [WORD ...]
+
+Every case is one training step of the operator; the words choose the cases whose name contains them all. A case takes seconds to a
+minute. The columns are explained in docs/performance.md.
+"""
+
+import sys
+import time
+
+import torch
+from carafepp.kernels.geometry import Spec
+from ptx_step import training_step
+
+FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+UP, DOWN = (256, 25, 42), (256, 50, 84)
+# name -> (channels, height, width), options, dtypes
+SITES = {
+    "up 2, k 5": (UP, Spec(5, up=2), ("float16", "bfloat16", "float32")),
+    "down 2, k 5": (DOWN, Spec(5, down=2), ("float16", "float32")),
+    "up 2, k 3": (UP, Spec(3, up=2), ("float16",)),
+    "up 2, k 7": (UP, Spec(7, up=2), ("float16",)),
+    "up 2, k 5, C 64": ((64, 25, 42), Spec(5, up=2), ("float16",)),
+    "up 2, k 5, groups 4": (UP, Spec(5, up=2, groups=4), ("float16",)),
+    "up 2, k 5, 25 x 41": ((256, 25, 41), Spec(5, up=2), ("float16", "float32")),
+    "down 2, k 3": (DOWN, Spec(3, down=2), ("float16",)),
+    "down 2, k 5, groups 4": (DOWN, Spec(5, down=2, groups=4), ("float16",)),
+    "down 2, k 5, 49 x 83": ((256, 49, 83), Spec(5, down=2), ("float16",)),
+}
+HEAD = ["case", "pass", "kernels", "warp instructions", "DRAM / least bytes", "largest bound / DRAM bound", "limited by", "largest error"]
+
+
+def cases():
+    """Yield (name, arguments of training_step)."""
+    for site, (size, spec, dtypes) in SITES.items():
+        for dtype in dtypes:
+            for name, memory_format in FORMATS.items():
+                yield f"{site}, {dtype} {name}", (1, *size, spec, getattr(torch, dtype), memory_format)
+
+
+def row(case: str, name: str, cost, errors: list[float]) -> str:
+    instructions = f"{cost.warp_insts / 1e6:.2f} M"
+    cells = [case, name, str(len(cost.stats)), instructions, f"{cost.dram_ratio:.2f}", f"{cost.bound_ratio:.2f}", cost.limiters]
+    return "| " + " | ".join([*cells, f"{max(errors):.1e}"]) + " |"
+
+
+def main(words: list[str]) -> None:
+    torch.set_num_threads(1)
+    print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|")
+    for name, arguments in cases():
+        if all(word in name for word in words):
+            start = time.time()
+            step = training_step(*arguments)
+            print(row(name, "forward", step.forward, [step.errors["y"]]))
+            print(row(name, "backward", step.backward, [step.errors["dx"], step.errors["dlogits"]]), flush=True)
+            print(f"{name}: {time.time() - start:.0f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,87 @@
+"""One training step of the operator on the emulator: every launch compiled for sm_80 and run, results against float64, and what it cost."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from carafepp.kernels import triton_backend
+from carafepp.kernels.geometry import Spec
+from carafepp.kernels.launch import Launch
+from carafepp.kernels.reassembly import LSE_NORMALIZERS
+from carafepp.kernels.reference import reassemble_reference
+from ptx import dram_microseconds
+from ptx.jit import execute
+
+
+class Pass(NamedTuple):
+    """Forward or backward: one entry of `stats` per kernel launched."""
+
+    stats: dict[str, dict]
+    least: int  # bytes that must move: every input read once, every output written once
+
+    @property
+    def warp_insts(self) -> int:
+        return sum(s["warp_insts"] for s in self.stats.values())
+
+    @property
+    def dram_ratio(self) -> float:
+        """Bytes moved from and to memory over the least."""
+        return sum(s["dram_bytes"] for s in self.stats.values()) / self.least
+
+    @property
+    def bound_ratio(self) -> float:
+        """Least time of every kernel on its own bottleneck, over the time that the least bytes take."""
+        return sum(max(s["bound"].values()) for s in self.stats.values()) / dram_microseconds(self.least)
+
+    @property
+    def limiters(self) -> str:
+        return ", ".join(s["limiter"] for s in self.stats.values())
+
+
+class Step(NamedTuple):
+    errors: dict[str, float]  # of y, lse, dx, dlogits: largest error over the largest expected value, NaN where something is not written
+    forward: Pass
+    backward: Pass
+
+
+def emulate(launch: Launch, blocks=None) -> dict:
+    """Run a launch on its CPU tensors, in place."""
+    return execute(launch.source(), launch.options, launch.grid, list(launch.parameters().values()), blocks=blocks)
+
+
+def training_step(n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=torch.contiguous_format, *, backward=True) -> Step:
+    """Emulate forward and backward on random features [n, c, h, w] and logits, with outputs full of NaN."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size):
+        return torch.randn(size, generator=generator).to(dtype).contiguous(memory_format=memory_format)
+
+    x, logits = random(n, c, h, w), random(n, spec.groups * spec.taps * spec.up**2, spec.cells(h), spec.cells(w))
+    dy = random(n, c, spec.output_size(h), spec.output_size(w))
+    y, dx, dlogits = (torch.full_like(t, math.nan) for t in (dy, x, logits))
+    cells, dcells = (t.unflatten(1, (spec.groups * spec.taps, spec.up, spec.up)) for t in (logits, dlogits))
+    kept = (n, spec.groups, *cells.shape[2:]) if spec.normalizer in LSE_NORMALIZERS else (0,)
+    lse = torch.full(kept, math.nan)
+
+    forward = _run(triton_backend.forward_launches(x, cells, y, lse, spec), (x, logits, y))
+    x64, logits64 = x.double().requires_grad_(), logits.double().requires_grad_()
+    expected = reassemble_reference(x64, logits64, **spec._asdict())
+    errors = {"y": error(y, expected.detach())}
+    if not backward:
+        return Step(errors, forward, Pass({}, 1))
+    expected.backward(dy.double())
+    steps = _run(triton_backend.backward_launches(dy, x, cells, lse, dx, dcells, spec), (dy, x, logits, dx, dlogits))
+    errors |= {"dx": error(dx, x64.grad), "dlogits": error(dlogits, logits64.grad)}
+    return Step(errors, forward, steps)
+
+
+def _run(launches: list[Launch], tensors) -> Pass:
+    stats = {}
+    for launch in launches:
+        stats[f"{launch.kernel.__name__} {len(stats)}"] = emulate(launch)
+    return Pass(stats, sum(t.numel() * t.element_size() for t in tensors))
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest error over the largest expected value."""
+    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
