@@ -39,7 +39,7 @@ class Pass(NamedTuple):
 
 
 class Step(NamedTuple):
-    errors: dict[str, float]  # of y, lse, dx, dlogits: largest error over the largest expected value, NaN where something is not written
+    errors: dict[str, float]  # of y, dx, dlogits: largest error over the largest expected value, NaN where something is not written
     forward: Pass
     backward: Pass
 
@@ -49,30 +49,33 @@ def emulate(launch: Launch, blocks=None) -> dict:
     return execute(launch.source(), launch.options, launch.grid, list(launch.parameters().values()), blocks=blocks)
 
 
-def training_step(n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=torch.contiguous_format, *, backward=True) -> Step:
-    """Emulate forward and backward on random features [n, c, h, w] and logits, with outputs full of NaN."""
+def training_step(n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=torch.contiguous_format, *, place=None) -> Step:
+    """Emulate forward and backward on random features [n, c, h, w] and logits, with outputs full of NaN.
+
+    Args:
+        place: takes the name ("x", "logits", "y", "dy", "dx", "dlogits") and the size of a tensor and returns where to keep it, or None.
+    """
     generator = torch.Generator().manual_seed(0)
+    source = (n, c, h, w)
+    target = (n, c, spec.output_size(h), spec.output_size(w))
+    weights = (n, spec.groups * spec.taps * spec.up**2, spec.cells(h), spec.cells(w))
 
-    def random(*size):
-        return torch.randn(size, generator=generator).to(dtype).contiguous(memory_format=memory_format)
+    def tensor(name, size):
+        kept = place(name, size) if place else None
+        return torch.empty(size, dtype=dtype, memory_format=memory_format) if kept is None else kept
 
-    x, logits = random(n, c, h, w), random(n, spec.groups * spec.taps * spec.up**2, spec.cells(h), spec.cells(w))
-    dy = random(n, c, spec.output_size(h), spec.output_size(w))
-    y, dx, dlogits = (torch.full_like(t, math.nan) for t in (dy, x, logits))
+    x, logits, dy = (tensor(*t).copy_(torch.randn(t[1], generator=generator)) for t in (("x", source), ("logits", weights), ("dy", target)))
+    y, dx, dlogits = (tensor(*t).fill_(math.nan) for t in (("y", target), ("dx", source), ("dlogits", weights)))
     cells, dcells = (t.unflatten(1, (spec.groups * spec.taps, spec.up, spec.up)) for t in (logits, dlogits))
-    kept = (n, spec.groups, *cells.shape[2:]) if spec.normalizer in LSE_NORMALIZERS else (0,)
-    lse = torch.full(kept, math.nan)
+    lse = torch.full((n, spec.groups, *cells.shape[2:]) if spec.normalizer in LSE_NORMALIZERS else (0,), math.nan)
 
     forward = _run(triton_backend.forward_launches(x, cells, y, lse, spec), (x, logits, y))
+    backward = _run(triton_backend.backward_launches(dy, x, cells, lse, dx, dcells, spec), (dy, x, logits, dx, dlogits))
     x64, logits64 = x.double().requires_grad_(), logits.double().requires_grad_()
     expected = reassemble_reference(x64, logits64, **spec._asdict())
-    errors = {"y": error(y, expected.detach())}
-    if not backward:
-        return Step(errors, forward, Pass({}, 1))
     expected.backward(dy.double())
-    steps = _run(triton_backend.backward_launches(dy, x, cells, lse, dx, dcells, spec), (dy, x, logits, dx, dlogits))
-    errors |= {"dx": error(dx, x64.grad), "dlogits": error(dlogits, logits64.grad)}
-    return Step(errors, forward, steps)
+    errors = {"y": error(y, expected.detach()), "dx": error(dx, x64.grad), "dlogits": error(dlogits, logits64.grad)}
+    return Step(errors, forward, backward)
 
 
 def _run(launches: list[Launch], tensors) -> Pass:

@@ -1,6 +1,6 @@
 """The compiled kernels of the operator, executed without a GPU: right results, within a budget of instructions and bytes, at any offset."""
 
-
+import numpy as np
 import pytest
 import torch
 from carafepp.kernels.geometry import NORMALIZERS, Spec
@@ -38,4 +38,19 @@ def test_results_match_float64(size, spec, dtype, memory_format):
 @pytest.mark.parametrize("normalizer", set(NORMALIZERS) - {"softmax"})
 def test_every_normalizer(normalizer):
     errors = training_step(1, 16, 4, 9, Spec(3, up=2, normalizer=normalizer)).errors
+    assert all(value < TOLERANCES[HALF] for value in errors.values()), errors
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("name", ["x", "logits", "y", "dy", "dx", "dlogits"])
+def test_offsets_beyond_32_bits(name, axis):
+    def place(tensor, size):
+        if tensor == name:
+            strides = list(torch.empty(size).stride())
+            # every stride fits into 32 bits, the offset of the last index does not; what is not used takes no memory
+            strides[axis] = (2**31 // (size[axis] - 1) // 16 + 1) * 16
+            extent = 1 + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True))
+            return torch.from_numpy(np.zeros(extent, np.float16)).as_strided(size, strides)
+
+    errors = training_step(3, 4, 3, 5, Spec(3, up=2), place=place).errors
     assert all(value < TOLERANCES[HALF] for value in errors.values()), errors
