@@ -25,7 +25,7 @@ def write_scenes(
     val: int,
     size: int | tuple[int, int],
     seed: int = 0,
-    objects: tuple[int, int] = (1, 4),
+    objects: tuple[int, int] = (1, 3),
 ) -> None:
     """Write `train` and `val` scenes to the folder `out` in a layout of LAYOUTS; item i of a split is `Scenes(...)[i]`.
 

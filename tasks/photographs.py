@@ -3,6 +3,14 @@
 Only files that lie inside the two wheels are used, so nothing is ever downloaded. Left out on purpose: `page` and `text` show writing,
 that is digits without a label; `motorcycle_right` is `motorcycle_left` from a few centimetres aside, which would defeat a split by
 photograph.
+
+The split is by photograph, not by regions of all photographs, because few photographs are enough: a small U-Net (0.4 M parameters)
+trained on 16,000 scenes of 64 pixels reached these mIoUs (600 scenes each), so that unknown photographs cost nothing and unknown scans
+a little:
+
+    digits of      training photographs    validation photographs
+    training              0.403                   0.404
+    validation            0.380                   0.383
 """
 
 import functools

@@ -24,12 +24,12 @@ from .photographs import SPLITS, check_split, digit_scans, photographs
 CLASSES = ("background", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
 
 # Mean and standard deviation per channel of the training scenes.
-MEAN = (0.46, 0.40, 0.38)
-STD = (0.27, 0.24, 0.25)
+MEAN = (0.46, 0.41, 0.39)
+STD = (0.28, 0.25, 0.26)
 
 # Height of the dominant digit and of the others, as a fraction of the image's shorter side.
-DOMINANT_HEIGHT = (0.5, 0.75)
-HEIGHT = (0.25, 0.45)
+DOMINANT_HEIGHT = (0.55, 0.8)
+HEIGHT = (0.3, 0.5)
 
 # No digit is hidden further than to this fraction of its pixels.
 LEAST_VISIBLE = 0.7
@@ -120,7 +120,7 @@ def _ink(rng: np.random.Generator, scan: Image.Image, height: float, size: tuple
     cos, sin = math.cos(angle), math.sin(angle)
     # the digit fills eight tenths of the scan's rows; source = step * (slant and stretch) * (rotation) * output
     step = 0.8 * scan.height / height
-    side = math.ceil(1.7 * height)
+    side = math.ceil(1.5 * height)
     a, b = step * (cos / stretch + slant * sin), step * (sin / stretch - slant * cos)
     d, e = -step * sin, step * cos
     c, f = (scan.width - (a + b) * side) / 2, (scan.height - (d + e) * side) / 2
@@ -222,7 +222,7 @@ class Scenes(Dataset):
         length: int,
         size: int | tuple[int, int] = 96,
         seed: int = 0,
-        objects: tuple[int, int] = (1, 4),
+        objects: tuple[int, int] = (1, 3),
         view: str = "segmentation",
     ):
         check_split(split)
