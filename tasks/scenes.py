@@ -125,7 +125,7 @@ def _ink(rng: np.random.Generator, scan: Image.Image, height: float, size: tuple
     d, e = -step * sin, step * cos
     c, f = (scan.width - (a + b) * side) / 2, (scan.height - (d + e) * side) / 2
     ink = np.asarray(scan.transform((side, side), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR))
-    rows, columns = ((np.flatnonzero(ink.max(axis) > 20)) for axis in (1, 0))
+    rows, columns = (np.flatnonzero(ink.max(axis) > 20) for axis in (1, 0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     return ink[: size[0], : size[1]]
 
@@ -163,6 +163,8 @@ def _paint(rng: np.random.Generator, patch: np.ndarray, ink: np.ndarray, height:
     glow = np.minimum(strength, INK) * np.float32(0.5 * halo / INK)
     patch += glow * ((0.0 if lighter else 1.0) - patch)
     patch += coverage * (colour.astype(np.float32)[:, None, None] - patch)
+    # rounding can lead beyond
+    np.minimum(patch, 1, out=patch)
 
 
 def classification(scene: Scene) -> tuple[Tensor, int]:
