@@ -1,0 +1,168 @@
+"""Runs from the command line: they repeat bit by bit, survive a kill, never share a folder, and their checkpoints serve afterwards."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+SMALL = [
+    *("data.train.length=64", "data.train.size=48", "data.val.length=8", "data.val.size=48"),
+    *("data.batch_size=4", "data.val_batch_size=8", "data.epochs=2", "model.fpn_dim=16", "model.ppm_dim=8"),
+    *("log_every_n_steps=1", "checkpoint_every_n_steps=3", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu"),
+]
+
+
+def command(script: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-P", "-m", f"carafepp.scripts.{script}", *arguments]
+
+
+def call(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(command(script, *arguments), capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """One run from start to end."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = call("train", *SMALL, "samplers=carafe", f"hydra.run.dir={folder}", cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_run_folder_is_complete(whole_run):
+    assert {"config.yaml", "metrics.csv", "result.json", "last.ckpt", "best.ckpt", "pictures.png"} <= set(os.listdir(whole_run))
+    found = result(whole_run)
+    assert found["choices"]["samplers"] == "carafe"
+    assert found["steps"] == 32
+    assert 0 <= found["metrics"]["val/mIoU"] <= 1
+    assert found["parameters"] > 0
+    assert found["flops"] > 0
+    rows = (whole_run / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + 32 + 4  # a header, a row a step, a row a validation
+
+
+def test_checkpoints_hold_only_tensors_and_primitives(whole_run):
+    checkpoint = torch.load(whole_run / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 32
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_run_resumes_bit_identically(whole_run, tmp_path, workers):
+    folder = tmp_path / "killed"
+    arguments = [*SMALL, "samplers=carafe", f"data.workers={workers}", f"hydra.run.dir={folder}"]
+    process = subprocess.Popen(command("train", *arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rows = 11 + 9 * bool(workers)  # in the middle of an epoch, between two checkpoints
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if (folder / "metrics.csv").exists() and len((folder / "metrics.csv").read_text().splitlines()) >= rows:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "result.json").exists(), "the run must be killed before its end for this test to say anything"
+    done = call("train", f"resume={folder}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert result(folder)["weights_sha256"] == result(whole_run)["weights_sha256"]
+    assert (folder / "metrics.csv").read_text() == (whole_run / "metrics.csv").read_text()
+    assert result(folder)["metrics"] == result(whole_run)["metrics"]
+
+
+def test_multirun_writes_a_folder_a_job_and_report_tables_them(tmp_path):
+    done = call("train", *SMALL, "data.epochs=1", "-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = result(tmp_path / "sweep" / "0"), result(tmp_path / "sweep" / "1")
+    assert (first["seed"], second["seed"]) == (0, 1)
+    assert first["weights_sha256"] != second["weights_sha256"]
+
+    (tmp_path / "sweep" / "broken").mkdir()
+    (tmp_path / "sweep" / "broken" / "config.yaml").write_text("seed: 0\n")
+    (tmp_path / "sweep" / "broken" / "result.json").write_text('{"metrics": ')
+    (tmp_path / "sweep" / "unfinished").mkdir()
+    (tmp_path / "sweep" / "unfinished" / "config.yaml").write_text("seed: 0\n")
+    done = call("report", f"runs={tmp_path}/sweep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path}/sweep/broken/result.json: broken" in done.stdout
+    assert f"{tmp_path}/sweep/unfinished: unfinished" in done.stdout
+    mean = (first["metrics"]["val/mIoU"] + second["metrics"]["val/mIoU"]) / 2
+    assert f"{mean:.4f} ±" in done.stdout
+    assert (tmp_path / "sweep" / "compare.png").exists()
+
+
+def test_folder_in_use_or_finished_is_not_shared(whole_run, tmp_path):
+    again = call("train", *SMALL, f"hydra.run.dir={whole_run}", cwd=tmp_path)
+    assert again.returncode != 0
+    assert "already holds a run" in again.stderr
+    code = "import sys; from filelock import FileLock\nwith FileLock(sys.argv[1]): print('held', flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-P", "-c", code, tmp_path / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    other = call("train", *SMALL, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    holder.communicate("\n")
+    assert other.returncode != 0
+    assert "in use by another run" in other.stderr
+
+
+def test_eval_repeats_the_run_scores(whole_run, tmp_path):
+    done = call("eval", f"checkpoint={whole_run}/last.ckpt", "trainer.accelerator=cpu", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "eval.json").read_text())["metrics"]
+    assert scores["val/mIoU"] == pytest.approx(result(whole_run)["metrics"]["val/mIoU"], rel=1e-6)
+
+
+def test_predict_takes_any_photographs(whole_run, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (61, 47, 4), dtype=np.uint8)
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    Image.fromarray(pixels[..., :3]).save(photographs / "odd.jpg")
+    Image.fromarray(pixels[..., 0]).save(photographs / "grey.png")
+    Image.fromarray(pixels).save(photographs / "rgba.png")
+    Image.fromarray(pixels[:1, :1, :3]).save(photographs / "pixel.png")
+    rotated = Image.fromarray(pixels[..., :3])
+    exif = rotated.getexif()
+    exif[274] = 6  # orientation: to be turned by 90 degrees
+    rotated.save(photographs / "turned.jpeg", exif=exif)
+    (photographs / "broken.jpg").write_bytes((photographs / "odd.jpg").read_bytes()[:200])
+    (photographs / "notes.txt").write_text("not an image")
+    out = tmp_path / "out"
+    done = call("predict", f"checkpoint={whole_run}/best.ckpt", f"images={photographs}", f"hydra.run.dir={out}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"skipped: image {photographs}/broken.jpg" in done.stdout
+    assert "5 of 6 images predicted" in done.stdout
+    sizes = {path.name: Image.open(path).size for path in out.glob("*.png")}
+    assert sizes == {
+        "odd.jpg.png": (47, 61),
+        "grey.png.png": (47, 61),
+        "rgba.png.png": (47, 61),
+        "pixel.png.png": (1, 1),
+        "turned.jpeg.png": (61, 47),
+    }
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train", ["resume=nowhere"], "is not a run folder"),
+        ("eval", ["checkpoint=nowhere.ckpt"], "does not exist"),
+        ("predict", ["checkpoint=setup.txt", "images=."], "cannot be read"),
+        ("report", ["runs=nowhere"], "is not a folder"),
+        ("train", ["data.batch_size=4000"], "must not exceed the training samples"),
+    ],
+)
+def test_wrong_input_is_named(tmp_path, script, arguments, message):
+    (tmp_path / "setup.txt").write_text("no checkpoint")
+    done = call(script, *arguments, cwd=tmp_path)
+    assert done.returncode != 0
+    assert message in done.stderr
