@@ -1,82 +1,86 @@
-"""The operator on CPU: one fused multiply-add per tap over shifted views, no unfolded copy."""
+"""The operator on CPU: a C++ kernel compiled once per machine, PyTorch where there is no compiler."""
+
+import ctypes
+import functools
+import os
+import warnings
 
 import torch
 from torch import Tensor
 
-from .geometry import Spec
-from .reference import normalize
+from . import cpu_fallback
+from .cpu_build import BuildError, build
+from .geometry import NORMALIZERS, Spec
+
+# numbered as in cpu.cpp
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _axis(size: int, cells: int, offset: int, sub: int, spec: Spec) -> tuple[slice, slice]:
-    """Cells whose sub-row `sub` sees source row q * down + offset inside [0, size), and those source rows."""
-    shift = sub * spec.down // spec.up + offset
-    first = max(0, -(shift // spec.down)) if shift < 0 else 0
-    outputs = max(0, -(-(spec.output_size(size) - sub) // spec.up))
-    last = min(cells, outputs, (size - 1 - shift) // spec.down + 1)
-    last = max(first, last)
-    start = first * spec.down + shift
-    return slice(first, last), slice(start, start + max(0, last - first - 1) * spec.down + (last > first), spec.down)
+class _Problem(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in ("dtype", "normalizer", "batch", "channels", "height", "width", "kernel", "up", "down", "groups", "threads")
+    )
 
 
-def _visits(x: Tensor, logits: Tensor, spec: Spec):
-    """Yield (tap, dy, dx, cells, sources) for every weight of a cell: where it applies and what it reads."""
-    radius = spec.kernel_size // 2
-    for dy in range(spec.up):
-        for dx in range(spec.up):
-            for tap in range(spec.taps):
-                ky, kx = divmod(tap, spec.kernel_size)
-                qi, i = _axis(x.shape[2], logits.shape[4], ky - radius, dy, spec)
-                qj, j = _axis(x.shape[3], logits.shape[5], kx - radius, dx, spec)
-                if qi.stop > qi.start and qj.stop > qj.start:
-                    yield tap, dy, dx, (..., qi, qj), (..., i, j)
+class _Tensor(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 6))
 
 
-def _scores(logits: Tensor, spec: Spec) -> Tensor:
-    windows = logits.unflatten(1, (spec.groups, spec.taps))
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    windows = windows.to(dtype)
-    return torch.nn.functional.logsigmoid(windows) if spec.normalizer == "sigmoid_normalized" else windows
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernel; None, with one warning, where it cannot be built."""
+    try:
+        return ctypes.CDLL(str(build()))
+    except (BuildError, OSError) as error:
+        warnings.warn(f"carafepp: the CPU kernel is not available, slower PyTorch code takes its place: {error}", stacklevel=2)
+        return None
+
+
+@functools.cache
+def _parallel() -> ctypes.c_void_p | None:
+    """GOMP_parallel of the OpenMP runtime that PyTorch has loaded; None has the kernel start its own threads.
+
+    A second pool of threads would compete with PyTorch's for the same cores.
+    """
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def _forget_threads() -> None:
+    # the threads of an OpenMP runtime do not survive a fork, and waiting for them would never end
+    global _parallel
+    _parallel = lambda: None  # noqa: E731
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
+def _call(name: str, x: Tensor, tensors: tuple[Tensor | None, ...], spec: Spec) -> bool:
+    """Run the kernel; False where there is none."""
+    library = _library() if x.dtype in DTYPES else None
+    if library is None:
+        return False
+    shape = x.shape
+    problem = _Problem(
+        DTYPES.index(x.dtype), NORMALIZERS.index(spec.normalizer), *shape, spec.kernel_size, spec.up, spec.down, spec.groups, torch.get_num_threads()
+    )
+    arguments = (_Tensor * len(tensors))(*(() if t is None else (t.data_ptr(), t.stride()) for t in tensors))
+    if getattr(library, name)(ctypes.byref(problem), arguments, _parallel()):
+        raise MemoryError(f"no memory for the scratch of the CPU kernel for x of shape {tuple(shape)}")
+    return True
 
 
 def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> None:
     """Fill y [N, C, Ho, Wo] and lse [N, G, up, up, Hq, Wq] from x and logits [N, G * K * K, up, up, Hq, Wq]."""
-    scores = _scores(logits, spec)
-    if lse.numel():
-        torch.logsumexp(scores, dim=2, out=lse)
-        weights = (scores - lse[:, :, None]).exp_()
-    else:
-        weights = normalize(scores, spec.normalizer)
-    source = x.unflatten(1, (spec.groups, -1))
-    total = y if y.dtype == weights.dtype else torch.empty_like(y, dtype=weights.dtype)
-    total.zero_()
-    grouped = total.unflatten(1, (spec.groups, -1))
-    for tap, dy, dx, cells, sources in _visits(x, logits, spec):
-        grouped[..., dy :: spec.up, dx :: spec.up][cells].addcmul_(weights[:, :, tap, None, dy, dx][cells], source[sources].to(total.dtype))
-    if total is not y:
-        y.copy_(total)
+    if not _call("carafepp_forward", x, (x, logits, y, lse), spec):
+        cpu_fallback.forward(x, logits, y, lse, spec)
 
 
 def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, spec: Spec) -> None:
     """Fill those of dx and dlogits that are asked for."""
-    scores = _scores(logits, spec)
-    weights = (scores - lse[:, :, None]).exp_() if lse.numel() else normalize(scores, spec.normalizer)
-    source = x.unflatten(1, (spec.groups, -1))
-    gradient = dy.unflatten(1, (spec.groups, -1))
-    dsource = torch.zeros_like(source, dtype=weights.dtype) if dx is not None else None
-    dweights = torch.zeros_like(weights) if dlogits is not None else None
-    for tap, sub, col, cells, sources in _visits(x, logits, spec):
-        g = gradient[..., sub :: spec.up, col :: spec.up][cells].to(weights.dtype)
-        if dsource is not None:
-            dsource[sources].addcmul_(weights[:, :, tap, None, sub, col][cells], g)
-        if dweights is not None:
-            dweights[:, :, tap, sub, col][cells] = (g * source[sources].to(weights.dtype)).sum(2)
-    if dx is not None:
-        dx.copy_(dsource.flatten(1, 2))
-    if dlogits is not None:
-        if spec.normalizer == "sigmoid":
-            dweights *= weights * (1 - weights)
-        elif spec.normalizer != "none":
-            dweights = weights * (dweights - (weights * dweights).sum(2, keepdim=True))
-            if spec.normalizer == "sigmoid_normalized":
-                dweights *= (-logits.unflatten(1, (spec.groups, spec.taps)).to(weights.dtype)).sigmoid()
-        dlogits.copy_(dweights.flatten(1, 2))
+    if not _call("carafepp_backward", x, (dy, x, logits, lse, dx, dlogits), spec):
+        cpu_fallback.backward(dy, x, logits, lse, dx, dlogits, spec)

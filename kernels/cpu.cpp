@@ -1,0 +1,142 @@
+// The operator on CPU, compiled at first use (cpu.py): plain C entry points, which take pointers and strides and know nothing of PyTorch.
+// A tile of cells and one group of channels is one task. Threads take tasks as they come; each value is computed by one thread, in an
+// order that does not depend on the tiling, so that results are bit-identical for any number of threads.
+
+#include <atomic>
+#include <cstdlib>
+#include <thread>
+
+#include "cpu_channels_last.h"
+#include "cpu_weights.h"
+
+namespace carafepp {
+
+// The signature of GOMP_parallel: runs function(data) on a team of threads of the OpenMP runtime that PyTorch itself uses.
+using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+
+// Bytes of weights that a tile may hold: a share of the second-level cache.
+constexpr Index FORWARD_BUDGET = 256 << 10, BACKWARD_BUDGET = 1024 << 10;
+
+// work(task, scratch) for every task, on as many threads as pay, each with its own scratch; false if there is no memory.
+template <class T, class F> bool run(Index tasks, Index operations, Index threads, Index scratch, Parallel parallel, F&& work) {
+    threads = std::max<Index>(1, std::min({threads, tasks, operations / 500000 + 1}));
+    scratch = ceil_div(scratch, 64 / sizeof(T)) * (64 / sizeof(T));
+    void* memory = std::malloc(threads * scratch * sizeof(T) + 64);
+    if (!memory) return false;
+    T* aligned = reinterpret_cast<T*>(ceil_div(reinterpret_cast<Index>(memory), 64) * 64);
+    std::atomic<Index> next_task{0}, next_thread{0};
+    auto worker = [&] {
+        T* mine = aligned + next_thread++ * scratch;
+        for (Index task; (task = next_task++) < tasks;) work(task, mine);
+    };
+    if (threads == 1) worker();
+    else if (parallel) parallel([](void* data) { (*static_cast<decltype(worker)*>(data))(); }, &worker, unsigned(threads), 0);
+    else {
+        std::vector<std::thread> team;
+        for (Index i = 1; i < threads; ++i) team.emplace_back(worker);
+        worker();
+        for (std::thread& thread : team) thread.join();
+    }
+    std::free(memory);
+    return true;
+}
+
+template <class S> bool is_channels_last(const Problem& p, std::initializer_list<const Tensor*> maps) {
+    for (const Tensor* map : maps)
+        if (map->data && map->stride[1] != 1) return false;
+    return p.group_channels() >= LANES<Compute<S>>;
+}
+
+inline bool has_lse(const Problem& p) { return p.normalizer == SOFTMAX || p.normalizer == SIGMOID_NORMALIZED; }
+
+template <class S> bool forward(const Problem& p, const Tensor& x, const Tensor& logits, const Tensor& y, const Tensor& lse, Parallel parallel) {
+    using T = Compute<S>;
+    const Grid g = Grid::make<T>(p, 0, FORWARD_BUDGET);
+    const PlanarTables tables(p, g);
+    const bool last = is_channels_last<S>(p, {&x, &y});
+    const Index channels = std::min(CHUNK, p.group_channels()), windows = p.taps() * p.subs();
+    const Index scratch = g.plane * (windows + p.subs() + (last ? 0 : channels * (p.phases() + p.subs())));
+    const Index operations = windows * p.batch * p.channels * p.cells_y() * p.cells_x();
+    return run<T>(p.batch * p.groups * g.tiles(), operations, p.threads, scratch, parallel, [&](Index task, T* memory) {
+        const Index n = task / g.tiles() / p.groups, group = task / g.tiles() % p.groups;
+        const Tile t(p, g, task % g.tiles());
+        T* weights = memory + g.origin;
+        T* sums = weights + windows * g.plane;
+        T* source = sums + p.subs() * g.plane;
+        read_logits<S>(p, g, t, logits, n, group, 0, false, weights);
+        normalize(p, g, t, weights, sums);
+        if (has_lse(p))
+            for (Index sub = 0; sub < p.subs(); ++sub)
+                write_planes(sums + sub * g.plane, g, t, 1, p.cells_y(), p.cells_x(), at<T>(lse, n, group, sub / p.up, sub % p.up), lse.stride[4],
+                             lse.stride[5]);
+        if (last) channels_last_forward<S>(p, g, t, x, y, n, group, weights);
+        else planar_forward<S>(p, g, tables, t, x, y, n, group, weights, source, source + channels * p.phases() * g.plane);
+    });
+}
+
+template <class S>
+bool backward(const Problem& p, const Tensor& dy, const Tensor& x, const Tensor& logits, const Tensor& lse, const Tensor& dx, const Tensor& dlogits,
+              Parallel parallel) {
+    using T = Compute<S>;
+    const Index windows = p.taps() * p.subs();
+    Grid g = Grid::make<T>(p, dx.data != nullptr, BACKWARD_BUDGET);
+    const PlanarTables tables(p, g);
+    const bool last = is_channels_last<S>(p, {&dy, &x, &dx});
+    const Index channels = std::min(CHUNK, p.group_channels()), halo = dx.data ? g.halo : 0;
+    const Index scratch = g.plane * (windows * (dlogits.data ? 2 : 1) + p.subs() + (last ? 1 : channels * (2 * p.phases() + p.subs())));
+    const Index operations = 2 * windows * p.batch * p.channels * p.cells_y() * p.cells_x();
+    return run<T>(p.batch * p.groups * g.tiles(), operations, p.threads, scratch, parallel, [&](Index task, T* memory) {
+        const Index n = task / g.tiles() / p.groups, group = task / g.tiles() % p.groups;
+        const Tile t(p, g, task % g.tiles());
+        T* weights = memory + g.origin;
+        T* sums = weights + windows * g.plane;
+        T* source = sums + p.subs() * g.plane;
+        T* doutput = source + (last ? 1 : channels * p.phases()) * g.plane;
+        T* dsource = doutput + channels * p.subs() * g.plane;
+        T* gradients = dlogits.data ? memory + scratch - windows * g.plane + g.origin : nullptr;
+        read_logits<S>(p, g, t, logits, n, group, halo, true, weights);
+        if (has_lse(p))
+            for (Index sub = 0; sub < p.subs(); ++sub)
+                read_planes(at<T>(lse, n, group, sub / p.up, sub % p.up), lse.stride[4], lse.stride[5], p.cells_y(), p.cells_x(), 1, g, t, halo,
+                            T(0), sums + sub * g.plane);
+        restore(p, g, t, halo, weights, sums);
+        if (gradients) std::fill(gradients - g.origin, gradients - g.origin + windows * g.plane, T(0));
+        if (last) {
+            if (gradients) channels_last_gradients<S>(p, g, t, dy, x, n, group, gradients);
+            if (dx.data) channels_last_dx<S>(p, g, t, dy, dx, n, group, weights);
+        } else {
+            planar_backward<S>(p, g, tables, t, dy, x, dx, n, group, weights, gradients, source, doutput, dsource);
+        }
+        if (!gradients) return;
+        normalize_backward<S>(p, g, t, logits, n, group, weights, gradients, source);
+        for (Index e = 0; e < windows; ++e)
+            write_planes(gradients + e * g.plane, g, t, 1, p.cells_y(), p.cells_x(),
+                         at<S>(dlogits, n, group * p.taps() + e / p.subs(), e % p.subs() / p.up, e % p.up), dlogits.stride[4],
+                         dlogits.stride[5]);
+    });
+}
+
+// Calls f with a value of the storage type that `dtype` numbers (cpu.py has the same order).
+template <class F> int with_dtype(std::int64_t dtype, F&& f) {
+    switch (dtype) {
+        case 0: return !f(float{});
+        case 1: return !f(double{});
+        case 2: return !f(BFloat16{});
+        default: return !f(Float16{});
+    }
+}
+
+}  // namespace carafepp
+
+// Both return 0, or 1 where memory ran out. A tensor that is not asked for has no data.
+extern "C" int carafepp_forward(const carafepp::Problem* p, const carafepp::Tensor* tensors, carafepp::Parallel parallel) {
+    return carafepp::with_dtype(p->dtype, [&](auto storage) {
+        return carafepp::forward<decltype(storage)>(*p, tensors[0], tensors[1], tensors[2], tensors[3], parallel);
+    });
+}
+
+extern "C" int carafepp_backward(const carafepp::Problem* p, const carafepp::Tensor* tensors, carafepp::Parallel parallel) {
+    return carafepp::with_dtype(p->dtype, [&](auto storage) {
+        return carafepp::backward<decltype(storage)>(*p, tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], tensors[5], parallel);
+    });
+}

@@ -1,0 +1,170 @@
+// The three sums of cpu_tiles.h with cells in the lanes: any layout, read and written through planes.
+#pragma once
+
+#include "cpu_tiles.h"
+
+namespace carafepp {
+
+// Channels whose planes are held at a time, and those that share the loads of one weight.
+constexpr Index CHUNK = 16;
+constexpr int FORWARD_CHANNELS = 4, BACKWARD_CHANNELS = 8, BACKWARD_TAPS = 5;
+
+// output[b][s] = sum over taps of weight[tap][s] * source[b][shift[tap]]; `w`, `x`, `y` point at the first of the cells in the lanes.
+template <int S, int B, class T>
+inline void sum_taps(const T* w, Index sub_stride, Index tap_stride, const T* x, Index x_stride, const Index* shift, Index taps, T* y,
+                     Index y_stride) {
+    Vector<T> total[S][B] = {};
+    for (Index tap = 0; tap < taps; ++tap, w += tap_stride) {
+        const T* source = x + shift[tap];
+        Vector<T> v[B];
+#pragma GCC unroll 8
+        for (int b = 0; b < B; ++b) v[b] = load(source + b * x_stride);
+#pragma GCC unroll 8
+        for (int s = 0; s < S; ++s) {
+            const Vector<T> weight = load_once(w + s * sub_stride);
+#pragma GCC unroll 8
+            for (int b = 0; b < B; ++b) total[s][b] += weight * v[b];
+        }
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s)
+#pragma GCC unroll 8
+        for (int b = 0; b < B; ++b) store(y + b * y_stride + s * sub_stride, total[s][b]);
+}
+
+// gradient[tap][s] += sum over channels of doutput[c][s] * source[c][shift[tap]].
+template <int S, int K, class T>
+inline void sum_channels(const T* dy, Index dy_stride, Index sub_stride, const T* x, Index x_stride, const Index* shift, Index channels, T* dw,
+                         Index tap_stride) {
+    Vector<T> total[K][S];
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k)
+#pragma GCC unroll 8
+        for (int s = 0; s < S; ++s) total[k][s] = load(dw + k * tap_stride + s * sub_stride);
+    for (Index c = 0; c < channels; ++c, x += x_stride, dy += dy_stride) {
+        Vector<T> d[S];
+#pragma GCC unroll 8
+        for (int s = 0; s < S; ++s) d[s] = load(dy + s * sub_stride);
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k) {
+            const Vector<T> v = load_once(x + shift[k]);
+#pragma GCC unroll 8
+            for (int s = 0; s < S; ++s) total[k][s] += d[s] * v;
+        }
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k)
+#pragma GCC unroll 8
+        for (int s = 0; s < S; ++s) store(dw + k * tap_stride + s * sub_stride, total[k][s]);
+}
+
+// Where dsource finds the weights and output gradients that it sums.
+struct Visit {
+    Index weight, doutput;
+};
+
+// dsource[b] = sum over visits of weight * doutput[b].
+template <int B, class T>
+inline void sum_visits(const T* w, const T* dy, Index dy_stride, const std::vector<Visit>& visits, T* dx, Index dx_stride) {
+    Vector<T> total[B] = {};
+    for (const Visit& visit : visits) {
+        const Vector<T> weight = load_once(w + visit.weight);
+#pragma GCC unroll 8
+        for (int b = 0; b < B; ++b) total[b] += weight * load(dy + visit.doutput + b * dy_stride);
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) store(dx + b * dx_stride, total[b]);
+}
+
+// Calls f(std::integral_constant<int, S>) for a number of sub-pixels known at run time.
+template <class F> inline void with_count(Index count, F&& f) {
+    if (count == 1) f(std::integral_constant<int, 1>{});
+    else if (count == 2) f(std::integral_constant<int, 2>{});
+    else if (count == 3) f(std::integral_constant<int, 3>{});
+    else f(std::integral_constant<int, 4>{});
+}
+
+struct PlanarTables {
+    std::vector<Index> shifts;                // [sub][tap]
+    std::vector<std::vector<Visit>> visits;  // [phase]
+
+    PlanarTables(const Problem& p, const Grid& g) : visits(p.phases()) {
+        for (const Entry& e : g.entries) {
+            shifts.push_back(e.phase * g.plane + g.shift(e));
+            visits[e.phase].push_back({(e.tap * p.subs() + e.sub) * g.plane - g.shift(e), e.sub * g.plane - g.shift(e)});
+        }
+    }
+};
+
+template <class S, class T>
+void planar_forward(const Problem& p, const Grid& g, const PlanarTables& tables, const Tile& t, const Tensor& x, const Tensor& y, Index n,
+                    Index group, const T* weights, T* source, T* output) {
+    const Index source_stride = p.phases() * g.plane, output_stride = p.subs() * g.plane, channels = p.group_channels();
+    for (Index first = 0; first < channels; first += CHUNK) {
+        const Index count = std::min(CHUNK, channels - first), base = group * channels + first;
+        for (Index c = 0; c < count; ++c)
+            read_planes(at<S>(x, n, base + c), x.stride[2], x.stride[3], p.height, p.width, p.down, g, t, g.halo, T(0),
+                        source + c * source_stride);
+        for (Index f = 0; f < t.end(g); f += LANES<T>)
+            for (const Run& run : g.runs)
+                with_count(run.count, [&](auto subs) {
+                    constexpr int S_COUNT = decltype(subs)::value;
+                    auto sum = [&](auto width, Index c) {
+                        sum_taps<S_COUNT, decltype(width)::value>(
+                            weights + run.sub * g.plane + f, g.plane, p.subs() * g.plane, source + c * source_stride + f, source_stride,
+                            &tables.shifts[run.sub * p.taps()], p.taps(), output + c * output_stride + run.sub * g.plane + f, output_stride);
+                    };
+                    Index c = 0;
+                    for (; c + FORWARD_CHANNELS <= count; c += FORWARD_CHANNELS) sum(std::integral_constant<int, FORWARD_CHANNELS>{}, c);
+                    for (; c < count; ++c) sum(std::integral_constant<int, 1>{}, c);
+                });
+        for (Index c = 0; c < count; ++c)
+            write_planes(output + c * output_stride, g, t, p.up, p.output_y(), p.output_x(), at<S>(y, n, base + c), y.stride[2], y.stride[3]);
+    }
+}
+
+// Either of dx (null data: not asked for) and `gradients` (null) is filled, in one pass over dy.
+template <class S, class T>
+void planar_backward(const Problem& p, const Grid& g, const PlanarTables& tables, const Tile& t, const Tensor& dy, const Tensor& x,
+                     const Tensor& dx, Index n, Index group, const T* weights, T* gradients, T* source, T* doutput, T* dsource) {
+    const Index source_stride = p.phases() * g.plane, output_stride = p.subs() * g.plane, channels = p.group_channels();
+    for (Index first = 0; first < channels; first += CHUNK) {
+        const Index count = std::min(CHUNK, channels - first), base = group * channels + first;
+        for (Index c = 0; c < count; ++c)
+            read_planes(at<S>(dy, n, base + c), dy.stride[2], dy.stride[3], p.output_y(), p.output_x(), p.up, g, t, dx.data ? g.halo : 0, T(0),
+                        doutput + c * output_stride);
+        if (gradients) {
+            for (Index c = 0; c < count; ++c)
+                read_planes(at<S>(x, n, base + c), x.stride[2], x.stride[3], p.height, p.width, p.down, g, t, g.halo, T(0),
+                            source + c * source_stride);
+            for (Index f = 0; f < t.end(g); f += LANES<T>)
+                for (const Run& run : g.runs)
+                    with_count(run.count, [&](auto subs) {
+                        auto sum = [&](auto taps, Index tap) {
+                            sum_channels<decltype(subs)::value, decltype(taps)::value>(
+                                doutput + run.sub * g.plane + f, output_stride, g.plane, source + f, source_stride,
+                                &tables.shifts[run.sub * p.taps() + tap], count, gradients + (tap * p.subs() + run.sub) * g.plane + f,
+                                p.subs() * g.plane);
+                        };
+                        Index tap = 0;
+                        for (; tap + BACKWARD_TAPS <= p.taps(); tap += BACKWARD_TAPS) sum(std::integral_constant<int, BACKWARD_TAPS>{}, tap);
+                        for (; tap < p.taps(); ++tap) sum(std::integral_constant<int, 1>{}, tap);
+                    });
+        }
+        if (!dx.data) continue;
+        for (Index f = 0; f < t.end(g); f += LANES<T>)
+            for (Index phase = 0; phase < p.phases(); ++phase) {
+                auto sum = [&](auto width, Index c) {
+                    sum_visits<decltype(width)::value>(weights + f, doutput + c * output_stride + f, output_stride, tables.visits[phase],
+                                                       dsource + c * source_stride + phase * g.plane + f, source_stride);
+                };
+                Index c = 0;
+                for (; c + BACKWARD_CHANNELS <= count; c += BACKWARD_CHANNELS) sum(std::integral_constant<int, BACKWARD_CHANNELS>{}, c);
+                for (; c < count; ++c) sum(std::integral_constant<int, 1>{}, c);
+            }
+        for (Index c = 0; c < count; ++c)
+            write_planes(dsource + c * source_stride, g, t, p.down, p.height, p.width, at<S>(dx, n, base + c), dx.stride[2], dx.stride[3]);
+    }
+}
+
+}  // namespace carafepp
