@@ -1,0 +1,32 @@
+# make run: the main job, on images that come with the dependencies. make test: the whole suite. Both set up .venv first.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# the pair that is known to work on x86-64 with Python 3.11; TORCH="torch torchvision" takes the newest
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+BIN := .venv/bin
+RUNS := runs/main-$(shell date +%Y-%m-%d_%H-%M-%S)
+
+.PHONY: run test setup lint bench
+
+run: setup
+	$(BIN)/carafepp-train -m samplers=published,carafe hydra.sweep.dir=$(RUNS)
+	$(BIN)/carafepp-report runs=$(RUNS)
+
+# a thread a worker: two workers with two threads each would wait for each other on two cores
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+bench: setup
+	$(BIN)/carafepp-bench -m op=glob(*) device=cpu
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
