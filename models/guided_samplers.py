@@ -133,10 +133,10 @@ class A2U(_Guided):
         """x [N, C, H, W], guide [N, guide_channels, h, w] -> [N, C, h, w]."""
         guide = self.guided(x, guide)
         filters = self.filters(F.adaptive_avg_pool2d(guide, self.filter_size))  # [N, 2, 6, 6]
-        # one pair of filters per image: images become groups, channels become the batch
-        images = _to_even(guide).transpose(0, 1).repeat_interleave(2, dim=1)  # [guide_channels, N * 2, h, w]
-        first = F.conv2d(images, filters.flatten(0, 1)[:, None], stride=2, padding=2, groups=images.shape[1])
-        u, v = first.transpose(0, 1).unflatten(0, (-1, 2)).unbind(1)  # [N, guide_channels, H, W]
+        # images have filters of their own and become groups, channels share them and become the batch
+        images = _to_even(guide).transpose(0, 1)  # [guide_channels, N, h, w]
+        filtered = F.conv2d(images, filters.flatten(0, 1)[:, None], stride=2, padding=2, groups=images.shape[1])
+        u, v = filtered.transpose(0, 1).unflatten(0, (-1, 2)).unbind(1)  # [N, guide_channels, H, W]
         affinity = (self.norm_u(u) * self.norm_v(v)).sum(1, keepdim=True) / math.sqrt(self.guide_channels)
         logits = (affinity * self.spread(F.adaptive_avg_pool2d(guide, 1))).sigmoid()
         return reassemble(x, logits.to(x.dtype), kernel_size=self.kernel_size, up=2)[..., : guide.shape[2], : guide.shape[3]]

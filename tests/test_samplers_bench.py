@@ -1,0 +1,71 @@
+"""carafepp-bench samplers: its figures where they are known by hand."""
+
+import json
+
+import pytest
+import torch
+from carafepp.models.samplers import Nearest
+from carafepp.scripts import bench_samplers
+from carafepp.scripts.bench_samplers import PeakMemory, flops_per_pixel, slots
+from omegaconf import OmegaConf
+
+
+def test_flops_of_carafe_are_the_published_ones():
+    """199 K per source pixel at C = 256: compressor, encoder and reassembly, 2 for a multiply-add (biases left out)."""
+    assert 4 * flops_per_pixel(slots("upsampler")["carafe"], (1, 256, 6, 5)) == 2 * (256 * 64 + 64 * 9 * 100 + 100 * 256)
+
+
+def test_flops_of_the_rivals_are_those_of_the_table():
+    """Per source pixel, in the rounding of Table 2 of the CARAFE paper."""
+    for name, millions in {
+        "nearest_conv": 4.7,
+        "deconv": 1.2,
+        "pixel_shuffle": 4.7,
+        "gum": 1.1,
+        "bilinear": 0.008,
+        "spatial_attention": 0.028,
+    }.items():
+        flops = 4 * flops_per_pixel(slots("upsampler")[name], (1, 256, 6, 5)) / 1e6
+        assert flops == pytest.approx(millions, abs=0.05 if millions > 1 else 0.0005), name
+
+
+def test_peak_memory_counts_what_is_alive_together():
+    x = torch.randn(1, 4, 8, 8, requires_grad=True)
+    with PeakMemory() as memory:
+        y = Nearest(4)(x)
+        y.backward(torch.ones_like(y))
+    # output, its gradient, the input's gradient
+    assert memory.peak == 4 * (4 * 16 * 16 * 2 + 4 * 8 * 8)
+    with PeakMemory() as memory, torch.no_grad():
+        for _ in range(3):
+            Nearest(4)(x)
+    assert memory.peak == 4 * 4 * 16 * 16
+
+
+@pytest.fixture
+def cfg(monkeypatch):
+    monkeypatch.setattr(bench_samplers, "SITES", {"upsampler": [(256, 3, 4)], "downsampler": [(8, 5, 5)]})
+    options = {"groups": ["upsampler", "downsampler"], "names": ["carafe", "gum"], "batch": 1, "dtype": "float32"}
+    return OmegaConf.create({**options, "channels_last": True, "device": "cpu", "seconds": 0.001, "json": None})
+
+
+def test_tables(cfg, capsys, tmp_path):
+    cfg.json = str(tmp_path / "rows.json")
+    bench_samplers.bench_samplers(cfg)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    names = [(row["group"], row["sampler"]) for row in rows]
+    assert names == [
+        (g, n) for g, n in zip(["upsampler"] * 3 + ["downsampler"] * 2, ["nearest", "carafe", "gum", "strided_conv", "carafe"], strict=True)
+    ]
+    assert [row["forward_relative"] for row in rows if row["sampler"] in ("nearest", "strided_conv")] == [1, 1]
+    assert all(row["step_ms"] > 0 and row["peak_mb"] > 0 for row in rows)
+    printed = capsys.readouterr().out
+    assert "upsamplers at C = 256, 3 x 4" in printed
+    line = next(line for line in printed.splitlines() if line.startswith("carafe"))
+    assert line.split()[1:3] == ["74,148", "74,148"]
+
+
+def test_unknown_sampler_is_named(cfg):
+    cfg.names = ["karafe"]
+    with pytest.raises(ValueError, match=r"names must be among a2u, .*carafe.*got 'karafe'"):
+        bench_samplers.bench_samplers(cfg)
