@@ -4,14 +4,23 @@ Forward saves one float32 log-sum-exp per window and group for backward, nothing
 gradients are deterministic.
 """
 
+import math
+
+import torch
 import triton
 from torch import Tensor
 
+from . import taps, tiles
+from .banded_backward import banded_backward
+from .banded_forward import banded_forward
 from .geometry import Spec, is_channels_last
-from .launch import Launch, strides
-from .taps import tap_forward, tap_logit_gradient, tap_source_gradient
+from .launch import INT32_MAX, Launch, strides
 
 LOGIT_AXES = "ncuvhw"
+TAP_BLOCKS = {"BLOCK_M": 32, "BLOCK_C": 32}
+TAP_OPTIONS = {"num_warps": 4, "num_stages": 2}
+# the capability that a launch is planned for where there is no device to ask
+DEFAULT_CAPABILITY = (8, 0)
 
 
 def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> None:
@@ -29,8 +38,15 @@ def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | No
 
 
 def _check_device(x: Tensor) -> None:
-    if x.device.type == "cpu" and isinstance(tap_forward, triton.JITFunction):
+    if x.device.type == "cpu" and isinstance(banded_forward, triton.JITFunction):
         raise ValueError("backend 'triton' takes CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1); use backend 'cpu'")
+
+
+def _problem(x: Tensor, logits: Tensor, spec: Spec) -> tiles.Problem:
+    n, c, _, _ = x.shape
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else DEFAULT_CAPABILITY
+    cells = logits.shape[4:]
+    return tiles.Problem(spec, c // spec.groups, *cells, n * spec.groups, x.element_size(), is_channels_last(x), capability)
 
 
 def _sizes(x: Tensor, logits: Tensor, spec: Spec) -> dict[str, int]:
@@ -40,30 +56,97 @@ def _sizes(x: Tensor, logits: Tensor, spec: Spec) -> dict[str, int]:
 
 
 def _constants(x: Tensor, spec: Spec) -> dict[str, int | str]:
-    options = {"K": spec.kernel_size, "UP": spec.up, "DOWN": spec.down, "NORMALIZER": spec.normalizer}
-    return options | {"AXIS": 0 if is_channels_last(x) else 1, "BLOCK_M": 32, "BLOCK_C": 32}
+    axis = 0 if is_channels_last(x) else 1
+    return {"K": spec.kernel_size, "UP": spec.up, "DOWN": spec.down, "NORMALIZER": spec.normalizer, "AXIS": axis}
 
 
-def _blocks(n: int, groups: int, locations: int, block: int) -> tuple[int, int, int]:
+def _alignment(tensors: list[Tensor], channels: int, axis: int) -> int:
+    """Elements, up to 16 bytes of them, at whose multiples every run along the fastest axis begins and ends."""
+    fastest = 1 if axis == 0 else 3
+    steps = [t.stride(d) for t in tensors for d in range(4) if d != fastest]
+    if any(t.stride(fastest) != 1 for t in tensors):
+        return 1
+    extents = [channels if axis == 0 else t.shape[3] for t in tensors]
+    return math.gcd(*steps, *extents, 16 // tensors[0].element_size())
+
+
+def _precision() -> str:
+    """How a product of float32 tiles is computed: as torch computes float32 matrix products."""
+    if not isinstance(banded_forward, triton.JITFunction):
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def _is_wide(*tensors: Tensor) -> bool:
+    """Whether an offset within one image exceeds 32 bits."""
+    return any(sum((size - 1) * step for size, step in zip(t.shape[1:], t.stride()[1:], strict=True)) > INT32_MAX for t in tensors)
+
+
+def _tap_grid(x: Tensor, locations: int, spec: Spec) -> tuple[int, int, int]:
     # one axis: only the first may exceed 65535 programs
-    return (n * groups * -(-locations // block), 1, 1)
+    return (len(x) * spec.groups * triton.cdiv(locations, TAP_BLOCKS["BLOCK_M"]), 1, 1)
 
 
-def forward_launches(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> list[Launch]:
-    """Launches that fill y and lse; arguments as for `forward`, on any device, "meta" included."""
+def _tile_grid(problem: tiles.Problem, tile: tiles.Tile, programs: int) -> tuple[int, int, int]:
+    rows, cols = triton.cdiv(problem.height, tile.cells_h), triton.cdiv(problem.width, tile.cells_w)
+    return (problem.batch * rows * cols * programs, 1, 1)
+
+
+def forward_launches(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec, tile: tiles.Tile | None = None) -> list[Launch]:
+    """Launches that fill y and lse; arguments as for `forward`, on any device, "meta" included.
+
+    `tile` replaces the choice of `tiles.forward_tile`.
+    """
     constants = _constants(x, spec)
-    tensors = {"x_ptr": x, "logits_ptr": logits, "y_ptr": y, "lse_ptr": lse}
     steps = strides("x", x, "nchw") | strides("l", logits, LOGIT_AXES) | strides("y", y, "nchw")
-    targets = logits.shape[2:].numel()
-    grid = _blocks(len(x), spec.groups, targets, constants["BLOCK_M"])
-    return [Launch(tap_forward, grid, tensors | _sizes(x, logits, spec) | steps, constants, num_warps=4, num_stages=2)]
+    arguments = {"x_ptr": x, "logits_ptr": logits, "y_ptr": y, "lse_ptr": lse} | _sizes(x, logits, spec) | steps
+    problem = _problem(x, logits, spec)
+    tile = tile or tiles.forward_tile(problem)
+    if tile is None:
+        grid = _tap_grid(x, logits.shape[2:].numel(), spec)
+        return [Launch(taps.tap_forward, grid, arguments, constants | TAP_BLOCKS, **TAP_OPTIONS)]
+    constants |= {"CELLS_H": tile.cells_h, "CELLS_W": tile.cells_w, "BLOCK_C": tile.block_c, "SPLIT": tile.split, "PRECISION": _precision()}
+    constants["X_ALIGN"] = _alignment([x], problem.channels, constants["AXIS"])
+    constants["Y_ALIGN"] = _alignment([y], problem.channels, constants["AXIS"])
+    constants["WIDE"] = _is_wide(x, logits, y)
+    return [Launch(banded_forward, _tile_grid(problem, tile, tile.split), arguments, constants, tile.num_warps, tile.num_stages)]
 
 
 def backward_launches(
-    dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, spec: Spec
+    dy: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    lse: Tensor,
+    dx: Tensor | None,
+    dlogits: Tensor | None,
+    spec: Spec,
+    tile: tiles.Tile | None = None,
 ) -> list[Launch]:
-    """Launches that fill those of dx and dlogits that are given; arguments as for `backward`, on any device, "meta" included."""
+    """Launches that fill those of dx and dlogits that are given; arguments as for `backward`, on any device, "meta" included.
+
+    `tile` replaces the choice of `tiles.backward_tile`.
+    """
     constants = _constants(x, spec)
+    problem = _problem(x, logits, spec)
+    tile = tile or tiles.backward_tile(problem)
+    if tile is None:
+        return _tap_backward_launches(dy, x, logits, lse, dx, dlogits, spec)
+    # a gradient that is not asked for is not touched: any tensor of its kind stands for it
+    results = {"dx_ptr": x if dx is None else dx, "dlogits_ptr": logits if dlogits is None else dlogits}
+    arguments = {"x_ptr": x, "logits_ptr": logits, "lse_ptr": lse, "dy_ptr": dy} | results | _sizes(x, logits, spec)
+    arguments |= strides("x", x, "nchw") | strides("l", logits, LOGIT_AXES) | strides("dy", dy, "nchw")
+    arguments |= strides("dx", results["dx_ptr"], "nchw") | strides("dl", results["dlogits_ptr"], LOGIT_AXES)
+    constants |= {"CELLS_H": tile.cells_h, "CELLS_W": tile.cells_w, "BLOCK_L": tile.block_c, "BLOCK_X": tile.block_c, "SPLIT": tile.split}
+    constants |= {"NEED_DX": dx is not None, "NEED_DLOGITS": dlogits is not None, "PRECISION": _precision()}
+    constants["X_ALIGN"] = _alignment([x, results["dx_ptr"]], problem.channels, constants["AXIS"])
+    constants["DY_ALIGN"] = _alignment([dy], problem.channels, constants["AXIS"])
+    constants["WIDE"] = _is_wide(x, logits, dy, *results.values())
+    programs = constants["NEED_DLOGITS"] + constants["NEED_DX"] * tile.split
+    return [Launch(banded_backward, _tile_grid(problem, tile, programs), arguments, constants, tile.num_warps, tile.num_stages)]
+
+
+def _tap_backward_launches(dy, x, logits, lse, dx, dlogits, spec) -> list[Launch]:
+    constants = _constants(x, spec) | TAP_BLOCKS
     sizes = _sizes(x, logits, spec)
     given = {"logits_ptr": logits, "lse_ptr": lse, "dy_ptr": dy}
     steps = strides("l", logits, LOGIT_AXES) | strides("dy", dy, "nchw")
@@ -71,10 +154,10 @@ def backward_launches(
     if dlogits is not None:
         arguments = {"x_ptr": x} | given | {"dlogits_ptr": dlogits} | sizes | strides("x", x, "nchw") | steps
         arguments |= strides("dl", dlogits, LOGIT_AXES)
-        grid = _blocks(len(x), spec.groups, logits.shape[2:].numel(), constants["BLOCK_M"])
-        launches.append(Launch(tap_logit_gradient, grid, arguments, constants, num_warps=4, num_stages=2))
+        grid = _tap_grid(x, logits.shape[2:].numel(), spec)
+        launches.append(Launch(taps.tap_logit_gradient, grid, arguments, constants, **TAP_OPTIONS))
     if dx is not None:
         arguments = given | {"dx_ptr": dx} | sizes | steps | strides("dx", dx, "nchw")
-        grid = _blocks(len(x), spec.groups, x.shape[2:].numel(), constants["BLOCK_M"])
-        launches.append(Launch(tap_source_gradient, grid, arguments, constants, num_warps=4, num_stages=2))
+        grid = _tap_grid(x, x.shape[2:].numel(), spec)
+        launches.append(Launch(taps.tap_source_gradient, grid, arguments, constants, **TAP_OPTIONS))
     return launches

@@ -51,3 +51,22 @@ def centre(output, UP: tl.constexpr, DOWN: tl.constexpr):
 def expand(values, AXIS: tl.constexpr):
     """Lay a vector along axis AXIS of a two-dimensional tile."""
     return tl.expand_dims(values, 1 - AXIS)
+
+
+@triton.jit
+def aligned(value, ALIGN: tl.constexpr):
+    """Tell the compiler that `value` is a multiple of ALIGN, which its launcher has checked."""
+    if ALIGN == 1:
+        return value
+    else:
+        return value // ALIGN * ALIGN
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """Matrix product of two tiles, accumulated in float32."""
+    if PRECISION == "ieee":
+        # for the interpreter, which multiplies bfloat16 as if it were an integer
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)

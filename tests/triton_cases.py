@@ -26,6 +26,9 @@ SIZES = [
     (1, 4, 7, 5, Spec(3, up=2, down=3)),
     (1, 4, 7, 5, Spec(3, up=2, down=2)),
     (1, 4, 5, 3, Spec(3)),
+    # too wide for a tile: tap by tap
+    (1, 4, 35, 18, Spec(3, down=16)),
+    (1, 4, 2, 3, Spec(5, up=9)),
 ]
 
 
