@@ -21,7 +21,8 @@ def _weighted_pool(x: Tensor, weights: Tensor) -> Tensor:
 
 def _at_blocks(cells: Tensor, x: Tensor) -> Tensor:
     """Repeat one value per 2x2 block of `x` at its pixels."""
-    return nearest(cells)[..., : x.shape[2], : x.shape[3]]
+    # cropped by negative padding: a slice would tie an exported program to maps of one parity
+    return F.pad(nearest(cells), (0, -(x.shape[3] % 2), 0, -(x.shape[2] % 2)))
 
 
 class BlurPool(nn.Module):

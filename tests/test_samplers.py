@@ -122,11 +122,14 @@ def test_compiles_in_one_graph(case):
 
 @every_sampler
 @torch.no_grad()
-def test_exports(case):
+def test_exports_for_any_batch_and_size(case):
     module = build(case).eval()
-    arguments = inputs(case)
-    exported = torch.export.export(module, arguments)
-    torch.testing.assert_close(exported.module()(*arguments), module(*arguments))
+    arguments = inputs(case, 6, 5)
+    any_size = {axis: torch.export.Dim.AUTO for axis in (0, 2, 3)}
+    exported = torch.export.export(module, arguments, dynamic_shapes=[any_size] * len(arguments)).module()
+    for size in ((6, 5), (9, 8)):
+        arguments = [tensor[:1].repeat(3, 1, 1, 1) for tensor in inputs(case, *size)]
+        torch.testing.assert_close(exported(*arguments), module(*arguments))
 
 
 guided_samplers = pytest.mark.parametrize("case", [case for case in CASES if case.guided], ids=lambda case: case.id)
