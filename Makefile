@@ -8,7 +8,7 @@ RUNS := runs/main-$(shell date +%Y-%m-%d_%H-%M-%S)
 .PHONY: run test setup lint bench
 
 run: setup
-	$(BIN)/carafepp-train -m samplers=published,carafe hydra.sweep.dir=$(RUNS)
+	$(BIN)/carafepp-train -m scale=small samplers=published,carafe hydra.sweep.dir=$(RUNS)
 	$(BIN)/carafepp-report runs=$(RUNS)
 
 # a thread a worker: two workers with two threads each would wait for each other on two cores

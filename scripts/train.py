@@ -13,12 +13,21 @@ from ..tasks.runs import LastCheckpoint, RandomState, RunRecord
 from .app import app, owned
 
 
+def missing_keys(node: object, key: str = "") -> list[str]:
+    """List the keys of an unresolved configuration that have no value; OmegaConf's own list stops at interpolations of them."""
+    if isinstance(node, dict):
+        return [missing for name, child in node.items() for missing in missing_keys(child, f"{key}.{name}".lstrip("."))]
+    return [key] if node == "???" else []
+
+
 def new_run(cfg: DictConfig, folder: Path) -> DictConfig:
     """Resolve the configuration of a run that starts, and keep it in the run folder."""
     if (folder / "config.yaml").exists():
         raise RuntimeError(f"{folder} already holds a run: continue it with resume={folder}, or choose another folder")
     OmegaConf.set_struct(cfg, False)
     del cfg.resume
+    if missing := missing_keys(OmegaConf.to_container(cfg)):
+        raise ValueError(f"this configuration needs {', '.join(f'{key}=...' for key in missing)}; scale=small needs no data set")
     choices = {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra/")}
     cfg.run = {"choices": choices, "overrides": list(HydraConfig.get().overrides.task)}
     OmegaConf.resolve(cfg)

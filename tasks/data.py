@@ -82,6 +82,7 @@ class Data(L.LightningDataModule):
         workers: processes that load data, for each device.
         val_batch_size: images per validation batch on one device.
         collate: merges samples into a batch; torch's default if None.
+        root: folder of the data set, which the configuration hands on to `train` and `val`.
     """
 
     def __init__(
@@ -95,9 +96,10 @@ class Data(L.LightningDataModule):
         workers: int = 0,
         val_batch_size: int = 1,
         collate: Callable | None = None,
+        root: str | None = None,
     ) -> None:
         super().__init__()
-        self.train, self.val, self.epochs, self.seed = train, val, epochs, seed
+        self.train, self.val, self.epochs, self.seed, self.root = train, val, epochs, seed, root
         self.batch_size, self.val_batch_size, self.workers, self.collate = batch_size, val_batch_size, workers, collate
         self.start = 0
 

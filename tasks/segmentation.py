@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import lightning as L
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -28,6 +29,23 @@ def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
     return {"IoU": iou, "mIoU": iou.nanmean(), "pixel_accuracy": hits.sum() / confusion.sum()}
 
 
+class PadToStride:
+    """Merge samples of several sizes: images padded with 0, labels with 255, to the largest size, a multiple of `stride` pixels."""
+
+    def __init__(self, stride: int) -> None:
+        self.stride = stride
+
+    def __call__(self, samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        height, width = (-(-max(labels.shape[axis] for _, labels in samples) // self.stride) * self.stride for axis in (0, 1))
+        images = samples[0][0].new_zeros(len(samples), 3, height, width)
+        padded = samples[0][1].new_full((len(samples), height, width), IGNORED)
+        for i, (image, labels) in enumerate(samples):
+            h, w = labels.shape
+            images[i, :, :h, :w] = image
+            padded[i, :h, :w] = labels
+        return images, padded
+
+
 class Segmentation(L.LightningModule):
     """Train and evaluate a network that maps images [N, 3, H, W] to logits [N, classes, h, w], h and w a fraction of H and W.
 
@@ -39,6 +57,7 @@ class Segmentation(L.LightningModule):
         class_names: one a class; label 255 is ignored, and a class "background" stays unpainted in pictures.
         optimizer: takes parameter groups (no weight decay on norms and biases).
         schedule: takes (optimizer, total_iters=steps of the training) and is stepped after every optimizer step.
+        inference_resize: brings images to the size at which they are predicted; as they are if None.
         mean, std: of the images' channels, in [0, 1].
     """
 
@@ -51,6 +70,7 @@ class Segmentation(L.LightningModule):
         class_names: Sequence[str],
         optimizer: Callable[[list[dict]], Optimizer],
         schedule: Callable[..., LRScheduler],
+        inference_resize: Callable[[Tensor], Tensor] | None = None,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
@@ -58,6 +78,7 @@ class Segmentation(L.LightningModule):
         self.model = model(num_classes=len(class_names))
         self.class_names = list(class_names)
         self.optimizer, self.schedule = optimizer, schedule
+        self.inference_resize = inference_resize
         self.mean, self.std = list(mean), list(std)
         self.unpainted = [IGNORED, *(label for label, name in enumerate(class_names) if name == "background")]
         self.confusion = MulticlassConfusionMatrix(len(class_names), ignore_index=IGNORED)
@@ -66,10 +87,10 @@ class Segmentation(L.LightningModule):
         """Map images [N, 3, H, W] in [0, 1] to logits at the network's own resolution."""
         return self.model(normalize(images, self.mean, self.std))
 
-    def predict(self, images: Tensor) -> Tensor:
-        """Map images [N, 3, H, W] in [0, 1] to labels [N, H, W]."""
-        logits = F.interpolate(self(images).float(), images.shape[-2:], mode="bilinear", align_corners=False)
-        return logits.argmax(1)
+    def predict(self, images: Tensor, size: torch.Size | None = None) -> Tensor:
+        """Map images [N, 3, H, W] in [0, 1] to labels [N, *size], of the images' size if None."""
+        logits = self(self.inference_resize(images) if self.inference_resize else images)
+        return F.interpolate(logits.float(), size or images.shape[-2:], mode="bilinear", align_corners=False).argmax(1)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch  # [N, 3, H, W], [N, H, W]
@@ -81,7 +102,7 @@ class Segmentation(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
-        self.confusion.update(self.predict(images), labels)
+        self.confusion.update(self.predict(images, labels.shape[-2:]), labels)
 
     def on_validation_epoch_end(self) -> None:
         scores = segmentation_scores(self.confusion.compute())

@@ -27,7 +27,7 @@ def options(group: str) -> list[str]:
 @pytest.mark.parametrize("samplers", options("samplers"))
 def test_every_network_instantiates(config, backbone, samplers):
     with torch.device("meta"):
-        task = instantiate(config(f"backbone={backbone}", f"samplers={samplers}").task)
+        task = instantiate(config("scale=small", f"backbone={backbone}", f"samplers={samplers}").task)
         assert task.model(torch.rand(1, 3, 65, 33)).shape == (1, 11, 17, 9)
 
 
@@ -48,13 +48,13 @@ def test_one_slot_can_differ_from_the_others(config):
     ],
 )
 def test_misspelt_key_is_answered_with_the_valid_ones(override, answers):
-    text = "\n".join(hints("train", ["seed=1,2", override, "-m"]))
+    text = "\n".join(hints("train", ["scale=small", "seed=1,2", override, "-m"]))
     for answer in answers:
         assert answer in text
 
 
 def test_valid_overrides_give_no_hint():
-    assert hints("train", ["seed=1", "upsampler=carafe,bilinear", "data.train.size=32", "-m"]) == []
+    assert hints("train", ["scale=small", "seed=1", "upsampler=carafe,bilinear", "data.train.size=32", "-m"]) == []
 
 
 def test_misspelt_choice_is_answered_with_the_valid_ones():
@@ -68,5 +68,5 @@ def test_misspelt_choice_is_answered_with_the_valid_ones():
 def test_help_shows_the_choices():
     done = subprocess.run([sys.executable, "-P", "-m", "carafepp.scripts.train", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for group in ("upsampler", "downsampler", "backbone", "data"):
+    for group in ("upsampler", "downsampler", "backbone", "scale", "setting"):
         assert f"{group}: {', '.join(options(group))}" in done.stdout

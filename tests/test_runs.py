@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 SMALL = [
+    "scale=small",
     *("data.train.length=64", "data.train.size=48", "data.val.length=8", "data.val.size=48"),
     *("data.batch_size=4", "data.val_batch_size=8", "data.epochs=2", "model.fpn_dim=16", "model.ppm_dim=8"),
     *("log_every_n_steps=1", "checkpoint_every_n_steps=3", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu"),
@@ -155,10 +156,12 @@ def test_predict_takes_any_photographs(whole_run, tmp_path):
     ("script", "arguments", "message"),
     [
         ("train", ["resume=nowhere"], "is not a run folder"),
+        ("train", [], "needs data.root=..."),
+        ("train", ["data.root=nowhere"], "is missing"),
         ("eval", ["checkpoint=nowhere.ckpt"], "does not exist"),
         ("predict", ["checkpoint=setup.txt", "images=."], "cannot be read"),
         ("report", ["runs=nowhere"], "is not a folder"),
-        ("train", ["data.batch_size=4000"], "must not exceed the training samples"),
+        ("train", ["scale=small", "data.batch_size=4000"], "must not exceed the training samples"),
     ],
 )
 def test_wrong_input_is_named(tmp_path, script, arguments, message):
