@@ -64,13 +64,10 @@ def _call(name: str, x: Tensor, tensors: tuple[Tensor | None, ...], spec: Spec) 
     library = _library() if x.dtype in DTYPES else None
     if library is None:
         return False
-    shape = x.shape
-    problem = _Problem(
-        DTYPES.index(x.dtype), NORMALIZERS.index(spec.normalizer), *shape, spec.kernel_size, spec.up, spec.down, spec.groups, torch.get_num_threads()
-    )
+    problem = _Problem(DTYPES.index(x.dtype), NORMALIZERS.index(spec.normalizer), *x.shape, *spec[:4], torch.get_num_threads())
     arguments = (_Tensor * len(tensors))(*(() if t is None else (t.data_ptr(), t.stride()) for t in tensors))
     if getattr(library, name)(ctypes.byref(problem), arguments, _parallel()):
-        raise MemoryError(f"no memory for the scratch of the CPU kernel for x of shape {tuple(shape)}")
+        raise MemoryError(f"no memory for the scratch of the CPU kernel for x of shape {tuple(x.shape)}")
     return True
 
 

@@ -13,7 +13,7 @@ from filelock import FileLock
 SOURCES = ("cpu.cpp", "cpu_channels_last.h", "cpu_planar.h", "cpu_tiles.h", "cpu_weights.h")
 COMPILERS = ("c++", "g++", "clang++")
 # no -ffast-math: infinities and NaN keep their meaning
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
+FLAGS = ("-std=c++17", "-O2", "-ftree-vectorize", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 
 
 class BuildError(RuntimeError):
@@ -45,7 +45,9 @@ def _compile(compiler: str, source: Path, target: Path) -> None:
             if result.returncode == 0:
                 os.replace(library, target)
                 return
-    raise BuildError(f"{' '.join(command)} failed with\n{result.stderr.strip()[-2000:]}\nA C++17 compiler is needed, GCC 9 or Clang 12 at least.")
+    raise BuildError(
+        f"{' '.join(command)} failed with\n{result.stderr.strip()[-2000:]}\nA C++17 compiler is needed, GCC 9 or Clang 12 at least."
+    )
 
 
 def build() -> Path:
@@ -64,7 +66,9 @@ def build() -> Path:
         return target
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
-        raise BuildError("there is no C++ compiler. Install g++ or clang++ (Debian, Ubuntu: apt install g++; macOS: xcode-select --install).")
+        raise BuildError(
+            "there is no C++ compiler. Install g++ or clang++ (Debian and Ubuntu: apt install g++, macOS: xcode-select --install)"
+        )
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_suffix(".lock")):

@@ -9,9 +9,12 @@ namespace carafepp {
 constexpr Index CHUNK = 16;
 constexpr int FORWARD_CHANNELS = 4, BACKWARD_CHANNELS = 8, BACKWARD_TAPS = 5;
 
+// one copy for all storage types
+#define NOINLINE __attribute__((noinline))
+
 // output[b][s] = sum over taps of weight[tap][s] * source[b][shift[tap]]; `w`, `x`, `y` point at the first of the cells in the lanes.
 template <int S, int B, class T>
-inline void sum_taps(const T* w, Index sub_stride, Index tap_stride, const T* x, Index x_stride, const Index* shift, Index taps, T* y,
+NOINLINE void sum_taps(const T* w, Index sub_stride, Index tap_stride, const T* x, Index x_stride, const Index* shift, Index taps, T* y,
                      Index y_stride) {
     Vector<T> total[S][B] = {};
     for (Index tap = 0; tap < taps; ++tap, w += tap_stride) {
@@ -34,7 +37,7 @@ inline void sum_taps(const T* w, Index sub_stride, Index tap_stride, const T* x,
 
 // gradient[tap][s] += sum over channels of doutput[c][s] * source[c][shift[tap]].
 template <int S, int K, class T>
-inline void sum_channels(const T* dy, Index dy_stride, Index sub_stride, const T* x, Index x_stride, const Index* shift, Index channels, T* dw,
+NOINLINE void sum_channels(const T* dy, Index dy_stride, Index sub_stride, const T* x, Index x_stride, const Index* shift, Index channels, T* dw,
                          Index tap_stride) {
     Vector<T> total[K][S];
 #pragma GCC unroll 8
@@ -65,7 +68,7 @@ struct Visit {
 
 // dsource[b] = sum over visits of weight * doutput[b].
 template <int B, class T>
-inline void sum_visits(const T* w, const T* dy, Index dy_stride, const std::vector<Visit>& visits, T* dx, Index dx_stride) {
+NOINLINE void sum_visits(const T* w, const T* dy, Index dy_stride, const std::vector<Visit>& visits, T* dx, Index dx_stride) {
     Vector<T> total[B] = {};
     for (const Visit& visit : visits) {
         const Vector<T> weight = load_once(w + visit.weight);
