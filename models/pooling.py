@@ -70,7 +70,8 @@ class DPP(nn.Module):
     Over blocks of 2x2, out_p = sum_q w_pq x_q / sum_q w_pq with w_pq = alpha + rho(x_q - guide_p) and
     rho(d) = (d^2 + eps)^(lambda / 2); asymmetric, rho(max(d, 0)) rewards only pixels above the guide. alpha and lambda are positive and
     learned per channel, as exponentials of parameters that start at 0 (and are meant to be trained without weight decay);
-    eps = 1e-3 as in the authors' code. 2 C parameters, 11 C with the full guide.
+    eps = 1e-3 as in the authors' code, which in addition divides the rewards of a block by their mean. 2 C parameters, 11 C with the
+    full guide.
 
     Args:
         channels: C.
@@ -89,8 +90,8 @@ class DPP(nn.Module):
         self.guide = nn.AvgPool2d(2, ceil_mode=True)
         if guide == "full":
             self.guide = nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False)
-        self.log_alpha = nn.Parameter(torch.zeros(channels, 1, 1))
-        self.log_lambda = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.log_alpha = nn.Parameter(torch.zeros(channels))
+        self.log_lambda = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, ceil(H / 2), ceil(W / 2)]."""
@@ -98,8 +99,9 @@ class DPP(nn.Module):
         difference = values - _at_blocks(self.guide(x).to(values.dtype), x)
         if not self.symmetric:
             difference = difference.relu()
-        reward = (difference.square() + 1e-3).pow(self.log_lambda.exp() / 2)
-        return _weighted_pool(values, self.log_alpha.exp() + reward).to(x.dtype)
+        alpha, power = self.log_alpha.exp()[:, None, None], self.log_lambda.exp()[:, None, None]
+        weights = alpha + (difference.square() + 1e-3).pow(power / 2)
+        return _weighted_pool(values, weights).to(x.dtype)
 
 
 class LIP(nn.Module):

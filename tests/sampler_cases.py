@@ -284,7 +284,7 @@ def dpp(module, x, guide=None):
         smooth = F.conv2d(x, module.guide.weight, padding=1, groups=x.shape[1])[:, :, ::2, ::2]
     else:
         smooth = pooled(x, 0, 1, lambda window, *_: window.mean(2))
-    alpha, power = module.log_alpha.exp()[..., 0], module.log_lambda.exp()[..., 0]
+    alpha, power = module.log_alpha.exp()[:, None], module.log_lambda.exp()[:, None]
 
     def pool(window, position, _):
         difference = window - smooth[:, :, *position, None]
