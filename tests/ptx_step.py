@@ -9,7 +9,8 @@ from carafepp.kernels.geometry import Spec
 from carafepp.kernels.launch import Launch
 from carafepp.kernels.reassembly import LSE_NORMALIZERS
 from carafepp.kernels.reference import reassemble_reference
-from ptx import dram_microseconds
+from ptx import GPU, dram_microseconds
+from ptx.bounds import GPUS
 from ptx.jit import execute
 
 
@@ -18,6 +19,7 @@ class Pass(NamedTuple):
 
     stats: dict[str, dict]
     least: int  # bytes that must move: every input read once, every output written once
+    gpu: GPU
 
     @property
     def warp_insts(self) -> int:
@@ -31,7 +33,7 @@ class Pass(NamedTuple):
     @property
     def bound_ratio(self) -> float:
         """Least time of every kernel on its own bottleneck, over the time that the least bytes take."""
-        return sum(max(s["bound"].values()) for s in self.stats.values()) / dram_microseconds(self.least)
+        return sum(max(s["bound"].values()) for s in self.stats.values()) / dram_microseconds(self.least, self.gpu)
 
     @property
     def limiters(self) -> str:
@@ -44,15 +46,16 @@ class Step(NamedTuple):
     backward: Pass
 
 
-def emulate(launch: Launch, blocks=None) -> dict:
-    """Run a launch on its CPU tensors, in place."""
-    return execute(launch.source(), launch.options, launch.grid, list(launch.parameters().values()), blocks=blocks)
+def emulate(launch: Launch, capability: int = 80) -> dict:
+    """Run a launch on its CPU tensors, in place, as compiled for sm_80 or sm_90."""
+    return execute(launch.source(), launch.options, launch.grid, list(launch.parameters().values()), capability=capability)
 
 
-def training_step(n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=torch.contiguous_format, *, place=None) -> Step:
+def training_step(n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=torch.contiguous_format, *, capability=80, place=None) -> Step:
     """Emulate forward and backward on random features [n, c, h, w] and logits, with outputs full of NaN.
 
     Args:
+        capability: 80 or 90, what to compile for and the GPU to count for (A100, H100).
         place: takes the name ("x", "logits", "y", "dy", "dx", "dlogits") and the size of a tensor and returns where to keep it, or None.
     """
     generator = torch.Generator().manual_seed(0)
@@ -69,8 +72,8 @@ def training_step(n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=tor
     cells, dcells = (t.unflatten(1, (spec.groups * spec.taps, spec.up, spec.up)) for t in (logits, dlogits))
     lse = torch.full((n, spec.groups, *cells.shape[2:]) if spec.normalizer in LSE_NORMALIZERS else (0,), math.nan)
 
-    forward = _run(triton_backend.forward_launches(x, cells, y, lse, spec), (x, logits, y))
-    backward = _run(triton_backend.backward_launches(dy, x, cells, lse, dx, dcells, spec), (dy, x, logits, dx, dlogits))
+    forward = _run(triton_backend.forward_launches(x, cells, y, lse, spec), (x, logits, y), capability)
+    backward = _run(triton_backend.backward_launches(dy, x, cells, lse, dx, dcells, spec), (dy, x, logits, dx, dlogits), capability)
     x64, logits64 = x.double().requires_grad_(), logits.double().requires_grad_()
     expected = reassemble_reference(x64, logits64, **spec._asdict())
     expected.backward(dy.double())
@@ -78,11 +81,11 @@ def training_step(n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=tor
     return Step(errors, forward, backward)
 
 
-def _run(launches: list[Launch], tensors) -> Pass:
+def _run(launches: list[Launch], tensors, capability: int) -> Pass:
     stats = {}
     for launch in launches:
-        stats[f"{launch.kernel.__name__} {len(stats)}"] = emulate(launch)
-    return Pass(stats, sum(t.numel() * t.element_size() for t in tensors))
+        stats[f"{launch.kernel.__name__} {len(stats)}"] = emulate(launch, capability)
+    return Pass(stats, sum(t.numel() * t.element_size() for t in tensors), GPUS[capability])
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -55,7 +55,7 @@ def test_traffic_of_a_copy_is_its_bytes():
     assert [buffer.get("ld_bytes", 0) + buffer.get("st_bytes", 0) for buffer in stats["per_buffer"].values()] == [x.nbytes, y.nbytes]
     # 3 parameters, 3 special registers, 7 instructions of the copy, ret
     assert stats["warp_insts"] == 32 * 4 * 14
-    assert stats["bound"]["dram"] == pytest.approx(dram_microseconds(2 * x.nbytes)) == pytest.approx(32768 / (2039e3 * 0.92))
+    assert stats["bound"]["dram"] == pytest.approx(dram_microseconds(2 * x.nbytes, A100)) == pytest.approx(32768 / (2039e3 * 0.92))
 
 
 def test_reuse_is_served_by_the_caches():
@@ -110,8 +110,8 @@ def test_shared_memory_holds_nan_until_it_is_written():
 
 
 def test_what_the_emulator_does_not_know_is_named():
-    with pytest.raises(Unsupported, match=r"wgmma\.fence"):
-        run(kernel("wgmma.fence.sync.aligned;"), 1, [np.zeros(4, np.uint32), np.zeros(4, np.uint32), 0])
+    with pytest.raises(Unsupported, match="tcgen05"):
+        run(kernel("tcgen05.wait__ld.sync.aligned;"), 1, [np.zeros(4, np.uint32), np.zeros(4, np.uint32), 0])
     with pytest.raises(Fault, match="shared access out of bounds"):
         run(kernel("mov.u32 %r5, memory; ld.shared.b32 %r6, [%r5+16384];"), 1, [np.zeros(4, np.uint32), np.zeros(4, np.uint32), 0])
 
@@ -123,6 +123,7 @@ def i32(x):
 # instruction on a = %r10, b = %r11, c = %r12 -> %r13, and what it means for uint32 arrays
 SEMANTICS = {
     "add.s32 %r13, %r10, %r11": lambda a, b, c: a + b,
+    "add.s16x2 %r13, %r10, %r11": lambda a, b, c: (a & 0xFFFF) + (b & 0xFFFF) & 0xFFFF | ((a >> 16) + (b >> 16) & 0xFFFF) << 16,
     "mad.lo.s32 %r13, %r10, %r11, %r12": lambda a, b, c: a * b + c,
     "mul.hi.u32 %r13, %r10, %r11": lambda a, b, c: a.astype(np.uint64) * b >> np.uint64(32),
     "mul.hi.s32 %r13, %r10, %r11": lambda a, b, c: i32(a).astype(np.int64) * i32(b) >> 32,

@@ -98,6 +98,20 @@ def test_tensor_cores_fed_by_asynchronous_copies(dtype, precision, tolerance, nu
     assert ("cp.async" in stats["warp_insts_by_class"]) == (num_stages > 1)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 4e-3), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("width", [16, 32, 128])
+def test_tensor_cores_of_hopper(dtype, tolerance, transposed, width):
+    m, n, k = 96, 2 * width, 96
+    a, b = random(m, k, dtype=dtype), random(n, k, dtype=dtype, seed=1).T if transposed else random(k, n, dtype=dtype, seed=1)
+    c = poisoned(m, n, dtype=dtype)
+    sizes = dict(BM=64, BN=width, BK=32, PRECISION="tf32")
+    stats = launch(matmul, (2, 2), a, b, c, m, n, k, *a.stride(), *b.stride(), capability=90, **sizes)
+    assert error(c, a.double() @ b.double()) < tolerance
+    assert stats["mma_flops"] == 4 * 2 * 64 * width * 96
+    assert stats["warp_insts_by_class"]["tensor"] <= 4 * 4 * 3 * 4
+
+
 @triton.jit
 def transpose(x_ptr, y_ptr, M: tl.constexpr, N: tl.constexpr):
     m, n = tl.arange(0, M), tl.arange(0, N)

@@ -92,11 +92,15 @@ def _on_floats(machine: Machine, x: Instruction, mask, function) -> None:
 
 
 def _on_numbers(machine: Machine, x: Instruction, mask, function) -> None:
-    if is_float(x.types[-1]):
+    kind, (target, *sources) = x.types[-1], x.operands
+    if is_float(kind):
         _on_floats(machine, x, mask, function)
+    elif kind in ("s16x2", "u16x2"):
+        parts = zip(*(halves(machine.bits(source, 4)) for source in sources), strict=True)
+        low, high = (function(*(p.view(TYPES[kind[:3]]) for p in part)).view(np.uint16) for part in parts)
+        machine.write(target, join(low, high), mask)
     else:
-        target, *sources = x.operands
-        machine.write(target, function(*(machine.values(source, x.types[-1]) for source in sources)), mask)
+        machine.write(target, function(*(machine.values(source, kind) for source in sources)), mask)
 
 
 EVERY_NUMBER = {"add": np.add, "sub": np.subtract, "neg": np.negative, "abs": np.abs}

@@ -33,6 +33,8 @@ class GPU:
 
 
 A100 = GPU(multiprocessors=108, clock=1.41, dram=2039, l2_size=40 << 20, l2_width=5120, l1_size=192 << 10, threads=2048)
+H100 = GPU(multiprocessors=132, clock=1.755, dram=3352, l2_size=50 << 20, l2_width=5632, l1_size=256 << 10, threads=2048)
+GPUS = {80: A100, 90: H100}
 # what a copy kernel reaches of the peak
 DRAM_EFFICIENCY = 0.92
 
@@ -62,7 +64,7 @@ def report(machine: Machine, gpu: GPU, blocks_run: int, blocks_total: int) -> di
     return stats | {"bound": times, "limiter": max(times, key=times.get)}
 
 
-def dram_microseconds(size: int, gpu: GPU = A100) -> float:
+def dram_microseconds(size: int, gpu: GPU) -> float:
     """Least time to move so many bytes from or to memory."""
     return size / (gpu.dram * 1e3 * DRAM_EFFICIENCY)
 

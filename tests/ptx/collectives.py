@@ -64,10 +64,8 @@ def multiply_matrices(machine: Machine, x: Instruction, mask):
         raise Unsupported(x.text)
     machine.counts["mma_flops"] += 2 * 16 * 8 * depth * machine.active_warps
     warps = machine.total // WARP
-    a, b, c = (np.zeros((warps, *size), np.float32) for size in ((16, depth), (depth, 8), (16, 8)))
-    for i, register in enumerate(x.operands[1]):
-        for column, values in _elements(machine, register, kind, i // 2):
-            a[:, ROW + 8 * (i % 2), column] = values
+    a = fragments(machine, x.operands[1], kind, depth)
+    b, c = (np.zeros((warps, *size), np.float32) for size in ((depth, 8), (16, 8)))
     for i, register in enumerate(x.operands[2]):
         for row, values in _elements(machine, register, kind, i):
             b[:, row, ROW] = values
@@ -80,6 +78,15 @@ def multiply_matrices(machine: Machine, x: Instruction, mask):
         results = [join(float_to_half(p, "f16"), float_to_half(q, "f16")) for p, q in zip(low, high, strict=True)]
     for register, values in zip(x.operands[0], results, strict=True):
         machine.write(register, values, mask)
+
+
+def fragments(machine: Machine, registers: list, kind: str, depth: int) -> np.ndarray:
+    """[warps, 16, depth]: the rows of A that each warp holds in registers."""
+    a = np.zeros((machine.total // WARP, 16, depth), np.float32)
+    for i, register in enumerate(registers):
+        for column, values in _elements(machine, register, kind, i // 2):
+            a[:, ROW + 8 * (i % 2), column] = values
+    return a
 
 
 def _elements(machine: Machine, register, kind: str, part: int):

@@ -4,7 +4,7 @@ import operator
 
 import numpy as np
 
-from .formats import SIZE, TYPES, UNSIGNED, float_to_half, half_to_float, halves
+from .formats import SIZE, TYPES, UNSIGNED, float_to_half, half_to_float, halves, join
 from .machine import WARP, Machine, instruction
 from .memory import Fault
 from .parser import Instruction, Pair, Unsupported
@@ -107,29 +107,33 @@ def copy(machine: Machine, x: Instruction, mask):
     shared[everywhere[lanes][:, None] + window] = values
 
 
-@instruction("ldmatrix")
-def load_matrix(machine: Machine, x: Instruction, mask):
-    """8 x 8 matrices of 16-bit elements: lanes 8 i .. 8 i + 7 hold the row addresses of matrix i."""
+@instruction("ldmatrix", "stmatrix")
+def move_matrix(machine: Machine, x: Instruction, mask):
+    """8 x 8 matrices of 16-bit elements: lanes 8 i .. 8 i + 7 hold the row addresses of matrix i, register i of every lane two elements."""
     if mask is not None:
         raise Unsupported(f"divergent {x.text}")
-    count = int(next(m[1] for m in x.modifiers if m in ("x1", "x2", "x4")))
+    loads = x.op == "ldmatrix"
+    registers, address = x.operands if loads else reversed(x.operands)
+    registers = registers if isinstance(registers, list) else [registers]
     lane = np.arange(WARP)
-    givers = np.tile(lane, machine.total // WARP) < 8 * count
-    shared, offsets, lanes = machine.access_shared(x, x.operands[1], 16, givers, "ld")
+    givers = np.tile(lane, machine.total // WARP) < 8 * len(registers)
+    shared, offsets, lanes = machine.access_shared(x, address, 16, givers, x.op[:2])
     rows = np.zeros(machine.total, np.int64)
     rows[lanes] = offsets // 2
     rows = rows.reshape(-1, WARP)
     elements = shared.view(np.uint16)
-    targets = x.operands[0] if isinstance(x.operands[0], list) else [x.operands[0]]
-    for i in range(count):
-        bits = np.zeros(rows.shape, np.uint32)
-        for half in (0, 1):
-            # a lane holds elements (row lane // 4, columns 2 (lane % 4) + half), or the transpose
-            row, column = lane // 4, 2 * (lane % 4) + half
-            if "trans" in x.modifiers:
-                row, column = column, row
-            bits |= elements[rows[:, 8 * i + row] + column].astype(np.uint32) << np.uint32(16 * half)
-        machine.write(targets[i], bits.reshape(-1), mask)
+    # a lane holds elements (row lane // 4, columns 2 (lane % 4) and the next), or the transpose
+    row, column = lane // 4, 2 * (lane % 4)
+    for i, register in enumerate(registers):
+        if "trans" in x.modifiers:
+            places = [rows[:, 8 * i + column + half] + row for half in (0, 1)]
+        else:
+            places = [rows[:, 8 * i + row] + column + half for half in (0, 1)]
+        if loads:
+            machine.write(register, join(*(elements[place] for place in places)).reshape(-1), mask)
+        else:
+            for place, half in zip(places, halves(machine.by_warp(machine.bits(register, 4))), strict=True):
+                elements[place] = half
 
 
 def cas(old, compared, new):

@@ -16,6 +16,8 @@ TYPES = {
     "bf16": np.uint16,
     "f16x2": np.uint32,
     "bf16x2": np.uint32,
+    "s16x2": np.uint32,
+    "u16x2": np.uint32,
     "tf32": np.uint32,
     "pred": np.bool_,
 }

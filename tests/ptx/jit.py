@@ -1,4 +1,4 @@
-"""From a Triton kernel to an emulated launch: compile for sm_80 as a real launch would specialise it, then run."""
+"""From a Triton kernel to an emulated launch: compile as a real launch would specialise it, then run."""
 
 import numpy as np
 import torch
@@ -6,17 +6,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .bounds import A100, GPU
+from .bounds import GPUS
 from .execute import run
 
-TARGET = GPUTarget("cuda", 80, 32)
 POINTERS = {
     **{"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float64": "*fp64"},
     **{"int8": "*i8", "int32": "*i32", "int64": "*i64", "bool": "*i1"},
 }
 
 
-def launch(kernel, grid, *args, num_warps: int = 4, num_stages: int = 2, **constants) -> dict:
+def launch(kernel, grid, *args, num_warps: int = 4, num_stages: int = 2, capability: int = 80, **constants) -> dict:
     """Run `kernel[grid](*args, **constants)` under the emulator and return what it counts.
 
     Args:
@@ -31,13 +30,13 @@ def launch(kernel, grid, *args, num_warps: int = 4, num_stages: int = 2, **const
     aligned = [name for name, value in given.items() if not isinstance(value, float) and (not isinstance(value, int) or value % 16 == 0)]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return execute(source, {"num_warps": num_warps, "num_stages": num_stages}, grid, list(given.values()))
+    return execute(source, {"num_warps": num_warps, "num_stages": num_stages}, grid, list(given.values()), capability=capability)
 
 
-def execute(source: ASTSource, options: dict, grid, args: list, *, blocks=None, gpu: GPU = A100) -> dict:
-    """Compile a specialised kernel and run it on `args`, those that the compiled code takes."""
-    compiled = triton.compile(source, target=TARGET, options=options)
-    return run(compiled.asm["ptx"], grid, args, shared=compiled.metadata.shared, blocks=blocks, gpu=gpu)
+def execute(source: ASTSource, options: dict, grid, args: list, *, capability: int = 80) -> dict:
+    """Compile a specialised kernel for sm_80 or sm_90 and run it on `args`, those that the compiled code takes."""
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return run(compiled.asm["ptx"], grid, args, shared=compiled.metadata.shared, gpu=GPUS[capability])
 
 
 def _type(value) -> str:

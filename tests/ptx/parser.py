@@ -85,7 +85,7 @@ def classify(op: str, modifiers: list[str], types: list[str]) -> str:
     last = types[-1] if types else ""
     if op == "cp":
         return "cp.async" if any("shared" in m for m in modifiers) else "control"
-    if op in ("ld", "st", "atom", "red", "ldmatrix"):
+    if op in ("ld", "st", "atom", "red", "ldmatrix", "stmatrix"):
         space = next((s for s in ("global", "param", "shared") if any(m.startswith(s) for m in modifiers)), "generic")
         return f"{op}.{space}"
     if op in ("bra", "ret", "exit", "trap", "call"):
@@ -96,8 +96,8 @@ def classify(op: str, modifiers: list[str], types: list[str]) -> str:
         return "control"
     if op in ("shfl", "vote", "redux", "match", "activemask"):
         return "shuffle/vote"
-    if op == "mma":
-        return "tensor"
+    if op in ("mma", "wgmma"):
+        return "tensor" if op == "mma" or "mma_async" in modifiers else "control"
     if op in ("ex2", "lg2", "sin", "cos", "tanh", "rsqrt") or (op in ("rcp", "sqrt", "div") and last[:1] == "f"):
         return "mufu"
     if op == "cvt":
