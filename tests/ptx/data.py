@@ -110,13 +110,15 @@ def copy(machine: Machine, x: Instruction, mask):
 @instruction("ldmatrix", "stmatrix")
 def move_matrix(machine: Machine, x: Instruction, mask):
     """8 x 8 matrices of 16-bit elements: lanes 8 i .. 8 i + 7 hold the row addresses of matrix i, register i of every lane two elements."""
-    if mask is not None:
+    taking = np.ones(machine.total, bool) if mask is None else mask
+    warps = machine.by_warp(taking).any(axis=1)
+    if (machine.by_warp(taking) != warps[:, None]).any():
         raise Unsupported(f"divergent {x.text}")
     loads = x.op == "ldmatrix"
     registers, address = x.operands if loads else reversed(x.operands)
     registers = registers if isinstance(registers, list) else [registers]
     lane = np.arange(WARP)
-    givers = np.tile(lane, machine.total // WARP) < 8 * len(registers)
+    givers = taking & (np.tile(lane, machine.total // WARP) < 8 * len(registers))
     shared, offsets, lanes = machine.access_shared(x, address, 16, givers, x.op[:2])
     rows = np.zeros(machine.total, np.int64)
     rows[lanes] = offsets // 2
@@ -133,7 +135,7 @@ def move_matrix(machine: Machine, x: Instruction, mask):
             machine.write(register, join(*(elements[place] for place in places)).reshape(-1), mask)
         else:
             for place, half in zip(places, halves(machine.by_warp(machine.bits(register, 4))), strict=True):
-                elements[place] = half
+                elements[place[warps]] = half[warps]
 
 
 def cas(old, compared, new):

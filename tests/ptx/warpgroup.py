@@ -28,7 +28,7 @@ def multiply(machine: Machine, x: Instruction, mask):
     to, kind, _ = x.types[-3:]
     target, a, b, accumulate, *signs = x.operands
     signs, transposed = signs[:2], [i.bits for i in signs[2:]] or [0, 0]
-    if mask is not None or kind not in ("f16", "bf16", "tf32") or any(sign.bits != 1 for sign in signs):
+    if kind not in ("f16", "bf16", "tf32") or any(sign.bits != 1 for sign in signs):
         raise Unsupported(x.text)
     machine.counts["mma_flops"] += 2 * 16 * columns * depth * machine.active_warps
 
@@ -74,6 +74,8 @@ def _shared_matrix(machine: Machine, descriptor, rows: int, depth: int, kind: st
         address = start + row // 8 * stride + row % 8 * span + step * size
     # the 16-byte chunks of a span are permuted by the number of the 128-byte line
     address ^= (address >> 7 & span // 16 - 1) << 4
+    taking = machine.active.reshape(len(address), -1)[:, 0]
+    address = np.where(taking[:, None, None], address, 0)
     if address.max() + size > machine.shared_size:
         raise Fault(f"wgmma reads shared memory up to {address.max() + size} of {machine.shared_size}")
     address += machine.block_of[:: WARPS * WARP, None, None] * machine.shared_stride
