@@ -59,11 +59,11 @@ class LastCheckpoint(L.Callback):
         at_step = done % trainer.accumulate_grad_batches == 0
         validates = done % trainer.val_check_batch == 0
         if at_step and not validates and trainer.global_step % self.every_n_steps == 0:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
 
 
 class RandomState(L.Callback):
