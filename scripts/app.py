@@ -3,8 +3,10 @@
 import contextlib
 import difflib
 import functools
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -68,6 +70,14 @@ def hints(config_name: str, arguments: list[str]) -> list[str]:
                 break
             node = None if OmegaConf.is_missing(node, part) else node[part]
     return lines
+
+
+def quiet() -> None:
+    """Leave out what Lightning says of hardware, tips and its own internals; its warnings about the run stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
+    warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
 
 
 @contextlib.contextmanager

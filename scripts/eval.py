@@ -8,12 +8,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from ..tasks.runs import write_atomically
-from .app import app, load_task
+from .app import app, load_task, quiet
 
 
 @app("eval")
 def main(cfg: DictConfig) -> None:
     """Validate a checkpoint and write its scores to eval.json."""
+    quiet()
     task, run = load_task(cfg.checkpoint)
     data = instantiate(cfg.data if cfg.get("data") else run.data)
     trainer = instantiate(cfg.trainer, enable_checkpointing=False)

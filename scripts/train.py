@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..tasks.pictures import Pictures
 from ..tasks.runs import LastCheckpoint, RandomState, RunRecord
-from .app import app, owned
+from .app import app, owned, quiet
 
 
 def missing_keys(node: object, key: str = "") -> list[str]:
@@ -46,6 +46,7 @@ def resumed_run(folder: Path) -> DictConfig:
 
 def train(cfg: DictConfig, folder: Path) -> None:
     """Run one resolved configuration to its end in `folder`, from its last checkpoint if it has one."""
+    quiet()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data, task = instantiate(cfg.data), instantiate(cfg.task)
     callbacks = [
