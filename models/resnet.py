@@ -4,11 +4,14 @@ State-dict keys are torchvision's where the layers are, so that published ImageN
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch.nn as nn
 from torch import Tensor
 
+from .deform import DeformConv
 from .samplers import Sampler
+from .weights import load_weights
 
 Norm = Callable[[int], nn.Module]
 
@@ -23,19 +26,21 @@ class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions with a shortcut; the 3x3 and the shortcut downsample by `stride` (torchvision's "v1.5" block).
 
     With a `sampler` the convolutions have stride 1, and one sampler before the 3x3 and one before the shortcut's 1x1 do it.
+    `deformable` makes the 3x3 a DCNv2, unless a sampler stands before it (paper, section 5.2).
     """
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, sampler: Sampler | None, norm_layer: Norm):
+    def __init__(self, inputs: int, width: int, stride: int, sampler: Sampler | None, norm_layer: Norm, deformable: bool = False):
         super().__init__()
         outputs = width * self.expansion
         resample = sampler if sampler and stride > 1 else lambda channels: nn.Identity()
         conv_stride = 1 if sampler else stride
+        deforms = deformable and not (sampler and stride > 1)
         self.conv1 = _conv(inputs, width, 1)
         self.bn1 = norm_layer(width)
         self.sampler = resample(width)
-        self.conv2 = _conv(width, width, 3, conv_stride)
+        self.conv2 = DeformConv(width, width, conv_stride) if deforms else _conv(width, width, 3, conv_stride)
         self.bn2 = norm_layer(width)
         self.conv3 = _conv(width, outputs, 1)
         self.bn3 = norm_layer(outputs)
@@ -66,6 +71,12 @@ class ResNet(nn.Module):
         num_classes: None makes a backbone; a number adds global average pooling and the classifier `fc`.
         norm_layer: channels in, normalisation out.
         zero_init_residual: start every block as the identity (the last scale of its main path is 0).
+        deformable: the layers, of 1 to 4, whose 3x3 convolutions are DCNv2. The paper's "Res-2, Res-3, Res-4" are taken as (2, 3, 4), the
+            stages c3 to c5 that the public DCNv2 backbones deform.
+        weights: a file to start from, see `carafepp.models.weights`.
+
+    Raises:
+        FileNotFoundError, ValueError: `weights` cannot be read, or is of another network.
 
     `out_channels` lists the channels of C2 to C5.
     """
@@ -80,6 +91,8 @@ class ResNet(nn.Module):
         num_classes: int | None = None,
         norm_layer: Norm = nn.BatchNorm2d,
         zero_init_residual: bool = False,
+        deformable: Sequence[int] = (),
+        weights: str | Path | None = None,
     ):
         super().__init__()
         self.deep_stem = deep_stem
@@ -98,16 +111,25 @@ class ResNet(nn.Module):
         for i, (depth, outputs) in enumerate(zip(depths, self.out_channels, strict=True)):
             inputs = [channels, *[outputs] * (depth - 1)]
             strides = [1 if i == 0 else 2, *[1] * (depth - 1)]
-            blocks = (Bottleneck(c, width * 2**i, stride, downsample, norm_layer) for c, stride in zip(inputs, strides, strict=True))
+            blocks = (
+                Bottleneck(c, width * 2**i, stride, downsample, norm_layer, i + 1 in deformable)
+                for c, stride in zip(inputs, strides, strict=True)
+            )
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
             channels = outputs
 
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, num_classes) if num_classes else None
+        self.fc = None
+        if num_classes:
+            self.fc = nn.Linear(channels, num_classes)
+            nn.init.normal_(self.fc.weight, std=0.01)
+            nn.init.zeros_(self.fc.bias)
         if zero_init_residual:
             for module in self.modules():
                 if isinstance(module, Bottleneck):
                     nn.init.zeros_(module.bn3.weight)
+        if weights is not None:
+            load_weights(self, weights)
 
     def stem(self, x: Tensor) -> Tensor:
         """Image [N, 3, H, W] -> [N, width (2 * width if deep), ceil(H / 4), ceil(W / 4)]."""

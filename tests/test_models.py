@@ -136,7 +136,10 @@ def test_resnet50_is_torchvisions():
 def test_resnet_initialises_as_torchvision_does():
     torch.manual_seed(0)
     theirs = dict(torchvision.models.resnet50(zero_init_residual=True).named_parameters())
-    for name, parameter in resnet50(num_classes=1000, zero_init_residual=True).named_parameters():
+    ours = dict(resnet50(num_classes=1000, zero_init_residual=True).named_parameters())
+    assert 0.0099 < ours.pop("fc.weight").std() < 0.0101  # of Goyal et al.
+    assert not ours.pop("fc.bias").any()
+    for name, parameter in ours.items():
         expected = theirs[name]
         assert abs(parameter.std() - expected.std()) <= 0.1 * expected.std(), name
         assert abs(parameter.mean() - expected.mean()) <= 0.01, name

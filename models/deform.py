@@ -1,0 +1,33 @@
+"""Modulated deformable convolution (DCNv2: Zhu et al., 2019; the stronger backbone of Table I)."""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+from torchvision.ops import deform_conv2d
+
+
+class DeformConv(nn.Conv2d):
+    """3x3 convolution that samples each of its nine points at a predicted offset and weighs it by a predicted mask in 0..1.
+
+    State-dict keys and initialisation are those of mmcv's ModulatedDeformConv2dPack: `conv_offset` starts at 0, so the layer starts as
+    the plain convolution with half its weights, and weights of the plain convolution load.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1):
+        super().__init__(inputs, outputs, 3, stride, padding=1, bias=False)
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        self.conv_offset = nn.Conv2d(inputs, 27, 3, stride, padding=1)
+        nn.init.zeros_(self.conv_offset.weight)
+        nn.init.zeros_(self.conv_offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, inputs, H, W] -> [N, outputs, ceil(H / stride), ceil(W / stride)]."""
+        offset, mask = self.conv_offset(x).split([18, 9], dim=1)
+        return deform_conv2d(x, offset, self.weight, stride=self.stride, padding=self.padding, mask=mask.sigmoid())
+
+
+@register_flop_formula(torch.ops.torchvision.deform_conv2d)
+def _deform_conv_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    # that of the plain convolution: the bilinear sampling, which grows with the inputs alone, is small beside it
+    return conv_flop_count(x_shape, weight_shape, out_shape)

@@ -1,0 +1,70 @@
+"""Start a network from trained weights: ImageNet classifiers of torchvision, checkpoints of `carafepp-train`."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+
+class Loaded(NamedTuple):
+    """Names of tensors: copied from the file, left as they were initialised, and in the file but not in the network."""
+
+    loaded: list[str]
+    initialised: list[str]
+    unused: list[str]
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict, or the network of a checkpoint of `carafepp-train`; of a network with a `backbone`, the backbone.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read as tensors and primitives, or holds no weights.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"weights={path} does not exist; give a state dict, or the last.ckpt or best.ckpt of a run folder")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    # what torch raises for damaged files depends on where the damage is
+    except Exception as error:
+        raise ValueError(f"weights={path} cannot be read: {error}") from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"weights={path} holds no state dict of tensors")
+    for prefix in ("model.", "backbone."):
+        if any(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return dict(state)
+
+
+def load_weights(network: nn.Module, weights: str | Path | Mapping[str, Tensor]) -> Loaded:
+    """Copy the tensors that `weights` (a file, see `read_weights`, or a state dict) and `network` share, and log which those are.
+
+    Samplers that the file does not know stay as they are, and so does a classifier `fc` of another number of classes.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_weights`; or no tensor fits, or one of the same name has another shape.
+    """
+    state = dict(weights) if isinstance(weights, Mapping) else read_weights(weights)
+    source = "the state dict" if isinstance(weights, Mapping) else f"weights={weights}"
+    own = network.state_dict()
+    differ = [name for name in own if name in state and own[name].shape != state[name].shape]
+    if wrong := [name for name in differ if not name.startswith("fc.")]:
+        shapes = f"{wrong[0]} is {list(state[wrong[0]].shape)} there and {list(own[wrong[0]].shape)} in the network"
+        raise ValueError(f"{source} is of another network: {len(wrong)} tensors differ in shape, {shapes}")
+    loaded = [name for name in own if name in state and name not in differ]
+    if not loaded:
+        raise ValueError(f"{source} shares no tensor with the network, which has {', '.join(list(own)[:3])}, ...")
+    network.load_state_dict({name: state[name] for name in loaded}, strict=False)
+    report = Loaded(loaded, [name for name in own if name not in loaded], [name for name in state if name not in loaded])
+    logger.info("%d of %d tensors loaded from %s", len(loaded), len(own), source)
+    for what, names in (("as initialised", report.initialised), ("not used", report.unused)):
+        if names:
+            logger.info("%s: %s", what, ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in names)))
+    return report
