@@ -7,6 +7,7 @@ from carafepp.kernels.geometry import NORMALIZERS, Spec
 
 pytest.importorskip("triton")
 
+from ptx.memory import untouched
 from ptx_step import training_step
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
@@ -41,16 +42,42 @@ def test_every_normalizer(normalizer):
     assert all(value < TOLERANCES[HALF] for value in errors.values()), errors
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("name", ["x", "logits", "y", "dy", "dx", "dlogits"])
-def test_offsets_beyond_32_bits(name, axis):
-    def place(tensor, size):
-        if tensor == name:
-            strides = list(torch.empty(size).stride())
-            # every stride fits into 32 bits, the offset of the last index does not; what is not used takes no memory
-            strides[axis] = (2**31 // (size[axis] - 1) // 16 + 1) * 16
-            extent = 1 + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True))
-            return torch.from_numpy(np.zeros(extent, np.float16)).as_strided(size, strides)
+UP, DOWN = ((1, 256, 25, 42), Spec(5, up=2)), ((1, 256, 50, 84), Spec(5, down=2))
+
+
+@pytest.mark.parametrize(
+    ("memory_format", "instructions", "bounds"),
+    [
+        # warp instructions in millions, largest bound over the DRAM bound; forward, backward
+        (NCHW, (1.3, 3.5), (2.0, 5.0)),
+        (NHWC, (0.65, 1.5), (1.3, 3.0)),
+    ],
+)
+@pytest.mark.parametrize(("size", "spec"), [UP, DOWN])
+def test_cost_stays_within_budget(size, spec, memory_format, instructions, bounds):
+    step = training_step(*size, spec, HALF, memory_format)
+    assert max(step.errors.values()) < TOLERANCES[HALF], step.errors
+    for cost, most_instructions, most_time, most_bytes in zip(step[1:], instructions, bounds, (1.05, 1.65), strict=True):
+        assert 1.0 <= cost.dram_ratio < most_bytes
+        assert cost.warp_insts < most_instructions * 1e6
+        assert cost.bound_ratio < most_time
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"x": 0, "logits": 0, "y": 0, "dy": 0, "dx": 0, "dlogits": 0},
+        {"x": 1, "logits": 2, "y": 1, "dy": 2, "dx": 1, "dlogits": 2},
+        {"x": 2, "logits": 1, "y": 2, "dy": 1, "dx": 2, "dlogits": 1},
+    ],
+)
+def test_offsets_beyond_32_bits(axes):
+    def place(name, size):
+        strides = list(torch.empty(size).stride())
+        # every stride fits into 32 bits, the offset of the last index along the axis does not
+        strides[axes[name]] = (2**31 // (size[axes[name]] - 1) // 16 + 1) * 16
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True))
+        return torch.from_numpy(untouched(2 * extent).view(np.float16)).as_strided(size, strides)
 
     errors = training_step(3, 4, 3, 5, Spec(3, up=2), place=place).errors
     assert all(value < TOLERANCES[HALF] for value in errors.values()), errors

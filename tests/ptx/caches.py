@@ -45,7 +45,9 @@ class LRUCache:
             cache[line] = added
             before.append(0)
             if len(cache) > capacity:
-                self.written_back += (cache.popitem(last=False)[1] >> SECTORS_PER_LINE).bit_count()
+                _, gone = cache.popitem(last=False)
+                if gone >> SECTORS_PER_LINE:
+                    self.written_back += (gone >> SECTORS_PER_LINE).bit_count()
         return np.array(before, np.int64)
 
     def written(self) -> int:

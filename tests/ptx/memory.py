@@ -1,6 +1,7 @@
 """Global memory with buffers and faults, shared memory of the resident blocks, and how each access becomes traffic."""
 
 import functools
+import mmap
 from collections import Counter
 
 import numpy as np
@@ -14,6 +15,13 @@ BANKS = 32
 
 class Fault(Exception):
     """What a GPU would abort the kernel for."""
+
+
+def untouched(size: int) -> np.ndarray:
+    """Zeros that take memory only where they are touched, and may be more than the machine has."""
+    # Linux: not in Python's mmap before 3.13
+    no_reserve = 0x4000
+    return np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve), np.uint8)
 
 
 class GlobalMemory:
@@ -31,8 +39,7 @@ class GlobalMemory:
         return offset
 
     def allocate(self) -> None:
-        # pages that no access touches cost nothing, so that buffers may be larger than the machine
-        self.bytes = np.zeros(self.size, np.uint8)
+        self.bytes = untouched(self.size)
         self.starts = np.array([start for _, start, _ in self.buffers], np.int64)
         self.ends = np.array([start + size for _, start, size in self.buffers], np.int64)
 
@@ -57,7 +64,7 @@ class Traffic:
         self.counts = Counter()
         self.buffers = {name: Counter() for name, _, _ in memory.buffers}
         sectors = memory.size // SECTOR + 1
-        self.was_read, self.was_written = np.zeros(sectors, bool), np.zeros(sectors, bool)
+        self.was_read, self.was_written = untouched(sectors).view(bool), untouched(sectors).view(bool)
         self.l1 = LRUCache(l1_size, multiprocessors)
         self.l2 = second_level(l2_size, memory.size)
         self.multiprocessors = multiprocessors
