@@ -1,22 +1,24 @@
 """carafepp-bench samplers: what every sampler costs, beside what was published."""
 
-import json
+import csv
 import weakref
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from .app import app
+from .bench import hardware, timed
 
 GROUPS = files("carafepp.conf")
 
@@ -104,11 +106,11 @@ def slots(group: str) -> dict[str, Callable[[int], nn.Module]]:
     return {BASELINES[group]: slots.pop(BASELINES[group]), **slots}
 
 
-def inputs(module: nn.Module, shape: tuple[int, ...], **options) -> list[Tensor]:
+def inputs(module: nn.Module, shape: tuple[int, ...], memory_format=torch.contiguous_format, **options) -> list[Tensor]:
     """x [N, C, H, W], and for a sampler that needs one a guide [N, C, 2H, 2W]."""
     n, c, h, w = shape
     sizes = [(h, w), (2 * h, 2 * w)] if getattr(module, "needs_guide", False) else [(h, w)]
-    return [torch.randn(n, c, *size, **options).requires_grad_() for size in sizes]
+    return [torch.randn(n, c, *size, **options).contiguous(memory_format=memory_format).requires_grad_() for size in sizes]
 
 
 def flops_per_pixel(slot: Callable[[int], nn.Module], shape: tuple[int, ...]) -> float:
@@ -119,51 +121,58 @@ def flops_per_pixel(slot: Callable[[int], nn.Module], shape: tuple[int, ...]) ->
     return counter.get_total_flops() / (y.shape[0] * y.shape[2] * y.shape[3])
 
 
-def measure(slot: Callable[[int], nn.Module], shape: tuple[int, ...], cfg: DictConfig) -> dict:
-    """Parameters, FLOPs, median times (ms) and peak memory (MB) of one sampler at one site."""
-    options = {"device": cfg.device, "dtype": getattr(torch, cfg.dtype)}
-    module = slot(shape[1]).to(**options)
-    arguments = inputs(module, shape, **options)
-    if cfg.channels_last:
-        module = module.to(memory_format=torch.channels_last)
-        arguments = [x.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for x in arguments]
-    leaves = [*arguments, *module.parameters()]
-    dy = torch.randn_like(module(*arguments))
+class Run:
+    """One sampler on its inputs: what each mode calls."""
 
-    def forward():
+    def __init__(self, module: nn.Module, arguments: list[Tensor]):
+        self.module, self.arguments = module, arguments
+        self.leaves = [*arguments, *module.parameters()]
+        self.dy = torch.randn_like(self.forward())
+
+    def forward(self) -> Tensor:
         with torch.no_grad():
-            module(*arguments)
+            return self.module(*self.arguments)
 
-    def step():
-        torch.autograd.grad(module(*arguments), leaves, dy)
-
-    def time(run) -> float:
-        timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-        return median(timer.blocked_autorange(min_run_time=cfg.seconds).times) * 1e3
-
-    return {
-        "parameters": sum(parameter.numel() for parameter in module.parameters()),
-        "flops_per_pixel": flops_per_pixel(slot, shape),
-        "forward_ms": time(forward),
-        "step_ms": time(step),
-        "peak_mb": peak_memory(step, cfg.device) / 1e6,
-    }
+    def step(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.module(*self.arguments), self.leaves, self.dy)
 
 
-def rows(cfg: DictConfig) -> Iterator[dict]:
-    """Measure every chosen sampler at every site of its group."""
-    for group in cfg.groups:
-        for c, h, w in SITES[group]:
-            baseline = None
-            for name, slot in slots(group).items():
-                if cfg.names is not None and name not in (*cfg.names, BASELINES[group]):
-                    continue
-                row = {"group": group, "site": [c, h, w], "sampler": name, **measure(slot, (cfg.batch, c, h, w), cfg)}
-                baseline = baseline or row
-                row["forward_relative"] = row["forward_ms"] / baseline["forward_ms"]
-                row["step_relative"] = row["step_ms"] / baseline["step_ms"]
-                row["published_parameters"] = PUBLISHED.get(name, "") if group == "upsampler" and c == 256 else ""
-                yield row
+def measure(group: str, shape: tuple[int, ...], cfg: DictConfig) -> list[dict]:
+    """Parameters, FLOPs, median times (ms), in turns, and peak memory (MB) of the chosen samplers at one site."""
+    chosen = {name: slot for name, slot in slots(group).items() if cfg.names is None or name in (*cfg.names, BASELINES[group])}
+    options = {"device": cfg.device, "dtype": getattr(torch, cfg.dtype)}
+    memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    runs = {}
+    for name, slot in chosen.items():
+        module = slot(shape[1]).to(**options, memory_format=memory_format)
+        runs[name] = Run(module, inputs(module, shape, memory_format=memory_format, **options))
+    peaks = {name: peak_memory(run.step, cfg.device) for name, run in runs.items()}
+    times = defaultdict(list)
+    for _ in range(cfg.rounds):
+        for mode in ("forward", "step"):
+            for name, run in runs.items():
+                taken = times[name, mode]
+                if sum(taken) < cfg.seconds * 1e3:
+                    taken.append(timed(getattr(run, mode), cfg.device))
+    rows = []
+    for name, slot in chosen.items():
+        forward, step = (median(times[name, mode]) for mode in ("forward", "step"))
+        rows.append(
+            {
+                "group": group,
+                "shape": list(shape),
+                "sampler": name,
+                "parameters": sum(parameter.numel() for parameter in runs[name].module.parameters()),
+                "published_parameters": PUBLISHED.get(name, "") if group == "upsampler" and shape[1] == 256 else "",
+                "flops_per_pixel": flops_per_pixel(slot, shape),
+                "forward_ms": forward,
+                "forward_relative": forward / median(times[BASELINES[group], "forward"]),
+                "step_ms": step,
+                "step_relative": step / median(times[BASELINES[group], "step"]),
+                "peak_mb": peaks[name] / 1e6,
+            }
+        )
+    return rows
 
 
 HEADER = "{:<18}{:>12}{:>12}{:>14}{:>12}{:>8}{:>12}{:>8}{:>10}"
@@ -171,38 +180,47 @@ LINE = "{sampler:<18}{parameters:>12,}{published_parameters:>12}{flops_per_pixel
 LINE += "{step_ms:>12.2f}{step_relative:>8.1f}{peak_mb:>10.1f}"
 
 
-def bench_samplers(cfg: DictConfig) -> list[dict]:
-    """Print one table a site, row by row as they are measured, and return the rows.
+def tables(cfg: DictConfig) -> list[dict]:
+    """Print one table a site and return all rows.
 
     Raises:
-        ValueError: a sampler that no configuration file has.
+        ValueError: a group that is none, or a sampler that no configuration file has.
     """
+    for group in cfg.groups:
+        if group not in SITES:
+            raise ValueError(f"groups must be among {', '.join(SITES)}, got {group!r}")
     known = {name for group in SITES for name in slots(group)}
     for name in cfg.names or ():
         if name not in known:
             raise ValueError(f"names must be among {', '.join(sorted(known))}, got {name!r}")
-    device = torch.cuda.get_device_name() if torch.device(cfg.device).type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"batch {cfg.batch}, {cfg.dtype}, {'channels_last' if cfg.channels_last else 'contiguous'}, {device}, torch {torch.__version__}")
-    print("FLOPs per output pixel of a forward; median ms of a forward, and of a forward and backward; peak MB of tensors in the latter")
-    site, done = None, []
-    for row in rows(cfg):
-        if row["site"] != site:
-            site = row["site"]
-            c, h, w = site
-            print(f"\n{row['group']}s at C = {c}, {h} x {w}")
-            relative = f"/ {'nearest' if row['group'] == 'upsampler' else 'conv'}"
+    layout = "channels_last" if cfg.channels_last else "contiguous"
+    print(f"batch {cfg.batch}, {cfg.dtype}, {layout}, {hardware(cfg.device)}, torch {torch.__version__}")
+    print("FLOPs of a forward per output pixel; median ms of a forward, and of a forward and backward; peak MB of the latter")
+    rows = []
+    for group in cfg.groups:
+        relative = f"/ {BASELINES[group].split('_')[-1]}"
+        for c, h, w in SITES[group]:
+            print(f"\n{group}s at C = {c}, {h} x {w}", flush=True)
+            site = measure(group, (cfg.batch, c, h, w), cfg)
             print(HEADER.format("", "parameters", "published", "FLOPs/pixel", "forward", relative, "+ backward", relative, "peak MB"))
-        print(LINE.format(**row), flush=True)
-        done.append(row)
-    if cfg.json:
-        Path(cfg.json).write_text(json.dumps(done, indent=1))
-    return done
+            print(*(LINE.format(**row) for row in site), sep="\n", flush=True)
+            rows += site
+    return rows
 
 
 @app("bench_samplers")
 def main(cfg: DictConfig) -> None:
-    """Measure the samplers."""
-    bench_samplers(cfg)
+    """Print the tables and leave their rows in the run folder."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    rows = tables(cfg)
+    path = Path(HydraConfig.get().runtime.output_dir) / "samplers.csv"
+    settings = {"dtype": cfg.dtype, "channels_last": cfg.channels_last, "device": hardware(cfg.device), "torch": torch.__version__}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *settings])
+        writer.writeheader()
+        writer.writerows(row | settings for row in rows)
+    print(f"\nwritten to {path}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """carafepp-bench samplers: its figures where they are known by hand."""
 
-import json
+import csv
 
 import pytest
 import torch
 from carafepp.models.samplers import Nearest
-from carafepp.scripts import bench_samplers
+from carafepp.scripts import bench, bench_samplers
 from carafepp.scripts.bench_samplers import PeakMemory, flops_per_pixel, slots
 from omegaconf import OmegaConf
 
@@ -46,17 +46,13 @@ def test_peak_memory_counts_what_is_alive_together():
 def cfg(monkeypatch):
     monkeypatch.setattr(bench_samplers, "SITES", {"upsampler": [(256, 3, 4)], "downsampler": [(8, 5, 5)]})
     options = {"groups": ["upsampler", "downsampler"], "names": ["carafe", "gum"], "batch": 1, "dtype": "float32"}
-    return OmegaConf.create({**options, "channels_last": True, "device": "cpu", "seconds": 0.001, "json": None})
+    return OmegaConf.create({**options, "channels_last": True, "device": "cpu", "rounds": 2, "seconds": 0.1})
 
 
-def test_tables(cfg, capsys, tmp_path):
-    cfg.json = str(tmp_path / "rows.json")
-    bench_samplers.bench_samplers(cfg)
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    names = [(row["group"], row["sampler"]) for row in rows]
-    assert names == [
-        (g, n) for g, n in zip(["upsampler"] * 3 + ["downsampler"] * 2, ["nearest", "carafe", "gum", "strided_conv", "carafe"], strict=True)
-    ]
+def test_tables(cfg, capsys):
+    rows = bench_samplers.tables(cfg)
+    assert [row["sampler"] for row in rows if row["group"] == "upsampler"] == ["nearest", "carafe", "gum"]
+    assert [row["sampler"] for row in rows if row["group"] == "downsampler"] == ["strided_conv", "carafe"]
     assert [row["forward_relative"] for row in rows if row["sampler"] in ("nearest", "strided_conv")] == [1, 1]
     assert all(row["step_ms"] > 0 and row["peak_mb"] > 0 for row in rows)
     printed = capsys.readouterr().out
@@ -65,7 +61,23 @@ def test_tables(cfg, capsys, tmp_path):
     assert line.split()[1:3] == ["74,148", "74,148"]
 
 
-def test_unknown_sampler_is_named(cfg):
-    cfg.names = ["karafe"]
-    with pytest.raises(ValueError, match=r"names must be among a2u, .*carafe.*got 'karafe'"):
-        bench_samplers.bench_samplers(cfg)
+def test_command_leaves_its_rows_in_the_run_folder(cfg, monkeypatch, tmp_path):
+    arguments = ["groups=[downsampler]", "names=[max_pool]", "rounds=1", "seconds=0.01", f"hydra.run.dir={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["carafepp-bench", "samplers", *arguments])
+    bench.main()
+    with (tmp_path / "samplers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["sampler"], row["parameters"]) for row in rows] == [("strided_conv", "584"), ("max_pool", "0")]
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("names", r"names must be among a2u, .*carafe.*got 'karafe'"),
+        ("groups", "groups must be among upsampler, downsampler, got 'karafe'"),
+    ],
+)
+def test_unknown_name_is_answered_with_the_known_ones(cfg, key, message):
+    cfg[key] = ["karafe"]
+    with pytest.raises(ValueError, match=message):
+        bench_samplers.tables(cfg)
