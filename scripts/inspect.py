@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,10 +75,14 @@ def main(cfg: DictConfig) -> None:
     options = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     capabilities = chosen("architectures", options["architectures"], {f"sm_{number}": number for number in MULTIPROCESSORS})
     work = [(capability, *variant) for capability in capabilities for variant in variants(options, capability)]
-    with ThreadPoolExecutor() as pool:
-        # the disassembler of one kernel runs while the next is compiled
-        pending = [pool.submit(read, compile_launch(launch, capability)) for capability, _, launch in tqdm(work, unit="kernel")]
-        rows = [labels | assembly.result()._asdict() for (_, labels, _), assembly in zip(work, pending, strict=True)]
+
+    def assemble(job) -> dict:
+        capability, labels, launch = job
+        return labels | read(compile_launch(launch, capability))._asdict()
+
+    # the compiler leaves the interpreter lock for most of its work
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = list(tqdm(pool.map(assemble, work), total=len(work), unit="kernel"))
     print(table(rows))
     if options["json"]:
         Path(options["json"]).write_text(json.dumps(rows, indent=1) + "\n")
