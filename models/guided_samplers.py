@@ -24,7 +24,6 @@ class _Guided(nn.Module):
 
     def __init__(self, channels: int, guide_channels: int | None):
         super().__init__()
-        self.channels = channels
         self.guide_channels = guide_channels or channels
 
     def guided(self, x: Tensor, guide: Tensor | None) -> Tensor:
