@@ -23,19 +23,26 @@ from .reference import normalize, reassemble_reference, weighted_sum
 # the outputs they are given; dx or dlogits is None where no gradient is asked for, lse has no elements where the normalizer needs none.
 MODULES = {"cpu": ".cpu", "triton": ".triton_backend"}
 BACKENDS = ("reference", *MODULES)
+# a constant, so that torch.compile need not trace the search
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DTYPES = {"triton": (torch.float32, torch.float16, torch.bfloat16)}
+DTYPES["cpu"] = (*DTYPES["triton"], torch.float64)
 LSE_NORMALIZERS = ("softmax", "sigmoid_normalized")
 
 
-def default_backend(device_type: str) -> str:
-    """Name the backend that serves a device: "cpu" on CPU, "triton" on CUDA and ROCm where it is installed, "reference" elsewhere."""
+def default_backend(device_type: str, dtype: torch.dtype) -> str:
+    """Name the backend that serves a device: "cpu" on CPU, "triton" on CUDA and ROCm where it is installed, else "reference".
+
+    On a GPU float64 is the definition's as well.
+    """
     if device_type == "cuda":
-        return "triton" if importlib.util.find_spec("triton") else "reference"
+        return "triton" if HAS_TRITON and dtype in DTYPES["triton"] else "reference"
     # a meta tensor takes the shape function of the op, whatever the backend
     return "cpu" if device_type in ("cpu", "meta") else "reference"
 
 
 def _module(backend: str | None, x: Tensor):
-    return importlib.import_module(MODULES[backend or default_backend(x.device.type)], __package__)
+    return importlib.import_module(MODULES[backend or default_backend(x.device.type, x.dtype)], __package__)
 
 
 def _forward_outputs(x: Tensor, logits: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -181,17 +188,19 @@ def _backward_flops(dy_shape, x_shape, logits_shape, lse_shape, kernel_size, *ar
 
 def _is_reference(backend: str | None, x: Tensor) -> bool:
     """Whether the definition itself is to run; raise unless `backend` is known and takes `x`."""
-    if backend is None:
-        return default_backend(x.device.type) == "reference"
-    if backend not in BACKENDS:
+    if backend not in (None, *BACKENDS):
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "cpu" and x.device.type != "cpu":
         raise ValueError(f"backend 'cpu' takes CPU tensors, got x on {x.device}")
-    if backend == "triton" and x.dtype == torch.float64:
-        raise TypeError("backend 'triton' takes float32, float16 or bfloat16, got torch.float64; 'reference' and 'cpu' take float64")
-    if backend == "triton" and not importlib.util.find_spec("triton"):
+    if backend == "triton" and not HAS_TRITON:
         raise ValueError("backend 'triton' needs the triton package, which is not installed; 'reference' runs on any device")
-    return backend == "reference"
+    chosen = backend or default_backend(x.device.type, x.dtype)
+    if chosen == "reference":
+        return True
+    if x.dtype not in DTYPES[chosen]:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[chosen])
+        raise TypeError(f"backend {chosen!r} takes {known}, got {x.dtype}; 'reference' takes any floating-point dtype")
+    return False
 
 
 def _autocast(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
