@@ -14,8 +14,14 @@ namespace carafepp {
 // The signature of GOMP_parallel: runs function(data) on a team of threads of the OpenMP runtime that PyTorch itself uses.
 using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 
-// Bytes of weights that a tile may hold: a share of the second-level cache.
-constexpr Index FORWARD_BUDGET = 256 << 10, BACKWARD_BUDGET = 1024 << 10;
+// Bytes of weights that a tile may hold, for tiles to stay near the processor and the scratch of all threads a few per cent of the
+// tensors, but for small ones. Backward gains from larger tiles, for it restores the weights around a tile as well.
+constexpr Index LEAST_BUDGET = 128 << 10, FORWARD_BUDGET = 256 << 10, BACKWARD_BUDGET = 1024 << 10;
+template <class S> Index budget(const Problem& p, Index most, Index share) {
+    const Index inputs = p.channels * p.height * p.width + p.groups * p.taps() * p.subs() * p.cells_y() * p.cells_x();
+    const Index bytes = p.batch * (inputs + p.channels * p.output_y() * p.output_x()) * Index(sizeof(S));
+    return std::min(most, std::max(LEAST_BUDGET, bytes / (share * p.threads)));
+}
 
 // work(task, scratch) for every task, on as many threads as pay, each with its own scratch; false if there is no memory.
 template <class T, class F> bool run(Index tasks, Index operations, Index threads, Index scratch, Parallel parallel, F&& work) {
@@ -51,7 +57,7 @@ inline bool has_lse(const Problem& p) { return p.normalizer == SOFTMAX || p.norm
 
 template <class S> bool forward(const Problem& p, const Tensor& x, const Tensor& logits, const Tensor& y, const Tensor& lse, Parallel parallel) {
     using T = Compute<S>;
-    const Grid g = Grid::make<T>(p, 0, FORWARD_BUDGET);
+    const Grid g = Grid::make<T>(p, 0, budget<S>(p, FORWARD_BUDGET, 40));
     const PlanarTables tables(p, g);
     const bool last = is_channels_last<S>(p, {&x, &y});
     const Index channels = std::min(CHUNK, p.group_channels()), windows = p.taps() * p.subs();
@@ -79,7 +85,7 @@ bool backward(const Problem& p, const Tensor& dy, const Tensor& x, const Tensor&
               Parallel parallel) {
     using T = Compute<S>;
     const Index windows = p.taps() * p.subs();
-    Grid g = Grid::make<T>(p, dx.data != nullptr, BACKWARD_BUDGET);
+    const Grid g = Grid::make<T>(p, dx.data != nullptr, budget<S>(p, BACKWARD_BUDGET, 24));
     const PlanarTables tables(p, g);
     const bool last = is_channels_last<S>(p, {&dy, &x, &dx});
     const Index channels = std::min(CHUNK, p.group_channels()), halo = dx.data ? g.halo : 0;

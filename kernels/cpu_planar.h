@@ -83,8 +83,10 @@ NOINLINE void sum_visits(const T* w, const T* dy, Index dy_stride, const std::ve
 template <class F> inline void with_count(Index count, F&& f) {
     if (count == 1) f(std::integral_constant<int, 1>{});
     else if (count == 2) f(std::integral_constant<int, 2>{});
-    else if (count == 3) f(std::integral_constant<int, 3>{});
-    else f(std::integral_constant<int, 4>{});
+    else if constexpr (SUBS > 2) {
+        if (count == 3) f(std::integral_constant<int, 3>{});
+        else f(std::integral_constant<int, 4>{});
+    }
 }
 
 struct PlanarTables {
