@@ -15,7 +15,8 @@ class CARAFE(nn.Module):
 
     A 1x1 convolution compresses the channels, a convolution of stride `down` encodes their content into groups * K * K * up**2 logits,
     and `carafepp.kernels.reassemble` normalises them and sums the K x K windows of the input (Eqn. 1 to 3). State-dict keys
-    and initialisation are those of mmcv's CARAFEPack, whose weights load. `CARAFE(256, up=2)` has 74,148 parameters.
+    and initialisation are those of mmcv's CARAFEPack, whose weights load. `CARAFE(256, up=2)` has 74,148 parameters and takes 199 K FLOPs
+    per source pixel.
 
     Args:
         channels: C, of input and output.

@@ -57,7 +57,7 @@ def _window_products(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
     times faster on a CPU than unfolding the keys.
     """
     n, _, h, w = keys.shape
-    if default_backend(keys.device.type) == "reference":
+    if default_backend(keys.device.type, keys.dtype) == "reference":
         windows = F.unfold(keys, kernel_size, padding=kernel_size // 2).unflatten(1, (-1, kernel_size**2)).unflatten(3, (h, w))
         return torch.einsum("nephw,nemhw->nmphw", _depth(queries).unflatten(1, (-1, 4)), windows).flatten(1, 2)
     weights = keys.new_zeros(1).expand(n, kernel_size**2, 2, 2, h, w)
@@ -71,8 +71,9 @@ class GUM(_Guided):
     """Guided upsampling (Mazzini, 2018): bilinear sampling at the regular positions plus a predicted offset per output pixel.
 
     The upsampled features and the guide, concatenated, give the offsets (in source pixels) through a 1x1 convolution to C channels,
-    ReLU and a 1x1 convolution to 2. C (C + C_guide + 1) + 2 (C + 1) parameters, 131,842 for C = C_guide = 256. The paper gives no
-    formula; this form has the 132 K parameters and 1.1 M FLOPs per source pixel that it is compared with.
+    ReLU and a 1x1 convolution to 2. C (C + C_guide + 1) + 2 (C + 1) parameters, 131,842 for C = C_guide = 256, and as many multiply-adds
+    per output pixel. The paper gives no formula; this form has the 132 K parameters and 1.1 M FLOPs per source pixel that CARAFE was
+    compared with.
     """
 
     def __init__(self, channels: int, guide_channels: int | None = None):
@@ -95,7 +96,8 @@ class IndexNet(_Guided):
     """IndexNet (Lu et al., 2019), its decoder side: nearest interpolation times an index map in (0, 1) per element.
 
     The map is the sigmoid of a 4x4 convolution of stride 2 over the guide to 4 C channels, whose depth becomes space ("many-to-one",
-    linear, with context: what the later upsamplers compare with). 64 C C_guide parameters, 4.2 M for 256.
+    linear, with context: what the later upsamplers compare with). 64 C C_guide parameters, 4.2 M for 256; 16 C C_guide multiply-adds per
+    output pixel.
     """
 
     def __init__(self, channels: int, guide_channels: int | None = None):
@@ -114,7 +116,8 @@ class A2U(_Guided):
 
     Two 6x6 filters predicted from the pooled guide slide over all of its channels at stride 2; after group normalisation and leaky ReLU
     their product, summed over channels, is one affinity per source pixel. It is spread over the 36 weights of the pixel by a vector
-    predicted from the guide's mean; the kernels are the softmax of the sigmoid of that. 42 C_guide + 38 parameters.
+    predicted from the guide's mean; the kernels are the softmax of the sigmoid of that. 42 C_guide + 38 parameters; 18 C_guide
+    + 9 C multiply-adds per output pixel.
     """
 
     kernel_size = 3
@@ -146,7 +149,8 @@ class SAPA(_Guided):
 
     Both maps are normalised over channels and embedded in `embedding` dimensions; the kernel is the softmax of the inner products of the
     fine pixel's embedding with those of its 5x5 window, where pixels outside the map have similarity 0. About
-    (C + C_guide + 2) * embedding parameters. Gated (SAPA-G), the query is a mixture of both maps' embeddings, weighed per source pixel.
+    (C + C_guide + 2) E parameters for an embedding of E, E (C / 4 + C_guide + 25) + 25 C multiply-adds per output pixel. Gated (SAPA-G),
+    the query is a mixture of both maps' embeddings, weighed per source pixel.
     """
 
     kernel_size = 5
@@ -187,7 +191,8 @@ class FADE(_Guided):
 
     Compressed to 64 channels, guide and x go through the same 3x3 encoder, each at its own resolution; the sum, x's part repeated, is
     the logits of 5x5 kernels. out = g * guide + (1 - g) * reassembled, with one gate g = sigmoid(conv1x1(x)) per source pixel.
-    64 (C + C_guide) + C + 14,490 parameters, 47,514 for 256. The lite version compresses to the 25 logits and encodes depthwise.
+    64 (C + C_guide) + C + 14,490 parameters, 47,514 for 256; 64 (C / 4 + C_guide) + 25 C + 18,000 multiply-adds per output
+    pixel. The lite version compresses to the 25 logits and encodes depthwise.
     A guide of other channels than x is brought to them by a 1x1 convolution.
     """
 

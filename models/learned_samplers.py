@@ -8,7 +8,8 @@ from .samplers import bilinear, nearest
 
 
 class StridedConv(nn.Conv2d):
-    """3x3 convolution of stride 2, C to C channels: learned downsampling with the same kernel everywhere. 9 C^2 + C parameters.
+    """3x3 convolution of stride 2, C to C channels: learned downsampling with the same kernel everywhere. 9 C^2 + C parameters,
+    9 C^2 multiply-adds per output pixel.
 
     As a sampler it stands before the network's own convolution. The strided convolution of the paper's Table III is the published
     network, an empty slot, where that own convolution has the stride.
@@ -19,7 +20,10 @@ class StridedConv(nn.Conv2d):
 
 
 class NearestConv(nn.Conv2d):
-    """Nearest-neighbour interpolation and a 3x3 convolution at the high resolution ("N.C."). 9 C^2 + C parameters, 590,080 for C = 256."""
+    """Nearest-neighbour interpolation and a 3x3 convolution at the high resolution ("N.C.").
+
+    9 C^2 + C parameters, 590,080 for C = 256; 9 C^2 multiply-adds per output pixel.
+    """
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, kernel_size=3, padding=1)
@@ -30,7 +34,10 @@ class NearestConv(nn.Conv2d):
 
 
 class BilinearConv(nn.Conv2d):
-    """Bilinear interpolation and a 3x3 convolution at the high resolution ("B.C."). 9 C^2 + C parameters, 590,080 for C = 256."""
+    """Bilinear interpolation and a 3x3 convolution at the high resolution ("B.C.").
+
+    9 C^2 + C parameters, 590,080 for C = 256; 9 C^2 multiply-adds per output pixel.
+    """
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, kernel_size=3, padding=1)
@@ -43,8 +50,8 @@ class BilinearConv(nn.Conv2d):
 class Deconv(nn.ConvTranspose2d):
     """Deconvolution: transposed 3x3 convolution of stride 2 (Noh et al., 2015). 9 C^2 + C parameters, 590,080 for C = 256.
 
-    Four output phases see 1, 2, 2 and 4 taps, so it costs a quarter of the convolutions that follow an interpolation, and can leave a
-    checkerboard.
+    The four phases of the output see 1, 2, 2 and 4 taps: 9 / 4 C^2 multiply-adds per output pixel, a quarter of a convolution after an
+    interpolation, and possibly a checkerboard.
     """
 
     def __init__(self, channels: int):
@@ -54,7 +61,8 @@ class Deconv(nn.ConvTranspose2d):
 class PixelShuffle(nn.Conv2d):
     """Pixel shuffle ("P.S.", Shi et al., 2016): a 3x3 convolution to 4 C channels, whose depth becomes space.
 
-    36 C^2 + 4 C parameters, 2,360,320 for C = 256. Initialised as mmcv's PixelShufflePack: Xavier uniform, zero bias.
+    36 C^2 + 4 C parameters, 2,360,320 for C = 256; 9 C^2 multiply-adds per output pixel. Initialised as mmcv's
+    PixelShufflePack: Xavier uniform, zero bias.
     """
 
     def __init__(self, channels: int):
@@ -72,8 +80,9 @@ class PixelShuffle(nn.Conv2d):
 class SpatialAttention(nn.Module):
     """Spatial attention ("S.A.", after SCA-CNN, Chen et al., 2017): one predicted factor per location rescales the upsampled features.
 
-    y = bilinear(x); out = y * sigmoid(conv3x3(y)), with one output channel. 9 C + 1 parameters. The paper gives no formula; this one
-    has the 2.3 K parameters and 28 K FLOPs per source pixel that it is compared with for C = 256.
+    y = bilinear(x); out = y * sigmoid(conv3x3(y)), with one output channel. 9 C + 1 parameters, 9 C multiply-adds per output pixel
+    beside the interpolation. The paper gives no formula; this one has the 2.3 K parameters and 28 K FLOPs per source pixel that CARAFE was
+    compared with for C = 256.
     """
 
     def __init__(self, channels: int):

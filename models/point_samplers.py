@@ -5,6 +5,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.geometry import memory_format
+
 
 def sample(x: Tensor, offsets: Tensor) -> Tensor:
     """Read `x` bilinearly at the positions of 2x bilinear interpolation plus `offsets`; positions outside read the border.
@@ -14,7 +16,7 @@ def sample(x: Tensor, offsets: Tensor) -> Tensor:
         offsets: [N, 2, G, Ho, Wo], to the right and down, in pixels of x; G groups of channels have their own.
 
     Returns:
-        [N, C, Ho, Wo].
+        [N, C, Ho, Wo] in the memory format of x.
     """
     n, _, groups, height, width = offsets.shape
     # positions need more digits than half precision has
@@ -29,7 +31,7 @@ def sample(x: Tensor, offsets: Tensor) -> Tensor:
         padding_mode="border",
         align_corners=False,
     )
-    return y.unflatten(0, (n, groups)).flatten(1, 2).to(x.dtype)
+    return y.unflatten(0, (n, groups)).flatten(1, 2).to(x.dtype, memory_format=memory_format(x))
 
 
 class DySample(nn.Module):
@@ -38,7 +40,8 @@ class DySample(nn.Module):
     A 1x1 convolution gives one offset for each output pixel and group: "lp" predicts the four of a source pixel from its C channels and
     shuffles them apart, "pl" shuffles x to C / 4 channels at the high resolution first. Offsets are scaled by 0.25, within which
     neighbours do not overlap, or with `dynamic_scope` ("DySample+") by 0.5 * sigmoid of a second 1x1 convolution. 8 groups (C + 1)
-    parameters for lp, 8,224 for C = 256 and 4 groups; 2 groups (C / 4 + 1) for pl; about twice that with dynamic scope.
+    parameters for lp, 8,224 for C = 256 and 4 groups; 2 groups (C / 4 + 1) for pl; about twice that with dynamic scope. 2 groups C (pl:
+    groups C / 2) + 4 C multiply-adds per output pixel.
 
     Args:
         channels: C, divisible by `groups`, for "pl" also by 4.

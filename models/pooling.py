@@ -28,7 +28,8 @@ def _at_blocks(cells: Tensor, x: Tensor) -> Tensor:
 class BlurPool(nn.Module):
     """Blur pooling (Zhang, 2019): a fixed binomial low-pass filter, then every other pixel; reflected borders. No parameters.
 
-    The filter is the outer product of a row of Pascal's triangle: 1 3 3 1 for the authors' default `kernel_size` of 4.
+    The filter is the outer product of a row of Pascal's triangle: 1 3 3 1 for the authors' default `kernel_size` of 4,
+    16 multiply-adds per output element.
     """
 
     def __init__(self, channels: int, kernel_size: int = 4):
@@ -51,7 +52,8 @@ class BlurPool(nn.Module):
 class SoftPool(nn.Module):
     """SoftPool (Stergiou et al., 2021): blocks of 2x2 summed under the softmax of their own values, per channel. No parameters.
 
-    out = sum_q exp(x_q) x_q / sum_q exp(x_q), with the block's maximum subtracted from the exponents, so that nothing overflows.
+    out = sum_q exp(x_q) x_q / sum_q exp(x_q), with the block's maximum subtracted from the exponents, so that nothing overflows. 4
+    exponentials and 8 multiply-adds per output element.
     """
 
     def __init__(self, channels: int):
@@ -71,7 +73,7 @@ class DPP(nn.Module):
     rho(d) = (d^2 + eps)^(lambda / 2); asymmetric, rho(max(d, 0)) rewards only pixels above the guide. alpha and lambda are positive and
     learned per channel, as exponentials of parameters that start at 0 (and are meant to be trained without weight decay);
     eps = 1e-3 as in the authors' code, which in addition divides the rewards of a block by their mean. 2 C parameters, 11 C with the
-    full guide.
+    full guide; 4 powers and about 30 FLOPs per output element.
 
     Args:
         channels: C.
@@ -111,6 +113,7 @@ class LIP(nn.Module):
     at 0, which is average pooling. Simplified logits are one 3x3 convolution, 9 C^2 + 2 C parameters; bottleneck logits go through a
     1x1 and a 3x3 convolution of `bottleneck` channels B first, 2 B C + 9 B^2 + 4 B + 2 C parameters (the authors share the part before
     the last convolution between the two samplers of a residual block; here each has its own). Normalisation is per image and channel.
+    The convolutions run at the input's resolution: 36 C^2 multiply-adds per output pixel simplified, 8 B C + 36 B^2 with a bottleneck.
 
     Args:
         channels: C.
