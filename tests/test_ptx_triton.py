@@ -270,3 +270,20 @@ def read_across(x_ptr, y_ptr, BLOCK: tl.constexpr):
 def test_a_misaligned_access_is_a_fault():
     with pytest.raises(Fault, match="misaligned 4-byte access"):
         launch(read_across, 1, random(4), poisoned(16), BLOCK=16)
+
+
+@triton.jit
+def scaled_product(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    places = i[:, None] * SIZE + i[None]
+    a = tl.load(a_ptr + places)
+    product = tl.dot(a, tl.load(b_ptr + places))
+    # the second product takes its left side from registers
+    tl.store(c_ptr + places, tl.dot((product * 0.125).to(tl.float16), tl.load(b_ptr + places)).to(tl.float16))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_a_product_feeds_the_next_from_registers(capability):
+    a, b, c = random(64, 64, dtype=torch.float16), random(64, 64, dtype=torch.float16, seed=1), poisoned(64, 64, dtype=torch.float16)
+    launch(scaled_product, 1, a, b, c, SIZE=64, capability=capability)
+    assert error(c, a.double() @ b.double() * 0.125 @ b.double()) < 2e-3

@@ -27,7 +27,8 @@ def multiply(machine: Machine, x: Instruction, mask):
     columns, depth = (int(n) for n in shape.removeprefix("m64n").split("k"))
     to, kind, _ = x.types[-3:]
     target, a, b, accumulate, *signs = x.operands
-    signs, transposed = signs[:2], [i.bits for i in signs[2:]] or [0, 0]
+    # one of each for A and B where both are in shared memory, none for tf32
+    signs, transposed = signs[:2], [flag.bits for flag in signs[2:]] or [0]
     if kind not in ("f16", "bf16", "tf32") or any(sign.bits != 1 for sign in signs):
         raise Unsupported(x.text)
     machine.counts["mma_flops"] += 2 * 16 * columns * depth * machine.active_warps
@@ -37,7 +38,7 @@ def multiply(machine: Machine, x: Instruction, mask):
         left = fragments(machine, a, kind, depth).reshape(groups, ROWS, depth)
     else:
         left = _shared_matrix(machine, a, ROWS, depth, kind, transposed[0])
-    right = _shared_matrix(machine, b, columns, depth, kind, transposed[1])
+    right = _shared_matrix(machine, b, columns, depth, kind, transposed[-1])
     product = (left @ right.swapaxes(1, 2)).reshape(-1, ROWS // WARPS, columns)
     places = [(ROW + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * COLUMN + i % 2) for i in range(columns // 2)]
     keeps = np.array([accumulate.bits != 0]) if isinstance(accumulate, Immediate) else machine.predicate(accumulate)
