@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
-from ptx import Fault
-from ptx.jit import launch
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from ptx import Fault  # noqa: E402
+from ptx.jit import launch  # noqa: E402
 
 DTYPES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
