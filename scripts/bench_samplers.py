@@ -1,6 +1,7 @@
 """carafepp-bench samplers: what every sampler costs, beside what was published."""
 
 import csv
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def _per_output(flops: int) -> Callable[..., int]:
 FLOPS = {
     aten.upsample_bilinear2d: _per_output(8),
     aten.grid_sampler_2d: _per_output(8),
-    aten.avg_pool2d: _per_output(9),
+    aten.avg_pool2d: lambda x, kernel_size, *args, out_shape, **kwargs: math.prod(kernel_size) * torch.Size(out_shape).numel(),
     **{
         op: _per_output(1)
         for op in (aten.add, aten.sub, aten.mul, aten.div, aten.exp, aten.pow, aten.sigmoid, aten.relu, aten.relu_, aten.leaky_relu)

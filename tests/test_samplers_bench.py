@@ -29,6 +29,13 @@ def test_flops_of_the_rivals_are_those_of_the_table():
         assert flops == pytest.approx(millions, abs=0.05 if millions > 1 else 0.0005), name
 
 
+def test_flops_of_pools_are_their_windows():
+    assert flops_per_pixel(slots("downsampler")["avg_pool"], (1, 8, 6, 6)) == 8 * 9
+    # per pixel of a block a difference, an exponential and a product, then two pools and a quotient; indices are arithmetic too
+    soft_pool = flops_per_pixel(slots("downsampler")["soft_pool"], (1, 8, 6, 6))
+    assert soft_pool == pytest.approx(8 * (4 * 3 + 4 + 4 + 1), rel=0.02)
+
+
 def test_peak_memory_counts_what_is_alive_together():
     x = torch.randn(1, 4, 8, 8, requires_grad=True)
     with PeakMemory() as memory:
