@@ -102,6 +102,24 @@ def test_divergent_threads_meet_again():
     assert stats["global_st_requests"] == 4
 
 
+def test_threads_that_left_hold_no_barrier():
+    body = """
+    setp.lt.u32 %p1, %r2, 40; @%p1 exit;
+    cvta.to.global.u64 %rd7, %rd2; createpolicy.fractional.L2::evict_last.b64 %rd8, 1.0;
+    bar.sync 0; red.global.add.u32 [%rd7], 1;
+    """
+    y = np.zeros(1, np.uint32)
+    stats = run(kernel(body), 1, [np.zeros(4, np.uint32), y, 0])
+    assert y[0] == 88
+    # the first warp left as a whole before the barrier
+    assert stats["warp_insts_by_class"]["sync"] == stats["global_red_requests"] == 3
+
+
+def test_a_kernel_that_stops_itself_is_a_fault():
+    with pytest.raises(Fault, match="stopped itself: trap"):
+        run(kernel("trap;"), 1, [np.zeros(4, np.uint32), np.zeros(4, np.uint32), 0])
+
+
 def test_shared_memory_holds_nan_until_it_is_written():
     body = "mov.u32 %r5, memory; ld.shared.f32 %f1, [%r5]; st.global.f32 [%rd2], %f1;"
     y = np.zeros(1, np.float32)
@@ -175,6 +193,18 @@ def test_instructions(text):
     y = np.zeros(128, np.uint32)
     run(kernel(body), 1, [np.concatenate([a, b, c]), y, 0])
     assert (y == np.asarray(SEMANTICS[text](a, b, c)).astype(np.int64).astype(np.uint32)).all()
+
+
+FUNCTIONS = {"ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal, "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x)}
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_special_functions(op):
+    x, y = np.linspace(0.1, 20, 128).astype(np.float32), np.zeros(128, np.float32)
+    body = "mul.wide.u32 %rd3, %r2, 4; add.u64 %rd4, %rd1, %rd3; add.u64 %rd6, %rd2, %rd3;"
+    stats = run(kernel(f"{body} ld.global.f32 %f1, [%rd4]; {op}.approx.ftz.f32 %f2, %f1; st.global.f32 [%rd6], %f2;"), 1, [x, y, 0])
+    np.testing.assert_allclose(y, FUNCTIONS[op](x.astype(np.float64)), rtol=1e-6, atol=1e-6)
+    assert stats["warp_insts_by_class"]["mufu"] == 4
 
 
 def test_a_roomy_cache_counts_as_one_that_replaces_and_never_has_to():

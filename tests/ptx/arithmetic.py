@@ -111,10 +111,6 @@ FLOATS = {
     "rcp": lambda a: 1 / a,
     "sqrt": np.sqrt,
     "rsqrt": lambda a: 1 / np.sqrt(a.astype(np.float64)),
-    "sin": np.sin,
-    "cos": np.cos,
-    "tanh": np.tanh,
-    "copysign": lambda sign, magnitude: np.copysign(magnitude, sign),
 }
 
 

@@ -7,23 +7,13 @@ from .machine import WARP, Machine, instruction
 from .parser import Instruction, Unsupported
 
 
-def _ballot(flags: np.ndarray) -> np.ndarray:
-    """[warps, 32] bool -> [threads] uint32, bit i from lane i."""
-    bits = (flags.astype(np.uint64) << np.arange(WARP, dtype=np.uint64)).sum(axis=1).astype(np.uint32)
-    return np.repeat(bits, WARP)
-
-
-@instruction("activemask")
-def active_mask(machine: Machine, x: Instruction, mask):
-    machine.write(x.operands[0], _ballot(machine.by_warp(machine.active if mask is None else mask)), mask)
-
-
 @instruction("vote")
 def vote(machine: Machine, x: Instruction, mask):
     present = machine.by_warp(machine.active if mask is None else mask)
     yes = machine.by_warp(machine.predicate(x.operands[1])) & present
     if "ballot" in x.modifiers:
-        machine.write(x.operands[0], _ballot(yes), mask)
+        bits = (yes.astype(np.uint64) << np.arange(WARP, dtype=np.uint64)).sum(axis=1).astype(np.uint32)
+        machine.write(x.operands[0], np.repeat(bits, WARP), mask)
         return
     everyone = (yes | ~present).all(axis=1)
     result = yes.any(axis=1) if "any" in x.modifiers else everyone | ~yes.any(axis=1) if "uni" in x.modifiers else everyone

@@ -28,7 +28,7 @@ def leave(machine: Machine, x: Instruction, mask):
     machine.pc[everyone(mask)] = len(machine.kernel.instructions)
 
 
-@instruction("bar", "barrier")
+@instruction("bar")
 def barrier(machine: Machine, x: Instruction, mask):
     if "red" in x.modifiers:
         raise Unsupported(x.text)
@@ -36,7 +36,7 @@ def barrier(machine: Machine, x: Instruction, mask):
         machine.waiting[everyone(mask)] = True
 
 
-@instruction("membar", "fence", "griddepcontrol", "nanosleep", "prefetch", "applypriority")
+@instruction("fence")
 def nothing(machine: Machine, x: Instruction, mask):
     pass
 

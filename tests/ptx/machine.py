@@ -78,8 +78,7 @@ class Machine:
         block = np.repeat(blocks, padded)
         self.block_of = np.repeat(np.arange(len(blocks)), padded)
         self.block_of_warp = np.repeat(blocks, self.warps)
-        lane = thread % WARP
-        special = {"laneid": lane, "warpid": thread // WARP, "lanemask_lt": (1 << lane) - 1, "lanemask_eq": 1 << lane}
+        special = {}
         for i, axis in enumerate("xyz"):
             special[f"tid.{axis}"] = thread // int(np.prod(self.block[:i])) % self.block[i]
             special[f"ctaid.{axis}"] = block // int(np.prod(self.grid[:i])) % self.grid[i]

@@ -77,9 +77,6 @@ class Kernel:
         return self.registers[name]
 
 
-CONTROL = ("membar", "fence", "griddepcontrol", "nanosleep", "createpolicy", "applypriority", "prefetch")
-
-
 def classify(op: str, modifiers: list[str], types: list[str]) -> str:
     """Name the pipe or purpose of an instruction."""
     last = types[-1] if types else ""
@@ -90,15 +87,15 @@ def classify(op: str, modifiers: list[str], types: list[str]) -> str:
         return f"{op}.{space}"
     if op in ("bra", "ret", "exit", "trap", "call"):
         return "branch"
-    if op in ("bar", "barrier"):
+    if op == "bar":
         return "warpsync" if "warp" in modifiers else "sync"
-    if op in CONTROL:
+    if op in ("fence", "createpolicy"):
         return "control"
-    if op in ("shfl", "vote", "redux", "match", "activemask"):
+    if op in ("shfl", "vote", "redux"):
         return "shuffle/vote"
     if op in ("mma", "wgmma"):
         return "tensor" if op == "mma" or "mma_async" in modifiers else "control"
-    if op in ("ex2", "lg2", "sin", "cos", "tanh", "rsqrt") or (op in ("rcp", "sqrt", "div") and last[:1] == "f"):
+    if op in ("ex2", "lg2", "rsqrt") or (op in ("rcp", "sqrt", "div") and last[:1] == "f"):
         return "mufu"
     if op == "cvt":
         return "convert"
@@ -237,7 +234,7 @@ def _statement(kernel: Kernel, text: str, scopes: list[dict[str, str]]) -> None:
 def _basic_blocks(kernel: Kernel) -> None:
     count = len(kernel.instructions)
     leaders = {count, *kernel.labels.values()}
-    leaders.update(i + 1 for i, x in enumerate(kernel.instructions) if x.op in ("bra", "ret", "exit", "bar", "barrier", "trap"))
+    leaders.update(i + 1 for i, x in enumerate(kernel.instructions) if x.op in ("bra", "ret", "exit", "bar", "trap"))
     kernel.block_ends = [0] * count
     end = count
     for i in reversed(range(count)):
