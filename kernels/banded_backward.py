@@ -6,15 +6,16 @@ Two programs share a tile of cells. One has its targets m and the halo p of sour
 
 The other has its sources s and the targets d whose windows reach into the tile, and computes the gradient to the features:
 
-    dx = B dy [s, c],   B[d, s] = weight with which target d read source s, rebuilt from its logit and the log-sum-exp of its window
+    dx = B^T dy [s, c],  B[d, s] = weight with which target d read source s, rebuilt from its logit and the log-sum-exp of its window
 
 They run side by side, so dy comes from memory once for both. Feature tiles have locations first where channels are the fastest axis of the
-features (AXIS 0), else last. M, P, S, D, T: targets, halo, sources, reaching targets, taps of a tile, rounded up to a power of two.
+features (AXIS 0), else last. M, P, S, T: targets, halo, sources, taps of a tile, rounded up to a power of two.
 """
 
 import triton
 import triton.language as tl
 
+from .launch import SPECIALIZATION
 from .window import aligned, centre, expand, logit_gradient, product, weight
 
 
@@ -59,6 +60,7 @@ def _logit_gradient(
     CELLS_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     NORMALIZED: tl.constexpr = NORMALIZER == "softmax" or NORMALIZER == "sigmoid_normalized"
@@ -66,7 +68,10 @@ def _logit_gradient(
     ROWS: tl.constexpr = CELLS_H * UP
     COLS: tl.constexpr = CELLS_W * UP
     HALO_H: tl.constexpr = ((ROWS - 1) * DOWN) // UP + K
-    HALO_W: tl.constexpr = ((COLS - 1) * DOWN) // UP + K
+    # in rows of pixels a halo begins and ends where a vector does, LEAD columns before the sources of the tile
+    VECTOR: tl.constexpr = ALIGN if AXIS == 1 else 1
+    LEAD: tl.constexpr = (K // 2 + VECTOR - 1) // VECTOR * VECTOR
+    HALO_W: tl.constexpr = (LEAD + ((COLS - 1) * DOWN) // UP + K // 2 + VECTOR) // VECTOR * VECTOR
     M: tl.constexpr = max(16, triton.next_power_of_2(ROWS * COLS))
     P: tl.constexpr = max(16, triton.next_power_of_2(HALO_H * HALO_W))
     T: tl.constexpr = triton.next_power_of_2(K * K + 1)
@@ -74,7 +79,7 @@ def _logit_gradient(
     row, col = q0 * UP + m // COLS, r0 * UP + m % COLS
     output = (m < ROWS * COLS) & (row < HO) & (col < WO)
     p = tl.arange(0, P).to(INDEX)
-    i, j = q0 * DOWN - K // 2 + p // HALO_W, r0 * DOWN - K // 2 + p % HALO_W
+    i, j = q0 * DOWN - K // 2 + p // HALO_W, r0 * DOWN - LEAD + p % HALO_W
     inside = (p < HALO_H * HALO_W) & (i >= 0) & (i < H) & (j >= 0) & (j < W)
     dw = tl.zeros([P, M], tl.float32)
     for start in range(0, C, BLOCK_C):
@@ -94,7 +99,7 @@ def _logit_gradient(
         else:
             dw += product(tl.trans(x), dy, PRECISION)
     t = tl.arange(0, T).to(INDEX)
-    corner = centre(m // COLS, UP, DOWN) * HALO_W + centre(m % COLS, UP, DOWN)
+    corner = centre(m // COLS, UP, DOWN) * HALO_W + centre(m % COLS, UP, DOWN) + LEAD - K // 2
     band = tl.minimum(corner[None, :] + (t // K * HALO_W + t % K)[:, None], P - 1)
     dw = tl.gather(dw, band.to(tl.int32), axis=0)
     exists = (m < ROWS * COLS) & (row < HQ * UP) & (col < WQ * UP)
@@ -153,8 +158,10 @@ def _source_gradient(
     CELLS_H: tl.constexpr,
     CELLS_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     NORMALIZED: tl.constexpr = NORMALIZER == "softmax" or NORMALIZER == "sigmoid_normalized"
@@ -169,39 +176,42 @@ def _source_gradient(
     # the first target to reach into the tile lies REACH before its own
     REACH: tl.constexpr = R * UP // DOWN
     DH: tl.constexpr = ((SH + R) * UP + DOWN - 1) // DOWN + REACH
-    DW: tl.constexpr = ((SW + R) * UP + DOWN - 1) // DOWN + REACH
-    D: tl.constexpr = max(16, triton.next_power_of_2(DH * DW))
-    d = tl.arange(0, D).to(INDEX)
-    row, col = q0 * UP - REACH + d // DW, r0 * UP - REACH + d % DW
-    reaching = (d < DH * DW) & (row >= 0) & (row < HO) & (col >= 0) & (col < WO)
-    safe_row, safe_col = tl.maximum(row, 0), tl.maximum(col, 0)
-    u, v, q, r = safe_row % UP, safe_col % UP, safe_row // UP, safe_col // UP
-    ky = expand(i + R, 1 - AXIS) - expand(centre(safe_row, UP, DOWN), AXIS)
-    kx = expand(j + R, 1 - AXIS) - expand(centre(safe_col, UP, DOWN), AXIS)
-    band = (ky.to(tl.uint32) < K) & (kx.to(tl.uint32) < K) & expand(reaching, AXIS)
-    l = tl.load(
-        logits_ptr + expand(u * stride_lu + v * stride_lv + q * stride_lh + r * stride_lw, AXIS) + (ky * K + kx) * stride_lc,
-        mask=band,
-        other=-float("inf") if NORMALIZED else 0.0,
-    ).to(tl.float32)
-    lse = tl.zeros([D], tl.float32)
-    if NORMALIZED:
-        lse = tl.load(lse_ptr + ((u * UP + v) * HQ + q) * WQ + r, mask=reaching, other=0.0)
-    b = weight(l, expand(lse, AXIS), NORMALIZER)
-    if NORMALIZER == "sigmoid":
-        b = tl.where(band, b, 0.0)
-    b = b.to(dy_ptr.dtype.element_ty)
+    VECTOR: tl.constexpr = ALIGN if AXIS == 1 else 1
+    LEAD: tl.constexpr = (REACH + VECTOR - 1) // VECTOR * VECTOR
+    DW: tl.constexpr = (LEAD + ((SW + R) * UP + DOWN - 1) // DOWN + VECTOR - 1) // VECTOR * VECTOR
     for start in range(first * BLOCK_C, C, SPLIT * BLOCK_C):
         c = start + tl.arange(0, BLOCK_C).to(INDEX)
-        dy = tl.load(
-            dy_ptr + expand(row * stride_dyh + col * stride_dyw, AXIS) + expand(c * stride_dyc, 1 - AXIS),
-            mask=expand(reaching, AXIS) & expand(c < C, 1 - AXIS),
-            other=0.0,
-        )
-        if AXIS == 0:
-            dx = product(tl.trans(b), dy, PRECISION)
-        else:
-            dx = product(dy, tl.trans(b), PRECISION)
+        dx = tl.zeros([S, BLOCK_C] if AXIS == 0 else [BLOCK_C, S], tl.float32)
+        for d0 in range(0, DH * DW, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D).to(INDEX)
+            row, col = q0 * UP - REACH + d // DW, r0 * UP - LEAD + d % DW
+            reaching = (d < DH * DW) & (row >= 0) & (row < HO) & (col >= 0) & (col < WO)
+            dy = tl.load(
+                dy_ptr + expand(row * stride_dyh + col * stride_dyw, AXIS) + expand(c * stride_dyc, 1 - AXIS),
+                mask=expand(reaching, AXIS) & expand(c < C, 1 - AXIS),
+                other=0.0,
+            )
+            row, col = tl.maximum(row, 0), tl.maximum(col, 0)
+            u, v, q, r = row % UP, col % UP, row // UP, col // UP
+            ky = expand(i + R, 1 - AXIS) - expand(centre(row, UP, DOWN), AXIS)
+            kx = expand(j + R, 1 - AXIS) - expand(centre(col, UP, DOWN), AXIS)
+            band = (ky.to(tl.uint32) < K) & (kx.to(tl.uint32) < K) & expand(reaching, AXIS)
+            l = tl.load(
+                logits_ptr + expand(u * stride_lu + v * stride_lv + q * stride_lh + r * stride_lw, AXIS) + (ky * K + kx) * stride_lc,
+                mask=band,
+                other=-float("inf") if NORMALIZED else 0.0,
+            ).to(tl.float32)
+            lse = tl.zeros([BLOCK_D], tl.float32)
+            if NORMALIZED:
+                lse = tl.load(lse_ptr + ((u * UP + v) * HQ + q) * WQ + r, mask=reaching, other=0.0)
+            b = weight(l, expand(lse, AXIS), NORMALIZER)
+            if NORMALIZER == "sigmoid":
+                b = tl.where(band, b, 0.0)
+            b = b.to(dy_ptr.dtype.element_ty)
+            if AXIS == 0:
+                dx += product(tl.trans(b), dy, PRECISION)
+            else:
+                dx += product(dy, tl.trans(b), PRECISION)
         tl.store(
             dx_ptr + expand(i * stride_dxh + j * stride_dxw, AXIS) + expand(c * stride_dxc, 1 - AXIS),
             dx.to(dx_ptr.dtype.element_ty),
@@ -209,7 +219,7 @@ def _source_gradient(
         )
 
 
-@triton.jit
+@triton.jit(**SPECIALIZATION)
 def banded_backward(
     x_ptr,  # [N, G * C, H, W]
     logits_ptr,  # [N, G * K * K, UP, UP, HQ, WQ]
@@ -258,6 +268,7 @@ def banded_backward(
     CELLS_W: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_X: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr,
     NEED_DX: tl.constexpr,
     NEED_DLOGITS: tl.constexpr,
@@ -332,6 +343,7 @@ def banded_backward(
             CELLS_W,
             BLOCK_L,
             PRECISION,
+            X_ALIGN,
             WIDE,
         )
     elif NEED_DX:
@@ -369,7 +381,9 @@ def banded_backward(
             CELLS_H,
             CELLS_W,
             BLOCK_X,
+            BLOCK_D,
             SPLIT,
             PRECISION,
+            DY_ALIGN,
             WIDE,
         )

@@ -10,10 +10,11 @@ outside a window. Feature tiles have locations first where channels are the fast
 import triton
 import triton.language as tl
 
+from .launch import SPECIALIZATION
 from .window import aligned, centre, expand, product, score, weight
 
 
-@triton.jit
+@triton.jit(**SPECIALIZATION)
 def banded_forward(
     x_ptr,  # [N, G * C, H, W]
     logits_ptr,  # [N, G * K * K, UP, UP, HQ, WQ]
@@ -67,7 +68,10 @@ def banded_forward(
     ROWS: tl.constexpr = CELLS_H * UP
     COLS: tl.constexpr = CELLS_W * UP
     HALO_H: tl.constexpr = ((ROWS - 1) * DOWN) // UP + K
-    HALO_W: tl.constexpr = ((COLS - 1) * DOWN) // UP + K
+    # in rows of pixels a halo begins and ends where a vector does, LEAD columns before the sources of the tile
+    VECTOR: tl.constexpr = X_ALIGN if AXIS == 1 else 1
+    LEAD: tl.constexpr = (K // 2 + VECTOR - 1) // VECTOR * VECTOR
+    HALO_W: tl.constexpr = (LEAD + ((COLS - 1) * DOWN) // UP + K // 2 + VECTOR) // VECTOR * VECTOR
     M: tl.constexpr = max(16, triton.next_power_of_2(ROWS * COLS))
     P: tl.constexpr = max(16, triton.next_power_of_2(HALO_H * HALO_W))
     T: tl.constexpr = triton.next_power_of_2(K * K + 1)
@@ -106,7 +110,7 @@ def banded_forward(
         w = tl.where(taps, weight(logits, 0.0, NORMALIZER), 0.0)
 
     p = tl.arange(0, P).to(INDEX)
-    pi, pj = p // HALO_W, p % HALO_W
+    pi, pj = p // HALO_W, p % HALO_W - (LEAD - K // 2)
     ci, cj = centre(m // COLS, UP, DOWN), centre(m % COLS, UP, DOWN)
     ky = pi[:, None] - ci[None, :]
     kx = pj[:, None] - cj[None, :]

@@ -12,6 +12,13 @@ from torch import Tensor
 from triton.compiler import ASTSource
 
 INT32_MAX = 2**31 - 1
+# Kernels are compiled for any image: of their integers only the channels and groups, and a stride of one, change the code. What vectors
+# need to know of the alignment of rows is among the constants.
+SIZES = ("H", "W", "HO", "WO", "HQ", "WQ")
+FEATURES = {"x": "nchw", "y": "nchw", "dy": "nchw", "dx": "nchw"}
+LOGITS = {"l": "ncuvhw", "dl": "ncuvhw"}
+STRIDES = tuple(f"stride_{name}{axis}" for name, axes in (FEATURES | LOGITS).items() for axis in axes)
+SPECIALIZATION = {"do_not_specialize": SIZES, "do_not_specialize_on_alignment": STRIDES}
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
@@ -35,16 +42,16 @@ class Launch(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def parameters(self) -> dict[str, Tensor | int]:
-        """What the compiled code takes at run time, by name in its parameter order: an integer of 1 is compiled in."""
-        return {name: value for name, value in self.arguments.items() if isinstance(value, Tensor) or value != 1}
+        """What the compiled code takes at run time, by name in its parameter order: but for sizes, a one is compiled in."""
+        return {name: value for name, value in self.arguments.items() if isinstance(value, Tensor) or name in SIZES or value != 1}
 
     def source(self) -> ASTSource:
-        """What to compile, specialised as a real launch would: an integer of 1 is a constant, a multiple of 16 is known as one."""
+        """What to compile, specialised as a real launch would be."""
         parameters = self.parameters()
         constants = {name: value for name, value in self.arguments.items() if name not in parameters} | self.constants
         names = self.kernel.arg_names
         signature = {name: _type(parameters[name]) if name in parameters else "constexpr" for name in names}
-        aligned = [name for name, value in parameters.items() if _is_aligned(value)]
+        aligned = [name for name, value in parameters.items() if name not in (*SIZES, *STRIDES) and _is_aligned(value)]
         attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
         return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
@@ -61,6 +68,6 @@ def _is_aligned(value: Tensor | int) -> bool:
     return address % 16 == 0
 
 
-def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
-    """Strides of `tensor` in elements as kernel arguments: `strides("x", x, "nchw")` has stride_xn to stride_xw."""
-    return {f"stride_{name}{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
+def strides(name: str, tensor: Tensor) -> dict[str, int]:
+    """Strides of `tensor` in elements as kernel arguments: `strides("x", x)` has stride_xn to stride_xw."""
+    return {f"stride_{name}{axis}": stride for axis, stride in zip((FEATURES | LOGITS)[name], tensor.stride(), strict=True)}

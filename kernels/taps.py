@@ -14,6 +14,7 @@ features, else [BLOCK_C, BLOCK_M]: AXIS is the place of locations in a tile.
 import triton
 import triton.language as tl
 
+from .launch import SPECIALIZATION
 from .window import centre, logit_gradient, score, weight
 
 
@@ -33,7 +34,7 @@ def _tap(row, col, tap, mask, H, W, K: tl.constexpr, UP: tl.constexpr, DOWN: tl.
     return i, j, mask & (i >= 0) & (i < H) & (j >= 0) & (j < W)
 
 
-@triton.jit
+@triton.jit(**SPECIALIZATION)
 def tap_forward(
     x_ptr,  # [N, G * C, H, W]
     logits_ptr,  # [N, G * K * K, UP, UP, HQ, WQ]
@@ -100,7 +101,7 @@ def tap_forward(
         tl.store(y_ptr + c * stride_yc, y.to(y_ptr.dtype.element_ty), mask=tl.expand_dims(mask, 1 - AXIS) & (c < C))
 
 
-@triton.jit
+@triton.jit(**SPECIALIZATION)
 def tap_logit_gradient(
     x_ptr,  # [N, G * C, H, W]
     logits_ptr,  # [N, G * K * K, UP, UP, HQ, WQ]
@@ -178,7 +179,7 @@ def tap_logit_gradient(
             tl.store(dl_ptr + tap * stride_dlc, tl.where(output, dl, 0.0).to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(**SPECIALIZATION)
 def tap_source_gradient(
     logits_ptr,  # [N, G * K * K, UP, UP, HQ, WQ]
     lse_ptr,  # [N, G, UP, UP, HQ, WQ]

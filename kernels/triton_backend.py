@@ -16,7 +16,6 @@ from .banded_forward import banded_forward
 from .geometry import Spec, is_channels_last
 from .launch import INT32_MAX, Launch, strides
 
-LOGIT_AXES = "ncuvhw"
 TAP_BLOCKS = {"BLOCK_M": 32, "BLOCK_C": 32}
 TAP_OPTIONS = {"num_warps": 4, "num_stages": 2}
 # the capability that a launch is planned for where there is no device to ask
@@ -42,11 +41,12 @@ def _check_device(x: Tensor) -> None:
         raise ValueError("backend 'triton' takes CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1); use backend 'cpu'")
 
 
-def _problem(x: Tensor, logits: Tensor, spec: Spec) -> tiles.Problem:
+def _problem(x: Tensor, logits: Tensor, y: Tensor, spec: Spec) -> tiles.Problem:
     n, c, _, _ = x.shape
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else DEFAULT_CAPABILITY
-    cells = logits.shape[4:]
-    return tiles.Problem(spec, c // spec.groups, *cells, n * spec.groups, x.element_size(), is_channels_last(x), capability)
+    channels, last = c // spec.groups, is_channels_last(x)
+    aligned = (_alignment(t, channels, last) for t in (x, y))
+    return tiles.Problem(spec, channels, *logits.shape[4:], n * spec.groups, x.element_size(), last, *aligned, capability)
 
 
 def _sizes(x: Tensor, logits: Tensor, spec: Spec) -> dict[str, int]:
@@ -60,14 +60,13 @@ def _constants(x: Tensor, spec: Spec) -> dict[str, int | str]:
     return {"K": spec.kernel_size, "UP": spec.up, "DOWN": spec.down, "NORMALIZER": spec.normalizer, "AXIS": axis}
 
 
-def _alignment(tensors: list[Tensor], channels: int, axis: int) -> int:
+def _alignment(features: Tensor, channels: int, channels_last: bool) -> int:
     """Elements, up to 16 bytes of them, at whose multiples every run along the fastest axis begins and ends."""
-    fastest = 1 if axis == 0 else 3
-    steps = [t.stride(d) for t in tensors for d in range(4) if d != fastest]
-    if any(t.stride(fastest) != 1 for t in tensors):
+    fastest = 1 if channels_last else 3
+    if features.stride(fastest) != 1:
         return 1
-    extents = [channels if axis == 0 else t.shape[3] for t in tensors]
-    return math.gcd(*steps, *extents, 16 // tensors[0].element_size())
+    steps = [step for axis, step in enumerate(features.stride()) if axis != fastest]
+    return math.gcd(*steps, channels if channels_last else features.shape[3], 16 // features.element_size())
 
 
 def _precision() -> str:
@@ -98,16 +97,16 @@ def forward_launches(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Sp
     `tile` replaces the choice of `tiles.forward_tile`.
     """
     constants = _constants(x, spec)
-    steps = strides("x", x, "nchw") | strides("l", logits, LOGIT_AXES) | strides("y", y, "nchw")
+    steps = strides("x", x) | strides("l", logits) | strides("y", y)
     arguments = {"x_ptr": x, "logits_ptr": logits, "y_ptr": y, "lse_ptr": lse} | _sizes(x, logits, spec) | steps
-    problem = _problem(x, logits, spec)
+    problem = _problem(x, logits, y, spec)
     tile = tile or tiles.forward_tile(problem)
     if tile is None:
         grid = _tap_grid(x, logits.shape[2:].numel(), spec)
         return [Launch(taps.tap_forward, grid, arguments, constants | TAP_BLOCKS, **TAP_OPTIONS)]
     constants |= {"CELLS_H": tile.cells_h, "CELLS_W": tile.cells_w, "BLOCK_C": tile.block_c, "SPLIT": tile.split, "PRECISION": _precision()}
-    constants["X_ALIGN"] = _alignment([x], problem.channels, constants["AXIS"])
-    constants["Y_ALIGN"] = _alignment([y], problem.channels, constants["AXIS"])
+    constants["X_ALIGN"] = problem.x_align if problem.channels_last else min(problem.x_align, tile.vector)
+    constants["Y_ALIGN"] = problem.y_align
     constants["WIDE"] = _is_wide(x, logits, y)
     return [Launch(banded_forward, _tile_grid(problem, tile, tile.split), arguments, constants, tile.num_warps, tile.num_stages)]
 
@@ -127,19 +126,22 @@ def backward_launches(
     `tile` replaces the choice of `tiles.backward_tile`.
     """
     constants = _constants(x, spec)
-    problem = _problem(x, logits, spec)
+    problem = _problem(x, logits, dy, spec)
     tile = tile or tiles.backward_tile(problem)
     if tile is None:
         return _tap_backward_launches(dy, x, logits, lse, dx, dlogits, spec)
     # a gradient that is not asked for is not touched: any tensor of its kind stands for it
     results = {"dx_ptr": x if dx is None else dx, "dlogits_ptr": logits if dlogits is None else dlogits}
     arguments = {"x_ptr": x, "logits_ptr": logits, "lse_ptr": lse, "dy_ptr": dy} | results | _sizes(x, logits, spec)
-    arguments |= strides("x", x, "nchw") | strides("l", logits, LOGIT_AXES) | strides("dy", dy, "nchw")
-    arguments |= strides("dx", results["dx_ptr"], "nchw") | strides("dl", results["dlogits_ptr"], LOGIT_AXES)
-    constants |= {"CELLS_H": tile.cells_h, "CELLS_W": tile.cells_w, "BLOCK_L": tile.block_c, "BLOCK_X": tile.block_c, "SPLIT": tile.split}
+    arguments |= strides("x", x) | strides("l", logits) | strides("dy", dy)
+    arguments |= strides("dx", results["dx_ptr"]) | strides("dl", results["dlogits_ptr"])
+    constants |= {"CELLS_H": tile.cells_h, "CELLS_W": tile.cells_w, "BLOCK_L": tile.block_c, "SPLIT": tile.split}
+    constants |= tiles.source_blocks(problem, tile)
     constants |= {"NEED_DX": dx is not None, "NEED_DLOGITS": dlogits is not None, "PRECISION": _precision()}
-    constants["X_ALIGN"] = _alignment([x, results["dx_ptr"]], problem.channels, constants["AXIS"])
-    constants["DY_ALIGN"] = _alignment([dy], problem.channels, constants["AXIS"])
+    constants["X_ALIGN"] = math.gcd(problem.x_align, _alignment(results["dx_ptr"], problem.channels, problem.channels_last))
+    constants["DY_ALIGN"] = problem.y_align
+    if not problem.channels_last:
+        constants["X_ALIGN"], constants["DY_ALIGN"] = min(constants["X_ALIGN"], tile.vector), min(problem.y_align, tile.vector)
     constants["WIDE"] = _is_wide(x, logits, dy, *results.values())
     programs = constants["NEED_DLOGITS"] + constants["NEED_DX"] * tile.split
     return [Launch(banded_backward, _tile_grid(problem, tile, programs), arguments, constants, tile.num_warps, tile.num_stages)]
@@ -149,15 +151,15 @@ def _tap_backward_launches(dy, x, logits, lse, dx, dlogits, spec) -> list[Launch
     constants = _constants(x, spec) | TAP_BLOCKS
     sizes = _sizes(x, logits, spec)
     given = {"logits_ptr": logits, "lse_ptr": lse, "dy_ptr": dy}
-    steps = strides("l", logits, LOGIT_AXES) | strides("dy", dy, "nchw")
+    steps = strides("l", logits) | strides("dy", dy)
     launches = []
     if dlogits is not None:
-        arguments = {"x_ptr": x} | given | {"dlogits_ptr": dlogits} | sizes | strides("x", x, "nchw") | steps
-        arguments |= strides("dl", dlogits, LOGIT_AXES)
+        arguments = {"x_ptr": x} | given | {"dlogits_ptr": dlogits} | sizes | strides("x", x) | steps
+        arguments |= strides("dl", dlogits)
         grid = _tap_grid(x, logits.shape[2:].numel(), spec)
         launches.append(Launch(taps.tap_logit_gradient, grid, arguments, constants, **TAP_OPTIONS))
     if dx is not None:
-        arguments = given | {"dx_ptr": dx} | sizes | steps | strides("dx", dx, "nchw")
+        arguments = given | {"dx_ptr": dx} | sizes | steps | strides("dx", dx)
         grid = _tap_grid(x, x.shape[2:].numel(), spec)
         launches.append(Launch(taps.tap_source_gradient, grid, arguments, constants, **TAP_OPTIONS))
     return launches
