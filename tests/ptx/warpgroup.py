@@ -62,7 +62,8 @@ def _accumulators(machine: Machine, registers: list, kind: str) -> np.ndarray:
 def _shared_matrix(machine: Machine, descriptor, rows: int, depth: int, kind: str, transposed: int) -> np.ndarray:
     """[warp groups, rows, depth] as float32."""
     bits = machine.each(descriptor, 8)[:: WARPS * WARP]
-    span = SPANS.get(int(bits[0] >> np.uint64(62)))
+    taking = machine.active[:: WARPS * WARP]
+    span = SPANS.get(int(bits[taking][0] >> np.uint64(62)))
     if span is None:
         raise Unsupported("wgmma on a matrix without swizzle")
     start, leading, stride = ((bits >> np.uint64(shift) & np.uint64(0x3FFF)).astype(np.int64)[:, None, None] * 16 for shift in (0, 16, 32))
@@ -75,7 +76,6 @@ def _shared_matrix(machine: Machine, descriptor, rows: int, depth: int, kind: st
         address = start + row // 8 * stride + row % 8 * span + step * size
     # the 16-byte chunks of a span are permuted by the number of the 128-byte line
     address ^= (address >> 7 & span // 16 - 1) << 4
-    taking = machine.active.reshape(len(address), -1)[:, 0]
     address = np.where(taking[:, None, None], address, 0)
     if address.max() + size > machine.shared_size:
         raise Fault(f"wgmma reads shared memory up to {address.max() + size} of {machine.shared_size}")
