@@ -24,6 +24,11 @@ def published() -> None:
     """Leave a slot empty: the network samples as it was published. The target of the `published` configuration files."""
 
 
+def shared(slot: Sampler | None) -> Sampler | None:
+    """Fill a slot with what the others take. The target of the `shared` configuration file, which a choice for the slot replaces whole."""
+    return slot
+
+
 def make_sampler(slot: Sampler, channels: int, guide_channels: int) -> nn.Module:
     """Fill a slot where a finer map of `guide_channels` is at hand: `slot(channels)`, told those channels if it needs a guide."""
     # a partial hides its class in .func

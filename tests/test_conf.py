@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from carafepp.models.carafe import CARAFE
+from carafepp.models.samplers import Bilinear
 from carafepp.scripts.app import hints
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
@@ -32,10 +34,12 @@ def test_every_network_instantiates(config, backbone, samplers):
 
 
 def test_one_slot_can_differ_from_the_others(config):
-    model = config("upsampler=carafe", "upsampler@model.fpn=bilinear", "upsampler.kernel_size=7").model
-    assert model.fpn._target_.endswith("Bilinear")
-    assert model.ppm._target_.endswith("CARAFE")
-    assert model.fuse.kernel_size == 7
+    model = instantiate(config("scale=small", "upsampler=carafe", "upsampler.kernel_size=7", "upsampler@model.fpn=bilinear").model)
+    assert model.keywords["fpn"].func is Bilinear
+    assert model.keywords["ppm"].keywords["kernel_size"] == model.keywords["fuse"].keywords["kernel_size"] == 7
+    model = instantiate(config("scale=small", "upsampler@model.fpn=carafe").model)
+    assert model.keywords["fpn"].func is CARAFE
+    assert model.keywords["ppm"] is model.keywords["fuse"] is None
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,7 @@ def test_one_slot_alone(primary):
     assert net.fuse_up is None
     assert isinstance(net.ppm_up[0], Bilinear)
     assert isinstance(net.fpn_up[0], CARAFE)
-    net = primary("+upsampler@other=bilinear", "upsampler=carafe", "model.ppm=${other}")
+    net = primary("upsampler=carafe", "upsampler@model.ppm=bilinear")
     assert isinstance(net.ppm_up[0], Bilinear)
     assert isinstance(net.fpn_up[0], CARAFE)
 
