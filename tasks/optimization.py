@@ -1,16 +1,50 @@
 """Parameter groups and learning-rate schedules that torch does not bring."""
 
-from torch import nn
+from bisect import bisect_right
+from collections.abc import Sequence
 
-# every norm of torch.nn is one of these
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
-    """Trainable parameters in two groups: decayed, and not decayed (norms and biases: sections 5.1 of Goyal et al. and of UperNet)."""
-    decayed, kept = [], []
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                (kept if isinstance(module, NORMS) or name == "bias" else decayed).append(parameter)
+    """Trainable parameters in two groups: decayed, and not decayed (vectors: norms, biases, DPP's exponents).
+
+    Sections 5.1 of Goyal et al. and of UperNet keep norms and biases; Saeedan et al. keep DPP's exponents.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed, kept = ([p for p in trainable if (p.ndim > 1) == matrix] for matrix in (True, False))
     return [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+
+
+def linear_scaling(
+    optimizer: Optimizer,
+    total_iters: int,
+    *,
+    batch_size: int,
+    reference_batch: int = 256,
+    epochs: float = 90,
+    warmup_epochs: float = 5,
+    milestones: Sequence[float] = (30, 60, 80),
+    gamma: float = 0.1,
+) -> LambdaLR:
+    """Linear scaling, gradual warm-up and steps of Goyal et al. (2017), to be stepped after every optimizer step.
+
+    The optimizer's rate is that of `reference_batch` images; the schedule leads it linearly to batch_size / reference_batch times as much
+    (a smaller batch starts there) and multiplies it by `gamma` at each milestone. torch's LinearLR refuses factors above 1.
+
+    Args:
+        total_iters: steps of the training.
+        batch_size: global batch.
+        epochs: length of the training that `warmup_epochs` and `milestones` are stated for; they stretch with the real one.
+    """
+    scale, per_epoch = batch_size / reference_batch, total_iters / epochs
+    warmup, steps = warmup_epochs * per_epoch, [milestone * per_epoch for milestone in milestones]
+
+    def factor(step: int) -> float:
+        done = min(step / warmup, 1) if warmup else 1
+        start = min(scale, 1)
+        return (start + (scale - start) * done) * gamma ** bisect_right(steps, step)
+
+    return LambdaLR(optimizer, factor)

@@ -7,7 +7,9 @@ from pathlib import Path
 import lightning as L
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import draw_segmentation_masks, make_grid, save_image
 
 
@@ -29,10 +31,19 @@ def overlay(image: Tensor, labels: Tensor, *, unpainted: Collection[int], alpha:
     return draw_segmentation_masks(pixels, masks, alpha=alpha, colors=[colors[label] for label in shown]).float() / 255
 
 
+def caption(image: Tensor, text: str) -> Tensor:
+    """Write a line below an image [3, H, W] in [0, 1] -> [3, H + 12, W]; what exceeds its width is cut."""
+    line = Image.new("L", (image.shape[2], 12), 255)
+    ImageDraw.Draw(line).text((1, 0), text, fill=0)
+    return torch.cat([image.cpu(), pil_to_tensor(line).expand(3, -1, -1).float() / 255], dim=1)
+
+
 def grid(rows: list[list[Tensor]]) -> Tensor:
-    """Rows of pictures [3, H, W] of any sizes -> one picture, white between them."""
+    """Rows of pictures [3, H, W] of any sizes -> one picture, white between them, small ones enlarged by a whole factor."""
     height, width = (max(picture.shape[axis] for row in rows for picture in row) for axis in (1, 2))
     tiles = [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1]), value=1) for row in rows for p in row]
+    factor = max(1, 160 // max(height, width))
+    tiles = [tile.repeat_interleave(factor, 1).repeat_interleave(factor, 2) for tile in tiles]
     return make_grid(tiles, nrow=len(rows[0]), padding=4, pad_value=1)
 
 

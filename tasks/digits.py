@@ -1,0 +1,36 @@
+"""Scanned digits as a data set of their own: scikit-learn's 1,797 scans, nothing downloaded."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as F
+
+from .keyed import keyed_rng, sample_key
+from .photographs import digit_scans
+
+
+class Digits(Dataset):
+    """Items (image [3, size, size] float32 in 0..1, digit): light ink on black, enlarged from 8 x 8 pixels.
+
+    `transforms` maps an image [3, size, size] to the like; its randomness is a function of (seed, epoch, index), see
+    `carafepp.tasks.keyed`. The validation scans are of other writers, nearly all of them.
+    """
+
+    def __init__(self, split: str, size: int = 64, transforms: Callable[[Tensor], Tensor] | None = None, seed: int = 0):
+        scans = digit_scans(split)
+        self.images = torch.stack([F.pil_to_tensor(F.resize(scan, [size, size])) for digit in scans for scan in digit])
+        self.labels = [digit for digit, of_digit in enumerate(scans) for _ in of_digit]
+        self.transforms, self.seed = transforms, seed
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = sample_key(key, len(self))
+        image = F.to_dtype(self.images[index].expand(3, -1, -1), torch.float32, scale=True)
+        if self.transforms is not None:
+            with keyed_rng(self.seed, epoch, index):
+                image = self.transforms(image)
+        return image, self.labels[index]
