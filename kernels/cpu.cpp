@@ -57,26 +57,27 @@ inline bool has_lse(const Problem& p) { return p.normalizer == SOFTMAX || p.norm
 
 template <class S> bool forward(const Problem& p, const Tensor& x, const Tensor& logits, const Tensor& y, const Tensor& lse, Parallel parallel) {
     using T = Compute<S>;
-    const Grid g = Grid::make<T>(p, 0, budget<S>(p, FORWARD_BUDGET, 40));
+    const Grid g = Grid::make<T>(p, false, budget<S>(p, FORWARD_BUDGET, 40));
     const PlanarTables tables(p, g);
     const bool last = is_channels_last<S>(p, {&x, &y});
     const Index channels = std::min(CHUNK, p.group_channels()), windows = p.taps() * p.subs();
-    const Index scratch = g.plane * (windows + p.subs() + (last ? 0 : channels * (p.phases() + p.subs())));
+    const Index scratch = g.inner * (windows + p.subs()) + (last ? 0 : channels * (p.phases() * g.plane + p.subs() * g.inner));
     const Index operations = windows * p.batch * p.channels * p.cells_y() * p.cells_x();
     return run<T>(p.batch * p.groups * g.tiles(), operations, p.threads, scratch, parallel, [&](Index task, T* memory) {
         const Index n = task / g.tiles() / p.groups, group = task / g.tiles() % p.groups;
         const Tile t(p, g, task % g.tiles());
-        T* weights = memory + g.origin;
-        T* sums = weights + windows * g.plane;
-        T* source = sums + p.subs() * g.plane;
+        T* weights = memory;
+        T* sums = weights + windows * g.inner;
+        T* output = sums + p.subs() * g.inner;
+        T* source = output + channels * p.subs() * g.inner + g.origin;
         read_logits<S>(p, g, t, logits, n, group, 0, false, weights);
         normalize(p, g, t, weights, sums);
         if (has_lse(p))
             for (Index sub = 0; sub < p.subs(); ++sub)
-                write_planes(sums + sub * g.plane, g, t, 1, p.cells_y(), p.cells_x(), at<T>(lse, n, group, sub / p.up, sub % p.up), lse.stride[4],
+                write_planes(sums + sub * g.inner, g.inner, g, t, 1, p.cells_y(), p.cells_x(), at<T>(lse, n, group, sub / p.up, sub % p.up), lse.stride[4],
                              lse.stride[5]);
         if (last) channels_last_forward<S>(p, g, t, x, y, n, group, weights);
-        else planar_forward<S>(p, g, tables, t, x, y, n, group, weights, source, source + channels * p.phases() * g.plane);
+        else planar_forward<S>(p, g, tables, t, x, y, n, group, weights, source, output);
     });
 }
 
@@ -85,28 +86,31 @@ bool backward(const Problem& p, const Tensor& dy, const Tensor& x, const Tensor&
               Parallel parallel) {
     using T = Compute<S>;
     const Index windows = p.taps() * p.subs();
-    const Grid g = Grid::make<T>(p, dx.data != nullptr, budget<S>(p, BACKWARD_BUDGET, 24));
+    const Grid g = Grid::make<T>(p, dx.data != nullptr, budget<S>(p, BACKWARD_BUDGET, 18));
     const PlanarTables tables(p, g);
     const bool last = is_channels_last<S>(p, {&dy, &x, &dx});
     const Index channels = std::min(CHUNK, p.group_channels()), halo = dx.data ? g.halo : 0;
-    const Index scratch = g.plane * (windows * (dlogits.data ? 2 : 1) + p.subs() + (last ? 1 : channels * (2 * p.phases() + p.subs())));
+    const Index restored = g.weight_plane * (windows + p.subs()), gradient = dlogits.data ? g.inner * (windows + 1) : 0;
+    const Index chunk = last ? 0 : channels * (p.phases() * (g.plane + g.inner) + p.subs() * g.weight_plane);
+    const Index scratch = restored + gradient + chunk;
     const Index operations = 2 * windows * p.batch * p.channels * p.cells_y() * p.cells_x();
     return run<T>(p.batch * p.groups * g.tiles(), operations, p.threads, scratch, parallel, [&](Index task, T* memory) {
         const Index n = task / g.tiles() / p.groups, group = task / g.tiles() % p.groups;
         const Tile t(p, g, task % g.tiles());
-        T* weights = memory + g.origin;
-        T* sums = weights + windows * g.plane;
-        T* source = sums + p.subs() * g.plane;
-        T* doutput = source + (last ? 1 : channels * p.phases()) * g.plane;
-        T* dsource = doutput + channels * p.subs() * g.plane;
-        T* gradients = dlogits.data ? memory + scratch - windows * g.plane + g.origin : nullptr;
+        T* weights = memory + g.weight_origin;
+        T* sums = weights + windows * g.weight_plane;
+        T* gradients = dlogits.data ? memory + restored : nullptr;
+        T* spare = gradients + windows * g.inner;
+        T* doutput = memory + restored + gradient + g.weight_origin;
+        T* dsource = memory + restored + gradient + channels * p.subs() * g.weight_plane;
+        T* source = dsource + channels * p.phases() * g.inner + g.origin;
         read_logits<S>(p, g, t, logits, n, group, halo, true, weights);
         if (has_lse(p))
             for (Index sub = 0; sub < p.subs(); ++sub)
                 read_planes(at<T>(lse, n, group, sub / p.up, sub % p.up), lse.stride[4], lse.stride[5], p.cells_y(), p.cells_x(), 1, g, t, halo,
-                            T(0), sums + sub * g.plane);
+                            T(0), sums + sub * g.weight_plane, g.weight_plane);
         restore(p, g, t, halo, weights, sums);
-        if (gradients) std::fill(gradients - g.origin, gradients - g.origin + windows * g.plane, T(0));
+        if (gradients) std::fill(gradients, gradients + windows * g.inner, T(0));
         if (last) {
             if (gradients) channels_last_gradients<S>(p, g, t, dy, x, n, group, gradients);
             if (dx.data) channels_last_dx<S>(p, g, t, dy, dx, n, group, weights);
@@ -114,9 +118,9 @@ bool backward(const Problem& p, const Tensor& dy, const Tensor& x, const Tensor&
             planar_backward<S>(p, g, tables, t, dy, x, dx, n, group, weights, gradients, source, doutput, dsource);
         }
         if (!gradients) return;
-        normalize_backward<S>(p, g, t, logits, n, group, weights, gradients, source);
+        normalize_backward<S>(p, g, t, logits, n, group, weights, gradients, spare);
         for (Index e = 0; e < windows; ++e)
-            write_planes(gradients + e * g.plane, g, t, 1, p.cells_y(), p.cells_x(),
+            write_planes(gradients + e * g.inner, g.inner, g, t, 1, p.cells_y(), p.cells_x(),
                          at<S>(dlogits, n, group * p.taps() + e / p.subs(), e % p.subs() / p.up, e % p.up), dlogits.stride[4],
                          dlogits.stride[5]);
     });

@@ -134,7 +134,7 @@ template <class S> std::vector<std::vector<Step>> source_steps(const Problem& p,
         for (Index tap = 0; tap < p.taps(); ++tap) {
             const Entry& e = g.entries[g.runs[r].sub * p.taps() + tap];
             steps[r].push_back(make_step(map, e.move_y * p.down + e.phase / p.down, e.move_x * p.down + e.phase % p.down,
-                                         (tap * p.subs() + e.sub) * g.plane));
+                                         (tap * p.subs() + e.sub) * g.weight_plane));
         }
     return steps;
 }
@@ -166,7 +166,7 @@ void channels_last_forward(const Problem& p, const Grid& g, const Tile& t, const
                     terms.weights.resize(p.taps() * N);
                     T* to = terms.weights.data();
                     for (const Step& step : steps[r])
-                        for (int s = 0; s < N; ++s) *to++ = weights[step.weight + s * g.plane + i * g.pitch + j];
+                        for (int s = 0; s < N; ++s) *to++ = weights[step.weight + s * g.weight_plane + i * g.pitch + j];
                     sum_range<N, 4, S, T>(terms, 0, channels, outputs);
                 });
             }
@@ -188,7 +188,7 @@ void channels_last_dx(const Problem& p, const Grid& g, const Tile& t, const Tens
             std::array<Index, NEIGHBOURS> absent;
             absent.fill(ABSENT);
             const std::pair<Index, Index> place(e.sub_y - e.move_y * p.up, e.sub_x - (e.move_x - i) * p.up);
-            shared[e.phase].try_emplace(place, absent).first->second[i] = (e.tap * p.subs() + e.sub) * g.plane - g.shift(e) + i;
+            shared[e.phase].try_emplace(place, absent).first->second[i] = (e.tap * p.subs() + e.sub) * g.weight_plane - g.shift(e) + i;
         }
     const std::vector<S> zeros(channels);
     std::vector<S> unused(channels);
@@ -245,7 +245,7 @@ void channels_last_gradients(const Problem& p, const Grid& g, const Tile& t, con
                         T lanes[LANES<T>];
                         store(lanes, lane_sums<T>(&sums[first]));
                         for (Index k = first; k < std::min<Index>(first + LANES<T>, taps * N); ++k)
-                            gradients[(k / N * p.subs() + run.sub + k % N) * g.plane + i * g.pitch + j] = lanes[k - first];
+                            gradients[(k / N * p.subs() + run.sub + k % N) * g.inner + i * g.pitch + j] = lanes[k - first];
                     }
                 });
             }

@@ -37,17 +37,17 @@ NOINLINE void sum_taps(const T* w, Index sub_stride, Index tap_stride, const T* 
 
 // gradient[tap][s] += sum over channels of doutput[c][s] * source[c][shift[tap]].
 template <int S, int K, class T>
-NOINLINE void sum_channels(const T* dy, Index dy_stride, Index sub_stride, const T* x, Index x_stride, const Index* shift, Index channels, T* dw,
-                         Index tap_stride) {
+NOINLINE void sum_channels(const T* dy, Index dy_stride, Index dy_sub, const T* x, Index x_stride, const Index* shift, Index channels, T* dw,
+                           Index tap_stride, Index dw_sub) {
     Vector<T> total[K][S];
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k)
 #pragma GCC unroll 8
-        for (int s = 0; s < S; ++s) total[k][s] = load(dw + k * tap_stride + s * sub_stride);
+        for (int s = 0; s < S; ++s) total[k][s] = load(dw + k * tap_stride + s * dw_sub);
     for (Index c = 0; c < channels; ++c, x += x_stride, dy += dy_stride) {
         Vector<T> d[S];
 #pragma GCC unroll 8
-        for (int s = 0; s < S; ++s) d[s] = load(dy + s * sub_stride);
+        for (int s = 0; s < S; ++s) d[s] = load(dy + s * dy_sub);
 #pragma GCC unroll 8
         for (int k = 0; k < K; ++k) {
             const Vector<T> v = load_once(x + shift[k]);
@@ -58,7 +58,7 @@ NOINLINE void sum_channels(const T* dy, Index dy_stride, Index sub_stride, const
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k)
 #pragma GCC unroll 8
-        for (int s = 0; s < S; ++s) store(dw + k * tap_stride + s * sub_stride, total[k][s]);
+        for (int s = 0; s < S; ++s) store(dw + k * tap_stride + s * dw_sub, total[k][s]);
 }
 
 // Where dsource finds the weights and output gradients that it sums.
@@ -96,7 +96,7 @@ struct PlanarTables {
     PlanarTables(const Problem& p, const Grid& g) : visits(p.phases()) {
         for (const Entry& e : g.entries) {
             shifts.push_back(e.phase * g.plane + g.shift(e));
-            visits[e.phase].push_back({(e.tap * p.subs() + e.sub) * g.plane - g.shift(e), e.sub * g.plane - g.shift(e)});
+            visits[e.phase].push_back({(e.tap * p.subs() + e.sub) * g.weight_plane - g.shift(e), e.sub * g.weight_plane - g.shift(e)});
         }
     }
 };
@@ -104,27 +104,27 @@ struct PlanarTables {
 template <class S, class T>
 void planar_forward(const Problem& p, const Grid& g, const PlanarTables& tables, const Tile& t, const Tensor& x, const Tensor& y, Index n,
                     Index group, const T* weights, T* source, T* output) {
-    const Index source_stride = p.phases() * g.plane, output_stride = p.subs() * g.plane, channels = p.group_channels();
+    const Index source_stride = p.phases() * g.plane, output_stride = p.subs() * g.weight_plane, channels = p.group_channels();
     for (Index first = 0; first < channels; first += CHUNK) {
         const Index count = std::min(CHUNK, channels - first), base = group * channels + first;
         for (Index c = 0; c < count; ++c)
             read_planes(at<S>(x, n, base + c), x.stride[2], x.stride[3], p.height, p.width, p.down, g, t, g.halo, T(0),
-                        source + c * source_stride);
+                        source + c * source_stride, g.plane);
         for (Index f = 0; f < t.end(g); f += LANES<T>)
             for (const Run& run : g.runs)
                 with_count(run.count, [&](auto subs) {
                     constexpr int S_COUNT = decltype(subs)::value;
                     auto sum = [&](auto width, Index c) {
                         sum_taps<S_COUNT, decltype(width)::value>(
-                            weights + run.sub * g.plane + f, g.plane, p.subs() * g.plane, source + c * source_stride + f, source_stride,
-                            &tables.shifts[run.sub * p.taps()], p.taps(), output + c * output_stride + run.sub * g.plane + f, output_stride);
+                            weights + run.sub * g.weight_plane + f, g.weight_plane, p.subs() * g.weight_plane, source + c * source_stride + f, source_stride,
+                            &tables.shifts[run.sub * p.taps()], p.taps(), output + c * output_stride + run.sub * g.weight_plane + f, output_stride);
                     };
                     Index c = 0;
                     for (; c + FORWARD_CHANNELS <= count; c += FORWARD_CHANNELS) sum(std::integral_constant<int, FORWARD_CHANNELS>{}, c);
                     for (; c < count; ++c) sum(std::integral_constant<int, 1>{}, c);
                 });
         for (Index c = 0; c < count; ++c)
-            write_planes(output + c * output_stride, g, t, p.up, p.output_y(), p.output_x(), at<S>(y, n, base + c), y.stride[2], y.stride[3]);
+            write_planes(output + c * output_stride, g.weight_plane, g, t, p.up, p.output_y(), p.output_x(), at<S>(y, n, base + c), y.stride[2], y.stride[3]);
     }
 }
 
@@ -132,24 +132,24 @@ void planar_forward(const Problem& p, const Grid& g, const PlanarTables& tables,
 template <class S, class T>
 void planar_backward(const Problem& p, const Grid& g, const PlanarTables& tables, const Tile& t, const Tensor& dy, const Tensor& x,
                      const Tensor& dx, Index n, Index group, const T* weights, T* gradients, T* source, T* doutput, T* dsource) {
-    const Index source_stride = p.phases() * g.plane, output_stride = p.subs() * g.plane, channels = p.group_channels();
+    const Index source_stride = p.phases() * g.plane, output_stride = p.subs() * g.weight_plane, dsource_stride = p.phases() * g.inner, channels = p.group_channels();
     for (Index first = 0; first < channels; first += CHUNK) {
         const Index count = std::min(CHUNK, channels - first), base = group * channels + first;
         for (Index c = 0; c < count; ++c)
             read_planes(at<S>(dy, n, base + c), dy.stride[2], dy.stride[3], p.output_y(), p.output_x(), p.up, g, t, dx.data ? g.halo : 0, T(0),
-                        doutput + c * output_stride);
+                        doutput + c * output_stride, g.weight_plane);
         if (gradients) {
             for (Index c = 0; c < count; ++c)
                 read_planes(at<S>(x, n, base + c), x.stride[2], x.stride[3], p.height, p.width, p.down, g, t, g.halo, T(0),
-                            source + c * source_stride);
+                            source + c * source_stride, g.plane);
             for (Index f = 0; f < t.end(g); f += LANES<T>)
                 for (const Run& run : g.runs)
                     with_count(run.count, [&](auto subs) {
                         auto sum = [&](auto taps, Index tap) {
                             sum_channels<decltype(subs)::value, decltype(taps)::value>(
-                                doutput + run.sub * g.plane + f, output_stride, g.plane, source + f, source_stride,
-                                &tables.shifts[run.sub * p.taps() + tap], count, gradients + (tap * p.subs() + run.sub) * g.plane + f,
-                                p.subs() * g.plane);
+                                doutput + run.sub * g.weight_plane + f, output_stride, g.weight_plane, source + f, source_stride,
+                                &tables.shifts[run.sub * p.taps() + tap], count, gradients + (tap * p.subs() + run.sub) * g.inner + f,
+                                p.subs() * g.inner, g.inner);
                         };
                         Index tap = 0;
                         for (; tap + BACKWARD_TAPS <= p.taps(); tap += BACKWARD_TAPS) sum(std::integral_constant<int, BACKWARD_TAPS>{}, tap);
@@ -161,14 +161,14 @@ void planar_backward(const Problem& p, const Grid& g, const PlanarTables& tables
             for (Index phase = 0; phase < p.phases(); ++phase) {
                 auto sum = [&](auto width, Index c) {
                     sum_visits<decltype(width)::value>(weights + f, doutput + c * output_stride + f, output_stride, tables.visits[phase],
-                                                       dsource + c * source_stride + phase * g.plane + f, source_stride);
+                                                       dsource + c * dsource_stride + phase * g.inner + f, dsource_stride);
                 };
                 Index c = 0;
                 for (; c + BACKWARD_CHANNELS <= count; c += BACKWARD_CHANNELS) sum(std::integral_constant<int, BACKWARD_CHANNELS>{}, c);
                 for (; c < count; ++c) sum(std::integral_constant<int, 1>{}, c);
             }
         for (Index c = 0; c < count; ++c)
-            write_planes(dsource + c * source_stride, g, t, p.down, p.height, p.width, at<S>(dx, n, base + c), dx.stride[2], dx.stride[3]);
+            write_planes(dsource + c * dsource_stride, g.inner, g, t, p.down, p.height, p.width, at<S>(dx, n, base + c), dx.stride[2], dx.stride[3]);
     }
 }
 

@@ -171,6 +171,9 @@ inline Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 struct Entry {
     Index tap, sub, sub_y, sub_x, phase, move_y, move_x;  // cells from the output's own to the one that holds the source pixel
 };
+// Cells whose sums take as long as what a row costs, however short.
+constexpr Index ROW_COST = 24;
+
 // Consecutive sub-pixels that share their window, at most SUBS.
 struct Run {
     Index sub, count;
@@ -180,12 +183,15 @@ struct Run {
 struct Grid {
     Index rows, columns;  // cells of a tile
     Index halo;           // cells around it that its planes hold as well
-    Index pitch, origin, plane;
+    Index pitch;
+    Index plane, origin;                // values of a plane with the halo, and where its own first cell is
+    Index inner;                        // values of a plane without
+    Index weight_plane, weight_origin;  // the weights' planes have a halo where dsource is asked for
     Index tiles_y, tiles_x;
     std::vector<Entry> entries;  // [sub][tap]
     std::vector<Run> runs;
 
-    template <class T> static Grid make(const Problem& p, Index weight_halo, Index budget) {
+    template <class T> static Grid make(const Problem& p, bool weight_halo, Index budget) {
         Grid g;
         const Index radius = p.kernel / 2, lanes = LANES<T>;
         g.halo = 0;
@@ -201,21 +207,30 @@ struct Grid {
             if (joins) ++g.runs.back().count;
             else g.runs.push_back({sub, 1});
         }
-        // a tile is as many whole rows as the weights of which fit the budget; wide maps are cut into columns first
-        const Index per_cell = p.taps() * p.subs() * Index(sizeof(T));
-        const Index margin = weight_halo ? 2 * g.halo : 0;
-        Index widest = std::max<Index>(lanes, std::min<Index>(96, budget / (per_cell * (1 + margin)) - margin));
-        g.tiles_x = ceil_div(p.cells_x(), widest);
-        g.columns = ceil_div(p.cells_x(), g.tiles_x);
-        // between whole rows one margin of zeros serves the row before and the row after it
-        g.pitch = g.columns + (g.tiles_x == 1 ? 1 : 2) * g.halo;
-        const Index shares = p.batch * p.groups * g.tiles_x, wanted = ceil_div(4 * p.threads, shares);
-        g.rows = std::max<Index>(1, std::min(budget / (per_cell * g.pitch) - margin, p.cells_y() / wanted));
+        const Index per_cell = p.taps() * p.subs() * Index(sizeof(T)), margin = weight_halo ? 2 * g.halo : 0;
+        double least = std::numeric_limits<double>::infinity();
+        for (Index tiles_x = 1; tiles_x <= ceil_div(p.cells_x(), lanes); ++tiles_x) {
+            const Index columns = ceil_div(p.cells_x(), tiles_x);
+            // between whole rows one margin of zeros serves the row before and the row after it
+            const Index pitch = columns + (tiles_x == 1 ? 1 : 2) * g.halo;
+            const Index wanted = ceil_div(4 * p.threads, p.batch * p.groups * tiles_x);
+            const Index rows = std::min(budget / (per_cell * pitch) - margin, p.cells_y() / wanted);
+            // per cell: lanes that are margin, reading a row as long as so many cells take, and weights that are restored for a
+            // neighbouring tile, a third of all work where there are none
+            const double cost = double(pitch + ROW_COST) / columns * (2 + double(rows + margin) / rows);
+            const bool last = std::isinf(least) && tiles_x == ceil_div(p.cells_x(), lanes);
+            if ((rows < 1 || cost >= least) && !last) continue;
+            least = cost;
+            g.columns = columns, g.pitch = pitch, g.tiles_x = tiles_x, g.rows = std::max<Index>(1, rows);
+        }
         g.tiles_y = ceil_div(p.cells_y(), g.rows);
         g.rows = ceil_div(p.cells_y(), g.tiles_y);
         g.origin = ceil_div(g.halo * g.pitch + g.halo, lanes) * lanes;
         // an odd number of vectors, so that the same cell of many planes does not fall into one cache set
         g.plane = ((ceil_div(g.origin + (g.rows + g.halo) * g.pitch + g.halo, lanes) + 1) | 1) * lanes;
+        g.inner = (ceil_div(g.rows * g.pitch, lanes) | 1) * lanes;
+        g.weight_plane = weight_halo ? g.plane : g.inner;
+        g.weight_origin = weight_halo ? g.origin : 0;
         return g;
     }
     bool shares_window(const Problem& p, Index a, Index b) const {
@@ -242,28 +257,28 @@ template <int U, class S, class T> void split_row(const S* from, Index stride, T
         for (Index j = 0; j < count; ++j) to[u * plane + j] = widen(from[(j * u_count + u) * stride]);
 }
 
-// Planes [phases * phases] of the cells of a tile and `halo` around it, from a map [height, width] whose row q * phases + u belongs to
+// Planes [phases * phases], `stride` apart, of the cells of a tile and `halo` around it, from a map [height, width] whose row q * phases + u belongs to
 // cell q and phase u; `fill` where the map does not reach.
 template <class S, class T>
 void read_planes(const S* map, Index stride_y, Index stride_x, Index height, Index width, Index phases, const Grid& g, const Tile& t,
-                 Index halo, T fill, T* planes) {
+                 Index halo, T fill, T* planes, Index stride) {
     for (Index i = -halo; i < t.rows + halo; ++i)
         for (Index v = 0; v < phases; ++v) {
-            T* row = planes + v * phases * g.plane + i * g.pitch;
+            T* row = planes + v * phases * stride + i * g.pitch;
             const Index y = (t.y + i) * phases + v;
             const Index begin = std::max(-halo, -t.x), end = t.columns + halo;
             const bool inside = 0 <= y && y < height;
             // cells all of whose phases are inside
             const Index whole = inside ? std::max(begin, std::min(end, width / phases - t.x)) : begin;
             const S* from = inside ? map + y * stride_y + (t.x + begin) * phases * stride_x : map;
-            for (Index u = 0; u < phases; ++u) std::fill(row + u * g.plane - halo, row + u * g.plane + begin, fill);
-            if (phases == 1 && stride_x == 1) split_row<1>(from, 1, row + begin, g.plane, 1, whole - begin);
-            else if (phases == 2 && stride_x == 1) split_row<2>(from, 1, row + begin, g.plane, 2, whole - begin);
-            else split_row<0>(from, stride_x, row + begin, g.plane, phases, whole - begin);
+            for (Index u = 0; u < phases; ++u) std::fill(row + u * stride - halo, row + u * stride + begin, fill);
+            if (phases == 1 && stride_x == 1) split_row<1>(from, 1, row + begin, stride, 1, whole - begin);
+            else if (phases == 2 && stride_x == 1) split_row<2>(from, 1, row + begin, stride, 2, whole - begin);
+            else split_row<0>(from, stride_x, row + begin, stride, phases, whole - begin);
             for (Index u = 0; u < phases; ++u)
                 for (Index j = whole; j < end; ++j) {
                     const Index x = (t.x + j) * phases + u;
-                    row[u * g.plane + j] = inside && x < width ? widen(map[y * stride_y + x * stride_x]) : fill;
+                    row[u * stride + j] = inside && x < width ? widen(map[y * stride_y + x * stride_x]) : fill;
                 }
         }
 }
@@ -276,20 +291,20 @@ template <int U, class S, class T> void merge_row(const T* from, Index plane, S*
 
 // The reverse for the tile's own cells.
 template <class S, class T>
-void write_planes(const T* planes, const Grid& g, const Tile& t, Index phases, Index height, Index width, S* map, Index stride_y, Index stride_x) {
+void write_planes(const T* planes, Index stride, const Grid& g, const Tile& t, Index phases, Index height, Index width, S* map, Index stride_y, Index stride_x) {
     for (Index i = 0; i < t.rows; ++i)
         for (Index v = 0; v < phases; ++v) {
-            const T* row = planes + v * phases * g.plane + i * g.pitch;
+            const T* row = planes + v * phases * stride + i * g.pitch;
             const Index y = (t.y + i) * phases + v;
             if (y >= height) continue;
             const Index whole = std::min(t.columns, width / phases - t.x);
             S* to = map + y * stride_y + t.x * phases * stride_x;
-            if (phases == 1 && stride_x == 1) merge_row<1>(row, g.plane, to, 1, 1, whole);
-            else if (phases == 2 && stride_x == 1) merge_row<2>(row, g.plane, to, 1, 2, whole);
-            else merge_row<0>(row, g.plane, to, stride_x, phases, whole);
+            if (phases == 1 && stride_x == 1) merge_row<1>(row, stride, to, 1, 1, whole);
+            else if (phases == 2 && stride_x == 1) merge_row<2>(row, stride, to, 1, 2, whole);
+            else merge_row<0>(row, stride, to, stride_x, phases, whole);
             for (Index j = whole; j < t.columns; ++j)
                 for (Index u = 0; u < phases && (t.x + j) * phases + u < width; ++u)
-                    to[(j * phases + u) * stride_x] = narrow<S>(row[u * g.plane + j]);
+                    to[(j * phases + u) * stride_x] = narrow<S>(row[u * stride + j]);
         }
 }
 

@@ -22,7 +22,7 @@ void read_logits(const Problem& p, const Grid& g, const Tile& t, const Tensor& l
                 read_planes(at<S>(logits, n, group * p.taps() + tap, y, x), logits.stride[4], logits.stride[5],
                             cut ? ceil_div(std::max<Index>(0, p.output_y() - y), p.up) : p.cells_y(),
                             cut ? ceil_div(std::max<Index>(0, p.output_x() - x), p.up) : p.cells_x(), 1, g, t, halo, fill,
-                            weights + ((tap * p.up + y) * p.up + x) * g.plane);
+                            weights + ((tap * p.up + y) * p.up + x) * g.weight_plane, g.weight_plane);
 }
 
 // Weights from logits in place; `lse` planes [subs] receive the log-sum-exp of the scores.
@@ -31,13 +31,13 @@ template <class T> void normalize(const Problem& p, const Grid& g, const Tile& t
     if (p.normalizer == NONE) return;
     if (p.normalizer == SIGMOID) {
         for (Index e = 0; e < count; ++e)
-            for (Index f = 0; f < end; f += LANES<T>) store(weights + e * g.plane + f, sigmoid<T>(load(weights + e * g.plane + f)));
+            for (Index f = 0; f < end; f += LANES<T>) store(weights + e * g.weight_plane + f, sigmoid<T>(load(weights + e * g.weight_plane + f)));
         return;
     }
     for (Index sub = 0; sub < p.subs(); ++sub)
         for (Index f = 0; f < end; f += LANES<T>) {
-            T* w = weights + sub * g.plane + f;
-            const Index step = p.subs() * g.plane;
+            T* w = weights + sub * g.weight_plane + f;
+            const Index step = p.subs() * g.weight_plane;
             Vector<T> top = load(w);
             for (Index tap = 1; tap < p.taps(); ++tap) {
                 const Vector<T> l = load(w + tap * step);
@@ -54,7 +54,7 @@ template <class T> void normalize(const Problem& p, const Grid& g, const Tile& t
             for (Index tap = 0; tap < p.taps(); ++tap) store(w + tap * step, load(w + tap * step) / total);
             T sums[LANES<T>];
             store(sums, total);
-            for (int i = 0; i < LANES<T>; ++i) lse[sub * g.plane + f + i] = top[i] + std::log(sums[i]);
+            for (int i = 0; i < LANES<T>; ++i) lse[sub * g.weight_plane + f + i] = top[i] + std::log(sums[i]);
         }
 }
 
@@ -64,9 +64,9 @@ template <class T> void restore(const Problem& p, const Grid& g, const Tile& t, 
     if (p.normalizer == NONE) return;
     for (Index e = 0; e < p.taps() * p.subs(); ++e)
         for (Index f = begin; f < end; f += LANES<T>) {
-            T* w = weights + e * g.plane + f;
+            T* w = weights + e * g.weight_plane + f;
             if (p.normalizer == SIGMOID) store(w, sigmoid<T>(load(w)));
-            else store(w, exp_score<T>(load(w), load(lse + e % p.subs() * g.plane + f), p.normalizer));
+            else store(w, exp_score<T>(load(w), load(lse + e % p.subs() * g.weight_plane + f), p.normalizer));
         }
 }
 
@@ -75,26 +75,26 @@ template <class S, class T>
 void normalize_backward(const Problem& p, const Grid& g, const Tile& t, const Tensor& logits, Index n, Index group, const T* weights,
                         T* gradients, T* scratch) {
     if (p.normalizer == NONE) return;
-    const Index step = p.subs() * g.plane, end = t.end(g);
+    const Index step = p.subs() * g.weight_plane, gradient_step = p.subs() * g.inner, end = t.end(g);
     for (Index sub = 0; sub < p.subs(); ++sub)
         for (Index f = 0; f < end; f += LANES<T>) {
-            const T* w = weights + sub * g.plane + f;
-            T* d = gradients + sub * g.plane + f;
+            const T* w = weights + sub * g.weight_plane + f;
+            T* d = gradients + sub * g.inner + f;
             Vector<T> inner{};
             if (p.normalizer != SIGMOID)
-                for (Index tap = 0; tap < p.taps(); ++tap) inner += load(w + tap * step) * load(d + tap * step);
+                for (Index tap = 0; tap < p.taps(); ++tap) inner += load(w + tap * step) * load(d + tap * gradient_step);
             for (Index tap = 0; tap < p.taps(); ++tap) {
-                const Vector<T> a = load(w + tap * step), da = load(d + tap * step);
-                store(d + tap * step, p.normalizer == SIGMOID ? a * (T(1) - a) * da : a * (da - inner));
+                const Vector<T> a = load(w + tap * step), da = load(d + tap * gradient_step);
+                store(d + tap * gradient_step, p.normalizer == SIGMOID ? a * (T(1) - a) * da : a * (da - inner));
             }
         }
     if (p.normalizer != SIGMOID_NORMALIZED) return;
     for (Index e = 0; e < p.taps() * p.subs(); ++e) {
         const Index tap = e / p.subs(), y = e % p.subs() / p.up, x = e % p.up;
         read_planes(at<S>(logits, n, group * p.taps() + tap, y, x), logits.stride[4], logits.stride[5], p.cells_y(), p.cells_x(), 1, g, t,
-                    Index(0), T(0), scratch);
+                    Index(0), T(0), scratch, g.inner);
         for (Index f = 0; f < end; f += LANES<T>) {
-            T* d = gradients + e * g.plane + f;
+            T* d = gradients + e * g.inner + f;
             store(d, load(d) * sigmoid<T>(-load(scratch + f)));
         }
     }
