@@ -100,6 +100,17 @@ def _resident(status: Path, name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def keep_freed_memory() -> None:
+    """Have the C library (glibc) keep what is freed, as a training process has it after some steps.
+
+    Else whether the pages of an output are new, which costs as much as filling them, depends on what other providers have freed.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(None)
+        for option, size in ((-1, 2**30), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            library.mallopt(option, size)
+
+
 def quantile(times: list[float], share: float) -> float:
     times = sorted(times)
     return times[round(share * (len(times) - 1))]
@@ -194,6 +205,7 @@ def operator(cfg: DictConfig) -> None:
     """Print the table and leave it in the run folder."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    keep_freed_memory()
     op = dict(cfg.op)
     spec = Spec(**{name: op[name] for name in Spec._fields})
     check_spec(spec)
