@@ -38,7 +38,7 @@ def inputs(case, height=5, width=3, odd=(0, 0), channels=CHANNELS):
 
 def test_every_configuration_file_is_among_the_cases():
     files = {(path.parent.name, path.stem) for path in GROUPS.glob("*sampler/*.yaml")}
-    assert files - {("upsampler", "shared"), ("upsampler", "published"), ("downsampler", "published")} == {(case.group, case.name) for case in CASES}
+    assert {file for file in files if file[1] not in ("published", "shared")} == {(case.group, case.name) for case in CASES}
 
 
 @pytest.mark.parametrize("group", ["upsampler", "downsampler"])
