@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import functools
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from filelock import FileLock, Timeout
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 
@@ -82,12 +82,12 @@ def quiet() -> None:
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Hold the run folder for this process (and the processes it launches for further devices).
+    """Hold the run folder for the first process of a run, and with it for the others.
 
     Raises:
         RuntimeError: another process holds it.
     """
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+    if rank_zero_only.rank > 0:
         yield
         return
     try:
@@ -116,10 +116,20 @@ def load_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
+def trained(config: object) -> object:
+    """A resolved configuration whose networks read no weights to start from: a checkpoint brings all of them."""
+    if isinstance(config, list):
+        return [trained(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    network = str(config.get("_target_")).startswith("carafepp.models.")
+    return {key: None if network and key == "weights" else trained(value) for key, value in config.items()}
+
+
 def load_task(path: str | Path):
     """Build the task of a checkpoint, with its weights, in evaluation mode, and return it with the run's configuration."""
     checkpoint = load_checkpoint(path)
-    config = OmegaConf.create(checkpoint["config"])
+    config = OmegaConf.create(trained(checkpoint["config"]))
     task = hydra.utils.instantiate(config.task)
     task.load_state_dict(checkpoint["state_dict"])
     return task.eval(), config

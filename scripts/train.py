@@ -1,16 +1,19 @@
 """carafepp-train: train and evaluate one configuration, or resume a run that was cut off."""
 
+import logging
 from pathlib import Path
 
 import lightning as L
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from ..tasks.pictures import Pictures
 from ..tasks.runs import LastCheckpoint, RandomState, RunRecord
-from .app import app, owned, quiet
+from .app import app, owned, quiet, trained
 
 
 def missing_keys(node: object, key: str = "") -> list[str]:
@@ -22,7 +25,8 @@ def missing_keys(node: object, key: str = "") -> list[str]:
 
 def new_run(cfg: DictConfig, folder: Path) -> DictConfig:
     """Resolve the configuration of a run that starts, and keep it in the run folder."""
-    if (folder / "config.yaml").exists():
+    first = rank_zero_only.rank == 0
+    if first and (folder / "config.yaml").exists():
         raise RuntimeError(f"{folder} already holds a run: continue it with resume={folder}, or choose another folder")
     OmegaConf.set_struct(cfg, False)
     del cfg.resume
@@ -31,7 +35,8 @@ def new_run(cfg: DictConfig, folder: Path) -> DictConfig:
     choices = {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra/")}
     cfg.run = {"choices": choices, "overrides": list(HydraConfig.get().overrides.task)}
     OmegaConf.resolve(cfg)
-    OmegaConf.save(cfg, folder / "config.yaml")
+    if first:
+        OmegaConf.save(cfg, folder / "config.yaml")
     return cfg
 
 
@@ -48,16 +53,21 @@ def train(cfg: DictConfig, folder: Path) -> None:
     """Run one resolved configuration to its end in `folder`, from its last checkpoint if it has one."""
     quiet()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    data, task = instantiate(cfg.data), instantiate(cfg.task)
+    config = OmegaConf.to_container(cfg)
+    last = folder / "last.ckpt"
+    data, task = instantiate(cfg.data), instantiate(trained(config["task"]) if last.exists() else cfg.task)
+    if cfg.channels_last:
+        task.model.to(memory_format=torch.channels_last)
+    if cfg.compile:
+        task.model.compile()
     callbacks = [
-        RunRecord(folder, cfg.log_every_n_steps, OmegaConf.to_container(cfg)),
+        RunRecord(folder, cfg.log_every_n_steps, config),
         RandomState(),
         LastCheckpoint(folder, cfg.checkpoint_every_n_steps),
         ModelCheckpoint(folder, filename="best", monitor=task.monitor, mode="max", enable_version_counter=False),
         Pictures(folder),
     ]
     trainer = instantiate(cfg.trainer, callbacks=callbacks, default_root_dir=folder)
-    last = folder / "last.ckpt"
     trainer.fit(task, data, ckpt_path=last if last.exists() else None, weights_only=True)
 
 
@@ -65,13 +75,16 @@ def train(cfg: DictConfig, folder: Path) -> None:
 def main(cfg: DictConfig) -> None:
     """Train in Hydra's output folder, which `resume=FOLDER` makes the folder of an earlier run."""
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if rank_zero_only.rank > 0:
+        # the first process tells what happens; warnings and errors are everyone's
+        logging.disable(logging.INFO)
     with owned(folder):
         cfg = new_run(cfg, folder) if OmegaConf.is_missing(cfg, "resume") else resumed_run(folder)
         if (folder / "result.json").exists():
-            print(f"{folder} is finished: see result.json")
+            rank_zero_only(print)(f"{folder} is finished: see result.json")
             return
         train(cfg, folder)
-        print(f"run folder: {folder}")
+        rank_zero_only(print)(f"run folder: {folder}")
 
 
 if __name__ == "__main__":

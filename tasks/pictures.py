@@ -59,7 +59,8 @@ class Pictures(L.Callback):
             return
         pl_module.eval()
         data = trainer.datamodule.val
-        rows = [pl_module.pictures(data[index]) for index in range(min(self.count, len(data)))]
+        convert = trainer.precision_plugin.convert_input
+        rows = [pl_module.pictures(convert(data[index])) for index in range(min(self.count, len(data)))]
         (self.folder / "pictures").mkdir(exist_ok=True)
         for index, row in enumerate(rows):
             for name, picture in row.items():

@@ -39,7 +39,8 @@ def weights_hash(model: nn.Module) -> str:
 def count_flops(model: nn.Module, image: torch.Tensor) -> int:
     """Floating-point operations (two a multiply-add) of one inference on image [3, H, W]."""
     training = model.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # a compiled network hides its operators from the counter
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         model.eval()(image[None])
     model.train(training)
     return counter.get_total_flops()
@@ -143,7 +144,7 @@ class RunRecord(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        image = trainer.datamodule.val[0][0].to(pl_module.device)
+        image = trainer.precision_plugin.convert_input(trainer.datamodule.val[0][0]).to(pl_module.device)
         result = {
             **self.config["run"],
             "seed": self.config["seed"],

@@ -8,16 +8,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from carafepp.scripts.train import train
 from carafepp.tasks.classification import Classification
 from carafepp.tasks.digits import Digits
 from carafepp.tasks.imagenet import ImageNet
 from carafepp.tasks.optimization import linear_scaling
 from carafepp.tasks.runs import LastCheckpoint
 from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 from PIL import Image
 from torchvision.transforms import v2
+from training import result, run
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +46,6 @@ SMALL += ["num_classes=3", "trainer.enable_progress_bar=false", "checkpoint_ever
 def call(script: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-P", "-m", f"carafepp.scripts.{script}", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
-def run(folder, *overrides):
-    """What carafepp-train does with these overrides, in this process."""
-    folder.mkdir()
-    with initialize_config_module("carafepp.conf", version_base="1.3"):
-        cfg = compose("train", overrides=list(overrides))
-    OmegaConf.set_struct(cfg, False)
-    del cfg.resume
-    cfg.run = {"choices": {}, "overrides": list(overrides)}
-    OmegaConf.resolve(cfg)
-    OmegaConf.save(cfg, folder / "config.yaml")
-    train(cfg, folder)
-
-
-def result(folder) -> dict:
-    return json.loads((folder / "result.json").read_text())
 
 
 def test_table2_trains_resumes_and_evaluates_on_an_imagenet_folder(root, tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def test_killed_run_resumes_bit_identically(whole_run, tmp_path, workers):
 
 
 def test_multirun_writes_a_folder_a_job_and_report_tables_them(tmp_path):
-    done = call("train", *SMALL, "data.epochs=1", "-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path)
+    done = call("train", "-m", *SMALL, "data.epochs=1", "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = result(tmp_path / "sweep" / "0"), result(tmp_path / "sweep" / "1")
     assert (first["seed"], second["seed"]) == (0, 1)
