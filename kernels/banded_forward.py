@@ -54,6 +54,7 @@ def banded_forward(
     PRECISION: tl.constexpr,
     X_ALIGN: tl.constexpr,
     Y_ALIGN: tl.constexpr,
+    TALL: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     if AXIS == 0:
@@ -130,10 +131,12 @@ def banded_forward(
             mask=expand(inside, AXIS) & expand(c < C, 1 - AXIS),
             other=0.0,
         )
-        if AXIS == 0:
-            y = product(tl.trans(a), x, PRECISION)
-        else:
+        if AXIS == 1:
             y = product(x, a, PRECISION)
+        elif TALL:
+            y = tl.trans(product(tl.trans(x), a, PRECISION))
+        else:
+            y = product(tl.trans(a), x, PRECISION)
         tl.store(
             y_ptr + expand(row * stride_yh + col * stride_yw, AXIS) + expand(c * stride_yc, 1 - AXIS),
             y.to(y_ptr.dtype.element_ty),

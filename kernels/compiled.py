@@ -18,6 +18,7 @@ from triton.compiler import CompiledKernel
 
 from .geometry import Spec
 from .launch import Launch
+from .tiles import Tile
 from .triton_backend import backward_launches, forward_launches
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -62,9 +63,20 @@ class Assembly(NamedTuple):
 
 
 def training_step(
-    n: int, channels: int, height: int, width: int, spec: Spec, dtype: torch.dtype, memory_format: torch.memory_format
+    n: int,
+    channels: int,
+    height: int,
+    width: int,
+    spec: Spec,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    tile: Tile | None = None,
+    capability: int = 80,
 ) -> list[Launch]:
-    """Launches of forward and backward for features [n, channels, height, width], without any memory: tensors are on "meta"."""
+    """Launches of forward and backward for features [n, channels, height, width], without any memory: tensors are on "meta".
+
+    `tile` replaces the choice for a GPU of this capability (80 for 8.0).
+    """
 
     def empty(channels: int, height: int, width: int) -> torch.Tensor:
         return torch.empty((n, channels, height, width), dtype=dtype, device="meta", memory_format=memory_format)
@@ -76,7 +88,8 @@ def training_step(
         empty(taps * spec.up**2, spec.cells(height), spec.cells(width)).unflatten(1, (taps, spec.up, spec.up)) for _ in range(2)
     )
     lse = torch.empty((n, spec.groups, *logits.shape[2:]), device="meta")
-    return forward_launches(x, logits, y, lse, spec) + backward_launches(dy, x, logits, lse, dx, dlogits, spec)
+    chosen = {"tile": tile, "capability": divmod(capability, 10)}
+    return forward_launches(x, logits, y, lse, spec, **chosen) + backward_launches(dy, x, logits, lse, dx, dlogits, spec, **chosen)
 
 
 def compile_launch(launch: Launch, capability: int) -> CompiledKernel:

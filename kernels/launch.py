@@ -34,12 +34,14 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         """Start the kernel on the device of its tensors."""
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
     @property
     def options(self) -> dict[str, int]:
         """Compiler options."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        # left alone, the assembler may spill a few bytes for the sake of one more block on a multiprocessor
+        registers = {} if torch.version.hip else {"maxnreg": 255}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages} | registers
 
     def parameters(self) -> dict[str, Tensor | int]:
         """What the compiled code takes at run time, by name in its parameter order: but for sizes, a one is compiled in."""

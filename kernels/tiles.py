@@ -69,7 +69,7 @@ def widened(extent: int, lead: int, vector: int) -> int:
 def source_blocks(problem: Problem, tile: Tile) -> dict[str, int]:
     """Channels and reaching targets of one product of the gradient to the sources: all channels of a program if they fit."""
     channels = min(256, power_of_two(-(-problem.channels // tile.split)))
-    return {"BLOCK_X": channels, "BLOCK_D": max(16, min(256, 256 * tile.block_c // channels))}
+    return {"BLOCK_X": channels, "BLOCK_D": max(16, min(128 // problem.element_size, 256 * tile.block_c // channels))}
 
 
 def multiprocessors(capability: tuple[int, int]) -> int:
@@ -121,7 +121,9 @@ def _forward_cost(problem: Problem, tile: Tile) -> float | None:
     operands = m * p * size / 4 / 32 + (0 if tile.num_stages > 1 else p * tile.block_c * size / 4 / threads)
     registers = m * tile.block_c / threads + operands * terms
     shared = (p * tile.block_c + p * m) * size * terms
-    if registers > 136 * terms or shared > SHARED_BYTES or t * m / threads > 64 or t * p / threads > 128:
+    # what compiles without spills, with less room where blocks of four warps multiply 64 channels
+    limit = 136 * terms if tile.num_warps == 2 else 128 * terms
+    if registers > limit or shared > SHARED_BYTES or t * m / threads > 64 or t * p / threads > 128:
         return None
     touched, passes, loads = _features(problem, halo_h, halo_w, p, tile.vector)
     blocks = -(-channels // (tile.block_c * tile.split))
@@ -157,49 +159,54 @@ def _backward_cost(problem: Problem, tile: Tile) -> float | None:
     gathers = m * p / threads + (m + p) * tile.block_c * size / 4 / threads * terms
     scatters = s * blocks["BLOCK_X"] / threads + blocks["BLOCK_D"] * (blocks["BLOCK_X"] / threads + s / 32) * size / 4 * terms
     shared = max((p + m) * tile.block_c, p * m * 4 / size, blocks["BLOCK_D"] * (blocks["BLOCK_X"] + s)) * size * terms
-    if max(gathers, scatters) > 128 or shared > SHARED_BYTES or t * m / threads > 32 or t * p / threads > 64:
+    large = m > 64 and (tile.cells_h, tile.cells_w) != CELLS[0]
+    if large or max(gathers, scatters) > 128 or shared > SHARED_BYTES or t * m / threads > 32 or t * p / threads > 64:
         return None
     # the gradient to the logits
     x_lines, x_passes, x_loads = _features(problem, halo_h, halo_w, p, x_vector)
     y_lines, y_passes, y_loads = _features(problem, rows, cols, m, tile.vector)
     logits = spec.taps * m / 4 if problem.channels_last else lines(spec.taps * spec.up**2 * tile.cells_h, tile.cells_w * size)
-    first = x_lines + 1.5 * x_passes + y_lines + 1.5 * y_passes + 2 * logits + p * m / 16 + t * m / 16
-    first += (x_loads + y_loads + t * m + m * p * channels / 2048 * 6 ** (terms - 1)) / 4
+    first = x_lines + 1.5 * x_passes + y_lines + 1.5 * y_passes + 2 * logits + p * m / 8 + t * m * p / 256
+    first += (x_loads + y_loads + t * m + m * p * channels / 2048 * 6 ** (terms - 1)) / 2
     # the gradient to the features
     d_lines, d_passes, d_loads = _features(problem, reach_h, reach_w, d, tile.vector)
     band = s * d / 32 * (size / 4) * (1 + tile.num_warps) * terms
     gathered = spec.taps * tile.cells_h * tile.cells_w * spec.up**2 / (8 if problem.channels_last else 1)
     builds = tile.split * -(-channels // (tile.split * blocks["BLOCK_X"]))
     second = d_lines + d_passes + 3 * s * channels * size / LINE_BYTES + builds * (band + gathered)
-    second += (d_loads + builds * s * d / 32 * 14 + s * d * channels / 2048 * 6 ** (terms - 1)) / 4
-    return _waves(problem, _tiles(problem, tile.cells_h, tile.cells_w), 1 + tile.split, first + second, 0)
+    second += (d_loads + builds * s * d / 32 * 14 + s * d * channels / 2048 * 6 ** (terms - 1)) / 2
+    cost = _waves(problem, _tiles(problem, tile.cells_h, tile.cells_w), 1 + tile.split, first + second, 0)
+    # a product of the matrix units from capability 9.0 on has 64 rows: with fewer it falls back to the older ones
+    return cost * 1.5 if problem.capability >= (9, 0) and p < 64 else cost
 
 
 # The cells of a tile: few, since each is compiled anew. Seven columns divide the maps of images of 224 and 800 x 1333 pixels.
-CELLS = ((1, 2), (1, 4), (1, 8), (1, 14), (1, 16), (2, 2), (2, 4), (2, 7), (2, 8), (3, 4), (4, 4))
+CELLS = ((1, 1), (1, 2), (1, 4), (1, 8), (1, 14), (1, 16), (2, 2), (2, 4), (2, 7), (2, 8), (3, 4), (4, 4))
 
 
 def _candidates(problem: Problem, align: int, num_warps: int):
     vectors = (1,) if problem.channels_last else tuple(v for v in (1, 2, 4) if align % v == 0)
     half = problem.element_size == 2
-    for cells, vector, split, block_c in product(CELLS, vectors, (1, 2, 4), (64, 32) if half else (32, 16)):
+    # a product of the matrix units from capability 9.0 on has 64 rows, and theirs are the channels
+    blocks = (64,) if problem.capability >= (9, 0) else (64, 32) if half else (32, 16)
+    for cells, vector, split, block_c in product(CELLS, vectors, (1, 2, 4), blocks):
         if split == 1 or block_c * split <= problem.channels:
             yield Tile(*cells, vector, block_c, split, num_warps, 2 if half else 1)
 
 
-def _cheapest(problem: Problem, align: int, num_warps: int, cost) -> Tile | None:
-    priced = [(price, tile) for tile in _candidates(problem, align, num_warps) if (price := cost(problem, tile)) is not None]
-    return min(priced)[1] if priced else None
-
-
 @lru_cache(maxsize=4096)
-def forward_tile(problem: Problem) -> Tile | None:
-    """Tile of the banded forward kernel, or None where a window is too large for it."""
-    # two warps share more of what builds a band; the matrix units from capability 9.0 on take four together
-    return _cheapest(problem, problem.x_align, 4 if problem.capability >= (9, 0) else 2, _forward_cost)
+def ranked(name: str, problem: Problem) -> tuple[Tile, ...]:
+    """Tiles that fit a pass ("forward" or "backward"), the cheapest by the model first; none where a window is too large."""
+    if name == "forward":
+        # two warps share more of what builds a band; the matrix units from capability 9.0 on take four together
+        align, num_warps, cost = problem.x_align, 4 if problem.capability >= (9, 0) else 2, _forward_cost
+    else:
+        align, num_warps, cost = problem.y_align, 4, _backward_cost
+    priced = ((cost(problem, tile), tile) for tile in _candidates(problem, align, num_warps))
+    return tuple(tile for _, tile in sorted((price, tile) for price, tile in priced if price is not None))
 
 
-@lru_cache(maxsize=4096)
-def backward_tile(problem: Problem) -> Tile | None:
-    """Tile of the banded backward kernel, or None where a window is too large for it."""
-    return _cheapest(problem, problem.y_align, 4, _backward_cost)
+def choose(name: str, problem: Problem) -> Tile | None:
+    """Tile of the banded kernel of a pass, or None where a window is too large for it."""
+    tiles = ranked(name, problem)
+    return tiles[0] if tiles else None

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import taps, tiles
+from . import taps, tiles, tuned
 from .banded_backward import banded_backward
 from .banded_forward import banded_forward
 from .geometry import Spec, is_channels_last
@@ -41,12 +41,17 @@ def _check_device(x: Tensor) -> None:
         raise ValueError("backend 'triton' takes CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1); use backend 'cpu'")
 
 
-def _problem(x: Tensor, logits: Tensor, y: Tensor, spec: Spec) -> tiles.Problem:
+def problem_of(x: Tensor, logits: Tensor, y: Tensor, spec: Spec, capability: tuple[int, int] | None = None) -> tiles.Problem:
+    """What the choice of a tile depends on; `y` is the output or its gradient."""
     n, c, _, _ = x.shape
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else DEFAULT_CAPABILITY
+    capability = capability or (torch.cuda.get_device_capability(x.device) if x.is_cuda else DEFAULT_CAPABILITY)
     channels, last = c // spec.groups, is_channels_last(x)
     aligned = (_alignment(t, channels, last) for t in (x, y))
     return tiles.Problem(spec, channels, *logits.shape[4:], n * spec.groups, x.element_size(), last, *aligned, capability)
+
+
+def _device_name(x: Tensor) -> str:
+    return torch.cuda.get_device_name(x.device) if x.is_cuda else x.device.type
 
 
 def _sizes(x: Tensor, logits: Tensor, spec: Spec) -> dict[str, int]:
@@ -91,22 +96,33 @@ def _tile_grid(problem: tiles.Problem, tile: tiles.Tile, programs: int) -> tuple
     return (problem.batch * rows * cols * programs, 1, 1)
 
 
-def forward_launches(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec, tile: tiles.Tile | None = None) -> list[Launch]:
+def forward_launches(
+    x: Tensor,
+    logits: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    spec: Spec,
+    *,
+    tile: tiles.Tile | None = None,
+    capability: tuple[int, int] | None = None,
+) -> list[Launch]:
     """Launches that fill y and lse; arguments as for `forward`, on any device, "meta" included.
 
-    `tile` replaces the choice of `tiles.forward_tile`.
+    `tile` replaces the measured or chosen one, `capability` that of the device.
     """
     constants = _constants(x, spec)
     steps = strides("x", x) | strides("l", logits) | strides("y", y)
     arguments = {"x_ptr": x, "logits_ptr": logits, "y_ptr": y, "lse_ptr": lse} | _sizes(x, logits, spec) | steps
-    problem = _problem(x, logits, y, spec)
-    tile = tile or tiles.forward_tile(problem)
+    problem = problem_of(x, logits, y, spec, capability)
+    tile = tile or tuned.tile("forward", problem, _device_name(x)) or tiles.choose("forward", problem)
     if tile is None:
         grid = _tap_grid(x, logits.shape[2:].numel(), spec)
         return [Launch(taps.tap_forward, grid, arguments, constants | TAP_BLOCKS, **TAP_OPTIONS)]
     constants |= {"CELLS_H": tile.cells_h, "CELLS_W": tile.cells_w, "BLOCK_C": tile.block_c, "SPLIT": tile.split, "PRECISION": _precision()}
     constants["X_ALIGN"] = problem.x_align if problem.channels_last else min(problem.x_align, tile.vector)
     constants["Y_ALIGN"] = problem.y_align
+    # channels are the rows of the product where its tile has too few targets for the matrix units from capability 9.0 on
+    constants["TALL"] = problem.capability >= (9, 0) and tile.cells_h * tile.cells_w * spec.up**2 < 64
     constants["WIDE"] = _is_wide(x, logits, y)
     return [Launch(banded_forward, _tile_grid(problem, tile, tile.split), arguments, constants, tile.num_warps, tile.num_stages)]
 
@@ -119,15 +135,17 @@ def backward_launches(
     dx: Tensor | None,
     dlogits: Tensor | None,
     spec: Spec,
+    *,
     tile: tiles.Tile | None = None,
+    capability: tuple[int, int] | None = None,
 ) -> list[Launch]:
     """Launches that fill those of dx and dlogits that are given; arguments as for `backward`, on any device, "meta" included.
 
-    `tile` replaces the choice of `tiles.backward_tile`.
+    `tile` replaces the measured or chosen one, `capability` that of the device.
     """
     constants = _constants(x, spec)
-    problem = _problem(x, logits, dy, spec)
-    tile = tile or tiles.backward_tile(problem)
+    problem = problem_of(x, logits, dy, spec, capability)
+    tile = tile or tuned.tile("backward", problem, _device_name(x)) or tiles.choose("backward", problem)
     if tile is None:
         return _tap_backward_launches(dy, x, logits, lse, dx, dlogits, spec)
     # a gradient that is not asked for is not touched: any tensor of its kind stands for it

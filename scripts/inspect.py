@@ -42,7 +42,7 @@ def variants(cfg: dict, capability: int) -> Iterator[tuple[dict, object]]:
         size = [options[name] for name in ("n", "channels", "height", "width")]
         spec = Spec(**{name: value for name, value in options.items() if name in Spec._fields}, normalizer=normalizer)
         check_spec(spec)
-        for launch in training_step(*size, spec, dtype, memory_format):
+        for launch in training_step(*size, spec, dtype, memory_format, capability=capability):
             key = (launch.source().hash(), launch.num_warps, launch.num_stages)
             if key not in seen:
                 seen.add(key)

@@ -28,7 +28,7 @@ SIZES = [
     (1, 4, 5, 3, Spec(3)),
     # too wide for a tile: tap by tap
     (1, 4, 35, 18, Spec(3, down=16)),
-    (1, 4, 2, 3, Spec(5, up=9)),
+    (1, 4, 2, 1, Spec(3, up=12)),
 ]
 
 

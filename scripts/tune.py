@@ -1,0 +1,71 @@
+"""carafepp-tune: find the fastest tile of every kernel at the paper's sites, and keep it for this kind of device."""
+
+import importlib.util
+import itertools
+
+import torch
+from filelock import FileLock
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from ..kernels import tuned
+from ..kernels.geometry import Spec, check_spec
+from .app import app
+from .inspect import DTYPES, MEMORY_FORMATS, chosen
+
+
+@app("tune")
+def main(cfg: DictConfig) -> None:
+    """Time the tiles of every site that the table does not have yet; without a GPU, rank them by their compiled code."""
+    if importlib.util.find_spec("triton") is None:
+        raise SystemExit("carafepp-tune needs the triton package, which is not installed (pip install triton; Linux only)")
+    from ..kernels import tuning
+
+    options = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    dtypes = chosen("dtypes", options["dtypes"], DTYPES)
+    formats = chosen("memory_formats", options["memory_formats"], MEMORY_FORMATS)
+    (capability,) = chosen("architecture", [options["architecture"]], {f"sm_{number}": number for number in tuning_architectures()})
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else None
+    path = tuned.table_path()
+    if gpu:
+        print(f"{device}: timing tiles; the table is {path}")
+    else:
+        print(f"no GPU: ranking tiles compiled for {options['architecture']} by millions of warp instructions; no table is written")
+    work = list(itertools.product(options["sites"].items(), dtypes, formats, tuned.PASSES))
+    bar = tqdm(work, unit="kernel")
+    seen = set()
+    for (name, size), dtype, memory_format, direction in bar:
+        size = dict(size)
+        shape = [size.pop(axis) for axis in ("n", "channels", "height", "width")]
+        spec = Spec(**size)
+        check_spec(spec)
+        site = tuning.site(*shape, spec, dtype, memory_format, "cuda" if gpu else "meta")
+        key = tuned.key(direction, site.problem(None if gpu else divmod(capability, 10)))
+        if key in seen or (gpu and not options["again"] and key in tuned.read(path).get(device, {})):
+            continue
+        seen.add(key)
+        bar.set_postfix_str(f"{name} {direction}")
+        search = tuning.timed(site, direction, options["limit"]) if gpu else tuning.compiled(site, direction, options["limit"], capability)
+        found = sorted(search)
+        if not found:
+            tqdm.write(f"{key}: no tile fits")
+            continue
+        tqdm.write("\n".join([key, *(f"  {cost:10.4f} {'ms' if gpu else 'M'}  {tuple(tile)}" for cost, tile in found[: options["show"]])]))
+        if gpu:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):
+                table = tuned.read(path)
+                table.setdefault(device, {})[key] = list(found[0][1])
+                tuned.write(path, table)
+
+
+def tuning_architectures() -> tuple[int, ...]:
+    """Compute capabilities that tiles can be ranked for without a GPU."""
+    from ..kernels.compiled import MULTIPROCESSORS
+
+    return tuple(MULTIPROCESSORS)
+
+
+if __name__ == "__main__":
+    main()
