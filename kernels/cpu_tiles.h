@@ -209,17 +209,19 @@ struct Grid {
         }
         const Index per_cell = p.taps() * p.subs() * Index(sizeof(T)), margin = weight_halo ? 2 * g.halo : 0;
         double least = std::numeric_limits<double>::infinity();
-        for (Index tiles_x = 1; tiles_x <= ceil_div(p.cells_x(), lanes); ++tiles_x) {
-            const Index columns = ceil_div(p.cells_x(), tiles_x);
+        const Index most = ceil_div(p.cells_x(), lanes);
+        for (Index cuts = 1; cuts <= most; ++cuts) {
+            const Index columns = ceil_div(p.cells_x(), cuts), tiles_x = ceil_div(p.cells_x(), columns);
             // between whole rows one margin of zeros serves the row before and the row after it
             const Index pitch = columns + (tiles_x == 1 ? 1 : 2) * g.halo;
             const Index wanted = ceil_div(4 * p.threads, p.batch * p.groups * tiles_x);
-            const Index rows = std::min(budget / (per_cell * pitch) - margin, p.cells_y() / wanted);
+            const Index rows = std::min(budget / (per_cell * pitch) - margin, std::max<Index>(1, p.cells_y() / wanted));
             // per cell: lanes that are margin, reading a row as long as so many cells take, and weights that are restored for a
             // neighbouring tile, a third of all work where there are none
             const double cost = double(pitch + ROW_COST) / columns * (2 + double(rows + margin) / rows);
-            const bool last = std::isinf(least) && tiles_x == ceil_div(p.cells_x(), lanes);
-            if ((rows < 1 || cost >= least) && !last) continue;
+            // if even the narrowest tile has more weights, so be it
+            const bool only = std::isinf(least) && cuts == most;
+            if ((rows < 1 || cost >= least) && !only) continue;
             least = cost;
             g.columns = columns, g.pitch = pitch, g.tiles_x = tiles_x, g.rows = std::max<Index>(1, rows);
         }

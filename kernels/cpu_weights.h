@@ -51,7 +51,8 @@ template <class T> void normalize(const Problem& p, const Grid& g, const Tile& t
                 store(w + tap * step, e);
                 total += e;
             }
-            for (Index tap = 0; tap < p.taps(); ++tap) store(w + tap * step, load(w + tap * step) / total);
+            const Vector<T> share = T(1) / total;
+            for (Index tap = 0; tap < p.taps(); ++tap) store(w + tap * step, load(w + tap * step) * share);
             T sums[LANES<T>];
             store(sums, total);
             for (int i = 0; i < LANES<T>; ++i) lse[sub * g.weight_plane + f + i] = top[i] + std::log(sums[i]);
