@@ -1,4 +1,4 @@
-"""Print what the compiled kernels cost on an A100, as counted by the emulator: python tests/ptx_costs.py [WORD ...]
+"""Print what the compiled kernels cost on an A100 and an H100, as counted by the emulator: python tests/ptx_costs.py [WORD ...]
 
 Every case is one training step of the operator; the words choose the cases whose name contains them all. A case takes seconds to a
 minute. The columns are explained in docs/performance.md.
@@ -29,12 +29,18 @@ SITES = {
 HEAD = ["case", "pass", "kernels", "warp instructions", "DRAM / least bytes", "largest bound / DRAM bound", "limited by", "largest error"]
 
 
+HOPPER = ("up 2, k 5", "down 2, k 5")
+
+
 def cases():
-    """Yield (name, arguments of training_step)."""
-    for site, (size, spec, dtypes) in SITES.items():
-        for dtype in dtypes:
-            for name, memory_format in FORMATS.items():
-                yield f"{site}, {dtype} {name}", (1, *size, spec, getattr(torch, dtype), memory_format)
+    """Yield (name, arguments of training_step, capability)."""
+    for capability, sites in ((80, SITES), (90, HOPPER)):
+        for site in sites:
+            size, spec, dtypes = SITES[site]
+            for dtype in dtypes:
+                for name, memory_format in FORMATS.items():
+                    label = f"{site}, {dtype} {name}" + (f", sm_{capability}" if capability != 80 else "")
+                    yield label, (1, *size, spec, getattr(torch, dtype), memory_format), capability
 
 
 def row(case: str, name: str, cost, errors: list[float]) -> str:
@@ -46,10 +52,10 @@ def row(case: str, name: str, cost, errors: list[float]) -> str:
 def main(words: list[str]) -> None:
     torch.set_num_threads(1)
     print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|")
-    for name, arguments in cases():
+    for name, arguments, capability in cases():
         if all(word in name for word in words):
             start = time.time()
-            step = training_step(*arguments)
+            step = training_step(*arguments, capability=capability)
             print(row(name, "forward", step.forward, [step.errors["y"]]))
             print(row(name, "backward", step.backward, [step.errors["dx"], step.errors["dlogits"]]), flush=True)
             print(f"{name}: {time.time() - start:.0f} s", file=sys.stderr)

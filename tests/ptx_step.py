@@ -72,8 +72,10 @@ def training_step(n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=tor
     cells, dcells = (t.unflatten(1, (spec.groups * spec.taps, spec.up, spec.up)) for t in (logits, dlogits))
     lse = torch.full((n, spec.groups, *cells.shape[2:]) if spec.normalizer in LSE_NORMALIZERS else (0,), math.nan)
 
-    forward = _run(triton_backend.forward_launches(x, cells, y, lse, spec), (x, logits, y), capability)
-    backward = _run(triton_backend.backward_launches(dy, x, cells, lse, dx, dcells, spec), (dy, x, logits, dx, dlogits), capability)
+    planned = {"capability": divmod(capability, 10)}
+    forward = _run(triton_backend.forward_launches(x, cells, y, lse, spec, **planned), (x, logits, y), capability)
+    launches = triton_backend.backward_launches(dy, x, cells, lse, dx, dcells, spec, **planned)
+    backward = _run(launches, (dy, x, logits, dx, dlogits), capability)
     x64, logits64 = x.double().requires_grad_(), logits.double().requires_grad_()
     expected = reassemble_reference(x64, logits64, **spec._asdict())
     expected.backward(dy.double())

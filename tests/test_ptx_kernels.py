@@ -7,6 +7,7 @@ from carafepp.kernels.geometry import NORMALIZERS, Spec
 
 pytest.importorskip("triton")
 
+from carafepp.kernels import compiled
 from ptx.memory import untouched
 from ptx_step import training_step
 
@@ -17,21 +18,23 @@ TOLERANCES = {FLOAT: 1e-5, HALF: 2e-3, BF16: 1.6e-2}
 
 
 @pytest.mark.parametrize(
-    ("size", "spec", "dtype", "memory_format"),
+    ("size", "spec", "dtype", "memory_format", "capability"),
     [
-        ((1, 40, 6, 11), Spec(5, up=2), HALF, NCHW),
-        ((1, 40, 6, 11), Spec(5, up=2), FLOAT, NHWC),
-        ((2, 12, 5, 7), Spec(3, up=2, groups=4), BF16, NHWC),
-        ((1, 6, 3, 2), Spec(7, up=2), FLOAT, NCHW),
-        ((1, 16, 1, 1), Spec(3, up=4), HALF, NHWC),
-        ((1, 20, 7, 11), Spec(5, down=2), HALF, NCHW),
-        ((2, 16, 9, 8), Spec(3, down=2, groups=2), FLOAT, NHWC),
-        ((1, 4, 7, 5), Spec(5, up=3, down=2), HALF, NCHW),
-        ((1, 5, 5, 3), Spec(3), BF16, NCHW),
+        ((1, 40, 6, 11), Spec(5, up=2), HALF, NCHW, 80),
+        ((1, 64, 6, 11), Spec(5, up=2), HALF, NCHW, 90),
+        ((1, 40, 6, 11), Spec(5, up=2), FLOAT, NHWC, 80),
+        ((2, 12, 5, 7), Spec(3, up=2, groups=4), BF16, NHWC, 80),
+        ((1, 6, 3, 2), Spec(7, up=2), FLOAT, NCHW, 80),
+        ((1, 16, 1, 1), Spec(3, up=4), HALF, NHWC, 80),
+        ((1, 20, 7, 11), Spec(5, down=2), HALF, NCHW, 80),
+        ((1, 64, 7, 11), Spec(5, down=2), BF16, NHWC, 90),
+        ((2, 16, 9, 8), Spec(3, down=2, groups=2), FLOAT, NHWC, 80),
+        ((1, 4, 7, 5), Spec(5, up=3, down=2), HALF, NCHW, 80),
+        ((1, 5, 5, 3), Spec(3), BF16, NCHW, 80),
     ],
 )
-def test_results_match_float64(size, spec, dtype, memory_format):
-    errors = training_step(*size, spec, dtype, memory_format).errors
+def test_results_match_float64(size, spec, dtype, memory_format, capability):
+    errors = training_step(*size, spec, dtype, memory_format, capability=capability).errors
     assert len(errors) == 3
     assert all(value < TOLERANCES[dtype] for value in errors.values()), errors
 
@@ -63,6 +66,12 @@ def test_cost_stays_within_budget(size, spec, memory_format, instructions, bound
         assert cost.bound_ratio < most_time
 
 
+def test_float32_is_computed_in_full_at_the_cost_of_little():
+    step = training_step(*UP[0], UP[1], FLOAT, NCHW)
+    assert max(step.errors.values()) < TOLERANCES[FLOAT], step.errors
+    assert step.forward.bound_ratio < 2.5
+
+
 @pytest.mark.parametrize(
     "axes",
     [
@@ -81,3 +90,34 @@ def test_offsets_beyond_32_bits(axes):
 
     errors = training_step(3, 4, 3, 5, Spec(3, up=2), place=place).errors
     assert all(value < TOLERANCES[HALF] for value in errors.values()), errors
+
+
+@pytest.mark.parametrize(
+    ("capability", "size", "spec", "dtype", "memory_format"),
+    [
+        (80, *UP, HALF, NCHW),
+        (80, *UP, FLOAT, NHWC),
+        (80, *DOWN, FLOAT, NCHW),
+        (90, *UP, HALF, NCHW),
+        (90, *UP, BF16, NHWC),
+        (90, *DOWN, HALF, NHWC),
+        (90, *UP, FLOAT, NCHW),
+        (100, *UP, HALF, NHWC),
+        (100, *DOWN, FLOAT, NHWC),
+    ],
+)
+def test_assembly_spills_nothing_and_uses_tensor_cores(capability, size, spec, dtype, memory_format):
+    codes = [
+        compiled.compile_launch(launch, capability)
+        for launch in compiled.training_step(*size, spec, dtype, memory_format, capability=capability)
+    ]
+    products = 0
+    for code in codes:
+        assembly = compiled.read(code)
+        assert assembly.spills == 0
+        assert assembly.blocks > 0
+        if "tt.dot" in code.asm["ttir"]:
+            products += 1
+            name = "HGMMA" if capability == 90 and dtype != FLOAT else "MMA"
+            assert any(name in opcode for opcode in assembly.tensor_core), assembly
+    assert products > 0
