@@ -15,6 +15,9 @@ COMPILERS = ("c++", "g++", "clang++")
 # no -ffast-math: infinities and NaN keep their meaning
 FLAGS = ("-std=c++17", "-O2", "-ftree-vectorize", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 
+# in turn: a compiler may not know the processor, or an architecture may not have the flag
+TUNINGS = (("-march=native",), ("-mcpu=native",), ())
+
 
 class BuildError(RuntimeError):
     """The kernel could not be compiled; the message says what to install or change."""
@@ -38,8 +41,7 @@ def _compile(compiler: str, source: Path, target: Path) -> None:
     """Compile to `target`, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
         library = Path(folder) / target.name
-        # a compiler may not know the processor, or an architecture may not have the flag
-        for tuning in (("-march=native",), ("-mcpu=native",), ()):
+        for tuning in TUNINGS:
             command = [compiler, *FLAGS, *tuning, str(source), "-o", str(library)]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode == 0:
@@ -57,7 +59,7 @@ def build() -> Path:
         BuildError: there is no compiler, it failed, or the cache folder cannot be written.
     """
     folder = Path(__file__).parent
-    key = hashlib.sha256(repr((FLAGS, platform.machine(), _processor())).encode())
+    key = hashlib.sha256(repr((FLAGS, TUNINGS, platform.machine(), _processor())).encode())
     for name in SOURCES:
         key.update((folder / name).read_bytes())
     cache = cache_directory()

@@ -120,6 +120,24 @@ def test_kernel_matches_the_reference_on_maps_of_many_tiles(problem):
     assert_matches_reference(**problem)
 
 
+@pytest.fixture(scope="module")
+def plain_kernel(tmp_path_factory):
+    """The kernel for any processor of this architecture: vectors are shorter, other tiles are chosen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(cpu_build, "TUNINGS", ((),))
+        return ctypes.CDLL(str(cpu_build.build()))
+
+
+@NEEDS_COMPILER
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.one_of(problems(), problems(sizes=st.tuples(st.integers(1, 3), st.integers(20, 310)), channels=(1, 2))))
+def test_kernel_without_the_processors_own_instructions(plain_kernel, problem):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_library", lambda: plain_kernel)
+        assert_matches_reference(**problem)
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(problems())
 def test_fallback_matches_the_reference(problem):
