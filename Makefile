@@ -20,7 +20,7 @@ lint: setup
 	$(BIN)/ruff format --check
 
 bench: setup
-	$(BIN)/carafepp-bench -m op=glob(*) device=cpu
+	$(BIN)/carafepp-bench -m 'op=glob(*)' device=cpu
 
 setup: .venv/installed
 
