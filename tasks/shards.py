@@ -1,0 +1,124 @@
+"""WebDataset shards: tar files read as streams, the form that scales to clusters and object stores. Needs carafepp[shards]."""
+
+import io
+import random
+from collections.abc import Callable, Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from torchvision.transforms.v2 import functional as F
+
+from .data import Data, TrainBatches
+from .images import read_image
+from .keyed import keyed_rng
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+
+
+class Shards(IterableDataset):
+    """Endless training stream of batches (images [size, 3, H, W] float32 in 0..1, labels [size]), cut after `batches`.
+
+    A sample of a shard is an image (jpg, jpeg, png, webp) and the number of its class (cls) under one name. Every process and worker reads
+    shards of its own, in an order fixed by (seed, epoch), through a buffer that shuffles samples.
+
+    A training that continues at batch `start` skips the shards that were read by then: it continues at a shard, not at a sample, so
+    that some samples of one epoch come twice and others not at all. Data sets that are not streams continue exactly.
+
+    Args:
+        shards: names, paths or addresses, as webdataset opens them; "train-{0000..0127}.tar" means 128.
+        transforms: maps a PIL image to the like; its randomness is a function of (seed, epoch, name of the sample).
+        seed: fixes orders and transforms.
+        buffer: samples among which is shuffled.
+
+    Raises:
+        ModuleNotFoundError: webdataset is missing.
+        ValueError: there are fewer shards than readers; while reading, naming shard and sample: the image or the label cannot be read.
+    """
+
+    def __init__(self, shards: str, transforms: Callable[[Image.Image], Image.Image] | None = None, seed: int = 0, buffer: int = 2000):
+        try:
+            from webdataset.shardlists import expand_urls
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("shards need webdataset: pip install 'carafepp[shards]'", name="webdataset") from None
+        self.names, self.transforms, self.seed, self.buffer = list(expand_urls(shards)), transforms, seed, buffer
+        self.batches = self.start = 0
+        self.batch_size = self.samples_a_shard = self.world_size = 1
+        self.rank = 0
+
+    def __len__(self) -> int:
+        """Batches of the whole training on this device, those before `start` included."""
+        return self.batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = get_worker_info()
+        index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        if self.world_size * workers > len(self.names):
+            raise ValueError(
+                f"every reader needs a shard, got {len(self.names)} shards for {self.world_size} processes x {workers} workers"
+            )
+        samples = self._samples(self.rank * workers + index, self.world_size * workers, self.start // workers)
+        # the loader takes a batch of each worker in turn
+        for _ in range(self.start + index, self.batches, workers):
+            yield default_collate([next(samples) for _ in range(self.batch_size)])
+
+    def _samples(self, reader: int, readers: int, batches_read: int) -> Iterator[tuple[Tensor, int]]:
+        from webdataset import shuffle
+        from webdataset.tariterators import tarfile_samples
+
+        shards_read = int(batches_read * self.batch_size / self.samples_a_shard)
+        epoch, skipped = divmod(shards_read, len(self.names[reader::readers]))
+        while True:
+            names = list(self.names)
+            random.Random(hash((self.seed, epoch))).shuffle(names)
+            stream = tarfile_samples({"url": name} for name in names[reader::readers][skipped:])
+            empty = True
+            for sample in shuffle(self.buffer, rng=random.Random(hash((self.seed, epoch, reader))))(stream):
+                empty = False
+                yield self._decode(epoch, sample)
+            if empty:
+                raise ValueError(f"shards {', '.join(names[reader::readers])} hold no sample")
+            epoch, skipped = epoch + 1, 0
+
+    def _decode(self, epoch: int, sample: dict) -> tuple[Tensor, int]:
+        where = f"sample {sample['__key__']} of shard {sample['__url__']}"
+        data = next((sample[kind] for kind in IMAGES if kind in sample), None)
+        if data is None or not sample.get("cls", b"").strip().isdigit():
+            found = ", ".join(sorted(key for key in sample if not key.startswith("__")))
+            raise ValueError(f"{where} must hold an image ({', '.join(IMAGES)}) and the number of its class (cls), got {found}")
+        try:
+            image = read_image(io.BytesIO(data))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if self.transforms is not None:
+            with keyed_rng(self.seed, epoch, int.from_bytes(sample["__key__"].encode())):
+                image = self.transforms(image)
+        return F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True), int(sample["cls"])
+
+
+class ShardData(Data):
+    """Training from shards, validation from a data set of another kind; `length` is the number of training samples.
+
+    Raises:
+        ValueError: the global batch does not divide by devices x accumulation, or exceeds `length`.
+    """
+
+    def __init__(self, train: Shards, val: Dataset, *, length: int, **options) -> None:
+        super().__init__(train, val, **options)
+        self.length = length
+
+    def train_dataloader(self) -> DataLoader:
+        """One pass of this loader is the whole training."""
+        train, trainer = self.train, self.trainer
+        accumulate, train.rank, train.world_size = trainer.accumulate_grad_batches, trainer.global_rank, trainer.world_size
+        # of an epoch's bookkeeping, a stream needs the number of batches
+        train.batches = len(
+            TrainBatches(
+                self.length, self.batch_size, epochs=self.epochs, seed=self.seed, accumulate=accumulate, world_size=train.world_size
+            )
+        )
+        train.start = self.start
+        train.batch_size = self.batch_size // (train.world_size * accumulate)
+        train.samples_a_shard = self.length / len(train.names)
+        return DataLoader(train, batch_size=None, num_workers=self.workers, pin_memory=torch.cuda.is_available())
