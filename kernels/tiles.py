@@ -161,7 +161,7 @@ def _backward_cost(problem: Problem, tile: Tile) -> float | None:
     shared = max((p + m) * tile.block_c, p * m * 4 / size, blocks["BLOCK_D"] * (blocks["BLOCK_X"] + s)) * size * terms
     large = m > 64 and (tile.cells_h, tile.cells_w) != CELLS[0]
     limit = 108 if terms == 2 and problem.capability >= (9, 0) else 128
-    if large or max(gathers, scatters) > limit or shared > SHARED_BYTES or t * m / threads > 32 or t * p / threads > 64:
+    if large or max(gathers + 20 * (terms - 1), scatters) > limit or shared > SHARED_BYTES or t * m / threads > 32 or t * p / threads > 64:
         return None
     # the gradient to the logits
     x_lines, x_passes, x_loads = _features(problem, halo_h, halo_w, p, x_vector)
