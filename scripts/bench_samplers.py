@@ -103,7 +103,7 @@ def peak_memory(run: Callable[[], None], device: str) -> int:
 def slots(group: str) -> dict[str, Callable[[int], nn.Module]]:
     """Every occupant that the configuration has for the slots of `group`, the baseline first."""
     paths = sorted((Path(path.name).stem, path) for path in (GROUPS / group).iterdir())
-    slots = {name: instantiate(OmegaConf.create(path.read_text())) for name, path in paths if name != "published"}
+    slots = {name: instantiate(OmegaConf.create(path.read_text())) for name, path in paths if name not in ("published", "shared")}
     return {BASELINES[group]: slots.pop(BASELINES[group]), **slots}
 
 
