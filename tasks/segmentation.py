@@ -29,6 +29,11 @@ def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
     return {"IoU": iou, "mIoU": iou.nanmean(), "pixel_accuracy": hits.sum() / confusion.sum()}
 
 
+def reduce_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Labels [N, H, W] -> [N, *size], each the label in the middle of its cell, where bilinear interpolation puts the cell's logits."""
+    return F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].long()
+
+
 class PadToStride:
     """Merge samples of several sizes: images padded with 0, labels with 255, to the largest size, a multiple of `stride` pixels."""
 
@@ -95,8 +100,7 @@ class Segmentation(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch  # [N, 3, H, W], [N, H, W]
         logits = self(images)
-        labels = F.interpolate(labels[:, None].float(), logits.shape[-2:], mode="nearest")[:, 0].long()
-        loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED)
+        loss = F.cross_entropy(logits.float(), reduce_labels(labels, logits.shape[-2:]), ignore_index=IGNORED)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

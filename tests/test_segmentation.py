@@ -6,7 +6,7 @@ import pytest
 import torch
 from carafepp.scripts.train import train
 from carafepp.tasks.layouts import write_scenes
-from carafepp.tasks.segmentation import IGNORED, PadToStride, Segmentation
+from carafepp.tasks.segmentation import IGNORED, PadToStride, Segmentation, reduce_labels
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from torch import nn
@@ -33,6 +33,19 @@ def test_protocol_runs_on_ade20k_files(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["steps"] == 2
     assert 0 <= result["metrics"]["val/pixel_accuracy"] <= 1
+
+
+def test_reduced_labels_stay_in_place():
+    generator = torch.Generator().manual_seed(0)
+    shifts = []
+    for _ in range(200):
+        top, left, height, width = torch.randint(8, 24, (4,), generator=generator).tolist()
+        labels = torch.zeros(1, 64, 64, dtype=torch.long)
+        labels[:, top : top + height, left : left + width] = 1
+        whole = reduce_labels(labels, (16, 16)).repeat_interleave(4, 1).repeat_interleave(4, 2)
+        shifts.append(whole.nonzero().float().mean(0) - labels.nonzero().float().mean(0))
+    # the middle of four pixels is half a pixel off one of them; their first would be 1.5 off
+    assert torch.stack(shifts).mean(0).abs().max() < 0.75
 
 
 def test_samples_of_several_sizes_are_padded_with_ignored_labels():
