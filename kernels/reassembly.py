@@ -226,7 +226,7 @@ def reassemble(
     """Reassemble features under predicted kernels (paper, sections 3.2 and 3.3), with pixel shuffle and normalisation fused in.
 
     Differentiable in both inputs to any order, deterministic. Half precision is accumulated in float32. Under autocast both inputs are
-    taken in the autocast dtype.
+    taken in the autocast dtype. The kernels multiply tiles, zeros included: an infinite or NaN feature can reach targets near its windows.
 
     Args:
         x: source features [N, C, H, W], float32, float16, bfloat16, or float64 (not on the Triton backend); any strides.
