@@ -39,7 +39,7 @@ def root(tmp_path_factory):
     return root
 
 
-SMALL = ["experiment=table2", "backbone=tiny", "data.batch_size=4", "data.epochs=3", "data.workers=0", "trainer.accelerator=cpu"]
+SMALL = ["experiment=table2", "downsampler=carafe", "backbone=tiny", "data.batch_size=4", "data.epochs=3", "data.workers=0", "trainer.accelerator=cpu"]
 SMALL += ["num_classes=3", "trainer.enable_progress_bar=false", "checkpoint_every_n_steps=2", "trainer.val_check_interval=1.0"]
 
 

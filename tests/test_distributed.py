@@ -11,7 +11,7 @@ from training import result, run, weights
 SMALL = ["scale=small", "data.train.length=16", "data.val.length=6", "data.val_batch_size=2", "data.batch_size=8", "data.epochs=2"]
 SMALL += ["data.train.size=32", "data.val.size=32", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
 # norms of fixed statistics, which do not depend on how a batch is cut, and doubles, in which nothing else differs either
-EXACT = [*SMALL, "experiment=table2", "downsampler.compressor_norm=false", "trainer.precision=64-true", "log_every_n_steps=1"]
+EXACT = [*SMALL, "experiment=table2", "downsampler=carafe", "downsampler.compressor_norm=false", "trainer.precision=64-true", "log_every_n_steps=1"]
 EXACT += ["+backbone.norm_layer={_target_:torchvision.ops.FrozenBatchNorm2d,_partial_:true}"]
 
 
@@ -69,7 +69,7 @@ def test_batch_that_does_not_divide_is_refused(tmp_path):
 
 
 def test_classifier_becomes_the_backbone_of_segmentation(tmp_path):
-    classifier = run(tmp_path / "classifier", *SMALL, "experiment=table2", "data.epochs=1")
+    classifier = run(tmp_path / "classifier", *SMALL, "experiment=table2", "downsampler=carafe", "data.epochs=1")
     path = tmp_path / "moved.ckpt"
     (classifier / "last.ckpt").rename(path)
     expected = {name.removeprefix("model."): tensor for name, tensor in torch.load(path, weights_only=True)["state_dict"].items()}
@@ -91,8 +91,8 @@ def test_switches_train_the_same_network(tmp_path, overrides, monkeypatch):
         # without a C++ compiler the graph itself is what is tried here
         compiles = torch.nn.Module.compile
         monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiles(self, backend="aot_eager", fullgraph=True))
-    plain = run(tmp_path / "plain", *SMALL, "experiment=table2", "data.epochs=1")
-    switched = run(tmp_path / "switched", *SMALL, "experiment=table2", "data.epochs=1", *overrides)
+    plain = run(tmp_path / "plain", *SMALL, "experiment=table2", "downsampler=carafe", "data.epochs=1")
+    switched = run(tmp_path / "switched", *SMALL, "experiment=table2", "downsampler=carafe", "data.epochs=1", *overrides)
     assert weights(switched).keys() == weights(plain).keys()
     assert result(switched)["flops"] == result(plain)["flops"] > 0
     torch.testing.assert_close(weights(switched)["model.fc.weight"], weights(plain)["model.fc.weight"], rtol=0, atol=6e-3)
