@@ -1,0 +1,131 @@
+"""Faster R-CNN and Mask R-CNN with sampler slots in backbone, feature pyramid and mask head (paper, section 4.1).
+
+Proposals, RoI heads, losses and the transform of the images are torchvision's; so are the state-dict keys, so that its published weights
+load where the slots are empty.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torchvision.models import detection
+from torchvision.models.detection.faster_rcnn import AnchorGenerator, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from .fpn import FPN
+from .resnet import ResNet
+from .samplers import Sampler
+
+# side of the box head's RoI features
+ROI_SIZE = 7
+
+
+def freeze_norms(module: nn.Module) -> None:
+    """Replace every batch normalisation inside by one that keeps its statistics, scale and shift, samplers' own included."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(child.num_features, child.eps).to(child.weight.device)
+            frozen.load_state_dict(child.state_dict())
+            setattr(module, name, frozen)
+        else:
+            freeze_norms(child)
+
+
+def freeze_layers(backbone: ResNet, trainable_layers: int) -> None:
+    """Train only the last `trainable_layers` of layer1 to layer4; 5 trains the stem too, and its sampler, which is frozen with it.
+
+    Raises:
+        ValueError: `trainable_layers` is not in 0..5.
+    """
+    if not 0 <= trainable_layers <= 5:
+        raise ValueError(f"trainable_layers must be in 0..5, got {trainable_layers}")
+    trained = tuple(f"layer{i}." for i in range(5 - trainable_layers, 5))
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(trainable_layers == 5 or name.startswith(trained))
+
+
+class Pyramid(nn.Module):
+    """Backbone and feature pyramid: image [N, 3, H, W] -> levels "0" to "3" of strides 4 to 32, and "pool" of stride 64."""
+
+    def __init__(self, body: nn.Module, fpn: FPN, out_channels: int):
+        super().__init__()
+        self.body, self.fpn = body, fpn
+        self.out_channels = out_channels
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """[N, 3, H, W] -> name -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        return self.fpn({str(i): level for i, level in enumerate(self.body(x))})
+
+
+def _pyramid(backbone: ResNet, fpn: Sampler | None, fpn_dim: int, trainable_layers: int, frozen_norm: bool) -> Pyramid:
+    if frozen_norm:
+        freeze_norms(backbone)
+    freeze_layers(backbone, trainable_layers)
+    return Pyramid(backbone, FPN(backbone.out_channels, fpn_dim, upsample=fpn, extra_blocks=LastLevelMaxPool()), fpn_dim)
+
+
+class FasterRCNN(detection.FasterRCNN):
+    """Faster R-CNN (Ren et al., 2015) on a feature pyramid.
+
+    Takes a list of images [3, H, W] in [0, 1] of any sizes and, in training, a list of targets {"boxes" [n, 4] as x1, y1, x2, y2 in pixels,
+    "labels" [n]}, and returns losses by name; in evaluation a list of {"boxes", "labels", "scores"}, best first. Labels begin at 1.
+
+    Args:
+        num_classes: classes, the background (0) counted.
+        backbone: image -> features of strides 4, 8, 16, 32; `out_channels` lists their channels.
+        fpn: the sampler of the pyramid; None is nearest-neighbour interpolation.
+        fpn_dim: channels of the pyramid.
+        trainable_layers: how many of the backbone's layers, counted from the last, are trained: 3 freezes the stem and layer1.
+        frozen_norm: keep the backbone's batch statistics, scales and shifts, as pretrained.
+        anchor_sizes: side in pixels of the anchors on each of the five levels; height / width is 0.5, 1 and 2.
+        head_dim: channels of the box head.
+        options: what torchvision's FasterRCNN takes besides (`min_size`, `rpn_post_nms_top_n_train`, ...).
+
+    Raises:
+        ValueError: `trainable_layers` is not in 0..5.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        backbone: ResNet,
+        fpn: Sampler | None = None,
+        fpn_dim: int = 256,
+        trainable_layers: int = 5,
+        frozen_norm: bool = False,
+        anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
+        head_dim: int = 1024,
+        **options,
+    ):
+        super().__init__(
+            _pyramid(backbone, fpn, fpn_dim, trainable_layers, frozen_norm),
+            rpn_anchor_generator=AnchorGenerator(tuple((size,) for size in anchor_sizes), ((0.5, 1.0, 2.0),) * len(anchor_sizes)),
+            box_head=TwoMLPHead(fpn_dim * ROI_SIZE**2, head_dim),
+            box_predictor=FastRCNNPredictor(head_dim, num_classes),
+            **options,
+        )
+
+
+class MaskRCNN(FasterRCNN):
+    """Mask R-CNN (He et al., 2017): Faster R-CNN with a mask of 28 x 28 cells for every detection.
+
+    Targets need "masks" [n, H, W] in {0, 1} besides, and predictions have "masks" [n, 1, H, W], probabilities at the size of the image.
+
+    Args:
+        mask_head: upsampler of the RoI features, 14 x 14 to 28 x 28. None is the published 2x2 deconvolution of stride 2 and ReLU; a
+            sampler stands without the ReLU, as in public code of the paper's detectors, and has no guide.
+        mask_dim, mask_convs: channels and number of the 3x3 convolutions before it.
+        others: see `FasterRCNN`.
+    """
+
+    def __init__(self, num_classes: int, *, mask_head: Sampler | None = None, mask_dim: int = 256, mask_convs: int = 4, **options):
+        super().__init__(num_classes, **options)
+        heads = self.roi_heads
+        heads.mask_roi_pool = MultiScaleRoIAlign(heads.box_roi_pool.featmap_names, output_size=14, sampling_ratio=2)
+        heads.mask_head = MaskRCNNHeads(self.backbone.out_channels, (mask_dim,) * mask_convs, dilation=1)
+        heads.mask_predictor = MaskRCNNPredictor(mask_dim, mask_dim, num_classes)
+        if mask_head is not None:
+            heads.mask_predictor.conv5_mask = mask_head(mask_dim)
+            heads.mask_predictor.relu = nn.Identity()

@@ -1,0 +1,49 @@
+"""Feature pyramid with a slot for its upsampler (paper, section 4.1 and Figure 5; Lin et al., 2017)."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
+
+from .samplers import Sampler, make_sampler, resize
+
+
+class FPN(FeaturePyramidNetwork):
+    """torchvision's feature pyramid, whose parameter names it has, with a sampler between levels.
+
+    Args:
+        in_channels_list: channels of the backbone's levels, finest first.
+        out_channels: channels of every level of the pyramid.
+        upsample: None is nearest-neighbour interpolation to the size of the lateral. A sampler, one per pair of levels, upsamples by 2 with
+            `out_channels` channels and is cropped to that size; the lateral guides it if it needs a guide.
+        extra_blocks: makes levels beyond the backbone's from the outputs, `LastLevelMaxPool()` the fifth of detectors.
+    """
+
+    def __init__(
+        self,
+        in_channels_list: Sequence[int],
+        out_channels: int,
+        *,
+        upsample: Sampler | None = None,
+        extra_blocks: ExtraFPNBlock | None = None,
+    ):
+        super().__init__(list(in_channels_list), out_channels, extra_blocks)
+        self.upsample = nn.ModuleList(
+            make_sampler(upsample, out_channels, out_channels) if upsample else None for _ in in_channels_list[1:]
+        )
+
+    def forward(self, levels: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Name -> [N, in_channels_list[i], H_i, W_i], finest first -> the same names and sizes, and the extra ones, of `out_channels`."""
+        names, inputs = list(levels), list(levels.values())
+        laterals = [block(x) for block, x in zip(self.inner_blocks, inputs, strict=True)]
+        for i in reversed(range(len(self.upsample))):
+            fine, coarse, sampler = laterals[i], laterals[i + 1], self.upsample[i]
+            size = fine.shape[2:]
+            coarse = resize(coarse, size, sampler, fine) if sampler is not None else F.interpolate(coarse, size, mode="nearest")
+            laterals[i] = fine + coarse
+        outputs = [block(lateral) for block, lateral in zip(self.layer_blocks, laterals, strict=True)]
+        if self.extra_blocks is not None:
+            outputs, names = self.extra_blocks(outputs, inputs, names)
+        return dict(zip(names, outputs, strict=True))
