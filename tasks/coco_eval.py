@@ -1,0 +1,103 @@
+"""Detections in COCO's results format, and their average precision by pycocotools."""
+
+import contextlib
+import io
+from collections.abc import Collection, Sequence, Sized
+
+import numpy as np
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+from tqdm import tqdm
+
+# Sides in pixels of the squares whose area parts small from medium and medium from large objects.
+COCO_SIDES = (32, 96)
+
+SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def encode(masks: Tensor) -> list[dict]:
+    """Run lengths of masks [n, H, W] in {0, 1}, as JSON takes them."""
+    if len(masks) == 0:
+        return []
+    lengths = rle.encode(np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(np.uint8)))
+    return [{"size": list(each["size"]), "counts": each["counts"].decode()} for each in lengths]
+
+
+def corner_and_size(boxes: Tensor) -> list[list[float]]:
+    """Boxes [n, 4] as x1, y1, x2, y2 -> as x, y, width, height, which COCO's files hold."""
+    boxes = boxes.double().cpu()
+    boxes[:, 2:] -= boxes[:, :2]
+    return boxes.tolist()
+
+
+def results(found: dict[str, Tensor], image_id: int, category_ids: Sequence[int]) -> dict[str, list[dict]]:
+    """What torchvision's detectors find in one image, as entries of COCO's results files: "bbox" and, if there are masks, "segm".
+
+    The two are files of their own: of entries with both, pycocotools takes the area of the box for that of the mask.
+    """
+    labels, scores = found["labels"].tolist(), found["scores"].double().tolist()
+    heads = [
+        {"image_id": image_id, "category_id": category_ids[label - 1], "score": score} for label, score in zip(labels, scores, strict=True)
+    ]
+    kinds = {"bbox": [{**head, "bbox": box} for head, box in zip(heads, corner_and_size(found["boxes"]), strict=True)]}
+    if "masks" in found:
+        lengths = encode(found["masks"][:, 0] > 0.5)
+        kinds["segm"] = [{**head, "segmentation": mask} for head, mask in zip(heads, lengths, strict=True)]
+    return kinds
+
+
+def ground_truth(data: Sized) -> dict:
+    """The content of a COCO annotation file for a data set whose items are (image, torchvision's target).
+
+    A data set that has one itself says so by a method `ground_truth`. Of any other all items are read; label 1, 2, ... is category 1, 2, ...
+    """
+    if hasattr(data, "ground_truth"):
+        return data.ground_truth()
+    images, annotations = [], []
+    for index in tqdm(range(len(data)), "ground truth", unit="image", leave=False, disable=None):
+        image, target = data[index]
+        image_id, (height, width) = int(target["image_id"]), image.shape[-2:]
+        images.append({"id": image_id, "height": height, "width": width})
+        masks = encode(target["masks"]) if "masks" in target else [None] * len(target["labels"])
+        columns = target["labels"].tolist(), corner_and_size(target["boxes"]), target["area"].tolist(), target["iscrowd"].tolist(), masks
+        for label, box, area, crowd, mask in zip(*columns, strict=True):
+            # not from 0: pycocotools takes a match with annotation 0 for none
+            entry = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label, "bbox": box, "area": area, "iscrowd": crowd}
+            annotations.append(entry | ({"segmentation": mask} if mask else {}))
+    labels = sorted({annotation["category_id"] for annotation in annotations})
+    return {"images": images, "annotations": annotations, "categories": [{"id": i + 1} for i in range(max(labels, default=0))]}
+
+
+def average_precision(
+    truth: dict, found: list[dict], kind: str, *, image_ids: Collection[int] | None = None, sides: tuple[float, float] = COCO_SIDES
+) -> dict[str, float]:
+    """AP, AP50, AP75, APs, APm and APl as fractions, as pycocotools' COCOeval computes them.
+
+    Args:
+        truth: content of an annotation file.
+        found: entries of a results file.
+        kind: "bbox" or "segm".
+        image_ids: the images to count; all of `truth` if None.
+        sides: of the squares whose area parts small from medium and medium from large objects, in pixels.
+
+    A score of objects that `truth` does not have (pycocotools says -1) is left out.
+    """
+    # pycocotools tells its progress
+    with contextlib.redirect_stdout(io.StringIO()):
+        reference, detections = COCO(), COCO()
+        reference.dataset = truth
+        reference.createIndex()
+        if found:
+            # loadRes writes into the entries
+            detections = reference.loadRes([dict(entry) for entry in found])
+        evaluation = COCOeval(reference, detections, kind)
+        if image_ids is not None:
+            evaluation.params.imgIds = sorted(image_ids)
+        small, medium = (side**2 for side in sides)
+        evaluation.params.areaRng = [[0, 1e10], [0, small], [small, medium], [medium, 1e10]]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return {name: float(score) for name, score in zip(SCORES, evaluation.stats, strict=False) if score > -1}

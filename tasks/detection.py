@@ -1,0 +1,197 @@
+"""Object detection and instance segmentation (paper, sections 4.1 and 5.1; Tables I, III to VII, XI, XIII and XIV)."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from .coco_eval import COCO_SIDES, average_precision, ground_truth, results
+from .optimization import parameter_groups
+from .pictures import palette
+from .runs import write_atomically
+
+Target = dict[str, Tensor]
+
+# The kinds of COCO's evaluation, and what their scores are called here.
+KINDS = {"bbox": "box", "segm": "mask"}
+
+# Pictures show detections of at least this score, and are at least this large.
+DRAWN_SCORE = 0.5
+DRAWN_SIDE = 320
+
+
+def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    """Merge samples of several sizes: a list of images [3, H, W] and a list of targets, of plain tensors."""
+    images, targets = zip(*samples, strict=True)
+    plain = [{name: value.as_subclass(Tensor) if isinstance(value, Tensor) else value for name, value in t.items()} for t in targets]
+    return list(images), plain
+
+
+class Detection(L.LightningModule):
+    """Train and evaluate a detector of torchvision's kind (`carafepp.models.detection`), which resizes and normalises images itself.
+
+    Scores are pycocotools' AP, AP50, AP75, APs, APm and APl as fractions, `box_` and, of a network with masks, `mask_`. Every validation
+    leaves its detections in COCO's results format, detections_bbox.json and detections_segm.json, in the trainer's folder; on a set without
+    annotations, as COCO's test-dev, they are all that it leaves.
+
+    Args:
+        model: the network, as a function of the number of classes, the background counted.
+        class_names: of labels 1, 2, ...
+        optimizer: takes parameter groups (no weight decay on norms and biases).
+        schedule: takes (optimizer, total_iters=steps of the training) and is stepped after every optimizer step.
+        sides: of the squares whose area parts small from medium and medium from large objects, in pixels.
+        flops_size: height and width of the image that FLOPs are counted for; that of the first validation image if None.
+    """
+
+    monitor = "val/box_AP"
+
+    def __init__(
+        self,
+        model: Callable[..., nn.Module],
+        *,
+        class_names: Sequence[str],
+        optimizer: Callable[[list[dict]], Optimizer],
+        schedule: Callable[..., LRScheduler],
+        sides: tuple[float, float] = COCO_SIDES,
+        flops_size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model(num_classes=len(class_names) + 1)
+        self.class_names = list(class_names)
+        self.optimizer, self.schedule = optimizer, schedule
+        self.sides, self.flops_size = sides, flops_size
+        self.truth: dict | None = None
+        self.image_ids: list[int] = []
+        self.found: dict[str, list[dict]] = {}
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the network predicts masks."""
+        return self.model.roi_heads.has_mask()
+
+    def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> dict[str, Tensor] | list[Target]:
+        """Map images [3, H, W] in [0, 1] to what torchvision's detectors return: losses in training, else boxes, labels, scores, masks."""
+        return self.model(list(images), targets)
+
+    @contextlib.contextmanager
+    def full_load(self) -> Iterator[None]:
+        """Let as many proposals and detections through as there is room for, whatever the image and the weights: what FLOPs are stated for."""
+        rpn, heads = self.model.rpn, self.model.roi_heads
+        before = rpn.nms_thresh, rpn.score_thresh, heads.nms_thresh, heads.score_thresh
+        rpn.nms_thresh, rpn.score_thresh, heads.nms_thresh, heads.score_thresh = 1.0, 0.0, 1.0, -1.0
+        try:
+            yield
+        finally:
+            rpn.nms_thresh, rpn.score_thresh, heads.nms_thresh, heads.score_thresh = before
+
+    def on_before_batch_transfer(self, batch: tuple[list[Tensor], list[Target]], dataloader_idx: int) -> tuple[list[Tensor], list[Target]]:
+        """Leave out masks that the network does not look at."""
+        images, targets = batch
+        unused = set() if self.has_masks else {"masks"}
+        return images, [{name: value for name, value in target.items() if name not in unused} for target in targets]
+
+    def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
+        losses = self(*batch)
+        loss = sum(losses.values())
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in losses.items()})
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        if self.truth is None:
+            self.truth = ground_truth(self.trainer.datamodule.val)
+        self.category_ids = sorted(category["id"] for category in self.truth["categories"])
+        self.image_ids, self.found = [], {kind: [] for kind in KINDS if kind == "bbox" or self.has_masks}
+
+    def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> None:
+        images, targets = batch
+        for found, target in zip(self(images), targets, strict=True):
+            self.image_ids.append(int(target["image_id"]))
+            for kind, entries in results(found, self.image_ids[-1], self.category_ids).items():
+                self.found[kind] += entries
+
+    def on_validation_epoch_end(self) -> None:
+        image_ids = _gather(self.image_ids)
+        found = {kind: _gather(entries) for kind, entries in self.found.items()}
+        # one process evaluates: the others would take as much memory and time for the same scores
+        scores = [self._evaluate(image_ids, found) if self.trainer.is_global_zero else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(scores)
+        self.image_ids, self.found = [], {}
+        for name, score in scores[0].items():
+            self.log(f"val/{name}", score, prog_bar=name.endswith("AP"))
+
+    def _evaluate(self, image_ids: list[int], found: dict[str, list[dict]]) -> dict[str, float]:
+        """Write the detections and return the scores by name."""
+        for kind, entries in found.items():
+            write_atomically(Path(self.trainer.default_root_dir) / f"detections_{kind}.json", json.dumps(entries))
+        if not self.truth.get("annotations"):
+            return {}
+        return {
+            f"{KINDS[kind]}_{name}": score
+            for kind, entries in found.items()
+            for name, score in average_precision(self.truth, entries, kind, image_ids=image_ids, sides=self.sides).items()
+        }
+
+    def configure_optimizers(self) -> dict:
+        optimizer = self.optimizer(parameter_groups(self.model))
+        schedule = self.schedule(optimizer, total_iters=int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def pictures(self, sample: tuple[Tensor, Target]) -> dict[str, Tensor]:
+        """Pictures [3, H, W] in [0, 1] of one validation sample: "image", "truth" and "prediction" over it, small ones enlarged."""
+        image, target = sample
+        truth = target if self.has_masks else {name: value for name, value in target.items() if name != "masks"}
+        return {"image": _enlarge(image), "truth": self._overlay(image, truth), "prediction": self.draw(image)}
+
+    def predict(self, image: Tensor) -> Target:
+        """Map an image [3, H, W] in [0, 1] to its detections of at least DRAWN_SCORE: boxes, labels, scores and masks, on the CPU."""
+        found = self([image.to(self.device)])[0]
+        kept = found["scores"] >= DRAWN_SCORE
+        return {name: value[kept].cpu() for name, value in found.items()}
+
+    def draw(self, image: Tensor) -> Tensor:
+        """Prediction over an image [3, H, W] in [0, 1] -> the like, a small one enlarged by a whole factor."""
+        found = self.predict(image)
+        if "masks" in found:
+            found["masks"] = found["masks"][:, 0] > 0.5
+        return self._overlay(image, found)
+
+    def _overlay(self, image: Tensor, instances: Target) -> Tensor:
+        """Boxes [n, 4], class names, scores and masks [n, H, W] over an enlarged image, each instance in a colour of its own."""
+        pixels = (_enlarge(image.cpu()).clamp(0, 1) * 255).to(torch.uint8)
+        count = len(instances["labels"])
+        if count == 0:
+            return pixels.float() / 255
+        colors = palette(count)
+        factor = pixels.shape[1] // image.shape[1]
+        if "masks" in instances:
+            pixels = draw_segmentation_masks(pixels, _enlarge(instances["masks"].bool(), factor), alpha=0.5, colors=colors)
+        names = [self.class_names[label - 1] for label in instances["labels"].tolist()]
+        if "scores" in instances:
+            names = [f"{name} {score:.2f}" for name, score in zip(names, instances["scores"].tolist(), strict=True)]
+        pixels = draw_bounding_boxes(pixels, instances["boxes"] * factor, names, colors=colors, width=2)
+        return pixels.float() / 255
+
+
+def _gather(entries: list) -> list:
+    """The entries of all processes, in the process that evaluates."""
+    if not dist.is_initialized():
+        return entries
+    parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(entries, parts)
+    return [entry for part in parts or [] for entry in part]
+
+
+def _enlarge(picture: Tensor, factor: int | None = None) -> Tensor:
+    """[..., H, W] -> [..., factor * H, factor * W]; the factor that brings the longer side to DRAWN_SIDE at least if None."""
+    factor = factor or -(-DRAWN_SIDE // max(picture.shape[-2:]))
+    return picture.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
