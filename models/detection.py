@@ -4,12 +4,14 @@ Proposals, RoI heads, losses and the transform of the images are torchvision's; 
 load where the slots are empty.
 """
 
+import inspect
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.faster_rcnn import AnchorGenerator, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -83,6 +85,7 @@ class FasterRCNN(detection.FasterRCNN):
         options: what torchvision's FasterRCNN takes besides (`min_size`, `rpn_post_nms_top_n_train`, ...).
 
     Raises:
+        TypeError: an option that torchvision does not know.
         ValueError: `trainable_layers` is not in 0..5.
     """
 
@@ -99,6 +102,10 @@ class FasterRCNN(detection.FasterRCNN):
         head_dim: int = 1024,
         **options,
     ):
+        # torchvision swallows what it does not know
+        known = {*inspect.signature(detection.FasterRCNN).parameters, *inspect.signature(GeneralizedRCNNTransform).parameters}
+        if unknown := sorted(set(options) - known):
+            raise TypeError(f"{type(self).__name__} takes no {', '.join(unknown)}")
         super().__init__(
             _pyramid(backbone, fpn, fpn_dim, trainable_layers, frozen_norm),
             rpn_anchor_generator=AnchorGenerator(tuple((size,) for size in anchor_sizes), ((0.5, 1.0, 2.0),) * len(anchor_sizes)),
