@@ -151,7 +151,7 @@ class RunRecord(L.Callback):
             "metrics": {name: value for row in self.rows for name, value in row.items() if name.startswith("val/")},
             "steps": trainer.global_step,
             "seconds": round(self.seconds + time.monotonic() - self.started, 1),
-            "parameters": sum(p.numel() for p in pl_module.parameters()),
+            "parameters": sum(p.numel() for p in pl_module.model.parameters()),
             "flops": count_flops(pl_module, image),
             "flops_input": list(image.shape),
             "weights_sha256": weights_hash(pl_module),

@@ -1,0 +1,82 @@
+"""The generator of Global&Local with a slot for its downsamplers and one for its upsamplers (paper, section 4.3; Iizuka et al., 2017)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .samplers import Sampler
+
+Norm = Callable[[int], nn.Module]
+
+
+class Layer(NamedTuple):
+    """One convolution of the generator."""
+
+    channels: float  # of the output, as a multiple of the width
+    kernel_size: int = 3
+    dilation: int = 1
+    resize: str = ""  # "down" or "up" by 2
+
+
+LAYERS = (
+    *(Layer(1, kernel_size=5), Layer(2, resize="down"), Layer(2), Layer(4, resize="down"), Layer(4), Layer(4)),
+    *(Layer(4, dilation=dilation) for dilation in (2, 4, 8, 16)),
+    *(Layer(4), Layer(4), Layer(2, resize="up"), Layer(2), Layer(1, resize="up"), Layer(0.5)),
+)
+
+
+def stage(layer: Layer, inputs: int, outputs: int, sampler: Sampler | None, norm_layer: Norm) -> nn.Sequential:
+    """Convolution, normalisation, ReLU; where the layer resizes, a sampler and a convolution of stride 1, or a strided one without it."""
+    padding = layer.dilation * (layer.kernel_size // 2)
+    if layer.resize and sampler:
+        convolution = [sampler(inputs), nn.Conv2d(inputs, outputs, layer.kernel_size, padding=padding, bias=False)]
+    elif layer.resize == "up":
+        convolution = [nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=False)]
+    else:
+        stride = 2 if layer.resize else 1
+        convolution = [nn.Conv2d(inputs, outputs, layer.kernel_size, stride, padding, layer.dilation, bias=False)]
+    return nn.Sequential(*convolution, norm_layer(outputs), nn.ReLU(inplace=True))
+
+
+class GlobalLocal(nn.Module):
+    """Fill the hole of an image: an encoder of stride 4, four dilated convolutions, a decoder; 6.1 M parameters at full width.
+
+    Args:
+        width: channels of the first layer; 4 times as many in the middle.
+        downsample: None is the published network (two 3x3 convolutions of stride 2). A sampler stands instead of each stride, with
+            width and 2 * width channels, and the convolution behind it has stride 1.
+        upsample: None is the published network (two 4x4 deconvolutions). A sampler stands instead, with 4 * width and 2 * width
+            channels, and a 3x3 convolution behind it brings the channels to the next layer's.
+        norm_layer: channels in, normalisation out.
+    """
+
+    def __init__(
+        self, width: int = 64, *, downsample: Sampler | None = None, upsample: Sampler | None = None, norm_layer: Norm = nn.BatchNorm2d
+    ):
+        super().__init__()
+        samplers = {"down": downsample, "up": upsample, "": None}
+        channels = [4, *(int(layer.channels * width) for layer in LAYERS)]
+        self.stages = nn.ModuleList(
+            stage(layer, inputs, outputs, samplers[layer.resize], norm_layer)
+            for layer, inputs, outputs in zip(LAYERS, channels, channels[1:], strict=False)
+        )
+        self.output = nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    def forward(self, images: Tensor, masks: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [-1, 1] and masks [N, 1, H, W], 1 in the hole and 0 elsewhere -> images in [-1, 1], known pixels too.
+
+        What the images hold in the hole makes no difference. Any H, W >= 1.
+        """
+        y = torch.cat([images * (1 - masks), masks], dim=1)
+        sizes = []
+        for layer, layers in zip(LAYERS, self.stages, strict=True):
+            if layer.resize == "down":
+                sizes.append(y.shape[2:])
+            y = layers(y)
+            if layer.resize == "up":
+                height, width = sizes.pop()
+                y = y[..., :height, :width]
+        return self.output(y).clamp(-1, 1)

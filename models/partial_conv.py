@@ -1,0 +1,154 @@
+"""Partial convolution: convolve what is known, renormalise, and pass on what has become known (Liu et al., 2018; paper, section 4.3).
+
+Beside the features goes a map `known` [N, 1, H, W] of their dtype, 1 where a feature rests on some known pixel and 0 in the hole.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import reassemble
+from .carafe import CARAFE
+from .global_local import LAYERS, Layer, Norm
+from .samplers import AvgPool, Bilinear, Nearest, Sampler
+
+# Samplers that are the same linear map whatever the features: sampling `known` tells how much of a target is known.
+LINEAR = (Nearest, Bilinear, AvgPool)
+
+
+class PartialConv2d(nn.Conv2d):
+    """Convolution over the known part of each window, scaled up by window size / known pixels; the bias is added unscaled.
+
+    A target becomes known when its window holds a known pixel; others are 0. As in the official module, padding counts as unknown.
+    """
+
+    def forward(self, x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [N, C, H, W] and known [N, 1, H, W] -> the same at the output's size."""
+        ones = known.new_ones(1, 1, *self.kernel_size)
+        with torch.no_grad():
+            count = F.conv2d(known, ones, None, self.stride, self.padding, self.dilation).float()
+            ratio = (ones.numel() / count).masked_fill(count == 0, 0)
+        y = F.conv2d(x * known, self.weight, None, self.stride, self.padding, self.dilation)
+        known = (count > 0).to(y.dtype)
+        y = y * ratio.to(y.dtype)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)[:, None, None] * known
+        return y, known
+
+
+class PartialSampler(nn.Module):
+    """A sampler that keeps the mask propagation.
+
+    CARAFE++ predicts its kernels w from the known features, with 0 in the hole, and reassembles features x, mask m (1 where known) and the
+    map itself with the same kernels. With S(v) the sum of w_i v_i over the window, 0 outside the map,
+
+        y = S(x m) / S(m) * S(1),   m' = 1 where S(m) > 0, else 0; there y = 0
+
+    S(1) is 1, less at borders, where a window of plain CARAFE++ also sums the zeros outside. So an all-ones mask gives plain CARAFE++, a
+    constant image is what it is without a hole, and a target whose whole window lies in the hole stays in the hole.
+
+    In exact arithmetic softmax weights are positive, so m' is where the window holds a known pixel, and S(x m) / S(m) is the sum under the
+    softmax over known taps alone. Both are computed that way: in half precision small weights of known pixels cannot underflow.
+
+    Nearest, bilinear and average-pool sampling are divided by the sampled mask in the same way.
+
+    Raises:
+        TypeError: the sampler's weights for the mask are not known.
+        ValueError: a CARAFE whose weights do not sum to 1, or of a rational scale.
+    """
+
+    def __init__(self, sampler: nn.Module):
+        super().__init__()
+        if isinstance(sampler, CARAFE):
+            spec = sampler.spec
+            if spec.normalizer not in ("softmax", "sigmoid_normalized"):
+                raise ValueError(f"normalizer must be softmax or sigmoid_normalized in a partial convolution, got {spec.normalizer!r}")
+            if spec.up > 1 and spec.down > 1:
+                raise ValueError(f"up or down must be 1 in a partial convolution, got up={spec.up}, down={spec.down}")
+        elif not isinstance(sampler, LINEAR):
+            names = ", ".join(kind.__name__ for kind in (CARAFE, *LINEAR))
+            raise TypeError(f"a partial convolution propagates masks through {names}, got {type(sampler).__name__}")
+        self.sampler = sampler
+
+    def forward(self, x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [N, C, H, W] and known [N, 1, H, W] -> the same at the output's size."""
+        x = x * known
+        if isinstance(self.sampler, CARAFE):
+            return self._reassemble(x, known)
+        share = self.sampler(known).float()
+        y = self.sampler(x)
+        return y * (1 / share).masked_fill(share == 0, 0).to(y.dtype), (share > 0).to(y.dtype)
+
+    def _reassemble(self, x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        spec, logits = self.sampler.spec, self.sampler.logits(x)
+        size, margin = spec.kernel_size, spec.kernel_size // 2
+        taps = F.unfold(known, size, padding=margin, stride=spec.down)  # [N, K * K, Hq * Wq]
+        taps = taps.unflatten(2, logits.shape[2:])[:, None, :, None]  # [N, 1, K * K, 1, Hq, Wq]
+        cells = logits.unflatten(1, (spec.groups, spec.taps, spec.up**2))
+        # finite, so that a window without any known tap is not NaN: it sums zeros
+        masked = cells.masked_fill(taps == 0, torch.finfo(logits.dtype).min / 2).flatten(1, 3)
+        y = reassemble(x, masked, **spec._asdict())
+        inside = reassemble(x.new_ones(x.shape[0], spec.groups, *x.shape[2:]), logits, **spec._asdict())
+        y = (y.unflatten(1, (spec.groups, -1)) * inside[:, :, None]).flatten(1, 2)
+        known = F.max_pool2d(known, size, spec.down, margin)
+        return y, F.interpolate(known, scale_factor=spec.up, mode="nearest").to(y.dtype)
+
+
+class PartialStage(nn.Module):
+    """Partial convolution, normalisation, ReLU; where the layer resizes, a sampler first, or a strided convolution without one."""
+
+    def __init__(self, layer: Layer, inputs: int, outputs: int, sampler: Sampler | None, norm_layer: Norm):
+        super().__init__()
+        stride = 2 if layer.resize == "down" and not sampler else 1
+        padding = layer.dilation * (layer.kernel_size // 2)
+        self.sampler = PartialSampler(sampler(inputs)) if sampler else None
+        self.conv = PartialConv2d(inputs, outputs, layer.kernel_size, stride, padding, layer.dilation, bias=False)
+        self.norm = norm_layer(outputs)
+
+    def forward(self, x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [N, inputs, H, W] and known [N, 1, H, W] -> [N, outputs, ...] and known at the output's size."""
+        if self.sampler is not None:
+            x, known = self.sampler(x, known)
+        x, known = self.conv(x, known)
+        return F.relu(self.norm(x), inplace=True), known
+
+
+class PartialGlobalLocal(nn.Module):
+    """Global&Local's generator with every convolution a partial one ("we substitute the convolution layers", paper, section 5.1).
+
+    Args:
+        width: channels of the first layer; 4 times as many in the middle.
+        downsample: None gives partial convolutions of stride 2; a sampler stands instead of each stride, see `PartialSampler`.
+        upsample: None gives nearest-neighbour interpolation of features and mask, as Liu et al. have it; a sampler stands instead. A 3x3
+            partial convolution follows either.
+        norm_layer: channels in, normalisation out.
+    """
+
+    def __init__(
+        self, width: int = 64, *, downsample: Sampler | None = None, upsample: Sampler | None = None, norm_layer: Norm = nn.BatchNorm2d
+    ):
+        super().__init__()
+        samplers = {"down": downsample, "up": upsample or Nearest, "": None}
+        channels = [3, *(int(layer.channels * width) for layer in LAYERS)]
+        self.stages = nn.ModuleList(
+            PartialStage(layer, inputs, outputs, samplers[layer.resize], norm_layer)
+            for layer, inputs, outputs in zip(LAYERS, channels, channels[1:], strict=False)
+        )
+        self.output = PartialConv2d(channels[-1], 3, 3, padding=1)
+
+    def forward(self, images: Tensor, masks: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [-1, 1] and masks [N, 1, H, W], 1 in the hole and 0 elsewhere -> images in [-1, 1], known pixels too.
+
+        What the images hold in the hole makes no difference. Any H, W >= 1; an image without a known pixel becomes 0.
+        """
+        y, known = images, 1 - masks
+        sizes = []
+        for layer, partial_stage in zip(LAYERS, self.stages, strict=True):
+            if layer.resize == "down":
+                sizes.append(y.shape[2:])
+            y, known = partial_stage(y, known)
+            if layer.resize == "up":
+                height, width = sizes.pop()
+                y, known = y[..., :height, :width], known[..., :height, :width]
+        return self.output(y, known)[0].clamp(-1, 1)

@@ -1,0 +1,158 @@
+"""Holes for image inpainting: brush strokes, boxes, mask files. A mask is 1 in the hole, the pixels to be filled, and 0 elsewhere."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .images import is_image, read_image
+from .keyed import sample_key
+
+Draw = Callable[[np.random.Generator, int, int], np.ndarray]
+
+
+class FreeForm:
+    """Free-form holes as a user would brush them (Yu et al., "Free-form image inpainting with gated convolution", 2018).
+
+    One to three zigzag strokes of 4 to 11 turns, round at every vertex; steps of an eighth of the diagonal on average, at about 72 degrees,
+    every other one turned back. The constants are those of the public code; its mirroring, without effect there, takes effect.
+
+    Args:
+        width: least and largest width of a stroke in pixels; the published one is for images of 256 pixels.
+        strokes: least and largest number of strokes.
+        turns: least and largest number of turns of a stroke.
+
+    Raises:
+        ValueError: a range is empty or does not start at 1 or more.
+    """
+
+    def __init__(self, width: tuple[int, int] = (12, 40), strokes: tuple[int, int] = (1, 3), turns: tuple[int, int] = (4, 11)):
+        for name, (low, high) in (("width", width), ("strokes", strokes), ("turns", turns)):
+            if not 1 <= low <= high:
+                raise ValueError(f"{name} must be (least, largest) with 1 <= least <= largest, got {low}, {high}")
+        self.width, self.strokes, self.turns = tuple(width), tuple(strokes), tuple(turns)
+
+    def __call__(self, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+        """Draw a hole for an image of `height` x `width` pixels -> [height, width] bool, of at least one pixel."""
+        mean, spread = 2 * math.pi / 5, 2 * math.pi / 15
+        radius = math.hypot(height, width) / 8
+        canvas = Image.new("1", (width, height))
+        draw = ImageDraw.Draw(canvas)
+        for _ in range(rng.integers(self.strokes[0], self.strokes[1] + 1)):
+            low, high = mean - rng.uniform(0, spread), mean + rng.uniform(0, spread)
+            x, y = int(rng.integers(width)), int(rng.integers(height))
+            vertices = [(x, y)]
+            for turn in range(rng.integers(self.turns[0], self.turns[1] + 1)):
+                angle = rng.uniform(low, high)
+                angle = angle if turn % 2 else 2 * math.pi - angle
+                step = min(max(rng.normal(radius, radius // 2), 0), 2 * radius)
+                x = int(min(max(x + step * math.cos(angle), 0), width))
+                y = int(min(max(y + step * math.sin(angle), 0), height))
+                vertices.append((x, y))
+            brush = int(rng.uniform(*self.width))
+            draw.line(vertices, fill=1, width=brush)
+            for x, y in vertices:
+                draw.ellipse((x - brush // 2, y - brush // 2, x + brush // 2, y + brush // 2), fill=1)
+        hole = np.array(canvas)
+        for axis in (0, 1):
+            hole = np.flip(hole, axis) if rng.random() < 0.5 else hole
+        return hole
+
+
+class Box:
+    """A rectangular hole at a random place, each side a random fraction of the image's between the least and the largest.
+
+    Raises ValueError unless 0 < least <= largest <= 1.
+    """
+
+    def __init__(self, side: tuple[float, float] = (0.25, 0.5)):
+        if not 0 < side[0] <= side[1] <= 1:
+            raise ValueError(f"side must be (least, largest) with 0 < least <= largest <= 1, got {side[0]}, {side[1]}")
+        self.side = tuple(side)
+
+    def __call__(self, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+        """Draw a hole for an image of `height` x `width` pixels -> [height, width] bool, of at least one pixel."""
+        hole = np.zeros((height, width), bool)
+        (top, h), (left, w) = (self._span(rng, length) for length in hole.shape)
+        hole[top : top + h, left : left + w] = True
+        return hole
+
+    def _span(self, rng: np.random.Generator, length: int) -> tuple[int, int]:
+        size = max(1, round(rng.uniform(*self.side) * length))
+        return int(rng.integers(length - size + 1)), size
+
+
+class MaskFiles:
+    """Holes of the mask images in a folder, one at random for each image, brought to its size by nearest neighbour. See `read_mask`.
+
+    Raises FileNotFoundError where the folder is missing or holds no image.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        self.paths = sorted(path for path in folder.iterdir() if is_image(path)) if folder.is_dir() else []
+        if not self.paths:
+            raise FileNotFoundError(f"mask folder {folder} is missing or holds no image")
+
+    def __call__(self, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+        """Draw a hole for an image of `height` x `width` pixels -> [height, width] bool."""
+        path = self.paths[rng.integers(len(self.paths))]
+        hole = np.asarray(Image.fromarray(read_mask(path)).resize((width, height), Image.Resampling.NEAREST))
+        if not hole.any():
+            raise ValueError(f"mask {path} has no hole left at {height} x {width} pixels")
+        return hole
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Read a mask image -> [H, W] bool: white (255) is the hole, black (0) is known.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, holds other values than black and white, or has no hole.
+    """
+    try:
+        pixels = np.asarray(read_image(path))  # [H, W, 3]
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(str(error).replace("image", "mask", 1)) from None
+    odd = pixels[(pixels > 0) & (pixels < 255)]
+    if odd.size:
+        raise ValueError(
+            f"mask {path} must be black (known) and white (hole) alone, got {odd.size} values between, such as {odd[0]}: "
+            f"threshold it and save it as PNG, as JPEG blurs edges"
+        )
+    if (pixels != pixels[..., :1]).any():
+        raise ValueError(f"mask {path} must be black (known) and white (hole) alone, got colours")
+    hole = pixels[..., 0] > 0
+    if not hole.any():
+        raise ValueError(f"mask {path} has no hole: paint what is to be filled white (255), the rest black (0)")
+    return hole
+
+
+class Masked(Dataset):
+    """Images with holes: item (image [3, H, W], mask [1, H, W] of the image's dtype, 1 in the hole).
+
+    A hole is a function of (seed, epoch, index) alone: `data[epoch, index]` gives training a fresh one in every epoch, `data[index]`, of
+    epoch 0, validation always the same.
+
+    Args:
+        images: items [3, H, W] by index or (epoch, index).
+        masks: draws a hole [H, W] bool from (generator, height, width).
+        seed: fixes the holes.
+    """
+
+    def __init__(self, images: Dataset, masks: Draw, seed: int = 0):
+        self.images, self.masks, self.seed = images, masks, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+        image = self.images[key]
+        rng = np.random.default_rng((self.seed, *sample_key(key, len(self))))
+        hole = np.ascontiguousarray(self.masks(rng, *image.shape[1:]))
+        return image, torch.from_numpy(hole)[None].to(image.dtype)
