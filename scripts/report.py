@@ -1,7 +1,6 @@
-"""carafepp-report: tables from finished runs. It reads result.json files only."""
+"""carafepp-report: tables from finished runs, the paper's figures beside ours."""
 
-import json
-import statistics
+import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -10,70 +9,29 @@ from torchvision.utils import save_image
 
 from ..tasks.pictures import grid
 from .app import app
+from .report_formats import comma_separated, latex, markdown, printed, terminal
+from .report_runs import gather, read_runs
+from .report_tables import Table, other_table, paper_tables, published
+
+FORMATS = {"terminal": terminal, "markdown": markdown, "latex": latex}
+FILES = {"report.md": "markdown", "report.tex": "latex", "report.csv": "csv"}
 
 
-def read_results(folder: Path) -> tuple[list[dict], list[str]]:
-    """Read the finished runs below a folder, each with its "folder", and name those that are broken or unfinished.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"runs={folder} is not a folder")
-    results, problems = [], []
-    for config in sorted(folder.rglob("config.yaml")):
-        path = config.with_name("result.json")
-        if not path.exists():
-            problems.append(f"{config.parent}: unfinished, continue it with carafepp-train resume={config.parent}")
-            continue
-        try:
-            result = json.loads(path.read_text())
-            results.append({**result, "folder": config.parent, "metrics": dict(result["metrics"]), "choices": dict(result["choices"])})
-        except (ValueError, KeyError, TypeError) as error:
-            problems.append(f"{path}: broken ({type(error).__name__}: {error})")
-    return results, problems
+def formatted(tables: list[Table], name: str) -> str:
+    """All tables in one of the formats."""
+    if name == "csv":
+        return comma_separated(tables)
+    if name not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)} or csv, got {name!r}")
+    # the table of an ordinary sweep stands alone and needs no heading
+    alone = len(tables) == 1 and tables[0].name == "others"
+    return "\n".join(FORMATS[name]("" if alone else table.title, printed(table)) for table in tables)
 
 
-def settings(result: dict) -> dict[str, str]:
-    """What a run was told: its overrides, without the seed, that several runs of one setting differ in."""
-    pairs = (override.lstrip("+~").split("=", 1) for override in result["overrides"] if "=" in override)
-    return {key: value for key, value in pairs if key != "seed" and not key.startswith("hydra.")}
-
-
-def summarize(results: list[dict], digits: int) -> list[dict[str, str]]:
-    """One row a setting: what distinguishes it, metrics as mean and standard deviation over its runs, size and time."""
-    options = [settings(result) for result in results]
-    told = dict.fromkeys(key for option in options for key in option)
-    varying = [key for key in told if len({option.get(key, "") for option in options}) > 1]
-    groups: dict[tuple, list[dict]] = {}
-    for result, option in zip(results, options, strict=True):
-        groups.setdefault(tuple(option.get(key, "") for key in varying), []).append(result)
-    rows = []
-    for values, runs in groups.items():
-        row = dict(zip(varying, values, strict=True)) | {"runs": str(len(runs))}
-        for name in dict.fromkeys(name for run in runs for name in run["metrics"]):
-            scores = [run["metrics"][name] for run in runs if name in run["metrics"]]
-            deviation = f" ± {statistics.stdev(scores):.{digits}f}" if len(scores) > 1 else ""
-            row[name.removeprefix("val/")] = f"{statistics.mean(scores):.{digits}f}{deviation}"
-        row["parameters"] = f"{runs[0]['parameters']:,}"
-        row["GFLOPs"] = f"{runs[0]['flops'] / 1e9:.3f}"
-        row["seconds"] = f"{statistics.mean(run['seconds'] for run in runs):.0f}"
-        rows.append(row)
-    return rows
-
-
-def markdown(rows: list[dict[str, str]]) -> str:
-    """Align rows as a Markdown table."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    widths = [max(len(name), *(len(row.get(name, "")) for row in rows)) for name in columns]
-    lines = [[name.ljust(width) for name, width in zip(columns, widths, strict=True)], ["-" * width for width in widths]]
-    lines += [[row.get(name, "").ljust(width) for name, width in zip(columns, widths, strict=True)] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def compare_pictures(results: list[dict]) -> list[list]:
-    """Rows of image, truth and each run's prediction, for the validation samples that all runs pictured."""
-    folders = [result["folder"] / "pictures" for result in results]
+def compare_pictures(table: Table) -> list[list]:
+    """Rows of image, truth and the prediction of one run of each line, for the validation samples that all pictured."""
+    settings = {id(line.setting): line.setting for line in table.lines if line.setting}.values()
+    folders = [next(iter(setting.runs.values())).folder / "pictures" for setting in settings]
     rows = []
     for index in range(100):
         paths = [folders[0] / f"{index}_image.png", folders[0] / f"{index}_truth.png"]
@@ -86,21 +44,28 @@ def compare_pictures(results: list[dict]) -> list[list]:
 
 @app("report")
 def main(cfg: DictConfig) -> None:
-    """Print the table, write it to report.md below `runs`, and the runs' pictures side by side to compare.png."""
-    folder = Path(cfg.runs)
-    results, problems = read_results(folder)
-    for problem in problems:
-        print(problem)
-    if not results:
-        print(f"no finished run below {folder}")
+    """Print the tables, write them below the first of `runs`, and the runs' pictures side by side."""
+    folders = [Path(folder) for folder in ([cfg.runs] if isinstance(cfg.runs, str) else cfg.runs)]
+    runs, problems = read_runs(folders)
+    settings, repeated = gather(runs, published()[0])
+    # what is printed in another format goes into a file
+    notes = sys.stdout if cfg.format == "terminal" else sys.stderr
+    print(*problems, *repeated, sep="\n", end="\n" if problems or repeated else "", file=notes)
+    if not settings:
+        print(f"no finished run below {', '.join(map(str, folders))}", file=notes)
         return
-    table = markdown(summarize(results, cfg.digits))
-    print(table)
-    (folder / "report.md").write_text(table + "\n")
-    print(f"\ntable: {folder / 'report.md'}")
-    if rows := compare_pictures(results):
-        save_image(grid(rows), folder / "compare.png")
-        print(f"pictures (image, truth, then the runs in the table's order): {folder / 'compare.png'}")
+    tables = paper_tables(settings, cfg.metrics, cfg.digits, cfg.baseline)
+    if others := [setting for setting in settings if not setting.table]:
+        tables.append(other_table(others, cfg.digits, cfg.baseline))
+    print(formatted(tables, cfg.format))
+    for file, name in FILES.items():
+        (folders[0] / file).write_text(formatted(tables, name))
+    print(f"tables: {folders[0] / 'report.md'}, report.tex, report.csv", file=notes)
+    for table in tables:
+        if rows := compare_pictures(table):
+            path = folders[0] / ("compare.png" if table.name == "others" else f"{table.name}.png")
+            save_image(grid(rows), path)
+            print(f"pictures (image, truth, then a run of each line of {table.name}): {path}", file=notes)
 
 
 if __name__ == "__main__":

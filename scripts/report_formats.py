@@ -1,0 +1,123 @@
+"""Tables as text: for the terminal, Markdown, LaTeX, and CSV with every number at full precision."""
+
+import csv
+import io
+
+from .report_tables import Cell, Line, Table
+
+Rows = list[dict[str, str]]
+
+COLUMNS = ["table", "protocol", "row", "task", "metric", "paper", "runs", "mean", "deviation", "baseline", "difference", "low", "high"]
+COLUMNS += ["common_seeds", "parameters", "flops", "seconds"]
+
+
+def printed(table: Table) -> Rows:
+    """The lines of a table as text, by heading."""
+    names = list(dict.fromkeys(name for line in table.lines for name in line.cells))
+    figures = {name: [line.cells[name].paper for line in table.lines if name in line.cells] for name in names}
+    # as many decimal places as the paper gives
+    places = {
+        name: max(len(str(figure).partition(".")[2]) for figure in found if figure is not None)
+        for name, found in figures.items()
+        if any(found)
+    }
+    # where nothing of the paper stands beside them, a difference of single runs says no more than the two figures
+    differing = {
+        name
+        for line in table.lines
+        for name, cell in line.cells.items()
+        if cell.difference and (name in places or cell.difference.half is not None)
+    }
+    rows = []
+    for line in table.lines:
+        row = dict(line.labels) | {"runs": str(len(line.setting.runs)) if line.setting else ""}
+        for name in names:
+            cell = line.cells.get(name, Cell())
+            if name in places:
+                row[f"{name} paper"] = "" if cell.paper is None else f"{cell.paper:.{places[name]}f}"
+            row[name] = _scores(cell, table.digits)
+            if name in differing:
+                row[f"{name} vs {table.baseline}"] = _difference(cell, line, table.digits)
+        if line.setting:
+            run = next(iter(line.setting.runs.values()))
+            row |= {"parameters": f"{run.parameters:,}", "GFLOPs": f"{run.flops / 1e9:.3f}", "seconds": f"{line.setting.seconds:.0f}"}
+        rows.append(row)
+    return rows
+
+
+def _scores(cell: Cell, digits: int) -> str:
+    if cell.scores is None:
+        return ""
+    deviation = "" if cell.scores.deviation is None else f" ± {cell.scores.deviation:.{digits}f}"
+    return f"{cell.scores.mean:.{digits}f}{deviation}"
+
+
+def _difference(cell: Cell, line: Line, digits: int) -> str:
+    if cell.difference is None:
+        return ""
+    mean, half, seeds = cell.difference
+    interval = "" if half is None else f" [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
+    # over the common seeds only
+    fewer = f" ({seeds} seeds)" if seeds < len(line.setting.runs) else ""
+    return f"{mean:+.{digits}f}{interval}{fewer}"
+
+
+def _aligned(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    widths = [max(len(name), *(len(row.get(name, "")) for row in rows)) for name in columns]
+    cells = [columns, *([row.get(name, "") for name in columns] for row in rows)]
+    lines = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
+    return ["-" * width for width in widths], lines
+
+
+def terminal(title: str, rows: Rows) -> str:
+    """Columns under their headings."""
+    rule, (head, *lines) = _aligned(rows)
+    return "\n".join([*([title, ""] if title else []), *("  ".join(cells).rstrip() for cells in (head, rule, *lines)), ""])
+
+
+def markdown(title: str, rows: Rows) -> str:
+    """A heading and a pipe table."""
+    rule, (head, *lines) = _aligned(rows)
+    return "\n".join([*([f"## {title}", ""] if title else []), *(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines)), ""])
+
+
+def latex(title: str, rows: Rows) -> str:
+    """A table environment in the style of the booktabs package."""
+    _, lines = _aligned([{_tex(key): _tex(value) for key, value in row.items()} for row in rows])
+    head, *body = (f"{' & '.join(cells)} \\\\" for cells in lines)
+    columns = "l" * len(lines[0])
+    begin = ["\\begin{table}", *([f"\\caption{{{_tex(title)}}}"] if title else [])]
+    begin += [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", head, "\\midrule"]
+    return "\n".join([*begin, *body, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
+
+
+def _tex(text: str) -> str:
+    marks = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+    return "".join((marks | {"±": "$\\pm$"}).get(character, character) for character in text)
+
+
+def comma_separated(tables: list[Table]) -> str:
+    """One line a metric of a table's row, for other programs."""
+    lines = []
+    for table in tables:
+        for line in table.lines:
+            for name, cell in line.cells.items():
+                setting, difference = line.setting, cell.difference
+                record = {"table": table.name, "protocol": table.protocol}
+                record |= {"row": setting.label if setting else line.labels["row"], "task": line.labels.get("task"), "metric": name}
+                record |= {"paper": cell.paper, "runs": len(setting.runs) if setting else 0}
+                record |= dict(zip(("mean", "deviation"), cell.scores or (None, None), strict=True))
+                record |= {"baseline": line.baseline and line.baseline.label, "difference": difference and difference.mean}
+                if difference and difference.half is not None:
+                    record |= {"low": difference.mean - difference.half, "high": difference.mean + difference.half}
+                record["common_seeds"] = difference and difference.seeds
+                if setting:
+                    run = next(iter(setting.runs.values()))
+                    record |= {"parameters": run.parameters, "flops": run.flops, "seconds": setting.seconds}
+                lines.append(record)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()

@@ -1,0 +1,69 @@
+"""Mean and deviation over seeds, and paired differences with a confidence interval."""
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+def t_quantile(degrees: int, confidence: float = 0.95) -> float:
+    """The t for which Student's distribution with `degrees` of freedom has `confidence` of its mass between -t and t."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _mass(middle, degrees) < confidence else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def _mass(angle: float, degrees: int) -> float:
+    """P(|T| < sqrt(degrees) * tan(angle)), by the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    sine, cosine, odd = math.sin(angle), math.cos(angle), degrees % 2
+    term, total = cosine**odd, 0.0
+    for power in range(odd, degrees - 1, 2):
+        total += term
+        term *= cosine**2 * (power + 1) / (power + 2)
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
+class Scores(NamedTuple):
+    """Mean and standard deviation (None for one run) over seeds."""
+
+    mean: float
+    deviation: float | None
+
+
+def scores(values: Mapping[int, float]) -> Scores | None:
+    """Summarize the values by seed; None if there are none."""
+    if not values:
+        return None
+    found = list(values.values())
+    return Scores(statistics.fmean(found), _deviation(found))
+
+
+class Difference(NamedTuple):
+    """Mean of the differences over the seeds that both have, and half the width of its interval (None for one seed)."""
+
+    mean: float
+    half: float | None
+    seeds: int
+
+
+def paired(values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = 0.95) -> Difference | None:
+    """Compare the values by seed with those of a baseline; None if they have no seed in common.
+
+    The interval is Student's: it takes the differences as draws from one normal distribution.
+    """
+    differences = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
+    if not differences:
+        return None
+    half = None
+    if (deviation := _deviation(differences)) is not None:
+        half = t_quantile(len(differences) - 1, confidence) * deviation / math.sqrt(len(differences))
+    return Difference(statistics.fmean(differences), half, len(differences))
+
+
+def _deviation(values: list[float]) -> float | None:
+    # a metric that is not defined, such as the AP of sizes that do not occur, is not a number and stays so
+    if any(map(math.isnan, values)):
+        return math.nan
+    return statistics.stdev(values) if len(values) > 1 else None
