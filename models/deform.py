@@ -14,17 +14,17 @@ class DeformConv(nn.Conv2d):
     the plain convolution with half its weights, and weights of the plain convolution load.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1):
-        super().__init__(inputs, outputs, 3, stride, padding=1, bias=False)
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, dilation: int = 1):
+        super().__init__(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
-        self.conv_offset = nn.Conv2d(inputs, 27, 3, stride, padding=1)
+        self.conv_offset = nn.Conv2d(inputs, 27, 3, stride, padding=dilation, dilation=dilation)
         nn.init.zeros_(self.conv_offset.weight)
         nn.init.zeros_(self.conv_offset.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs, H, W] -> [N, outputs, ceil(H / stride), ceil(W / stride)]."""
         offset, mask = self.conv_offset(x).split([18, 9], dim=1)
-        return deform_conv2d(x, offset, self.weight, stride=self.stride, padding=self.padding, mask=mask.sigmoid())
+        return deform_conv2d(x, offset, self.weight, stride=self.stride, padding=self.padding, dilation=self.dilation, mask=mask.sigmoid())
 
 
 @register_flop_formula(torch.ops.torchvision.deform_conv2d)

@@ -16,8 +16,8 @@ from .weights import load_weights
 Norm = Callable[[int], nn.Module]
 
 
-def _conv(inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    conv = nn.Conv2d(inputs, outputs, kernel_size, stride, padding=kernel_size // 2, bias=False)
+def _conv(inputs: int, outputs: int, kernel_size: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    conv = nn.Conv2d(inputs, outputs, kernel_size, stride, padding=kernel_size // 2 * dilation, dilation=dilation, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 
@@ -26,12 +26,21 @@ class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions with a shortcut; the 3x3 and the shortcut downsample by `stride` (torchvision's "v1.5" block).
 
     With a `sampler` the convolutions have stride 1, and one sampler before the 3x3 and one before the shortcut's 1x1 do it.
-    `deformable` makes the 3x3 a DCNv2, unless a sampler stands before it (paper, section 5.2).
+    `deformable` makes the 3x3 a DCNv2, unless a sampler stands before it (paper, section 5.2). `dilation` is that of the 3x3.
     """
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, sampler: Sampler | None, norm_layer: Norm, deformable: bool = False):
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        stride: int,
+        sampler: Sampler | None,
+        norm_layer: Norm,
+        deformable: bool = False,
+        dilation: int = 1,
+    ):
         super().__init__()
         outputs = width * self.expansion
         resample = sampler if sampler and stride > 1 else lambda channels: nn.Identity()
@@ -40,7 +49,7 @@ class Bottleneck(nn.Module):
         self.conv1 = _conv(inputs, width, 1)
         self.bn1 = norm_layer(width)
         self.sampler = resample(width)
-        self.conv2 = DeformConv(width, width, conv_stride) if deforms else _conv(width, width, 3, conv_stride)
+        self.conv2 = DeformConv(width, width, conv_stride, dilation) if deforms else _conv(width, width, 3, conv_stride, dilation)
         self.bn2 = norm_layer(width)
         self.conv3 = _conv(width, outputs, 1)
         self.bn3 = norm_layer(outputs)
@@ -71,11 +80,14 @@ class ResNet(nn.Module):
         num_classes: None makes a backbone; a number adds global average pooling and the classifier `fc`.
         norm_layer: channels in, normalisation out.
         zero_init_residual: start every block as the identity (the last scale of its main path is 0).
+        output_stride: 32 is the published network. 16 or 8 leave out the stride (and the samplers) of layer4, or of layer3 and layer4,
+            whose 3x3 convolutions are dilated by 2, or by 2 and 4, instead: the backbone of PSPNet and PSANet.
         deformable: the layers, of 1 to 4, whose 3x3 convolutions are DCNv2. The paper's "Res-2, Res-3, Res-4" are taken as (2, 3, 4), the
             stages c3 to c5 that the public DCNv2 backbones deform.
         weights: a file to start from, see `carafepp.models.weights`.
 
     Raises:
+        ValueError: `output_stride` is none of 8, 16 and 32.
         FileNotFoundError, ValueError: `weights` cannot be read, or is of another network.
 
     `out_channels` lists the channels of C2 to C5.
@@ -91,10 +103,13 @@ class ResNet(nn.Module):
         num_classes: int | None = None,
         norm_layer: Norm = nn.BatchNorm2d,
         zero_init_residual: bool = False,
+        output_stride: int = 32,
         deformable: Sequence[int] = (),
         weights: str | Path | None = None,
     ):
         super().__init__()
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
         self.deep_stem = deep_stem
         if deep_stem:
             channels = 2 * width
@@ -110,9 +125,11 @@ class ResNet(nn.Module):
         self.out_channels = [width * 2**i * Bottleneck.expansion for i in range(len(depths))]
         for i, (depth, outputs) in enumerate(zip(depths, self.out_channels, strict=True)):
             inputs = [channels, *[outputs] * (depth - 1)]
-            strides = [1 if i == 0 else 2, *[1] * (depth - 1)]
+            # without dilation the layer would end at stride 4 * 2**i
+            dilation = max(1, 4 * 2**i // output_stride)
+            strides = [1 if i == 0 or dilation > 1 else 2, *[1] * (depth - 1)]
             blocks = (
-                Bottleneck(c, width * 2**i, stride, downsample, norm_layer, i + 1 in deformable)
+                Bottleneck(c, width * 2**i, stride, downsample, norm_layer, i + 1 in deformable, dilation)
                 for c, stride in zip(inputs, strides, strict=True)
             )
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
@@ -140,7 +157,7 @@ class ResNet(nn.Module):
         return self.maxpool(x)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Image [N, 3, H, W] -> C2 to C5, [N, out_channels[i], ceil(H / 2**(i + 2)), ceil(W / 2**(i + 2))]."""
+        """Image [N, 3, H, W] -> C2 to C5, [N, out_channels[i], ceil(H / s), ceil(W / s)] for s = min(2**(i + 2), output_stride)."""
         x = self.stem(x)
         levels = []
         for i in range(len(self.out_channels)):

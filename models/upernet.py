@@ -7,15 +7,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .decoding import conv_bn_relu, enlarge_cells
 from .samplers import Sampler, make_sampler, resize
-
-
-def _conv_bn_relu(inputs: int, outputs: int, kernel_size: int) -> nn.Sequential:
-    conv = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=False)
-    norm = nn.BatchNorm2d(outputs)
-    nn.init.kaiming_normal_(conv.weight)
-    nn.init.constant_(norm.bias, 1e-4)
-    return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
 
 
 class UperNet(nn.Module):
@@ -54,28 +47,24 @@ class UperNet(nn.Module):
         self.backbone = backbone
         self.ppm_pooling = nn.ModuleList(nn.AdaptiveAvgPool2d(scale) for scale in pool_scales)
         self.ppm_up = nn.ModuleList(make_sampler(ppm, top, top) if ppm else None for _ in pool_scales)
-        self.ppm_conv = nn.ModuleList(_conv_bn_relu(top, ppm_dim, 1) for _ in pool_scales)
-        self.ppm_last_conv = _conv_bn_relu(top + len(pool_scales) * ppm_dim, fpn_dim, 3)
-        self.fpn_in = nn.ModuleList(_conv_bn_relu(channels, fpn_dim, 1) for channels in laterals)
+        self.ppm_conv = nn.ModuleList(conv_bn_relu(top, ppm_dim, 1) for _ in pool_scales)
+        self.ppm_last_conv = conv_bn_relu(top + len(pool_scales) * ppm_dim, fpn_dim, 3)
+        self.fpn_in = nn.ModuleList(conv_bn_relu(channels, fpn_dim, 1) for channels in laterals)
         self.fpn_up = nn.ModuleList(make_sampler(fpn, fpn_dim, fpn_dim) if fpn else None for _ in laterals)
         # one level deeper than need be, so that the keys are the published ones
-        self.fpn_out = nn.ModuleList(nn.Sequential(_conv_bn_relu(fpn_dim, fpn_dim, 3)) for _ in laterals)
+        self.fpn_out = nn.ModuleList(nn.Sequential(conv_bn_relu(fpn_dim, fpn_dim, 3)) for _ in laterals)
         self.fuse_up = nn.ModuleList(make_sampler(fuse, (i + 1) * fpn_dim, fpn_dim) for i in range(len(laterals))) if fuse else None
         classifier = nn.Conv2d(fpn_dim, num_classes, 1)
         nn.init.kaiming_normal_(classifier.weight)
-        self.conv_last = nn.Sequential(_conv_bn_relu((len(laterals) + 1) * fpn_dim, fpn_dim, 3), classifier)
+        self.conv_last = nn.Sequential(conv_bn_relu((len(laterals) + 1) * fpn_dim, fpn_dim, 3), classifier)
 
     def pool(self, c5: Tensor) -> Tensor:
         """C5 [N, C, H, W] -> P5 [N, fpn_dim, H, W] (PPM)."""
-        h, w = c5.shape[2:]
-        half = (h + 1) // 2, (w + 1) // 2
-        branches = [c5]
-        for pooling, sampler, conv in zip(self.ppm_pooling, self.ppm_up, self.ppm_conv, strict=True):
-            cells = pooling(c5)
-            if sampler is not None:
-                cells = resize(cells, half, None)
-            branches.append(conv(resize(cells, (h, w), sampler, c5)))
-        return self.ppm_last_conv(torch.cat(branches, dim=1))
+        branches = [
+            conv(enlarge_cells(pooling(c5), c5.shape[2:], sampler, c5))
+            for pooling, sampler, conv in zip(self.ppm_pooling, self.ppm_up, self.ppm_conv, strict=True)
+        ]
+        return self.ppm_last_conv(torch.cat([c5, *branches], dim=1))
 
     def pyramid(self, levels: list[Tensor]) -> list[Tensor]:
         """C2 to C5 -> P2 to P5, [N, fpn_dim, ...] each at its level's size (FPN)."""

@@ -62,6 +62,7 @@ class Segmentation(L.LightningModule):
         class_names: one a class; label 255 is ignored, and a class "background" stays unpainted in pictures.
         optimizer: takes parameter groups (no weight decay on norms and biases).
         schedule: takes (optimizer, total_iters=steps of the training) and is stepped after every optimizer step.
+        auxiliary_weight: of the loss of further logits, which a network that has them returns in training as (logits, further, ...).
         inference_resize: brings images to the size at which they are predicted; as they are if None.
         mean, std: of the images' channels, in [0, 1].
     """
@@ -75,6 +76,7 @@ class Segmentation(L.LightningModule):
         class_names: Sequence[str],
         optimizer: Callable[[list[dict]], Optimizer],
         schedule: Callable[..., LRScheduler],
+        auxiliary_weight: float = 0.4,
         inference_resize: Callable[[Tensor], Tensor] | None = None,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
@@ -82,14 +84,14 @@ class Segmentation(L.LightningModule):
         super().__init__()
         self.model = model(num_classes=len(class_names))
         self.class_names = list(class_names)
-        self.optimizer, self.schedule = optimizer, schedule
+        self.optimizer, self.schedule, self.auxiliary_weight = optimizer, schedule, auxiliary_weight
         self.inference_resize = inference_resize
         self.mean, self.std = list(mean), list(std)
         self.unpainted = [IGNORED, *(label for label, name in enumerate(class_names) if name == "background")]
         self.confusion = MulticlassConfusionMatrix(len(class_names), ignore_index=IGNORED)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images [N, 3, H, W] in [0, 1] to logits at the network's own resolution."""
+        """Map images [N, 3, H, W] in [0, 1] to logits at the network's own resolution (in training also auxiliary ones, as a tuple)."""
         return self.model(normalize(images, self.mean, self.std))
 
     def predict(self, images: Tensor, size: torch.Size | None = None) -> Tensor:
@@ -99,10 +101,14 @@ class Segmentation(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch  # [N, 3, H, W], [N, H, W]
-        logits = self(images)
-        loss = F.cross_entropy(logits.float(), reduce_labels(labels, logits.shape[-2:]), ignore_index=IGNORED)
+        outputs = self(images)
+        logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = self._loss(logits, labels) + self.auxiliary_weight * sum(self._loss(others, labels) for others in auxiliary)
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), reduce_labels(labels, logits.shape[-2:]), ignore_index=IGNORED)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
