@@ -78,6 +78,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
+    warnings.filterwarnings("ignore", message="The `srun` command is available")
 
 
 @contextlib.contextmanager

@@ -105,7 +105,7 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
             except (ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
                 problems.append(f"{path}: broken ({type(problem).__name__}: {problem})")
         elif error.exists():
-            problems.append(f"{folder}: failed ({error.read_text(errors='replace').strip().rpartition(chr(10))[2]})")
+            problems.append(f"{folder}: failed ({error.read_text(errors='replace').partition(chr(10))[0]})")
         else:
             problems.append(f"{folder}: unfinished, continue it with carafepp-train resume={folder}")
     return runs, problems

@@ -6,14 +6,16 @@ from pathlib import Path
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from ..tasks.pictures import Pictures
-from ..tasks.runs import LastCheckpoint, RandomState, RunRecord
+from ..tasks.runs import LastCheckpoint, RandomState, RunRecord, write_atomically
 from .app import app, owned, quiet, trained
+from .jobs import failures_marked, is_job, repeated_job, shares_process, train_apart
 
 
 def missing_keys(node: object, key: str = "") -> list[str]:
@@ -28,15 +30,16 @@ def new_run(cfg: DictConfig, folder: Path) -> DictConfig:
     first = rank_zero_only.rank == 0
     if first and (folder / "config.yaml").exists():
         raise RuntimeError(f"{folder} already holds a run: continue it with resume={folder}, or choose another folder")
-    OmegaConf.set_struct(cfg, False)
-    del cfg.resume
-    if missing := missing_keys(OmegaConf.to_container(cfg)):
-        raise ValueError(f"this configuration needs {', '.join(f'{key}=...' for key in missing)}; scale=small needs no data set")
-    choices = {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra/")}
-    cfg.run = {"choices": choices, "overrides": list(HydraConfig.get().overrides.task)}
-    OmegaConf.resolve(cfg)
-    if first:
-        OmegaConf.save(cfg, folder / "config.yaml")
+    with failures_marked(folder):
+        OmegaConf.set_struct(cfg, False)
+        del cfg.resume
+        if missing := missing_keys(OmegaConf.to_container(cfg)):
+            raise ValueError(f"this configuration needs {', '.join(f'{key}=...' for key in missing)}; scale=small needs no data set")
+        choices = {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra/")}
+        cfg.run = {"choices": choices, "overrides": list(HydraConfig.get().overrides.task)}
+        OmegaConf.resolve(cfg)
+        if first:
+            write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg))
     return cfg
 
 
@@ -47,6 +50,22 @@ def resumed_run(folder: Path) -> DictConfig:
     if others := [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]:
         raise ValueError(f"resume= continues a run with its own configuration and takes no other override, got {' '.join(others)}")
     return OmegaConf.load(folder / "config.yaml")
+
+
+def new_logger(cfg: DictConfig, folder: Path) -> object:
+    """Build the logger beside metrics.csv, or False if there is none.
+
+    Raises:
+        ModuleNotFoundError: its package is not installed.
+    """
+    if not cfg.get("logger"):
+        return False
+    try:
+        return instantiate(cfg.logger, save_dir=folder)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ModuleNotFoundError):
+            raise ModuleNotFoundError(f"{cfg.logger._target_} needs a package: pip install 'carafepp[loggers]'") from error
+        raise
 
 
 def train(cfg: DictConfig, folder: Path) -> None:
@@ -67,24 +86,35 @@ def train(cfg: DictConfig, folder: Path) -> None:
         ModelCheckpoint(folder, filename="best", monitor=task.monitor, mode="max", enable_version_counter=False),
         Pictures(folder),
     ]
-    trainer = instantiate(cfg.trainer, callbacks=callbacks, default_root_dir=folder)
+    trainer = instantiate(
+        cfg.trainer, callbacks=callbacks, logger=new_logger(cfg, folder), log_every_n_steps=cfg.log_every_n_steps, default_root_dir=folder
+    )
     trainer.fit(task, data, ckpt_path=last if last.exists() else None, weights_only=True)
 
 
 @app("train")
 def main(cfg: DictConfig) -> None:
-    """Train in Hydra's output folder, which `resume=FOLDER` makes the folder of an earlier run."""
+    """Train in Hydra's output folder, which `resume=FOLDER` makes the folder of an earlier run; a sweep continues what its folder holds."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     if rank_zero_only.rank > 0:
         # the first process tells what happens; warnings and errors are everyone's
         logging.disable(logging.INFO)
     with owned(folder):
-        cfg = new_run(cfg, folder) if OmegaConf.is_missing(cfg, "resume") else resumed_run(folder)
+        if not OmegaConf.is_missing(cfg, "resume"):
+            cfg = resumed_run(folder)
+        elif is_job() and (folder / "config.yaml").exists():
+            cfg = repeated_job(folder)
+        else:
+            cfg = new_run(cfg, folder)
         if (folder / "result.json").exists():
             rank_zero_only(print)(f"{folder} is finished: see result.json")
             return
-        train(cfg, folder)
-        rank_zero_only(print)(f"run folder: {folder}")
+        if not shares_process():
+            with failures_marked(folder):
+                train(cfg, folder)
+            rank_zero_only(print)(f"run folder: {folder}")
+            return
+    train_apart(folder)
 
 
 if __name__ == "__main__":

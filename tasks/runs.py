@@ -149,6 +149,7 @@ class RunRecord(L.Callback):
             **self.config["run"],
             "seed": self.config["seed"],
             "metrics": {name: value for row in self.rows for name, value in row.items() if name.startswith("val/")},
+            "curve": [row for row in self.rows if any(name.startswith("val/") for name in row)],
             "steps": trainer.global_step,
             "seconds": round(self.seconds + time.monotonic() - self.started, 1),
             "parameters": sum(p.numel() for p in pl_module.model.parameters()),
