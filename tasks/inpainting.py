@@ -120,3 +120,20 @@ class Inpainting(L.LightningModule):
     def draw(self, image: Tensor, mask: Tensor) -> Tensor:
         """Fill the hole of an image [3, H, W] in [0, 1], 1 in the mask [1, H, W] -> [3, H, W]; known pixels keep their values."""
         return self(image[None].to(self.device), mask[None].to(self.device))[0].cpu()
+
+    def fill(self, image: Tensor, mask: Tensor, max_side: int) -> Tensor:
+        """Fill the hole of a photograph of any size, see `draw`; what fills it is computed with the longer side at most `max_side` pixels.
+
+        Raises:
+            ValueError: `max_side` is less than 1.
+        """
+        if max_side < 1:
+            raise ValueError(f"max_side must be at least 1, got {max_side}")
+        size = image.shape[1:]
+        if max(size) <= max_side:
+            return self.draw(image, mask)
+        small = [max(1, round(side * max_side / max(size))) for side in size]
+        # mean and maximum over the same cells, so that no colour of the hole gets into known pixels
+        filled = self.draw(F.adaptive_avg_pool2d(image, small), F.adaptive_max_pool2d(mask, small))
+        filled = F.interpolate(filled[None], size, mode="bicubic", align_corners=False)[0].clamp(0, 1)
+        return torch.where(mask > 0, filled, image)
