@@ -51,7 +51,7 @@ def results(found: dict[str, Tensor], image_id: int, category_ids: Sequence[int]
 def ground_truth(data: Sized) -> dict:
     """The content of a COCO annotation file for a data set whose items are (image, torchvision's target).
 
-    A data set that has one itself says so by a method `ground_truth`. Of any other all items are read; label 1, 2, ... is category 1, 2, ...
+    A data set with such a file has a method `ground_truth`. Of any other all items are read; label 1, 2, ... is category 1, 2, ...
     """
     if hasattr(data, "ground_truth"):
         return data.ground_truth()

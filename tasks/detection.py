@@ -83,7 +83,7 @@ class Detection(L.LightningModule):
 
     @contextlib.contextmanager
     def full_load(self) -> Iterator[None]:
-        """Let as many proposals and detections through as there is room for, whatever the image and the weights: what FLOPs are stated for."""
+        """Let as many proposals and detections through as there is room for, whatever image and weights: what FLOPs are counted of."""
         rpn, heads = self.model.rpn, self.model.roi_heads
         before = rpn.nms_thresh, rpn.score_thresh, heads.nms_thresh, heads.score_thresh
         rpn.nms_thresh, rpn.score_thresh, heads.nms_thresh, heads.score_thresh = 1.0, 0.0, 1.0, -1.0
@@ -95,7 +95,7 @@ class Detection(L.LightningModule):
     def on_before_batch_transfer(self, batch: tuple[list[Tensor], list[Target]], dataloader_idx: int) -> tuple[list[Tensor], list[Target]]:
         """Leave out masks that the network does not look at."""
         images, targets = batch
-        unused = set() if self.has_masks else {"masks"}
+        unused = set() if self.has_masks and self.training else {"masks"}
         return images, [{name: value for name, value in target.items() if name not in unused} for target in targets]
 
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
