@@ -19,8 +19,8 @@ class Loaded(NamedTuple):
     unused: list[str]
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict, or the network of a checkpoint of `carafepp-train`; of a network with a `backbone`, the backbone.
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict, or that of a checkpoint, under the names that the file has.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -37,10 +37,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"weights={path} holds no state dict of tensors")
+    return dict(state)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict, or the network of a checkpoint of `carafepp-train`; of a network with a `backbone`, the backbone.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_state`.
+    """
+    state = read_state(path)
     for prefix in ("model.", "backbone."):
         if any(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    return dict(state)
+    return state
 
 
 def load_weights(network: nn.Module, weights: str | Path | Mapping[str, Tensor]) -> Loaded:

@@ -1,0 +1,219 @@
+"""The detectors with CARAFE that mmdetection publishes: `faster_rcnn_r50_fpn_carafe_1x_coco` and `mask_rcnn_r50_fpn_carafe_1x_coco`.
+
+They are `carafepp.models.detection`'s, except for
+
+- the pyramid: a fifth level, learned from C5, takes part in the top-down path, so that there are four CARAFE modules;
+- images: sizes rounded to the nearest pixel, pixels to 8 bits, padding to multiples of 64;
+- anchors that are not rounded, box deltas clipped from below too;
+- RoIAlign at pixel centres, with as many samples as a cell has pixels;
+- masks interpolated between cell centres, not after rounding the box;
+- classes, in the files, with the background last, and without outputs for its boxes and masks.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import Conv2dNormActivation, MultiScaleRoIAlign, box_area, roi_align
+
+from .carafe import CARAFE
+from .detection import FasterRCNN, MaskRCNN
+from .fpn import FPN
+from .resnet import resnet50
+from .weights import Loaded, load_weights, read_state
+
+# channels in RGB order, of pixels in 0..255
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+NAMES = {
+    r"backbone\.": "backbone.body.",
+    r"neck\.lateral_convs\.(\d)\.conv\.": r"backbone.fpn.inner_blocks.\1.0.",
+    r"neck\.fpn_convs\.(\d)\.conv\.": r"backbone.fpn.layer_blocks.\1.0.",
+    r"neck\.upsample_modules\.(\d)\.": r"backbone.fpn.upsample.\1.",
+    r"rpn_head\.rpn_conv\.": "rpn.head.conv.0.0.",
+    r"rpn_head\.rpn_cls\.": "rpn.head.cls_logits.",
+    r"rpn_head\.rpn_reg\.": "rpn.head.bbox_pred.",
+    r"roi_head\.bbox_head\.shared_fcs\.0\.": "roi_heads.box_head.fc6.",
+    r"roi_head\.bbox_head\.shared_fcs\.1\.": "roi_heads.box_head.fc7.",
+    r"roi_head\.bbox_head\.fc_cls\.": "roi_heads.box_predictor.cls_score.",
+    r"roi_head\.bbox_head\.fc_reg\.": "roi_heads.box_predictor.bbox_pred.",
+    r"roi_head\.mask_head\.convs\.(\d)\.conv\.": r"roi_heads.mask_head.\1.0.",
+    r"roi_head\.mask_head\.upsample\.": "roi_heads.mask_predictor.conv5_mask.",
+    r"roi_head\.mask_head\.conv_logits\.": "roi_heads.mask_predictor.mask_fcn_logits.",
+}
+
+
+class FPNCarafe(FPN):
+    """mmdetection's FPN_CARAFE: the level of stride 64 is a 3x3 convolution of stride 2 over C5, and is upsampled into the others."""
+
+    def __init__(self, in_channels_list: Sequence[int], out_channels: int):
+        super().__init__([*in_channels_list, in_channels_list[-1]], out_channels, upsample=partial(CARAFE, up=2))
+        self.inner_blocks[-1] = Conv2dNormActivation(
+            in_channels_list[-1], out_channels, kernel_size=3, stride=2, norm_layer=None, activation_layer=None
+        )
+
+    def forward(self, levels: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Name -> [N, in_channels_list[i], H_i, W_i], finest first -> the same and "pool", of `out_channels`."""
+        return super().forward({**levels, "pool": list(levels.values())[-1]})
+
+
+class Transform(GeneralizedRCNNTransform):
+    """Images [3, H, W] in [0, 1], resized, normalised, padded at the bottom and right; boxes and masks back to their sizes."""
+
+    def __init__(self, min_size: int = 800, max_size: int = 1333):
+        super().__init__(min_size, max_size, image_mean=MEAN, image_std=STD, size_divisible=64)
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """In 8 bits: resized images are of 8 bits again, and then normalised."""
+        return (image * 255).round()
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """To the largest size that fits both limits, at the same aspect ratio but for rounding."""
+        height, width = image.shape[1:]
+        scale = min(self.min_size[-1] / min(height, width), self.max_size / max(height, width))
+        self.fixed_size = int(width * scale + 0.5), int(height * scale + 0.5)
+        image, target = super().resize(image, target)
+        return super().normalize(image.round()), target
+
+    def postprocess(
+        self, result: list[dict[str, Tensor]], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        if self.training:
+            return result
+        masks = [found.pop("masks", None) for found in result]
+        result = super().postprocess(result, image_shapes, original_image_sizes)
+        for found, cells, size in zip(result, masks, original_image_sizes, strict=True):
+            if cells is not None:
+                found["masks"] = paste_masks(cells, found["boxes"], size)
+        return result
+
+
+class Anchors(AnchorGenerator):
+    """Anchors whose corners are not rounded."""
+
+    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu") -> Tensor:
+        """Corners [ratios * scales, 4] of the anchors around 0; ratios are heights over widths."""
+        ratios, sides = (torch.as_tensor(values, dtype=dtype, device=device) for values in (aspect_ratios, scales))
+        heights = (ratios.sqrt()[:, None] * sides).flatten()
+        widths = (sides / ratios.sqrt()[:, None]).flatten()
+        return torch.stack([-widths, -heights, widths, heights], dim=1) / 2
+
+
+class ClippedBoxCoder(BoxCoder):
+    """Boxes from deltas whose widths and heights shrink by 1000 / 16 at most, as they grow by it at most."""
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        """Deltas [n, 4 * classes] to boxes [n, 4] -> boxes [n, 4 * classes]."""
+        least = [-math.inf, -math.inf, *(-self.bbox_xform_clip * weight for weight in self.weights[2:])]
+        deltas = rel_codes.unflatten(1, (-1, 4)).maximum(rel_codes.new_tensor(least))
+        return super().decode_single(deltas.flatten(1), boxes)
+
+
+class RoIAlign(MultiScaleRoIAlign):
+    """RoIAlign between pixel centres; a box of side s comes from the level of stride 4 * 2**i, i = floor(log2(s / 56)) in 0..3."""
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """Levels [N, C, H_i, W_i] and, per image, boxes [n, 4] in pixels -> [sum of n, C, *output_size]."""
+        levels = [x[name] for name in self.featmap_names]
+        corners = torch.cat(boxes)
+        images = torch.cat([torch.full_like(each[:, :1], i) for i, each in enumerate(boxes)])
+        chosen = (box_area(corners).sqrt() / 56 + 1e-6).log2().floor().clamp(0, len(levels) - 1)
+        pooled = levels[0].new_zeros(len(corners), levels[0].shape[1], *self.output_size)
+        for i, level in enumerate(levels):
+            here = torch.where(chosen == i)[0]
+            rois = torch.cat([images[here], corners[here]], dim=1).to(level.dtype)
+            pooled[here] = roi_align(level, rois, self.output_size, 1 / (4 * 2**i), self.sampling_ratio, aligned=True)
+        return pooled
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cells [n, 1, h, w] of boxes [n, 4] -> [n, 1, *size], bilinear between the centres of cells, 0 outside."""
+
+    def weights(low: Tensor, high: Tensor, length: int, cells: int) -> Tensor:
+        """What every pixel of a line takes from every cell, [n, length, cells]."""
+        centres = torch.arange(length, device=masks.device) + 0.5
+        positions = (centres - low[:, None]) / (high - low)[:, None] * cells - 0.5
+        return (1 - (positions[..., None] - torch.arange(cells, device=masks.device)).abs()).clamp(min=0)
+
+    left, top, right, bottom = boxes.unbind(1)
+    rows, columns = weights(top, bottom, size[0], masks.shape[2]), weights(left, right, size[1], masks.shape[3])
+    return (rows @ masks[:, 0].float() @ columns.mT)[:, None]
+
+
+def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name a state dict of mmdetection as the models here do, background first; what they do not have keeps its name."""
+
+    def convert_name(name: str) -> str:
+        for pattern, replacement in NAMES.items():
+            if re.match(pattern, name):
+                return re.sub(pattern, replacement, name, count=1)
+        return name
+
+    converted = {convert_name(name): value for name, value in state.items()}
+    for end in ("weight", "bias"):
+        if (name := f"roi_heads.box_predictor.cls_score.{end}") in converted:
+            converted[name] = converted[name].roll(1, 0)
+        # no boxes and no masks are predicted of the background
+        for head, rows in (("box_predictor.bbox_pred", 4), ("mask_predictor.mask_fcn_logits", 1)):
+            if (name := f"roi_heads.{head}.{end}") in converted:
+                value = converted[name]
+                converted[name] = torch.cat([value.new_zeros(rows, *value.shape[1:]), value])
+    return converted
+
+
+def load(model: FasterRCNN, path: str | Path) -> Loaded:
+    """Copy a checkpoint of mmdetection into one of the models here.
+
+    Batch counts of the norms, which are frozen, are not used; the log and the result say so, and what else is not.
+
+    Raises:
+        FileNotFoundError, ValueError: the file cannot be read, or is of another network; or a tensor of the network is not in it.
+    """
+    report = load_weights(model, convert(read_state(path)))
+    if report.initialised:
+        some = ", ".join(report.initialised[:3])
+        raise ValueError(f"weights={path} is of another network: it lacks {len(report.initialised)} tensors, {some}, ...")
+    return report
+
+
+def _as_mmdet(model: FasterRCNN, weights: str | Path | None) -> FasterRCNN:
+    """Replace the parts in which mmdetection differs, and load the weights."""
+    levels = ["0", "1", "2", "3"]
+    model.transform = Transform()
+    model.backbone.fpn = FPNCarafe(model.backbone.body.out_channels, model.backbone.out_channels)
+    model.rpn.anchor_generator = Anchors(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
+    model.rpn.box_coder = ClippedBoxCoder((1.0, 1.0, 1.0, 1.0))
+    model.roi_heads.box_coder = ClippedBoxCoder((10.0, 10.0, 5.0, 5.0))
+    model.roi_heads.box_roi_pool = RoIAlign(levels, output_size=7, sampling_ratio=0)
+    if model.roi_heads.has_mask():
+        model.roi_heads.mask_roi_pool = RoIAlign(levels, output_size=14, sampling_ratio=0)
+    if weights is not None:
+        load(model, weights)
+    return model
+
+
+def faster_rcnn_carafe(num_classes: int = 81, *, weights: str | Path | None = None) -> FasterRCNN:
+    """Faster R-CNN ResNet-50 with CARAFE in the pyramid; `weights` is a file `faster_rcnn_r50_fpn_carafe_1x_coco_*.pth` (38.6 AP).
+
+    Labels 1 to 80 are COCO's categories in the order of their numbers. Images and results are those of `FasterRCNN`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load`.
+    """
+    return _as_mmdet(FasterRCNN(num_classes, backbone=resnet50(), trainable_layers=3, frozen_norm=True), weights)
+
+
+def mask_rcnn_carafe(num_classes: int = 81, *, weights: str | Path | None = None) -> MaskRCNN:
+    """Mask R-CNN with CARAFE in pyramid and mask head; `weights` is a file `mask_rcnn_r50_fpn_carafe_1x_coco_*.pth` (39.3 / 35.8 AP).
+
+    Otherwise as `faster_rcnn_carafe`.
+    """
+    model = MaskRCNN(num_classes, backbone=resnet50(), trainable_layers=3, frozen_norm=True, mask_head=partial(CARAFE, up=2))
+    return _as_mmdet(model, weights)
