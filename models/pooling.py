@@ -117,11 +117,14 @@ class LIP(nn.Module):
 
     Args:
         channels: C.
-        bottleneck: None for simplified logits; the authors' ResNet takes them in the stem and bottlenecks of 128 elsewhere.
+        bottleneck: None for simplified logits, which fewer channels than `bottleneck` have too: 128 is the authors' ResNet, with simplified
+            logits in the stem's 64 channels and bottlenecks elsewhere.
     """
 
     def __init__(self, channels: int, bottleneck: int | None = None):
         super().__init__()
+        if bottleneck and bottleneck > channels:
+            bottleneck = None
         width = bottleneck or channels
         project = nn.Conv2d(width, channels, 1 if bottleneck else 3, padding=0 if bottleneck else 1, bias=False)
         nn.init.zeros_(project.weight)
