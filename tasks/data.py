@@ -1,6 +1,6 @@
 """Batches keyed by (epoch, index): the same whatever the number of workers or devices, and resumable at any batch."""
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 
 import lightning as L
 import torch
@@ -20,39 +20,67 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         seed: fixes the order.
         accumulate: batches per optimizer step.
         rank, world_size: this process among those that share a global batch.
+        groups: a kind of every sample, upright or not for instance, or None. Samples then come in pairs of a kind, and a global batch is
+            ordered by kind, so that its parts are of one kind wherever they can: less is padded.
 
     Raises:
         ValueError: the global batch does not divide by devices x accumulation, or is larger than the data set.
     """
 
     def __init__(
-        self, length: int, batch_size: int, *, epochs: int, seed: int, accumulate: int = 1, rank: int = 0, world_size: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        epochs: int,
+        seed: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        groups: Sequence[int] | None = None,
     ) -> None:
         if batch_size % (world_size * accumulate):
             raise ValueError(
                 f"batch_size is the global batch and must be a multiple of devices x accumulation, "
                 f"got {batch_size} for {world_size} x {accumulate}"
             )
-        if batch_size > length:
-            raise ValueError(f"batch_size must not exceed the training samples, got {batch_size} for {length} samples")
-        self.length, self.batch_size, self.epochs, self.seed = length, batch_size, epochs, seed
+        self.length, self.batch_size, self.epochs, self.seed, self.groups = length, batch_size, epochs, seed, groups
+        self.used = len(self._order(0))
+        if batch_size > self.used:
+            raise ValueError(f"batch_size must not exceed the training samples, got {batch_size} for {self.used} samples")
         self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
         self.start = 0
 
     def __len__(self) -> int:
         """Batches of the whole training, those before `start` included."""
-        return self.epochs * (self.length // self.batch_size) * self.accumulate
+        return self.epochs * (self.used // self.batch_size) * self.accumulate
+
+    def _order(self, epoch: int) -> list[int]:
+        """The samples of an epoch in their order, an odd one of a group left out."""
+        generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
+        order = torch.randperm(self.length, generator=generator).tolist()
+        if self.groups is None:
+            return order
+        waiting, pairs = {}, []
+        for index in order:
+            # a pair is where its second sample was
+            first = waiting.pop(self.groups[index], None)
+            if first is None:
+                waiting[self.groups[index]] = index
+            else:
+                pairs += [first, index]
+        batches = (pairs[i : i + self.batch_size] for i in range(0, len(pairs), self.batch_size))
+        return [index for batch in batches for index in sorted(batch, key=self.groups.__getitem__)]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        per_epoch = self.length // self.batch_size
+        per_epoch = self.used // self.batch_size
         size = self.batch_size // (self.world_size * self.accumulate)
         order, shuffled = [], None
         for batch in range(self.start, len(self)):
             step, part = divmod(batch, self.accumulate)
             epoch, step = divmod(step, per_epoch)
             if shuffled != epoch:
-                generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
-                order, shuffled = torch.randperm(self.length, generator=generator).tolist(), epoch
+                order, shuffled = self._order(epoch), epoch
             first = step * self.batch_size + (part * self.world_size + self.rank) * size
             yield [(epoch, index) for index in order[first : first + size]]
 
@@ -74,7 +102,8 @@ class Data(L.LightningDataModule):
     """Training and validation sets of one task.
 
     Args:
-        train: map-style data set that takes keys (epoch, index).
+        train: map-style data set that takes keys (epoch, index), with `TrainBatches`' groups as attribute `groups` if it has any; None to
+            validate only.
         val: map-style data set that takes an index.
         batch_size: global training batch.
         epochs: passes over `train`; together one Lightning epoch, so validation intervals are fractions of the training or steps.
@@ -87,7 +116,7 @@ class Data(L.LightningDataModule):
 
     def __init__(
         self,
-        train: Dataset,
+        train: Dataset | None,
         val: Dataset,
         *,
         batch_size: int,
@@ -127,6 +156,7 @@ class Data(L.LightningDataModule):
             accumulate=self.trainer.accumulate_grad_batches,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
+            groups=getattr(self.train, "groups", None),
         )
         batches.start = self.start
         return self._loader(self.train, batch_sampler=batches)

@@ -92,14 +92,11 @@ class Detection(L.LightningModule):
         finally:
             rpn.nms_thresh, rpn.score_thresh, heads.nms_thresh, heads.score_thresh = before
 
-    def on_before_batch_transfer(self, batch: tuple[list[Tensor], list[Target]], dataloader_idx: int) -> tuple[list[Tensor], list[Target]]:
-        """Leave out masks that the network does not look at."""
-        images, targets = batch
-        unused = set() if self.has_masks and self.training else {"masks"}
-        return images, [{name: value for name, value in target.items() if name not in unused} for target in targets]
-
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
-        losses = self(*batch)
+        images, targets = batch
+        # masks would be resized for nothing
+        unused = set() if self.has_masks else {"masks"}
+        losses = self(images, [{name: value for name, value in target.items() if name not in unused} for target in targets])
         loss = sum(losses.values())
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in losses.items()})

@@ -48,3 +48,30 @@ def linear_scaling(
         return (start + (scale - start) * done) * gamma ** bisect_right(steps, step)
 
     return LambdaLR(optimizer, factor)
+
+
+def stepped(
+    optimizer: Optimizer,
+    total_iters: int,
+    *,
+    epochs: float = 12,
+    milestones: Sequence[float] = (8, 11),
+    gamma: float = 0.1,
+    warmup_iters: int = 500,
+    warmup_factor: float = 1 / 3,
+) -> LambdaLR:
+    """Steps after a linear warm-up, Detectron's and MMDetection's 1x schedule; to be stepped after every optimizer step.
+
+    Args:
+        total_iters: steps of the training.
+        epochs: length of the training that `milestones` are stated for; they stretch with the real one: 24 epochs make the 2x schedule.
+        gamma: what the rate is multiplied by at each milestone.
+        warmup_iters: steps that lead the rate from `warmup_factor` of its value to its value; they do not stretch.
+    """
+    steps = [milestone * total_iters / epochs for milestone in milestones]
+
+    def factor(step: int) -> float:
+        done = min(step / warmup_iters, 1) if warmup_iters else 1
+        return (warmup_factor + (1 - warmup_factor) * done) * gamma ** bisect_right(steps, step)
+
+    return LambdaLR(optimizer, factor)
