@@ -127,10 +127,14 @@ def trained(config: object) -> object:
     return {key: None if network and key == "weights" else trained(value) for key, value in config.items()}
 
 
-def load_task(path: str | Path):
-    """Build the task of a checkpoint, with its weights, in evaluation mode, and return it with the run's configuration."""
+def load_task(path: str | Path, options: DictConfig | None = None):
+    """Build the task of a checkpoint, with its weights, in evaluation mode, and return it with the run's configuration.
+
+    `options` replace the task's own.
+    """
     checkpoint = load_checkpoint(path)
     config = OmegaConf.create(trained(checkpoint["config"]))
+    config.task = OmegaConf.merge(config.task, options or {})
     task = hydra.utils.instantiate(config.task)
     task.load_state_dict(checkpoint["state_dict"])
     return task.eval(), config

@@ -7,20 +7,31 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from ..tasks.runs import write_atomically
+from ..tasks.runs import write_atomically, write_csv
 from .app import app, load_task, quiet
+
+
+def cell(value: object) -> str:
+    """A value of a printed table."""
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 @app("eval")
 def main(cfg: DictConfig) -> None:
-    """Validate a checkpoint and write its scores to eval.json."""
+    """Validate a checkpoint and write its scores to eval.json, those of single classes to per_class.csv where the task has them."""
     quiet()
-    task, run = load_task(cfg.checkpoint)
+    task, run = load_task(cfg.checkpoint, cfg.task)
     data = instantiate(cfg.data if cfg.get("data") else run.data)
     trainer = instantiate(cfg.trainer, enable_checkpointing=False)
     scores = trainer.validate(task, data, verbose=False)[0]
+    if not trainer.is_global_zero:
+        return
     folder = Path(HydraConfig.get().runtime.output_dir)
     write_atomically(folder / "eval.json", json.dumps({"checkpoint": str(cfg.checkpoint), "metrics": scores}, indent=2) + "\n")
+    if rows := getattr(task, "per_class", None):
+        write_csv(folder / "per_class.csv", rows)
+        for row in rows:
+            print("".join(f"{cell(value):24s}" for value in row.values()).rstrip())
     for name, value in scores.items():
         print(f"{name:24s} {value:.4f}")
     print(f"written to {folder / 'eval.json'}")

@@ -73,7 +73,7 @@ def fill(task: Inpainting, path: Path, mask_path: Path, max_side: int) -> Tensor
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     """Draw the prediction over every image, or fill its hole; report and skip those that cannot be read."""
-    task, _ = load_task(cfg.checkpoint)
+    task, _ = load_task(cfg.checkpoint, cfg.task)
     task.to(cfg.device)
     folder = Path(HydraConfig.get().runtime.output_dir)
     paths = find_images(Path(cfg.images))

@@ -1,16 +1,17 @@
 """Pictures of what a network predicts."""
 
 import colorsys
+import math
 from collections.abc import Collection
 from pathlib import Path
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
-from torchvision.utils import draw_segmentation_masks, make_grid, save_image
+from torchvision.utils import make_grid, save_image
 
 
 def palette(size: int) -> list[tuple[int, int, int]]:
@@ -22,13 +23,30 @@ def palette(size: int) -> list[tuple[int, int, int]]:
 
 def overlay(image: Tensor, labels: Tensor, *, unpainted: Collection[int], alpha: float = 0.6) -> Tensor:
     """Colour the labels [H, W] over an image [3, H, W] in [0, 1]; `unpainted` labels leave it as it is."""
-    shown = [label for label in labels.unique().tolist() if label not in unpainted]
-    if not shown:
-        return image
-    colors = palette(max(shown) + 1)
-    masks = torch.stack([labels == label for label in shown])
-    pixels = (image.cpu().clamp(0, 1) * 255).to(torch.uint8)
-    return draw_segmentation_masks(pixels, masks, alpha=alpha, colors=[colors[label] for label in shown]).float() / 255
+    colors = torch.tensor(palette(int(labels.max()) + 1)).float() / 255
+    opacity = torch.full([len(colors)], alpha)
+    opacity[[label for label in unpainted if label < len(colors)]] = 0
+    image = image.cpu().clamp(0, 1)
+    return image + opacity[labels] * (colors[labels].permute(2, 0, 1) - image)
+
+
+def legend(names: dict[int, str], width: int) -> Tensor:
+    """The colour that `overlay` gives each label and its name, in lines of `width` pixels -> [3, 12 * lines, width] in [0, 1]."""
+    font, lines, x = ImageFont.load_default(), [[]], 0
+    for label, name in names.items():
+        step = 14 + math.ceil(font.getlength(name))
+        if x and x + step > width:
+            lines.append([])
+            x = 0
+        lines[-1].append((x, label, name))
+        x += step
+    picture = Image.new("RGB", (width, 12 * len(lines)), "white")
+    draw = ImageDraw.Draw(picture)
+    for row, entries in enumerate(lines):
+        for x, label, name in entries:
+            draw.rectangle((x + 1, 12 * row + 2, x + 8, 12 * row + 9), palette(label + 1)[label])
+            draw.text((x + 11, 12 * row), name, "black", font)
+    return pil_to_tensor(picture).float() / 255
 
 
 def caption(image: Tensor, text: str) -> Tensor:

@@ -1,10 +1,12 @@
-"""What a run leaves behind and continues from: metrics.csv, result.json, last.ckpt.
+"""What a run leaves behind and continues from: metrics.csv, result.json, last.ckpt, and per_class.csv where a task scores its classes.
 
 A checkpoint is written between two optimizer steps and holds, besides weights and optimizer, the position in the data, the state of the
 random generators and the rows of metrics.csv, so that a killed run continues as if nothing had happened.
 """
 
+import csv
 import hashlib
+import io
 import json
 import os
 import platform
@@ -25,6 +27,15 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows with the columns that any of them has, empty where one has None or nothing; at once, as `write_atomically`."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomically(path, text.getvalue())
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -132,14 +143,14 @@ class RunRecord(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
             self._add(trainer, "val/", {})
+            if trainer.is_global_zero and (rows := getattr(pl_module, "per_class", None)):
+                write_csv(self.folder / "per_class.csv", rows)
 
     def _add(self, trainer: L.Trainer, prefix: str, more: dict) -> None:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
         self.rows.append({"step": trainer.global_step, **metrics, **more})
         if trainer.is_global_zero:
-            columns = dict.fromkeys(name for row in self.rows for name in row)
-            text = [",".join(columns), *(",".join(str(row.get(name, "")) for name in columns) for row in self.rows)]
-            write_atomically(self.folder / "metrics.csv", "\n".join(text) + "\n")
+            write_csv(self.folder / "metrics.csv", self.rows)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:

@@ -1,5 +1,6 @@
 """Semantic segmentation (paper, sections 4.2 and 5.1; Tables VIII and IX)."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import lightning as L
@@ -11,8 +12,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms.v2.functional import normalize
 
+from .inference import check_inference, predict_labels
 from .optimization import parameter_groups
-from .pictures import overlay
+from .pictures import legend, overlay
 
 IGNORED = 255
 
@@ -64,7 +66,13 @@ class Segmentation(L.LightningModule):
         schedule: takes (optimizer, total_iters=steps of the training) and is stepped after every optimizer step.
         auxiliary_weight: of the loss of further logits, which a network that has them returns in training as (logits, further, ...).
         inference_resize: brings images to the size at which they are predicted; as they are if None.
+        scales, flip, window: see `carafepp.tasks.inference.predict_labels`.
         mean, std: of the images' channels, in [0, 1].
+
+    Raises:
+        ValueError: a scale is not above 0, or the window too small.
+
+    `per_class` holds the table of the last validation: class, IoU (None where it is in neither truth nor prediction), pixels of the truth.
     """
 
     monitor = "val/mIoU"
@@ -78,6 +86,9 @@ class Segmentation(L.LightningModule):
         schedule: Callable[..., LRScheduler],
         auxiliary_weight: float = 0.4,
         inference_resize: Callable[[Tensor], Tensor] | None = None,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        window: int | None = None,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
@@ -85,7 +96,9 @@ class Segmentation(L.LightningModule):
         self.model = model(num_classes=len(class_names))
         self.class_names = list(class_names)
         self.optimizer, self.schedule, self.auxiliary_weight = optimizer, schedule, auxiliary_weight
-        self.inference_resize = inference_resize
+        check_inference(scales, window)
+        self.inference = {"base": inference_resize, "scales": list(scales), "flip": flip, "window": window}
+        self.per_class: list[dict] = []
         self.mean, self.std = list(mean), list(std)
         self.unpainted = [IGNORED, *(label for label, name in enumerate(class_names) if name == "background")]
         self.confusion = MulticlassConfusionMatrix(len(class_names), ignore_index=IGNORED)
@@ -96,8 +109,7 @@ class Segmentation(L.LightningModule):
 
     def predict(self, images: Tensor, size: torch.Size | None = None) -> Tensor:
         """Map images [N, 3, H, W] in [0, 1] to labels [N, *size], of the images' size if None."""
-        logits = self(self.inference_resize(images) if self.inference_resize else images)
-        return F.interpolate(logits.float(), size or images.shape[-2:], mode="bilinear", align_corners=False).argmax(1)
+        return predict_labels(self, images, size or images.shape[-2:], **self.inference)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch  # [N, 3, H, W], [N, H, W]
@@ -115,8 +127,11 @@ class Segmentation(L.LightningModule):
         self.confusion.update(self.predict(images, labels.shape[-2:]), labels)
 
     def on_validation_epoch_end(self) -> None:
-        scores = segmentation_scores(self.confusion.compute())
+        confusion = self.confusion.compute()
+        scores = segmentation_scores(confusion)
         self.confusion.reset()
+        columns = zip(self.class_names, scores["IoU"].tolist(), confusion.sum(1).tolist(), strict=True)
+        self.per_class = [{"class": name, "IoU": None if math.isnan(iou) else iou, "pixels": pixels} for name, iou, pixels in columns]
         self.log("val/mIoU", scores["mIoU"].float(), prog_bar=True)
         self.log("val/pixel_accuracy", scores["pixel_accuracy"].float())
 
@@ -126,13 +141,15 @@ class Segmentation(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def pictures(self, sample: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Pictures [3, H, W] in [0, 1] of one validation sample: "image", "truth" and "prediction" over it."""
+        """Pictures [3, H, W] in [0, 1] of one validation sample: "image", "truth" and "prediction" over it, these with a legend below."""
         image, labels = sample
-        return {"image": image, "truth": self._overlay(image, labels), "prediction": self.draw(image)}
+        return {"image": image, "truth": self._paint(image, labels), "prediction": self.draw(image)}
 
     def draw(self, image: Tensor) -> Tensor:
-        """Prediction over an image [3, H, W] in [0, 1] -> [3, H, W]."""
-        return self._overlay(image, self.predict(image[None].to(self.device))[0].cpu())
+        """Prediction over an image [3, H, W] in [0, 1], a legend below -> [3, H + its lines, W]."""
+        return self._paint(image, self.predict(image[None].to(self.device))[0].cpu())
 
-    def _overlay(self, image: Tensor, labels: Tensor) -> Tensor:
-        return overlay(image, labels, unpainted=self.unpainted)
+    def _paint(self, image: Tensor, labels: Tensor) -> Tensor:
+        shown = [label for label in labels.unique().tolist() if label not in self.unpainted]
+        painted = overlay(image, labels, unpainted=self.unpainted)
+        return torch.cat([painted, legend({label: self.class_names[label] for label in shown}, image.shape[2])], dim=1)

@@ -1,0 +1,103 @@
+"""Labels for pictures of any size: at several scales and mirrored if wanted, and window by window where a picture is large."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2.functional import resize
+
+# Windows begin where the maps of any network have a cell: all strides divide it.
+ALIGNMENT = 32
+
+SMALLEST_WINDOW = 4 * ALIGNMENT
+
+# Scores of so many elements at the size of the labels are held at a time.
+BAND = 2**24
+
+
+def check_inference(scales: Sequence[float], window: int | None) -> None:
+    """Raise ValueError for scales or a window that `predict_labels` cannot work with."""
+    if not scales or min(scales) <= 0:
+        raise ValueError(f"scales must be one or more numbers above 0, got {list(scales)}")
+    if window is not None and window < SMALLEST_WINDOW:
+        raise ValueError(f"window must be null or at least {SMALLEST_WINDOW} pixels, got {window}")
+
+
+def _interpolate(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Values of `x` [N, C, h, w] where the rows and columns, -1..1 from edge to edge, cross, bilinearly: [N, C, rows, columns]."""
+    grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).to(x.device, x.dtype)
+    return F.grid_sample(x, grid.expand(len(x), -1, -1, -1), padding_mode="border", align_corners=False)
+
+
+class _Axis:
+    """One axis of a picture, `size` pixels long where labels are wanted, cut into tiles that the network can see in one window.
+
+    A tile's window reaches an eighth of its size beyond the tile, so that every pixel is seen with what lies around it.
+    """
+
+    def __init__(self, size: int, sides: Sequence[int], window: int | None) -> None:
+        self.size, self.margin, step = size, 0, size
+        if window is not None and max(sides) > window:
+            self.margin = window // 8
+            step = max(1, int((window - 2 * self.margin - 2 * ALIGNMENT) * size / max(sides)))
+        self.tiles = [(start, min(start + step, size)) for start in range(0, size, step)]
+
+    def window(self, tile: tuple[int, int], side: int) -> slice:
+        """Where a view of `side` pixels shows the tile and its surroundings."""
+        start, end = (edge * side / self.size for edge in tile)
+        low = math.floor(start - self.margin) // ALIGNMENT * ALIGNMENT
+        high = math.ceil((end + self.margin) / ALIGNMENT) * ALIGNMENT
+        return slice(max(low, 0), min(high, side))
+
+    def middles(self, tile: tuple[int, int], side: int, window: slice) -> Tensor:
+        """The middles of the tile's pixels between the window's edges, -1 and 1."""
+        pixels = (torch.arange(*tile, dtype=torch.float64) + 0.5) * side / self.size
+        return 2 * (pixels - window.start) / (window.stop - window.start) - 1
+
+
+def predict_labels(
+    network: Callable[[Tensor], Tensor],
+    images: Tensor,
+    size: tuple[int, int],
+    *,
+    base: Callable[[Tensor], Tensor] | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    window: int | None = None,
+) -> Tensor:
+    """Map images [N, 3, H, W] to labels [N, *size].
+
+    Logits are interpolated bilinearly to `size`; those of several scales and of mirrored images become probabilities, which are averaged.
+    Beside images and labels, memory is bounded: the network sees no more than a window, and `BAND` scores are interpolated at a time.
+
+    Args:
+        network: images [N, 3, h, w] to logits [N, classes, ceil(h / s), ceil(w / s)], s a divisor of 32.
+        base: brings images to the size of scale 1; as they are if None.
+        scales: of that size.
+        flip: see every scale mirrored, too.
+        window: largest height and width that the network sees; larger images are seen in overlapping windows, smaller ones whole.
+    """
+    whole = base(images) if base else images
+    views = [whole if scale == 1 else resize(images, [max(1, round(scale * side)) for side in whole.shape[-2:]]) for scale in scales]
+    rows, columns = (_Axis(size[axis], [view.shape[axis + 2] for view in views], window) for axis in (0, 1))
+    labels = torch.empty(len(images), *size, dtype=torch.long, device=images.device)
+    for tile in rows.tiles:
+        for column in columns.tiles:
+            seen = []
+            for view in views:
+                height, width = view.shape[-2:]
+                ys, xs = rows.window(tile, height), columns.window(column, width)
+                part = view[..., ys, xs]
+                middles = rows.middles(tile, height, ys), columns.middles(column, width, xs)
+                seen.append((network(part).float(), *middles))
+                if flip:
+                    seen.append((network(part.flip(-1)).flip(-1).float(), *middles))
+            band = max(1, BAND // (seen[0][0][:, :, 0, 0].numel() * (column[1] - column[0])))
+            for first in range(0, tile[1] - tile[0], band):
+                scores = [_interpolate(logits, ys[first : first + band], xs) for logits, ys, xs in seen]
+                total = scores[0] if len(scores) == 1 else sum(score.softmax(1) for score in scores)
+                top = tile[0] + first
+                labels[:, top : top + total.shape[2], slice(*column)] = total.argmax(1)
+    return labels
