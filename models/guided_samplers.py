@@ -46,7 +46,8 @@ def _to_even(x: Tensor) -> Tensor:
 
 def _depth(x: Tensor) -> Tensor:
     """[N, M, h, w] at the fine size -> [N, M * 4, ceil(h / 2), ceil(w / 2)], the layout of `reassemble`'s logits."""
-    return F.pixel_unshuffle(_to_even(x), 2)
+    # not F.pixel_unshuffle, which leaves empty batches at their size
+    return _to_even(x).unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
 
 
 def _window_products(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
@@ -134,6 +135,9 @@ class A2U(_Guided):
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """x [N, C, H, W], guide [N, guide_channels, h, w] -> [N, C, h, w]."""
         guide = self.guided(x, guide)
+        if len(x) == 0:
+            # a convolution cannot have 0 groups
+            return bilinear(x)[..., : guide.shape[2], : guide.shape[3]]
         filters = self.filters(F.adaptive_avg_pool2d(guide, self.filter_size))  # [N, 2, 6, 6]
         # images have filters of their own and become groups, channels share them and become the batch
         images = _to_even(guide).transpose(0, 1)  # [guide_channels, N, h, w]

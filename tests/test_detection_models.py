@@ -1,0 +1,253 @@
+"""Detectors: torchvision's results from torchvision's weights, and samplers in every slot."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torchvision
+import yaml
+from carafepp.models.carafe import CARAFE
+from carafepp.models.deform import DeformConv
+from carafepp.models.detection import FasterRCNN, MaskRCNN
+from carafepp.models.fpn import FPN
+from carafepp.models.resnet import resnet50, tiny
+from carafepp.models.samplers import Nearest
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+CONF = Path(__file__).parent.parent / "conf"
+SMALL = {"fpn_dim": 16, "head_dim": 32, "anchor_sizes": [8, 16, 32, 48, 64], "min_size": 64, "max_size": 64}
+UPSAMPLERS = sorted(path.stem for path in (CONF / "upsampler").glob("*.yaml") if path.stem != "shared")
+DOWNSAMPLERS = sorted(path.stem for path in (CONF / "downsampler").glob("*.yaml"))
+TABLES = (1, 3, 4, 5, 6, 7, 11, 13, 14)
+
+
+@pytest.fixture(scope="module")
+def config():
+    with initialize_config_module("carafepp.conf", version_base="1.3"):
+        yield lambda *overrides: compose("train", overrides=list(overrides))
+
+
+def slot(group: str, name: str):
+    return instantiate(OmegaConf.load(CONF / group / f"{name}.yaml"))
+
+
+def targets(masks: bool = True, size: int = 64) -> list[dict]:
+    """One image with an object, one without."""
+    found = [{"boxes": torch.tensor([[8.0, 8, 40, 48]]), "labels": torch.tensor([2])}]
+    found.append({"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)})
+    for target in found if masks else ():
+        target["masks"] = torch.zeros(len(target["labels"]), size, size, dtype=torch.uint8)
+        target["masks"][:, 8:48, 8:40] = 1
+    return found
+
+
+def trains(model: nn.Module) -> bool:
+    """Whether one step moves every parameter that is to be trained, on an image with an object and one without."""
+    losses = model.train()([torch.rand(3, 64, 64), torch.rand(3, 64, 64)], targets())
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    return all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (FasterRCNN, torchvision.models.detection.fasterrcnn_resnet50_fpn),
+        (MaskRCNN, torchvision.models.detection.maskrcnn_resnet50_fpn),
+    ],
+)
+def test_torchvisions_weights_give_torchvisions_detections(ours, theirs):
+    options = {"min_size": 100, "max_size": 150, "box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 50, "box_detections_per_img": 20}
+    torch.manual_seed(0)
+    reference = theirs(weights=None, weights_backbone=None, num_classes=5, **options).eval()
+    model = ours(5, backbone=resnet50(), frozen_norm=True, trainable_layers=3, **options).eval()
+    model.load_state_dict(reference.state_dict())
+    images = [torch.rand(3, 90, 130), torch.rand(3, 120, 71)]
+    for found, expected in zip(model(images), reference(images), strict=True):
+        assert found.keys() == expected.keys()
+        assert len(found["labels"]) == 20
+        for name, values in expected.items():
+            torch.testing.assert_close(found[name], values, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("upsample", [None, Nearest])
+@pytest.mark.parametrize("size", [(64, 96), (67, 95), (33, 40)])
+def test_pyramid_is_torchvisions_whatever_the_size(size, upsample):
+    channels = [4, 8, 16, 32]
+    levels = {str(i): torch.randn(2, c, *(-(-side // 2**i) for side in size)) for i, c in enumerate(channels)}
+    reference = FeaturePyramidNetwork(channels, 8, LastLevelMaxPool())
+    pyramid = FPN(channels, 8, upsample=upsample, extra_blocks=LastLevelMaxPool())
+    pyramid.load_state_dict(reference.state_dict())
+    found, expected = pyramid(levels), reference(dict(levels))
+    assert list(found) == list(expected) == ["0", "1", "2", "3", "pool"]
+    for name, level in expected.items():
+        torch.testing.assert_close(found[name], level)
+
+
+@pytest.mark.parametrize("name", UPSAMPLERS)
+def test_every_upsampler_trains_in_pyramid_and_mask_head(name):
+    sampler = slot("upsampler", name)
+    model = MaskRCNN(4, backbone=tiny(), fpn=sampler, mask_head=sampler, mask_dim=16, mask_convs=1, **SMALL)
+    assert trains(model)
+    # images without objects leave the mask head without RoIs
+    nothing = [target | {key: value[:0] for key, value in target.items()} for target in targets()]
+    losses = model([torch.rand(3, 64, 64), torch.rand(3, 64, 64)], nothing)
+    assert all(loss.isfinite() for loss in losses.values())
+    found = model.eval()([torch.rand(3, 50, 64)])[0]
+    assert found["masks"].shape == (len(found["labels"]), 1, 50, 64)
+
+
+@pytest.mark.parametrize("name", DOWNSAMPLERS)
+def test_every_downsampler_trains_in_the_backbone(name):
+    model = FasterRCNN(4, backbone=tiny(downsample=slot("downsampler", name)), **SMALL)
+    assert trains(model)
+    sizes = [level.shape[2:] for level in model.backbone(torch.rand(1, 3, 75, 64)).values()]
+    assert sizes == [(19, 16), (10, 8), (5, 4), (3, 2), (2, 1)]
+
+
+def test_the_lateral_guides_the_pyramid():
+    pyramid = FPN([4, 8], 8, upsample=slot("upsampler", "fade"))
+    levels = {"0": torch.randn(1, 4, 9, 12), "1": torch.randn(1, 8, 5, 6)}
+    seen = []
+    pyramid.upsample[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[1]))
+    pyramid(levels)
+    torch.testing.assert_close(seen[0], pyramid.inner_blocks[0](levels["0"]))
+
+
+def test_frozen_parts_stay_as_pretrained():
+    backbone = tiny(downsample=slot("downsampler", "carafe"))
+    model = FasterRCNN(4, backbone=backbone, trainable_layers=3, frozen_norm=True, **SMALL)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    assert trains(model)
+    optimizer.step()
+    moved = {name.removeprefix("backbone.body.") for name, value in model.state_dict().items() if not value.equal(before[name])}
+    assert not any(name.startswith(("conv1", "bn1", "maxpool", "layer1")) for name in moved)
+    assert not any("bn" in name or "compressor_norm" in name or "running" in name for name in moved)
+    assert {"layer2.0.conv1.weight", "layer2.0.sampler.content_encoder.weight", "layer4.0.conv3.weight"} <= moved
+
+
+@pytest.mark.parametrize(
+    ("trainable", "parts"),
+    [
+        (0, set()),
+        (2, {"layer3", "layer4"}),
+        (4, {"layer1", "layer2", "layer3", "layer4"}),
+        (5, {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}),
+    ],
+)
+def test_layers_are_frozen_from_the_first(trainable, parts):
+    model = FasterRCNN(4, backbone=tiny(), trainable_layers=trainable, **SMALL)
+    trained = {name.split(".")[0] for name, parameter in model.backbone.body.named_parameters() if parameter.requires_grad}
+    assert trained == parts
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"trainable_layers": 6}, ValueError, "trainable_layers must be in 0..5, got 6"),
+        ({"box_scores_thresh": 0.1, "mask_dim": 8}, TypeError, "FasterRCNN takes no box_scores_thresh, mask_dim"),
+    ],
+)
+def test_wrong_options_are_errors(options, error, message):
+    with pytest.raises(error, match=message):
+        FasterRCNN(4, backbone=tiny(), **options)
+
+
+def test_published_mask_head_has_a_relu_and_samplers_have_none():
+    published, carafe = (MaskRCNN(4, backbone=tiny(), mask_head=head, **SMALL) for head in (None, partial(CARAFE, up=2)))
+    assert isinstance(published.roi_heads.mask_predictor.conv5_mask, nn.ConvTranspose2d)
+    assert isinstance(published.roi_heads.mask_predictor.relu, nn.ReLU)
+    assert isinstance(carafe.roi_heads.mask_predictor.conv5_mask, CARAFE)
+    assert isinstance(carafe.roi_heads.mask_predictor.relu, nn.Identity)
+
+
+def rows(table: int) -> list[str]:
+    return sorted(f"table{table}/{path.stem}" for path in (CONF / "row" / f"table{table}").glob("*.yaml"))
+
+
+def resolved(config, row: str, scale: str) -> OmegaConf:
+    """The configuration of a row, without what a user must give."""
+    overrides = [f"experiment={row.split('/')[0]}", f"row={row}", f"scale={scale}"]
+    overrides += ["data.root=COCO", "backbone.weights=null"] if scale == "paper" else []
+    found = OmegaConf.to_container(config(*overrides))
+    del found["resume"]
+    return OmegaConf.create(OmegaConf.to_container(OmegaConf.create(found), resolve=True))
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_row_of_the_paper_is_a_run(table):
+    paper = yaml.safe_load((CONF / "paper.yaml").read_text())[f"table{table}"]
+    names = [*paper.get("elsewhere", {}), *dict.fromkeys(row[0] for row in paper["rows"])]
+    assert rows(table) == sorted(f"table{table}/{name}" for name in names)
+    swept = yaml.safe_load((CONF / "experiment" / f"table{table}.yaml").read_text())["hydra"]["sweeper"]["params"]["row"]
+    assert swept.replace(" ", "").split(",") == [f"table{table}/{name}" for name in names]
+
+
+# rows that tables share
+SAME = [
+    ["table3/conv", "table4/nearest", "table5/published"],
+    ["table3/carafe", "table5/backbone"],
+    ["table4/carafe", "table5/fpn", "table11/cm64", "table13/encoder3_kernel5", "table14/softmax"],
+    ["table6/deconv", "table7/published"],
+    ["table6/carafe", "table7/mask_head"],
+]
+
+
+@pytest.fixture(scope="module")
+def paper(config) -> dict[str, OmegaConf]:
+    return {row: resolved(config, row, "paper") for table in TABLES for row in rows(table)}
+
+
+@pytest.fixture(scope="module")
+def small(config) -> dict[str, OmegaConf]:
+    return {row: resolved(config, row, "small") for row in {*rows(1), *rows(7), *(row for same in SAME for row in same)}}
+
+
+def build(cfg: OmegaConf) -> nn.Module:
+    with torch.device("meta"):
+        return instantiate(cfg.task).model
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_every_row_builds_its_network(paper):
+    built = {row: build(cfg) for row, cfg in paper.items()}
+    for row, model in built.items():
+        assert isinstance(model, MaskRCNN) == (row.startswith(("table6/", "table7/")) or "mask_rcnn" in row)
+        if row.endswith("_carafe"):
+            slots = [*model.backbone.fpn.upsample, model.backbone.body.maxpool, model.backbone.body.layer4[0].shortcut_sampler]
+            slots += [model.roi_heads.mask_predictor.conv5_mask] if isinstance(model, MaskRCNN) else []
+            assert all(isinstance(sampler, CARAFE) for sampler in slots), row
+        if "dcnv2" in row:
+            deformed = sum(isinstance(module, DeformConv) for module in model.modules())
+            # with CARAFE++, a plain convolution follows in the first block of each stage
+            assert deformed == (4 + 23 + 3) - 3 * row.endswith("_carafe"), row
+    counts = {row: parameters(model) for row, model in built.items()}
+    assert counts["table4/carafe"] - counts["table4/nearest"] == 3 * 74148
+    # a frozen norm has no parameters: 2 * 16 less in each of seven places than the 69,743 of a classifier
+    assert counts["table3/carafe"] - counts["table3/conv"] == 69743 - 7 * 2 * 16
+    lip = built["table3/lip"].backbone.body
+    assert [len(sampler.logits) for sampler in (lip.maxpool, lip.layer2[0].sampler, lip.layer4[0].shortcut_sampler)] == [3, 9, 9]
+
+
+def test_small_rows_build_networks_for_cpus(small):
+    assert max(parameters(build(cfg)) for cfg in small.values()) < 3e6
+
+
+@pytest.mark.parametrize("same", SAME, ids=lambda same: same[0])
+def test_runs_that_tables_share_are_the_same(paper, small, same):
+    for runs in (paper, small):
+        first, *others = (runs[row] for row in same)
+        assert all(other == first for other in others)
+    assert sum(run == paper[same[0]] for run in paper.values()) == len(same)
