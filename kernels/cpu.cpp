@@ -26,7 +26,7 @@ template <class S> Index budget(const Problem& p, Index most, Index share) {
 // work(task, scratch) for every task, on as many threads as pay, each with its own scratch; false if there is no memory.
 template <class T, class F> bool run(Index tasks, Index operations, Index threads, Index scratch, Parallel parallel, F&& work) {
     threads = std::max<Index>(1, std::min({threads, tasks, operations / 500000 + 1}));
-    scratch = ceil_div(scratch, 64 / sizeof(T)) * (64 / sizeof(T));
+    scratch = ceil_div(scratch + LANES<T>, 64 / sizeof(T)) * (64 / sizeof(T));
     void* memory = std::malloc(threads * scratch * sizeof(T) + 64);
     if (!memory) return false;
     T* aligned = reinterpret_cast<T*>(ceil_div(reinterpret_cast<Index>(memory), 64) * 64);
@@ -74,8 +74,7 @@ template <class S> bool forward(const Problem& p, const Tensor& x, const Tensor&
         normalize(p, g, t, weights, sums);
         if (has_lse(p))
             for (Index sub = 0; sub < p.subs(); ++sub)
-                write_planes(sums + sub * g.inner, g.inner, g, t, 1, p.cells_y(), p.cells_x(), at<T>(lse, n, group, sub / p.up, sub % p.up), lse.stride[4],
-                             lse.stride[5]);
+                write_planes(sums + sub * g.inner, g.inner, g, t, logits_plane<T>(p, lse, n, group, sub));
         if (last) channels_last_forward<S>(p, g, t, x, y, n, group, weights);
         else planar_forward<S>(p, g, tables, t, x, y, n, group, weights, source, output);
     });
@@ -107,8 +106,7 @@ bool backward(const Problem& p, const Tensor& dy, const Tensor& x, const Tensor&
         read_logits<S>(p, g, t, logits, n, group, halo, true, weights);
         if (has_lse(p))
             for (Index sub = 0; sub < p.subs(); ++sub)
-                read_planes(at<T>(lse, n, group, sub / p.up, sub % p.up), lse.stride[4], lse.stride[5], p.cells_y(), p.cells_x(), 1, g, t, halo,
-                            T(0), sums + sub * g.weight_plane, g.weight_plane);
+                read_planes(logits_plane<const T>(p, lse, n, group, sub), g, t, halo, T(0), sums + sub * g.weight_plane, g.weight_plane);
         restore(p, g, t, halo, weights, sums);
         if (gradients) std::fill(gradients, gradients + windows * g.inner, T(0));
         if (last) {
@@ -120,9 +118,7 @@ bool backward(const Problem& p, const Tensor& dy, const Tensor& x, const Tensor&
         if (!gradients) return;
         normalize_backward<S>(p, g, t, logits, n, group, weights, gradients, spare);
         for (Index e = 0; e < windows; ++e)
-            write_planes(gradients + e * g.inner, g.inner, g, t, 1, p.cells_y(), p.cells_x(),
-                         at<S>(dlogits, n, group * p.taps() + e / p.subs(), e % p.subs() / p.up, e % p.up), dlogits.stride[4],
-                         dlogits.stride[5]);
+            write_planes(gradients + e * g.inner, g.inner, g, t, logits_plane<S>(p, dlogits, n, group * p.taps(), e));
     });
 }
 
@@ -138,14 +134,16 @@ template <class F> int with_dtype(std::int64_t dtype, F&& f) {
 
 }  // namespace carafepp
 
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
 // Both return 0, or 1 where memory ran out. A tensor that is not asked for has no data.
-extern "C" int carafepp_forward(const carafepp::Problem* p, const carafepp::Tensor* tensors, carafepp::Parallel parallel) {
+EXPORT int carafepp_forward(const carafepp::Problem* p, const carafepp::Tensor* tensors, carafepp::Parallel parallel) {
     return carafepp::with_dtype(p->dtype, [&](auto storage) {
         return carafepp::forward<decltype(storage)>(*p, tensors[0], tensors[1], tensors[2], tensors[3], parallel);
     });
 }
 
-extern "C" int carafepp_backward(const carafepp::Problem* p, const carafepp::Tensor* tensors, carafepp::Parallel parallel) {
+EXPORT int carafepp_backward(const carafepp::Problem* p, const carafepp::Tensor* tensors, carafepp::Parallel parallel) {
     return carafepp::with_dtype(p->dtype, [&](auto storage) {
         return carafepp::backward<decltype(storage)>(*p, tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], tensors[5], parallel);
     });

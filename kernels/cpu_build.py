@@ -10,10 +10,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-SOURCES = ("cpu.cpp", "cpu_channels_last.h", "cpu_planar.h", "cpu_tiles.h", "cpu_weights.h")
+SOURCES = ("cpu.cpp", *(f"cpu_{part}.h" for part in ("channels_last", "planar", "planes", "tiles", "vectors", "weights")))
 COMPILERS = ("c++", "g++", "clang++")
 # no -ffast-math: infinities and NaN keep their meaning
-FLAGS = ("-std=c++17", "-O2", "-ftree-vectorize", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
+FLAGS = ("-std=c++17", "-O2", "-ftree-vectorize", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-shared", "-pthread")
 
 # in turn: a compiler may not know the processor, or an architecture may not have the flag
 TUNINGS = (("-march=native",), ("-mcpu=native",), ())

@@ -1,7 +1,7 @@
 // The three sums of cpu_tiles.h with cells in the lanes: any layout, read and written through planes.
 #pragma once
 
-#include "cpu_tiles.h"
+#include "cpu_planes.h"
 
 namespace carafepp {
 
@@ -108,8 +108,7 @@ void planar_forward(const Problem& p, const Grid& g, const PlanarTables& tables,
     for (Index first = 0; first < channels; first += CHUNK) {
         const Index count = std::min(CHUNK, channels - first), base = group * channels + first;
         for (Index c = 0; c < count; ++c)
-            read_planes(at<S>(x, n, base + c), x.stride[2], x.stride[3], p.height, p.width, p.down, g, t, g.halo, T(0),
-                        source + c * source_stride, g.plane);
+            read_planes(source_plane<const S>(p, x, n, base + c), g, t, g.halo, T(0), source + c * source_stride, g.plane);
         for (Index f = 0; f < t.end(g); f += LANES<T>)
             for (const Run& run : g.runs)
                 with_count(run.count, [&](auto subs) {
@@ -124,7 +123,7 @@ void planar_forward(const Problem& p, const Grid& g, const PlanarTables& tables,
                     for (; c < count; ++c) sum(std::integral_constant<int, 1>{}, c);
                 });
         for (Index c = 0; c < count; ++c)
-            write_planes(output + c * output_stride, g.weight_plane, g, t, p.up, p.output_y(), p.output_x(), at<S>(y, n, base + c), y.stride[2], y.stride[3]);
+            write_planes(output + c * output_stride, g.weight_plane, g, t, output_plane<S>(p, y, n, base + c));
     }
 }
 
@@ -136,12 +135,10 @@ void planar_backward(const Problem& p, const Grid& g, const PlanarTables& tables
     for (Index first = 0; first < channels; first += CHUNK) {
         const Index count = std::min(CHUNK, channels - first), base = group * channels + first;
         for (Index c = 0; c < count; ++c)
-            read_planes(at<S>(dy, n, base + c), dy.stride[2], dy.stride[3], p.output_y(), p.output_x(), p.up, g, t, dx.data ? g.halo : 0, T(0),
-                        doutput + c * output_stride, g.weight_plane);
+            read_planes(output_plane<const S>(p, dy, n, base + c), g, t, dx.data ? g.halo : 0, T(0), doutput + c * output_stride, g.weight_plane);
         if (gradients) {
             for (Index c = 0; c < count; ++c)
-                read_planes(at<S>(x, n, base + c), x.stride[2], x.stride[3], p.height, p.width, p.down, g, t, g.halo, T(0),
-                            source + c * source_stride, g.plane);
+                read_planes(source_plane<const S>(p, x, n, base + c), g, t, g.halo, T(0), source + c * source_stride, g.plane);
             for (Index f = 0; f < t.end(g); f += LANES<T>)
                 for (const Run& run : g.runs)
                     with_count(run.count, [&](auto subs) {
@@ -168,7 +165,7 @@ void planar_backward(const Problem& p, const Grid& g, const PlanarTables& tables
                 for (; c < count; ++c) sum(std::integral_constant<int, 1>{}, c);
             }
         for (Index c = 0; c < count; ++c)
-            write_planes(dsource + c * dsource_stride, g.inner, g, t, p.down, p.height, p.width, at<S>(dx, n, base + c), dx.stride[2], dx.stride[3]);
+            write_planes(dsource + c * dsource_stride, g.inner, g, t, source_plane<S>(p, dx, n, base + c));
     }
 }
 

@@ -1,7 +1,7 @@
 // Logits to weights and gradients of weights to gradients of logits, on the planes of a tile.
 #pragma once
 
-#include "cpu_tiles.h"
+#include "cpu_planes.h"
 
 namespace carafepp {
 
@@ -16,13 +16,49 @@ template <class S, class T>
 void read_logits(const Problem& p, const Grid& g, const Tile& t, const Tensor& logits, Index n, Index group, Index halo, bool cut, T* weights) {
     // a weight outside the map is zero
     const T fill = p.normalizer == NONE ? T(0) : -std::numeric_limits<T>::infinity();
-    for (Index tap = 0; tap < p.taps(); ++tap)
-        for (Index y = 0; y < p.up; ++y)
-            for (Index x = 0; x < p.up; ++x)
-                read_planes(at<S>(logits, n, group * p.taps() + tap, y, x), logits.stride[4], logits.stride[5],
-                            cut ? ceil_div(std::max<Index>(0, p.output_y() - y), p.up) : p.cells_y(),
-                            cut ? ceil_div(std::max<Index>(0, p.output_x() - x), p.up) : p.cells_x(), 1, g, t, halo, fill,
-                            weights + ((tap * p.up + y) * p.up + x) * g.weight_plane, g.weight_plane);
+    for (Index e = 0; e < p.taps() * p.subs(); ++e) {
+        Plane<const S> plane = logits_plane<const S>(p, logits, n, group * p.taps(), e);
+        if (cut) {
+            plane.height = ceil_div(std::max<Index>(0, p.output_y() - e % p.subs() / p.up), p.up);
+            plane.width = ceil_div(std::max<Index>(0, p.output_x() - e % p.up), p.up);
+        }
+        read_planes(plane, g, t, halo, fill, weights + e * g.weight_plane, g.weight_plane);
+    }
+}
+
+// Vectors of cells normalised together, so that their chains of maxima and sums run side by side.
+constexpr int ABREAST = 4;
+
+// Weights of one sub-pixel from its scores, in place; a NaN in a window is in its sum, and so in all its weights.
+template <int V, class T> inline void softmax(const Problem& p, const Grid& g, T* weights, T* lse) {
+    const Index step = p.subs() * g.weight_plane;
+    Vector<T> top[V], total[V] = {};
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) top[v] = load(weights + v * LANES<T>);
+    const T* from = weights + step;
+    for (Index tap = 1; tap < p.taps(); ++tap, from += step)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) top[v] = maximum<T>(load(from + v * LANES<T>), top[v]);
+    if (p.normalizer == SIGMOID_NORMALIZED)
+        for (int v = 0; v < V; ++v) top[v] = minimum(top[v], T(0));
+    T* to = weights;
+    for (Index tap = 0; tap < p.taps(); ++tap, to += step)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            const Vector<T> e = exp_score<T>(load(to + v * LANES<T>), top[v], p.normalizer);
+            store(to + v * LANES<T>, e);
+            total[v] += e;
+        }
+    for (int v = 0; v < V; ++v) {
+        T sums[LANES<T>];
+        store(sums, total[v]);
+        for (int i = 0; i < LANES<T>; ++i) lse[v * LANES<T> + i] = top[v][i] + std::log(sums[i]);
+        total[v] = T(1) / total[v];
+    }
+    to = weights;
+    for (Index tap = 0; tap < p.taps(); ++tap, to += step)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) store(to + v * LANES<T>, load(to + v * LANES<T>) * total[v]);
 }
 
 // Weights from logits in place; `lse` planes [subs] receive the log-sum-exp of the scores.
@@ -35,27 +71,12 @@ template <class T> void normalize(const Problem& p, const Grid& g, const Tile& t
         return;
     }
     for (Index sub = 0; sub < p.subs(); ++sub)
-        for (Index f = 0; f < end; f += LANES<T>) {
-            T* w = weights + sub * g.weight_plane + f;
-            const Index step = p.subs() * g.weight_plane;
-            Vector<T> top = load(w);
-            for (Index tap = 1; tap < p.taps(); ++tap) {
-                const Vector<T> l = load(w + tap * step);
-                // the negated comparison lets a NaN through
-                top = l <= top ? top : l;
-            }
-            if (p.normalizer == SIGMOID_NORMALIZED) top = minimum(top, T(0));
-            Vector<T> total{};
-            for (Index tap = 0; tap < p.taps(); ++tap) {
-                const Vector<T> e = exp_score<T>(load(w + tap * step), top, p.normalizer);
-                store(w + tap * step, e);
-                total += e;
-            }
-            const Vector<T> share = T(1) / total;
-            for (Index tap = 0; tap < p.taps(); ++tap) store(w + tap * step, load(w + tap * step) * share);
-            T sums[LANES<T>];
-            store(sums, total);
-            for (int i = 0; i < LANES<T>; ++i) lse[sub * g.weight_plane + f + i] = top[i] + std::log(sums[i]);
+        for (Index f = 0; f < end; f += ABREAST * LANES<T>) {
+            const Index rest = ceil_div(end - f, LANES<T>);
+            if (rest >= ABREAST) softmax<ABREAST>(p, g, weights + sub * g.weight_plane + f, lse + sub * g.weight_plane + f);
+            else
+                for (Index i = 0; i < rest * LANES<T>; i += LANES<T>)
+                    softmax<1>(p, g, weights + sub * g.weight_plane + f + i, lse + sub * g.weight_plane + f + i);
         }
 }
 
@@ -91,9 +112,7 @@ void normalize_backward(const Problem& p, const Grid& g, const Tile& t, const Te
         }
     if (p.normalizer != SIGMOID_NORMALIZED) return;
     for (Index e = 0; e < p.taps() * p.subs(); ++e) {
-        const Index tap = e / p.subs(), y = e % p.subs() / p.up, x = e % p.up;
-        read_planes(at<S>(logits, n, group * p.taps() + tap, y, x), logits.stride[4], logits.stride[5], p.cells_y(), p.cells_x(), 1, g, t,
-                    Index(0), T(0), scratch, g.inner);
+        read_planes(logits_plane<const S>(p, logits, n, group * p.taps(), e), g, t, Index(0), T(0), scratch, g.inner);
         for (Index f = 0; f < end; f += LANES<T>) {
             T* d = gradients + e * g.inner + f;
             store(d, load(d) * sigmoid<T>(-load(scratch + f)));
