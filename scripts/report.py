@@ -9,11 +9,10 @@ from torchvision.utils import save_image
 
 from ..tasks.pictures import grid
 from .app import app
-from .report_formats import comma_separated, latex, markdown, printed, terminal
+from .report_formats import comma_separated, printed, written
 from .report_runs import gather, read_runs
 from .report_tables import Table, other_table, paper_tables, published
 
-FORMATS = {"terminal": terminal, "markdown": markdown, "latex": latex}
 FILES = {"report.md": "markdown", "report.tex": "latex", "report.csv": "csv"}
 
 
@@ -21,11 +20,9 @@ def formatted(tables: list[Table], name: str) -> str:
     """All tables in one of the formats."""
     if name == "csv":
         return comma_separated(tables)
-    if name not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)} or csv, got {name!r}")
-    # the table of an ordinary sweep stands alone and needs no heading
+    # that of an ordinary sweep stands alone and needs no title
     alone = len(tables) == 1 and tables[0].name == "others"
-    return "\n".join(FORMATS[name]("" if alone else table.title, printed(table)) for table in tables)
+    return written([("" if alone else table.title, printed(table)) for table in tables], name)
 
 
 def compare_pictures(table: Table) -> list[list]:
@@ -43,7 +40,7 @@ def compare_pictures(table: Table) -> list[list]:
 
 
 @app("report")
-def main(cfg: DictConfig) -> None:
+def runs_report(cfg: DictConfig) -> None:
     """Print the tables, write them below the first of `runs`, and the runs' pictures side by side."""
     folders = [Path(folder) for folder in ([cfg.runs] if isinstance(cfg.runs, str) else cfg.runs)]
     runs, problems = read_runs(folders)
@@ -66,6 +63,17 @@ def main(cfg: DictConfig) -> None:
             path = folders[0] / ("compare.png" if table.name == "others" else f"{table.name}.png")
             save_image(grid(rows), path)
             print(f"pictures (image, truth, then a run of each line of {table.name}): {path}", file=notes)
+
+
+def main() -> None:
+    """Run carafepp-report, or carafepp-report paper."""
+    if sys.argv[1:2] == ["paper"]:
+        from .report_paper import main as paper
+
+        del sys.argv[1]
+        paper()
+    else:
+        runs_report()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import csv
 import io
+from collections.abc import Iterable
 
-from .report_tables import Cell, Line, Table
+from .report_statistics import Difference, Scores
+from .report_tables import Cell, Table
 
 Rows = list[dict[str, str]]
 
@@ -14,30 +16,22 @@ COLUMNS += ["common_seeds", "parameters", "flops", "seconds"]
 def printed(table: Table) -> Rows:
     """The lines of a table as text, by heading."""
     names = list(dict.fromkeys(name for line in table.lines for name in line.cells))
-    figures = {name: [line.cells[name].paper for line in table.lines if name in line.cells] for name in names}
-    # as many decimal places as the paper gives
-    places = {
-        name: max(len(str(figure).partition(".")[2]) for figure in found if figure is not None)
-        for name, found in figures.items()
-        if any(found)
-    }
+    published = {name: [line.cells[name].paper for line in table.lines if name in line.cells] for name in names}
+    places = {name: decimals(figures) for name, figures in published.items() if any(figure is not None for figure in figures)}
     # where nothing of the paper stands beside them, a difference of single runs says no more than the two figures
-    differing = {
-        name
-        for line in table.lines
-        for name, cell in line.cells.items()
-        if cell.difference and (name in places or cell.difference.half is not None)
-    }
+    cells = [(name, cell) for line in table.lines for name, cell in line.cells.items()]
+    differing = {name for name, cell in cells if cell.difference and (name in places or cell.difference.half is not None)}
     rows = []
     for line in table.lines:
-        row = dict(line.labels) | {"runs": str(len(line.setting.runs)) if line.setting else ""}
+        runs = len(line.setting.runs) if line.setting else 0
+        row = dict(line.labels) | {"runs": str(runs or "")}
         for name in names:
             cell = line.cells.get(name, Cell())
             if name in places:
                 row[f"{name} paper"] = "" if cell.paper is None else f"{cell.paper:.{places[name]}f}"
-            row[name] = _scores(cell, table.digits)
+            row[name] = scores_text(cell.scores, table.digits)
             if name in differing:
-                row[f"{name} vs {table.baseline}"] = _difference(cell, line, table.digits)
+                row[f"{name} vs {table.baseline}"] = difference_text(cell.difference, table.digits, runs)
         if line.setting:
             run = next(iter(line.setting.runs.values()))
             row |= {"parameters": f"{run.parameters:,}", "GFLOPs": f"{run.flops / 1e9:.3f}", "seconds": f"{line.setting.seconds:.0f}"}
@@ -45,21 +39,25 @@ def printed(table: Table) -> Rows:
     return rows
 
 
-def _scores(cell: Cell, digits: int) -> str:
-    if cell.scores is None:
-        return ""
-    deviation = "" if cell.scores.deviation is None else f" ± {cell.scores.deviation:.{digits}f}"
-    return f"{cell.scores.mean:.{digits}f}{deviation}"
+def decimals(figures: Iterable[float | None]) -> int:
+    """Decimal places that the paper gives a column's figures with."""
+    return max((len(str(figure).partition(".")[2]) for figure in figures if figure is not None), default=0)
 
 
-def _difference(cell: Cell, line: Line, digits: int) -> str:
-    if cell.difference is None:
+def scores_text(scores: Scores | None, digits: int) -> str:
+    """Mean ± standard deviation."""
+    if scores is None:
         return ""
-    mean, half, seeds = cell.difference
+    return f"{scores.mean:.{digits}f}" + ("" if scores.deviation is None else f" ± {scores.deviation:.{digits}f}")
+
+
+def difference_text(difference: Difference | None, digits: int, runs: int) -> str:
+    """Mean [interval], and the number of seeds where it is less than that of the runs."""
+    if difference is None:
+        return ""
+    mean, half, seeds = difference
     interval = "" if half is None else f" [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
-    # over the common seeds only
-    fewer = f" ({seeds} seeds)" if seeds < len(line.setting.runs) else ""
-    return f"{mean:+.{digits}f}{interval}{fewer}"
+    return f"{mean:+.{digits}f}{interval}" + (f" ({seeds} seeds)" if seeds < runs else "")
 
 
 def _aligned(rows: Rows) -> tuple[list[str], list[list[str]]]:
@@ -90,6 +88,16 @@ def latex(title: str, rows: Rows) -> str:
     begin = ["\\begin{table}", *([f"\\caption{{{_tex(title)}}}"] if title else [])]
     begin += [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", head, "\\midrule"]
     return "\n".join([*begin, *body, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
+
+
+FORMATS = {"terminal": terminal, "markdown": markdown, "latex": latex}
+
+
+def written(tables: list[tuple[str, Rows]], name: str) -> str:
+    """Titles and rows, one below the other, in one of FORMATS."""
+    if name not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
+    return "\n".join(FORMATS[name](title, rows) for title, rows in tables)
 
 
 def _tex(text: str) -> str:

@@ -7,9 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # overrides that choose where and how a run computes, not what
-INCIDENTAL = ("seed", "resume", "hydra", "logger", "data.root", "data.workers", "trainer.enable_progress_bar", "checkpoint_every_n_steps")
+INCIDENTAL = ["seed", "resume", "hydra", "logger", "log_every_n_steps", "checkpoint_every_n_steps", "data.root", "data.workers"]
+INCIDENTAL += [
+    f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches", "enable_progress_bar")
+]
 # what a network is trained on, and how: runs that differ in these do not stand in one table
-PROTOCOL = ("scale", "setting", "data", "optimizer", "schedule", "trainer")
+PROTOCOL = ["scale", "setting", "data", "optimizer", "schedule", "trainer"]
+# what differs with a network's downsamplers: that there are some is what counts
+WEIGHTS = "backbone.weights"
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,8 @@ def gather(runs: Iterable[Run], tables: Iterable[str]) -> tuple[list[Setting], l
                 row = name
                 options.pop("row", None)
             protocol = {key: options.pop(key) for key in sorted(options) if under(key, PROTOCOL)}
+            if options.pop(WEIGHTS, "null") != "null":
+                protocol[WEIGHTS] = "FILE"
             protocol = {"scale": run.choices.get("scale") or "paper"} | protocol
         else:
             table = ""

@@ -66,6 +66,12 @@ def published_rows(tables: dict, name: str) -> list[dict]:
     return [*rows, *own]
 
 
+def baseline_of(table: dict, row: str) -> str | None:
+    """The row that differences of `row` are taken to."""
+    baseline = table["baseline"]
+    return baseline if isinstance(baseline, str) else baseline.get(row)
+
+
 def factor(column: str) -> int:
     """What makes the paper's unit of a metric in result.json: per cent of a fraction, but dB stay."""
     return 1 if column.endswith("_db") else 100
@@ -122,7 +128,7 @@ def paper_tables(settings: Sequence[Setting], columns: Sequence[str], digits: in
             )
             for label, task, setting, figures in lines:
                 against = None
-                to = baseline or (own if isinstance(own, str) else own.get(setting.row if setting else label))
+                to = baseline or baseline_of(tables[name], setting.row if setting else label)
                 if setting and to:
                     against = finder.find(name, to, protocol, setting.options) or finder.find(name, to, protocol, {})
                 labels = {"row": label} | ({"task": task} if len(tasks) > 1 else {})
