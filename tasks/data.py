@@ -16,7 +16,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
     Args:
         length: samples of the data set; an epoch leaves out what does not fill a global batch.
         batch_size: *global* batch, samples per optimizer step.
-        epochs: passes over the data set.
+        epochs: passes over the data set, the last one cut off where they are not a whole number.
         seed: fixes the order.
         accumulate: batches per optimizer step.
         rank, world_size: this process among those that share a global batch.
@@ -32,7 +32,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         length: int,
         batch_size: int,
         *,
-        epochs: int,
+        epochs: float,
         seed: int,
         accumulate: int = 1,
         rank: int = 0,
@@ -53,7 +53,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
 
     def __len__(self) -> int:
         """Batches of the whole training, those before `start` included."""
-        return self.epochs * (self.used // self.batch_size) * self.accumulate
+        return round(self.epochs * (self.used // self.batch_size)) * self.accumulate
 
     def _order(self, epoch: int) -> list[int]:
         """The samples of an epoch in their order, an odd one of a group left out."""
@@ -106,7 +106,8 @@ class Data(L.LightningDataModule):
             validate only.
         val: map-style data set that takes an index.
         batch_size: global training batch.
-        epochs: passes over `train`; together one Lightning epoch, so validation intervals are fractions of the training or steps.
+        epochs: passes over `train`, not always a whole number; together one Lightning epoch, so validation intervals are fractions of the
+            training or steps.
         seed: fixes the order of the training samples.
         workers: processes that load data, for each device.
         val_batch_size: images per validation batch on one device.
@@ -120,7 +121,7 @@ class Data(L.LightningDataModule):
         val: Dataset,
         *,
         batch_size: int,
-        epochs: int,
+        epochs: float,
         seed: int = 0,
         workers: int = 0,
         val_batch_size: int = 1,

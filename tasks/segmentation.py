@@ -13,10 +13,9 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms.v2.functional import normalize
 
 from .inference import check_inference, predict_labels
+from .label_maps import IGNORED
 from .optimization import parameter_groups
 from .pictures import legend, overlay
-
-IGNORED = 255
 
 
 def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,36 @@
+"""Cityscapes in its own layout: leftImg8bit/ and gtFine/, each with train/ and val/ and in them a folder for each city."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+from torchvision.datasets import Cityscapes as Layout
+
+from .label_maps import IGNORED, LabelMaps
+from .photographs import check_split
+
+SUFFIX = "_leftImg8bit.png"
+
+
+class Cityscapes(LabelMaps):
+    """The 2,975 training or 500 validation images with fine annotations, see `LabelMaps` for items, transforms and errors.
+
+    The 34 labels of the files (gtFine_labelIds.png) become the 19 classes of the benchmark, the others 255, to be ignored. torchvision's
+    data set knows the labels; it lists files in whatever order the file system has.
+
+    Raises:
+        FileNotFoundError: a folder is missing or holds no images.
+    """
+
+    def __init__(self, root: str | Path, split: str, transforms: Callable[[Tensor, Tensor], tuple] | None = None, seed: int = 0):
+        check_split(split)
+        images, annotations = (Path(root) / kind / split for kind in ("leftImg8bit", "gtFine"))
+        for folder in (images, annotations):
+            if not folder.is_dir():
+                raise FileNotFoundError(f"{folder} is missing: root={root} should hold leftImg8bit/ and gtFine/ of Cityscapes")
+        paths = sorted(path for path in images.glob(f"*/*{SUFFIX}") if not path.name.startswith("."))
+        if not paths:
+            raise FileNotFoundError(f"{images} holds no folders with images named *{SUFFIX}")
+        masks = [annotations / path.parent.name / path.name.replace(SUFFIX, "_gtFine_labelIds.png") for path in paths]
+        labels = {label.id: IGNORED if label.ignore_in_eval else label.train_id for label in Layout.classes if label.id >= 0}
+        super().__init__(paths, masks, labels, transforms, seed)
