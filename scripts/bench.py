@@ -1,8 +1,10 @@
-"""carafepp-bench: the operator beside its rivals, in one process and in turns; `carafepp-bench samplers` measures the samplers."""
+"""carafepp-bench: the operator beside its rivals, in one process and in turns; `carafepp-bench samplers` measures the samplers,
+`carafepp-bench models` the networks of the paper's tables."""
 
 import contextlib
 import csv
 import ctypes
+import importlib
 import importlib.util
 import platform
 import sys
@@ -227,12 +229,10 @@ def operator(cfg: DictConfig) -> None:
 
 
 def main() -> None:
-    """Run carafepp-bench, or carafepp-bench samplers."""
-    if sys.argv[1:2] == ["samplers"]:
-        from .bench_samplers import main as samplers
-
-        del sys.argv[1]
-        samplers()
+    """Run carafepp-bench, carafepp-bench samplers or carafepp-bench models."""
+    if sys.argv[1:2] in (["samplers"], ["models"]):
+        part = importlib.import_module(f".bench_{sys.argv.pop(1)}", __package__)
+        part.main()
     else:
         operator()
 
