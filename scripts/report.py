@@ -26,12 +26,13 @@ def formatted(tables: list[Table], name: str) -> str:
 
 
 def compare_pictures(table: Table) -> list[list]:
-    """Rows of image, truth and the prediction of one run of each line, for the validation samples that all pictured."""
+    """Rows of image, mask of inpainting, truth and the prediction of one run of each line, for the validation samples that all pictured."""
     settings = {id(line.setting): line.setting for line in table.lines if line.setting}.values()
     folders = [next(iter(setting.runs.values())).folder / "pictures" for setting in settings]
     rows = []
     for index in range(100):
-        paths = [folders[0] / f"{index}_image.png", folders[0] / f"{index}_truth.png"]
+        mask = folders[0] / f"{index}_mask.png"
+        paths = [folders[0] / f"{index}_image.png", *[mask] * mask.exists(), folders[0] / f"{index}_truth.png"]
         paths += [folder / f"{index}_prediction.png" for folder in folders]
         if not all(path.exists() for path in paths):
             break
@@ -62,7 +63,7 @@ def runs_report(cfg: DictConfig) -> None:
         if rows := compare_pictures(table):
             path = folders[0] / ("compare.png" if table.name == "others" else f"{table.name}.png")
             save_image(grid(rows), path)
-            print(f"pictures (image, truth, then a run of each line of {table.name}): {path}", file=notes)
+            print(f"pictures (image, mask of inpainting, truth, then a run of each line of {table.name}): {path}", file=notes)
 
 
 def main() -> None:
