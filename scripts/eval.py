@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ..tasks.runs import write_atomically, write_csv
 from .app import app, load_task, quiet
@@ -21,12 +21,13 @@ def main(cfg: DictConfig) -> None:
     """Validate a checkpoint and write its scores to eval.json, those of single classes to per_class.csv where the task has them."""
     quiet()
     task, run = load_task(cfg.checkpoint, cfg.task)
-    data = instantiate(cfg.data if cfg.get("data") else run.data)
-    trainer = instantiate(cfg.trainer, enable_checkpointing=False)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    # training data is not needed, and need not be there any more
+    data = instantiate(OmegaConf.merge(run.data, cfg.data), train=None)
+    trainer = instantiate(cfg.trainer, enable_checkpointing=False, default_root_dir=folder)
     scores = trainer.validate(task, data, verbose=False)[0]
     if not trainer.is_global_zero:
         return
-    folder = Path(HydraConfig.get().runtime.output_dir)
     write_atomically(folder / "eval.json", json.dumps({"checkpoint": str(cfg.checkpoint), "metrics": scores}, indent=2) + "\n")
     if rows := getattr(task, "per_class", None):
         write_csv(folder / "per_class.csv", rows)

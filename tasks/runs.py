@@ -4,6 +4,7 @@ A checkpoint is written between two optimizer steps and holds, besides weights a
 random generators and the rows of metrics.csv, so that a killed run continues as if nothing had happened.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -48,10 +49,13 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def count_flops(model: nn.Module, image: torch.Tensor) -> int:
-    """Floating-point operations (two a multiply-add) of one inference on image [3, H, W]."""
-    training = model.training
+    """Floating-point operations (two a multiply-add) of one inference on image [3, H, W].
+
+    Of a detector, it is one with as many proposals and detections as it can have (`Detection.full_load`).
+    """
+    training, load = model.training, getattr(model, "full_load", contextlib.nullcontext)
     # a compiled network hides its operators from the counter
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), load(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         model.eval()(image[None])
     model.train(training)
     return counter.get_total_flops()
@@ -156,6 +160,8 @@ class RunRecord(L.Callback):
         if not trainer.is_global_zero:
             return
         image = trainer.precision_plugin.convert_input(trainer.datamodule.val[0][0]).to(pl_module.device)
+        if size := getattr(pl_module, "flops_size", None):
+            image = image.new_zeros(3, *size)
         result = {
             **self.config["run"],
             "seed": self.config["seed"],

@@ -1,0 +1,58 @@
+"""carafepp-validate: what is wrong with annotations in COCO's format, by image, annotation and rule."""
+
+from collections import Counter
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ..tasks.coco_check import FATAL, RULES, UNUSABLE, Problem, check, check_images, read_annotations
+from .app import app
+
+# What `carafepp-train` does about a problem.
+CONSEQUENCES = {FATAL: "training does not begin", UNUSABLE: "annotation is not used"}
+
+
+def find_files(cfg: DictConfig) -> list[tuple[Path, Path]]:
+    """Annotation files and the folders of their images.
+
+    Raises:
+        ValueError: neither `data` nor `annotations` and `images` are given, or both.
+        FileNotFoundError: the folder `data` has no annotations.
+    """
+    if (cfg.data is None) == (cfg.annotations is None) or (cfg.annotations is None) != (cfg.images is None):
+        raise ValueError("give data=FOLDER in COCO's layout, or annotations=FILE and images=FOLDER")
+    if cfg.annotations is not None:
+        return [(Path(cfg.annotations), Path(cfg.images))]
+    pairs = [(Path(cfg.data, "annotations", f"instances_{name}.json"), Path(cfg.data, name)) for name in ("train2017", "val2017")]
+    found = [pair for pair in pairs if pair[0].exists()]
+    if not found:
+        raise FileNotFoundError(f"data={cfg.data} has neither {pairs[0][0]} nor {pairs[1][0]}")
+    return found
+
+
+def find_problems(annotations: Path, images: Path, decode: bool) -> list[Problem]:
+    """Problems of one annotation file, and of its images if `decode`."""
+    content = read_annotations(annotations)
+    problems = check(content, images)
+    if decode:
+        problems += check_images(content, images)
+    print(f"{annotations}: {len(content['images'])} images, {len(content['annotations'])} annotations, {len(problems)} problems")
+    return problems
+
+
+@app("validate")
+def main(cfg: DictConfig) -> None:
+    """List every problem and count them by rule; the exit status is 1 if there is any."""
+    problems = []
+    for annotations, images in find_files(cfg):
+        found = find_problems(annotations, images, cfg.decode)
+        print(*found, sep="\n", end="\n" if found else "")
+        problems += found
+    for rule, count in Counter(problem.rule for problem in problems).items():
+        print(f"{count:8d} x {rule}: {CONSEQUENCES.get(RULES[rule], 'annotation is not trained on')}")
+    if problems:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
