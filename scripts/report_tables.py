@@ -96,6 +96,11 @@ class Finder:
                 return found
         return None
 
+    def against(self, setting: Setting, row: str) -> Setting | None:
+        """What a setting is compared with: the row told the same otherwise, or else the row itself."""
+        found = (self.find(setting.table, row, setting.protocol, options) for options in (setting.options, {}))
+        return next((other for other in found if other and other is not setting), None)
+
 
 def paper_tables(settings: Sequence[Setting], columns: Sequence[str], digits: int, baseline: str | None) -> list[Table]:
     """One table for each experiment of the paper and each protocol that its runs have, rows in the paper's order.
@@ -127,12 +132,9 @@ def paper_tables(settings: Sequence[Setting], columns: Sequence[str], digits: in
                 [],
             )
             for label, task, setting, figures in lines:
-                against = None
                 to = baseline or baseline_of(tables[name], setting.row if setting else label)
-                if setting and to:
-                    against = finder.find(name, to, protocol, setting.options) or finder.find(name, to, protocol, {})
                 labels = {"row": label} | ({"task": task} if len(tasks) > 1 else {})
-                line = Line(labels, setting, against if against is not setting else None)
+                line = Line(labels, setting, finder.against(setting, to) if setting and to else None)
                 for column, metric in metrics[task].items():
                     if column in columns:
                         line.cells[column] = compare(line, metric, factor(column), figures.get(column))

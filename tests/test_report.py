@@ -1,0 +1,195 @@
+"""Reports from result.json files: what stands together, what is compared with what, and what is named instead."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from carafepp.scripts import report
+from carafepp.scripts.report_formats import comma_separated, printed
+from carafepp.scripts.report_runs import gather, read_runs
+from carafepp.scripts.report_statistics import paired, scores, t_quantile
+from carafepp.scripts.report_tables import other_table, paper_tables, published
+
+
+def write_run(folder: Path, seed: int, metrics: dict, *overrides: str, row: str | None = None, scale: str = "small") -> Path:
+    """What carafepp-train leaves of a run."""
+    folder.mkdir(parents=True)
+    experiment = row.split("/")[0] if row else None
+    told = [*([f"experiment={experiment}", f"row={row}"] if row else []), f"scale={scale}", f"seed={seed}", *overrides]
+    found = {
+        "choices": {"experiment": experiment, "row": row, "scale": scale},
+        **{"overrides": told, "seed": seed, "metrics": metrics, "seconds": 60.0, "parameters": 1234567, "flops": 2500000000},
+        "curve": [{"step": 10, **metrics}, {"step": 20, **metrics}],
+    }
+    (folder / "result.json").write_text(json.dumps(found))
+    (folder / "config.yaml").write_text("")
+    return folder
+
+
+def tables(folder: Path, baseline: str | None = None) -> list:
+    settings, _ = gather(read_runs([folder])[0], published()[0])
+    columns = ["AP", "AP50", "mIoU", "top1"]
+    return paper_tables([s for s in settings if s.table], columns, 4, baseline) + [
+        other_table([s for s in settings if not s.table], 4, baseline) for s in settings[:1] if any(not s.table for s in settings)
+    ]
+
+
+def test_quantiles_are_those_of_students_tables():
+    found = [t_quantile(degrees) for degrees in (1, 2, 4, 9, 30, 1000)]
+    assert found == pytest.approx([12.7062, 4.3027, 2.7764, 2.2622, 2.0423, 1.9623], rel=1e-4)
+    assert t_quantile(5, 0.99) == pytest.approx(4.0321, rel=1e-4)
+
+
+def test_differences_are_paired_over_common_seeds():
+    ours, baseline = {0: 1.0, 1: 3.0, 2: 8.0, 7: 100.0}, {1: 1.0, 2: 4.0, 0: 0.0, 3: -50.0}
+    difference = paired(ours, baseline)
+    assert (difference.mean, difference.seeds) == (pytest.approx(7 / 3), 3)
+    # differences 1, 2, 4: deviation 1.5275
+    assert difference.half == pytest.approx(4.3027 * 1.5275 / 3**0.5, rel=1e-4)
+    assert paired({0: 2.0, 1: 5.0}, {1: 4.0, 2: 0.0}) == (1.0, None, 1)
+    assert paired({0: 2.0}, {1: 4.0}) is None
+    assert scores({0: 2.0}) == (2.0, None)
+    assert scores({}) is None
+
+
+def test_experiment_of_the_paper_is_its_table(tmp_path):
+    for seed, (carafe, nearest) in enumerate([(0.30, 0.28), (0.33, 0.30), (0.31, 0.30)]):
+        write_run(tmp_path / f"c{seed}", seed, {"val/box_AP": carafe, "val/box_AP50": 0.5}, row="table4/carafe")
+        write_run(tmp_path / f"n{seed}", seed, {"val/box_AP": nearest, "val/box_AP50": 0.5}, row="table4/nearest")
+    # not of the same protocol: no part of these means and differences
+    write_run(tmp_path / "paper", 0, {"val/box_AP": 0.9}, row="table4/nearest", scale="paper")
+    write_run(tmp_path / "long", 0, {"val/box_AP": 0.9}, "data.epochs=99", row="table4/nearest")
+    # where a run computed and logged does not make another setting
+    write_run(tmp_path / "c3", 3, {"val/box_AP": 0.31, "val/box_AP50": 0.5}, "data.workers=2", "logger=tensorboard", row="table4/carafe")
+    found = {table.protocol: table for table in tables(tmp_path)}
+    assert set(found) == {"scale=small", "scale=paper", "scale=small data.epochs=99"}
+    rows = printed(found["scale=small"])
+    assert [row["row"] for row in rows][:2] == ["nearest", "bilinear"]
+    assert len(rows) == 9
+    nearest, carafe = rows[0], rows[-1]
+    assert (nearest["AP paper"], carafe["AP paper"]) == ("36.5", "37.8")
+    assert (nearest["AP"], nearest["runs"]) == ("29.33 ± 1.15", "3")
+    assert (carafe["AP"], carafe["runs"]) == ("31.25 ± 1.26", "4")
+    # 2, 3 and 1 over the three common seeds
+    assert carafe["AP vs nearest"] == "+2.00 [-0.48, +4.48] (3 seeds)"
+    assert nearest.get("AP vs nearest", "") == ""
+    assert (carafe["parameters"], carafe["GFLOPs"], carafe["seconds"]) == ("1,234,567", "2.500", "60")
+    assert rows[1]["AP"] == "", "no run of bilinear"
+    (chosen,) = (table for table in tables(tmp_path, baseline="carafe") if table.protocol == "scale=small")
+    assert printed(chosen)[0]["AP vs carafe"] == "-2.00 [-4.48, +0.48]"
+
+
+def test_own_method_joins_the_table_and_its_baseline(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"n{seed}", seed, {"val/box_AP": 0.3}, row="table4/nearest")
+        write_run(tmp_path / f"m{seed}", seed, {"val/box_AP": 0.4 + seed / 100}, "upsampler@model.fpn=sapa", row="table4/nearest")
+    last = printed(tables(tmp_path)[0])[-1]
+    assert last["row"] == "nearest, upsampler@model.fpn=sapa"
+    assert last["AP vs nearest"].startswith("+10.50 [")
+
+
+def test_boxes_and_masks_are_lines_of_their_own(tmp_path):
+    write_run(tmp_path / "0", 0, {"val/box_AP": 0.2, "val/mask_AP": 0.1}, row="table7/published")
+    write_run(tmp_path / "1", 0, {"val/box_AP": 0.25, "val/mask_AP": 0.12}, row="table7/fpn")
+    rows = printed(tables(tmp_path)[0])
+    assert [(row["row"], row["task"], row["AP paper"], row["AP"], row["AP vs published"]) for row in rows[:4]] == [
+        ("published", "bbox", "37.4", "20.00", ""),
+        ("published", "segm", "34.2", "10.00", ""),
+        ("fpn", "bbox", "38.6", "25.00", "+5.00"),
+        ("fpn", "segm", "35.2", "12.00", "+2.00"),
+    ]
+
+
+def test_row_of_another_table_serves_as_baseline(tmp_path):
+    write_run(tmp_path / "0", 0, {"val/mIoU": 0.4}, row="table8/upernet_resnet50")
+    write_run(tmp_path / "1", 0, {"val/mIoU": 0.5}, row="table9/ppm")
+    nine = next(table for table in tables(tmp_path) if table.name == "table9")
+    first, second = printed(nine)[:2]
+    assert (first["row"], first["mIoU paper"], first["mIoU"]) == ("published", "40.44", "40.00")
+    assert second["mIoU vs published"] == "+10.00"
+
+
+def test_other_runs_are_told_apart_by_their_overrides(tmp_path):
+    for job, (sampler, seed, score) in enumerate([("published", 0, 0.4), ("published", 1, 0.5), ("carafe", 0, 0.5), ("carafe", 1, 0.7)]):
+        write_run(tmp_path / str(job), seed, {"val/mIoU": score}, f"samplers={sampler}")
+    first, second = printed(tables(tmp_path)[0])
+    assert (first["samplers"], first["runs"], first["mIoU"]) == ("published", "2", "0.4500 ± 0.0707")
+    assert second["mIoU vs first"] == "+0.1500 [-0.4853, +0.7853]"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[1]", "null", '{"metrics": ', "{}", '{"metrics": {"val/top1": "high"}}', '{"metrics": {"val/top1": null}}', "\x00\xff"],
+)
+def test_broken_unfinished_and_failed_runs_are_named_and_the_rest_is_reported(tmp_path, content):
+    good = write_run(tmp_path / "good", 0, {"val/top1": 0.75}, row="table2/resnet50")
+    broken = write_run(tmp_path / "broken", 1, {"val/top1": 0.75}, row="table2/resnet50")
+    if content.startswith('{"metrics": {'):
+        content = json.dumps(json.loads((good / "result.json").read_text()) | json.loads(content))
+    (broken / "result.json").write_bytes(content.encode("latin-1"))
+    for name in ("unfinished", "failed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("")
+    (tmp_path / "failed" / "error.txt").write_text("ValueError: no such thing\n\nTraceback ...\n")
+    write_run(tmp_path / "twice", 0, {"val/top1": 0.8}, row="table2/resnet50")
+    runs, problems = read_runs([tmp_path, tmp_path / "good"])
+    assert [run.folder for run in runs] == [good, tmp_path / "twice"]
+    assert problems[0].startswith(f"{broken}/result.json: broken (")
+    assert problems[1] == f"{tmp_path}/failed: failed (ValueError: no such thing)"
+    assert problems[2].startswith(f"{tmp_path}/unfinished: unfinished")
+    (setting,), repeated = gather(runs, published()[0])
+    assert list(setting.runs) == [0]
+    assert repeated == [f"{tmp_path}/twice: left out, it repeats seed 0 of {good}"]
+
+
+def call(monkeypatch, capsys, *arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["carafepp-report", *arguments])
+    report.main()
+    return capsys.readouterr().out
+
+
+def test_command_prints_and_writes_every_format(tmp_path, monkeypatch, capsys):
+    for seed in (0, 1):
+        write_run(tmp_path / f"a{seed}", seed, {"val/top1": 0.75 + seed / 100}, row="table2/resnet50")
+        write_run(tmp_path / f"b{seed}", seed, {"val/top1": 0.77}, row="table2/resnet50_carafe")
+    assert "resnet50_carafe   2     77.46" in call(monkeypatch, capsys, f"runs={tmp_path}")
+    latex = call(monkeypatch, capsys, f"runs={tmp_path}", "format=latex")
+    assert "resnet50\\_carafe  & 2 " in latex
+    assert "76.43" in latex
+    pipes = [line for line in call(monkeypatch, capsys, f"runs={tmp_path}", "format=markdown").splitlines() if line.startswith("|")]
+    assert len(pipes) == 2 + 4
+    assert len({line.count("|") for line in pipes}) == 1
+    assert pipes[3] in (tmp_path / "report.md").read_text()
+    lines = list(csv.DictReader(call(monkeypatch, capsys, f"runs={tmp_path}", "format=csv").splitlines()))
+    line = next(line for line in lines if (line["row"], line["metric"]) == ("resnet50_carafe", "top1"))
+    assert [float(line[key]) for key in ("paper", "mean", "difference", "low", "high")] == pytest.approx(
+        [77.46, 77, 1.5, -4.853, 7.853], abs=1e-3
+    )
+    assert (line["baseline"], line["common_seeds"], line["parameters"]) == ("resnet50", "2", "1234567")
+    # every figure of the paper is there, shown or not
+    assert comma_separated(tables(tmp_path)).count("table2,") == 4
+
+
+def test_paper_lists_every_row_with_ours(tmp_path, monkeypatch, capsys):
+    for seed in (0, 1):
+        write_run(tmp_path / f"a{seed}", seed, {"val/top1": 0.75}, row="table2/resnet50")
+        write_run(tmp_path / f"b{seed}", seed, {"val/top1": 0.76 + seed / 100}, row="table2/resnet50_carafe")
+    write_run(tmp_path / "full", 0, {"val/top1": 0.77}, "data.root=/data", row="table2/resnet50", scale="paper")
+    text = call(monkeypatch, capsys, "paper", f"runs={tmp_path}", "format=markdown")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    commands = [row[-1] for row in rows if row[-1].startswith("carafepp-train")]
+    # 96, and the two baselines that other tables have
+    assert len(commands) == 96 + 2
+    assert "carafepp-train experiment=table9 row=table9/ppm_fpn" in commands
+    resnet, carafe = (row for row in rows if row[0] in ("resnet50", "resnet50_carafe"))
+    assert resnet[1:-1] == ["76.43", "93.21", "", "77.00", "+0.57", "75.00 ± 0.00", ""]
+    assert carafe[1:-1] == ["77.46", "93.63", "+1.03", "", "", "76.50 ± 0.71", "+1.50 [-4.85, +7.85]"]
+
+
+def test_documented_commands_are_those_of_the_rows(monkeypatch, capsys, tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "experiments.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    for line in call(monkeypatch, capsys, "paper", "format=markdown").splitlines():
+        assert line.rpartition("| ")[2] in page
