@@ -1,5 +1,6 @@
 """carafepp-report: tables from finished runs, the paper's figures beside ours."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -60,6 +61,11 @@ def runs_report(cfg: DictConfig) -> None:
         (folders[0] / file).write_text(formatted(tables, name))
     print(f"tables: {folders[0] / 'report.md'}, report.tex, report.csv", file=notes)
     for table in tables:
+        if importlib.util.find_spec("matplotlib"):
+            from .report_plots import plots
+
+            for path in plots(table, folders[0]):
+                print(f"plot: {path}", file=notes)
         if rows := compare_pictures(table):
             path = folders[0] / ("compare.png" if table.name == "others" else f"{table.name}.png")
             save_image(grid(rows), path)

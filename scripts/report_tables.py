@@ -14,6 +14,9 @@ from .report_statistics import Difference, Scores, paired, scores
 class Cell:
     """One metric of one line: the paper's figure, ours, and the difference to the baseline."""
 
+    # its name in result.json, and what makes the unit of the table of it
+    metric: str = ""
+    scale: float = 1
     paper: float | None = None
     scores: Scores | None = None
     difference: Difference | None = None
@@ -42,6 +45,8 @@ class Table:
     digits: int
     # heading of the differences
     baseline: str
+    # what the numbers in its rows' names are, if they are an ablation's
+    axes: list[str]
     lines: list[Line]
 
     @property
@@ -129,6 +134,7 @@ def paper_tables(settings: Sequence[Setting], columns: Sequence[str], digits: in
                 " ".join(f"{key}={value}" for key, value in protocol.items()),
                 max(digits - 2, 0),
                 baseline or (own if isinstance(own, str) else "baseline"),
+                tables[name].get("axes", []),
                 [],
             )
             for label, task, setting, figures in lines:
@@ -151,7 +157,7 @@ def other_table(settings: Sequence[Setting], digits: int, baseline: str | None) 
     told = dict.fromkeys(key for setting in settings for key in setting.options)
     varying = [key for key in told if len({setting.options.get(key, "") for setting in settings}) > 1]
     against = next((setting for setting in settings if setting.label == baseline), settings[0])
-    table = Table("others", "runs outside the paper's tables", "", digits, "baseline" if baseline else "first", [])
+    table = Table("others", "runs outside the paper's tables", "", digits, "baseline" if baseline else "first", varying, [])
     for setting in settings:
         line = Line({key: setting.options.get(key, "") for key in varying}, setting, against if setting is not against else None)
         for metric in dict.fromkeys(name for run in setting.runs.values() for name in run.metrics):
@@ -164,4 +170,4 @@ def compare(line: Line, metric: str, scale: float, figure: float | None) -> Cell
     """Fill one cell, in the unit that `scale` makes."""
     values = {seed: scale * value for seed, value in line.setting.values(metric).items()} if line.setting else {}
     others = {seed: scale * value for seed, value in line.baseline.values(metric).items()} if line.baseline else {}
-    return Cell(figure, scores(values), paired(values, others))
+    return Cell(metric, scale, figure, scores(values), paired(values, others))

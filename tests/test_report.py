@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from carafepp.scripts import report
 from carafepp.scripts.report_formats import comma_separated, printed
+from carafepp.scripts.report_plots import coordinates
 from carafepp.scripts.report_runs import gather, read_runs
 from carafepp.scripts.report_statistics import paired, scores, t_quantile
 from carafepp.scripts.report_tables import other_table, paper_tables, published
@@ -193,3 +194,20 @@ def test_documented_commands_are_those_of_the_rows(monkeypatch, capsys, tmp_path
     monkeypatch.chdir(tmp_path)
     for line in call(monkeypatch, capsys, "paper", "format=markdown").splitlines():
         assert line.rpartition("| ")[2] in page
+
+
+def test_ablations_are_plotted_over_their_numbers(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    for seed in (0, 1):
+        for row in ("table11/cm16", "table11/cm64", "table11/cm_none", "table13/encoder1_kernel3", "table13/encoder3_kernel5"):
+            write_run(tmp_path / f"{row}{seed}", seed, {"val/box_AP": 0.3 + seed / 100}, row=row)
+        for size in (3, 5):
+            write_run(tmp_path / f"{size}_{seed}", seed, {"val/mIoU": 0.4}, f"upsampler.kernel_size={size}", "upsampler=carafe")
+    found = {table.name: table for table in tables(tmp_path)}
+    places = {name: [coordinates(line, table.axes) for line in table.lines] for name, table in found.items()}
+    assert places["table11"] == [("16",), ("32",), ("64",), ("128",), ("256",), ("none",)]
+    assert places["table13"][:2] == [("1", "3"), ("1", "5")]
+    assert places["others"] == [("3",), ("5",)]
+    call(monkeypatch, capsys, f"runs={tmp_path}")
+    made = {path.name for path in tmp_path.glob("*.png")}
+    assert made == {f"{name}_{kind}.png" for name in found for kind in ("ablation", "curves")}
