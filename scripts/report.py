@@ -11,6 +11,7 @@ from torchvision.utils import save_image
 from ..tasks.pictures import grid
 from .app import app
 from .report_formats import comma_separated, printed, written
+from .report_plots import plots
 from .report_runs import gather, read_runs
 from .report_tables import Table, other_table, paper_tables, published
 
@@ -60,16 +61,18 @@ def runs_report(cfg: DictConfig) -> None:
     for file, name in FILES.items():
         (folders[0] / file).write_text(formatted(tables, name))
     print(f"tables: {folders[0] / 'report.md'}, report.tex, report.csv", file=notes)
+    names: list[str] = []
     for table in tables:
+        # one table may have several protocols
+        names.append(table.name)
+        stem = table.name if names.count(table.name) == 1 else f"{table.name}_{names.count(table.name)}"
         if importlib.util.find_spec("matplotlib"):
-            from .report_plots import plots
-
-            for path in plots(table, folders[0]):
+            for path in plots(table, folders[0], stem):
                 print(f"plot: {path}", file=notes)
         if rows := compare_pictures(table):
-            path = folders[0] / ("compare.png" if table.name == "others" else f"{table.name}.png")
+            path = folders[0] / ("compare.png" if table.name == "others" else f"{stem}.png")
             save_image(grid(rows), path)
-            print(f"pictures (image, mask of inpainting, truth, then a run of each line of {table.name}): {path}", file=notes)
+            print(f"pictures (image, truth, then a run of each line of {table.name}): {path}", file=notes)
 
 
 def main() -> None:

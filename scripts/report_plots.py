@@ -7,13 +7,13 @@ from pathlib import Path
 from .report_tables import Cell, Line, Table
 
 
-def plots(table: Table, folder: Path) -> list[Path]:
-    """Write the plots that a table's lines allow below the folder, each of the line's first metric, and say where they are."""
-    made = [curves(table, folder / f"{table.name}_curves.png")]
+def plots(table: Table, folder: Path, stem: str) -> list[Path]:
+    """Write the plots that a table allows, of its lines' first metrics, to `stem`_curves.png and `stem`_ablation.png."""
+    made = [curves(table, folder / f"{stem}_curves.png")]
     points = {numbers: cell for line in table.lines if (cell := main(line)) and (numbers := coordinates(line, table.axes))}
     if len(points) > 1 and len(table.axes) in (1, 2):
         draw = ablation if len(table.axes) == 1 else heat_map
-        made.append(draw(points, table, folder / f"{table.name}_ablation.png"))
+        made.append(draw(points, table, folder / f"{stem}_ablation.png"))
     return [path for path in made if path]
 
 
