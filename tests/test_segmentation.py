@@ -1,38 +1,39 @@
 """Semantic segmentation: the paper's protocol on files in ADE20K's layout, and predictions at the size of the images."""
 
+import csv
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
-from carafepp.scripts.train import train
+from carafepp.scripts.app import load_task
+from carafepp.tasks.data import TrainBatches
 from carafepp.tasks.layouts import write_scenes
+from carafepp.tasks.pictures import palette
 from carafepp.tasks.segmentation import IGNORED, PadToStride, Segmentation, reduce_labels
 from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import nn
 from torchvision.transforms import v2
+from training import result, run
 
 
 def test_protocol_runs_on_ade20k_files(tmp_path):
     write_scenes(layout="ade20k", out=str(tmp_path / "ade"), train=10, val=10, size=72, seed=0, objects=[1, 3])
-    with initialize_config_module("carafepp.conf", version_base="1.3"):
-        cfg = compose(
-            "train",
-            overrides=[
-                *("backbone=tiny", "samplers=carafe", "model.fpn_dim=16", "model.ppm_dim=8", "trainer.accelerator=cpu"),
-                *(f"data.root={tmp_path / 'ade'}", "data.batch_size=4", "data.epochs=1", "data.workers=0"),
-                *("data.train.transforms.transforms.0.min_size=[40,56]", "task.inference_resize.size=48"),
-                *("trainer.enable_progress_bar=false", "trainer.val_check_interval=1.0"),
-            ],
-        )
-    OmegaConf.set_struct(cfg, False)
-    del cfg.resume
-    cfg.run = {"choices": {}, "overrides": []}
-    OmegaConf.resolve(cfg)
-    train(cfg, tmp_path)
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["steps"] == 2
-    assert 0 <= result["metrics"]["val/pixel_accuracy"] <= 1
+    folder = run(
+        tmp_path / "run",
+        *("backbone=tiny", "samplers=carafe", "decoder.dim=16", "decoder.ppm_dim=8", "trainer.accelerator=cpu"),
+        *(f"data.root={tmp_path / 'ade'}", "data.batch_size=4", "data.epochs=1", "data.workers=0"),
+        *("data.train.transforms.transforms.0.min_size=[40,56]", "task.inference_resize.size=48"),
+        *("trainer.enable_progress_bar=false", "trainer.val_check_interval=1.0"),
+    )
+    assert result(folder)["steps"] == 2
+    assert 0 <= result(folder)["metrics"]["val/pixel_accuracy"] <= 1
 
 
 def test_reduced_labels_stay_in_place():
@@ -85,3 +86,154 @@ def test_background_and_ignored_pixels_stay_unpainted():
     changed = (task.pictures((image, labels))["truth"][:, :6] - image).abs().amax(0) > 0.01
     assert changed[0].any()
     assert not changed[1:].any()
+
+
+def stub(network, names, **options):
+    """The task around a network, without a trainer."""
+    task = Segmentation(
+        lambda num_classes: network,
+        class_names=names,
+        optimizer=torch.optim.SGD,
+        schedule=torch.optim.lr_scheduler.PolynomialLR,
+        **options,
+    )
+    task.logged = {}
+    task.log = lambda name, value, **_: task.logged.update({name: float(value)})
+    return task
+
+
+class Answers(nn.Module):
+    """A network that has its logits from outside."""
+
+    def forward(self, images):
+        return self.logits
+
+
+def scores_by_numpy(pairs, classes):
+    """IoU of every class, their mean and pixel accuracy, by counting one class after the other."""
+    truth = np.concatenate([labels.ravel() for labels, _ in pairs])
+    found = np.concatenate([labels.ravel() for _, labels in pairs])[truth != 255]
+    truth = truth[truth != 255]
+    iou = []
+    for label in range(classes):
+        union = np.sum((truth == label) | (found == label))
+        iou.append(np.sum((truth == label) & (found == label)) / union if union else None)
+    present = [value for value in iou if value is not None]
+    return iou, (np.mean(present) if present else np.nan), (np.mean(truth == found) if len(truth) else np.nan)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(st.data())
+def test_scores_are_those_of_a_count_by_numpy(data):
+    """Over batches of several sizes, with ignored pixels and classes that are absent from truth, prediction or both."""
+    classes = data.draw(st.integers(2, 6))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
+    occurring = rng.choice(classes, data.draw(st.integers(1, classes)), replace=False)
+    task, pairs = stub(Answers(), [str(i) for i in range(classes)]), []
+    for _ in range(data.draw(st.integers(1, 3))):
+        shape = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 6), st.integers(1, 6)))
+        truth, found = rng.choice([*occurring, 255], shape), rng.choice(rng.choice(classes, 2), shape)
+        task.model.logits = torch.nn.functional.one_hot(torch.from_numpy(found), classes).permute(0, 3, 1, 2).float()
+        task.validation_step((torch.rand(shape[0], 3, *shape[1:]), torch.from_numpy(truth)), 0)
+        pairs.append((truth, found))
+    task.on_validation_epoch_end()
+    iou, mean, accuracy = scores_by_numpy(pairs, classes)
+    assert [row["IoU"] for row in task.per_class] == pytest.approx(iou)
+    assert task.logged == pytest.approx({"val/mIoU": mean, "val/pixel_accuracy": accuracy}, nan_ok=True)
+    # nothing stays for the next validation
+    assert not task.confusion.confmat.any()
+
+
+def test_auxiliary_loss_has_its_weight():
+    class Twofold(nn.Module):
+        def forward(self, images):
+            return images[:, :2], images[:, 1:]
+
+    task = stub(Twofold(), ["a", "b"], auxiliary_weight=0.4, mean=[0, 0, 0], std=[1, 1, 1])
+    images, labels = torch.randn(2, 3, 5, 4), torch.randint(2, (2, 5, 4))
+    labels[0, 0] = IGNORED
+    loss = nn.CrossEntropyLoss(ignore_index=IGNORED)
+    expected = loss(images[:, :2], labels) + 0.4 * loss(images[:, 1:], labels)
+    torch.testing.assert_close(task.training_step((images, labels), 0), expected)
+
+
+def test_legend_names_the_classes_that_are_shown():
+    task = stub(nn.Conv2d(3, 3, 1), ["background", "a name", "b"])
+    image, labels = torch.rand(3, 20, 90), torch.zeros(20, 90, dtype=torch.long)
+    labels[:5], labels[5:10] = 1, 2
+    truth = task.pictures((image, labels))["truth"]
+    assert truth.shape == (3, 32, 90)
+    for label in (1, 2):
+        colour = torch.tensor(palette(3)[label]) / 255
+        below = (truth[:, 20:] - colour[:, None, None]).abs().amax(0) < 1e-3
+        assert below.sum() == 64, "an 8 x 8 swatch of the colour that the pixels have"
+        over = (truth[:, 5 * (label - 1)] - (0.6 * colour[:, None] + 0.4 * image[:, 5 * (label - 1)])).abs().max()
+        assert over < 1e-3
+    # two lines where one is too narrow, none for what is not painted
+    assert task.pictures((image[..., :40], labels[:, :40]))["truth"].shape == (3, 44, 40)
+
+
+def test_paper_scale_is_the_protocol_of_the_paper():
+    with initialize_config_module("carafepp.conf", version_base="1.3"):
+        cfg = compose("train", overrides=["experiment=table8", "row=table8/upernet_resnet50_carafe", "data.root=/nowhere"])
+    assert len(cfg.class_names) == 150
+    images = 20210
+    assert len(TrainBatches(images, cfg.data.batch_size, epochs=cfg.data.epochs, seed=0)) == 20 * 5000
+    assert (cfg.data.batch_size, cfg.optimizer.lr, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (16, 0.02, 0.9, 1e-4)
+    assert cfg.task.schedule._target_.endswith("PolynomialLR")
+    assert cfg.task.schedule.power == 0.9
+    assert cfg.trainer.sync_batchnorm
+    shortest = instantiate(cfg.data.train.transforms.transforms[0])
+    sides = {min(shortest(torch.rand(3, 40, 50)).shape[1:]) for _ in range(60)}
+    assert sides == {300, 375, 450, 525, 600}
+    assert max(shortest(torch.rand(3, 20, 100)).shape) == 1200
+    inference = instantiate(cfg.task.inference_resize)
+    assert inference(torch.rand(3, 90, 120)).shape == (3, 450, 600)
+    assert inference(torch.rand(3, 20, 100)).shape == (3, 240, 1200)
+    assert (cfg.task.scales, cfg.task.flip, cfg.task.window) == ([1.0], False, None)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of one step with seven validation images, which two processes cannot share evenly."""
+    overrides = ["scale=small", "data.train.length=4", "data.val.length=7", "data.batch_size=4", "data.val_batch_size=2", "data.epochs=1"]
+    overrides += ["data.train.size=32", "data.val.size=32", "decoder.dim=8", "decoder.ppm_dim=8", "trainer.val_check_interval=1.0"]
+    return run(tmp_path_factory.mktemp("trained") / "run", *overrides, "trainer.accelerator=cpu", "trainer.enable_progress_bar=false")
+
+
+def test_two_processes_score_as_one(trained, tmp_path):
+    """Exactly: every image is counted, and counted once."""
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "carafepp.scripts.eval",
+        f"checkpoint={trained / 'last.ckpt'}",
+        f"hydra.run.dir={tmp_path / 'eval'}",
+    ]
+    command += ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp", "trainer.enable_progress_bar=false"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "MEMBER: 2/2" in done.stderr
+    assert json.loads((tmp_path / "eval" / "eval.json").read_text())["metrics"] == result(trained)["metrics"]
+    table = (tmp_path / "eval" / "per_class.csv").read_text()
+    assert table == (trained / "per_class.csv").read_text()
+    assert sum(int(row["pixels"]) for row in csv.DictReader(table.splitlines())) == 7 * 32 * 32
+    # every class is printed with its score
+    assert [line.split()[0] for line in done.stdout.splitlines()[:11]] == ["background", *map(str, range(10))]
+
+
+def test_a_checkpoint_is_evaluated_with_other_options(trained):
+    task, _ = load_task(trained / "last.ckpt", OmegaConf.create({"flip": True, "scales": [1, 1.5], "window": 128}))
+    assert task.inference == {"base": None, "scales": [1, 1.5], "flip": True, "window": 128}
+    assert load_task(trained / "last.ckpt")[0].inference["flip"] is False
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"window": 64}, "window must be null or at least 128 pixels, got 64"), ({"scales": [1, 0]}, r"scales must be .* got \[1, 0\]")],
+    ids=str,
+)
+def test_impossible_inference_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        stub(nn.Conv2d(3, 2, 1), ["a", "b"], **options)
