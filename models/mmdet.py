@@ -10,6 +10,7 @@ They are `carafepp.models.detection`'s, except for
 - classes, in the files, with the background last, and without outputs for its boxes and masks.
 """
 
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ from .detection import FasterRCNN, MaskRCNN
 from .fpn import FPN
 from .resnet import resnet50
 from .weights import Loaded, load_weights, read_state
+
+logger = logging.getLogger(__name__)
 
 # channels in RGB order, of pixels in 0..255
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -176,11 +179,15 @@ def load(model: FasterRCNN, path: str | Path) -> Loaded:
     Raises:
         FileNotFoundError, ValueError: the file cannot be read, or is of another network; or a tensor of the network is not in it.
     """
-    report = load_weights(model, convert(read_state(path)))
+    state = convert(read_state(path))
+    counts = [name for name in state if name.endswith("num_batches_tracked")]
+    report = load_weights(model, {name: value for name, value in state.items() if name not in counts})
+    if counts:
+        logger.info("not used: num_batches_tracked of %d norms, which are frozen", len(counts))
     if report.initialised:
         some = ", ".join(report.initialised[:3])
         raise ValueError(f"weights={path} is of another network: it lacks {len(report.initialised)} tensors, {some}, ...")
-    return report
+    return report._replace(unused=report.unused + counts)
 
 
 def _as_mmdet(model: FasterRCNN, weights: str | Path | None) -> FasterRCNN:

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from ..tasks.runs import write_atomically, write_csv
 from .app import app, load_task, quiet
@@ -16,11 +18,26 @@ def cell(value: object) -> str:
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
+def load_published(experiment: str, weights: str | Path, options: DictConfig) -> tuple[nn.Module, DictConfig]:
+    """Build the task of an experiment around weights that others publish, in evaluation mode, and return it with the configuration.
+
+    `options` are of "task" and "data".
+    """
+    run = compose("train", overrides=[f"experiment={experiment}"])
+    OmegaConf.set_struct(run, False)
+    run.model.weights = str(weights)
+    run.merge_with(options)
+    return instantiate(run.task).eval(), run
+
+
 @app("eval")
 def main(cfg: DictConfig) -> None:
     """Validate a checkpoint and write its scores to eval.json, those of single classes to per_class.csv where the task has them."""
     quiet()
-    task, run = load_task(cfg.checkpoint, cfg.task)
+    if cfg.published:
+        task, run = load_published(cfg.published, cfg.checkpoint, OmegaConf.masked_copy(cfg, ["task", "data"]))
+    else:
+        task, run = load_task(cfg.checkpoint, cfg.task)
     folder = Path(HydraConfig.get().runtime.output_dir)
     # training data is not needed, and need not be there any more
     data = instantiate(OmegaConf.merge(run.data, cfg.data), train=None)

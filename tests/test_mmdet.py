@@ -1,14 +1,23 @@
 """The detectors with CARAFE that mmdetection publishes, against its definitions written out here for one image and one state dict."""
 
+import json
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from carafepp.models import mmdet
 from carafepp.models.carafe import CARAFE
 from carafepp.models.mmdet import faster_rcnn_carafe, load, mask_rcnn_carafe, paste_masks
+from carafepp.scripts import eval as evaluation
+from carafepp.tasks.coco_eval import results
+from carafepp.tasks.images import read_image
+from coco_files import content, write
+from hydra import compose, initialize_config_module
 from torch import Tensor
 from torchvision.ops import nms, roi_align
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 CLASSES, PROPOSALS = 80, 40
 MIN_SIZE, MAX_SIZE = 96, 150
@@ -328,3 +337,31 @@ def test_detectors_train_on_images_of_several_sizes():
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert all(module.content_encoder.weight.grad.abs().sum() > 0 for module in model.backbone.fpn.upsample)
+
+
+@torch.no_grad()
+def test_one_command_evaluates_the_published_file(path, tmp_path, monkeypatch):
+    with initialize_config_module("carafepp.conf", version_base="1.3"):
+        names = compose("train", overrides=["task=detection"]).class_names
+    ids = [*range(1, 80), 90]
+    made = content() | {"categories": [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)]}
+    root = write(tmp_path / "coco", made)
+    monkeypatch.setattr(mmdet, "Transform", partial(mmdet.Transform, MIN_SIZE, MAX_SIZE))
+    options = [
+        f"checkpoint={path}",
+        f"+data.root={root}",
+        "+data.workers=0",
+        "trainer.accelerator=cpu",
+        "trainer.enable_progress_bar=false",
+    ]
+    monkeypatch.setattr("sys.argv", ["eval", "published=mmdet_mask_rcnn_carafe", f"hydra.run.dir={tmp_path}/eval", *options])
+    evaluation.main()
+    scores = json.loads((tmp_path / "eval" / "eval.json").read_text())["metrics"]
+    assert {"val/box_AP", "val/box_APs", "val/mask_AP"} <= scores.keys()
+    assert all(0 <= score <= 1 for score in scores.values())
+    image = made["images"][0]
+    pixels = pil_to_tensor(read_image(root / "val2017" / image["file_name"])).float() / 255
+    expected = results(mask_rcnn_carafe(weights=path).eval()([pixels])[0], image["id"], ids)
+    for kind, entries in expected.items():
+        written = json.loads((tmp_path / "eval" / f"detections_{kind}.json").read_text())
+        assert entries == [entry for entry in written if entry["image_id"] == image["id"]]
