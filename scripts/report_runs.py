@@ -116,10 +116,10 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
     return runs, problems
 
 
-def gather(runs: Iterable[Run], tables: Iterable[str]) -> tuple[list[Setting], list[str]]:
+def gather(runs: Iterable[Run], tables: dict) -> tuple[list[Setting], list[str]]:
     """Put runs together that differ in their seed only, in the order of their folders, and name those that repeat one.
 
-    `tables` are the experiments of the paper.
+    `tables` are the experiments of the paper, as in conf/paper.yaml.
     """
     settings: dict[tuple, Setting] = {}
     repeated = []
@@ -129,14 +129,18 @@ def gather(runs: Iterable[Run], tables: Iterable[str]) -> tuple[list[Setting], l
         protocol, row = {}, ""
         if table in tables:
             options.pop("experiment", None)
-            place, _, name = (run.choices.get("row") or "").partition("/")
+            place, _, row = (run.choices.get("row") or f"{table}/").partition("/")
             if place == table:
-                row = name
                 options.pop("row", None)
+            else:
+                row = ""
             protocol = {key: options.pop(key) for key in sorted(options) if under(key, PROTOCOL)}
             if options.pop(WEIGHTS, "null") != "null":
                 protocol[WEIGHTS] = "FILE"
             protocol = {"scale": run.choices.get("scale") or "paper"} | protocol
+            # an experiment alone is its table's baseline
+            if not row and not options and isinstance(baseline := tables[table]["baseline"], str):
+                row = baseline
         else:
             table = ""
         identity = (table, row, *protocol.items(), None, *sorted(options.items()))

@@ -84,11 +84,21 @@ def test_experiment_of_the_paper_is_its_table(tmp_path):
 
 def test_own_method_joins_the_table_and_its_baseline(tmp_path):
     for seed in (0, 1):
-        write_run(tmp_path / f"n{seed}", seed, {"val/box_AP": 0.3}, row="table4/nearest")
-        write_run(tmp_path / f"m{seed}", seed, {"val/box_AP": 0.4 + seed / 100}, "upsampler@model.fpn=sapa", row="table4/nearest")
-    last = printed(tables(tmp_path)[0])[-1]
-    assert last["row"] == "nearest, upsampler@model.fpn=sapa"
-    assert last["AP vs nearest"].startswith("+10.50 [")
+        # the experiment alone is the baseline
+        found = json.loads((write_run(tmp_path / f"n{seed}", seed, {"val/box_AP": 0.3}, row="table4/nearest") / "result.json").read_text())
+        found["choices"]["row"], found["overrides"] = None, ["experiment=table4", "scale=small", f"seed={seed}"]
+        (tmp_path / f"n{seed}" / "result.json").write_text(json.dumps(found))
+        for name, score in (("mine", 0.4), ("yours", 0.2)):
+            found["overrides"] = ["experiment=table4", "row=null", "scale=small", f"seed={seed}", f"upsampler@model.fpn={name}"]
+            found["metrics"] = {"val/box_AP": score + seed / 100}
+            (tmp_path / f"{name}{seed}").mkdir()
+            (tmp_path / f"{name}{seed}" / "result.json").write_text(json.dumps(found))
+        write_run(tmp_path / f"wide{seed}", seed, {"val/box_AP": 0.35}, "model.fpn_dim=9", row="table4/carafe")
+    rows = {row["row"]: row for row in printed(tables(tmp_path)[0])}
+    assert list(rows)[9:] == ["upsampler@model.fpn=mine", "carafe, model.fpn_dim=9", "upsampler@model.fpn=yours"]
+    assert rows["nearest"]["AP"] == "30.00 ± 0.00"
+    assert rows["upsampler@model.fpn=mine"]["AP vs nearest"].startswith("+10.50 [")
+    assert rows["carafe, model.fpn_dim=9"]["AP vs nearest"].startswith("+5.00 [")
 
 
 def test_boxes_and_masks_are_lines_of_their_own(tmp_path):
