@@ -229,8 +229,8 @@ def operator(cfg: DictConfig) -> None:
 
 
 def main() -> None:
-    """Run carafepp-bench, carafepp-bench samplers or carafepp-bench models."""
-    if sys.argv[1:2] in (["samplers"], ["models"]):
+    """Run carafepp-bench, or its samplers, models or growth."""
+    if sys.argv[1:2] in (["samplers"], ["models"], ["growth"]):
         part = importlib.import_module(f".bench_{sys.argv.pop(1)}", __package__)
         part.main()
     else:

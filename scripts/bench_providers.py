@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels import cpu_fallback, reassemble
 from ..kernels.geometry import Spec
 from ..kernels.reassembly import _forward_outputs
-from ..kernels.reference import reassembly_kernels
+from ..kernels.reference import reassembly_kernels, weighted_sum
 
 Provider = Callable[[Tensor, Tensor], Tensor]
 
@@ -40,7 +40,7 @@ def unfold_source(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
 
 
 def taps(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
-    """A sum over shifted maps, for torch.compile to fuse."""
+    """A sum over shifted maps at source resolution, the form that torch.compile makes the fastest code of."""
     n, c, _, _ = x.shape
     rows, columns = logits.shape[2:]
     kernels = logits.view(n, spec.groups, spec.taps, spec.up, spec.up, rows, columns).softmax(2).permute(0, 1, 2, 5, 3, 6, 4)
@@ -51,6 +51,11 @@ def taps(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
         shifted = padded[..., ky : ky + rows * spec.down : spec.down, kx : kx + columns * spec.down : spec.down]
         y = y + kernels[:, :, None, tap] * shifted[..., :rows, None, :columns, None]  # [N, G, C / G, Hq, up, Wq, up]
     return y.reshape(n, c, rows * spec.up, columns * spec.up)
+
+
+def definition(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
+    """A sum over taps at output resolution, as one would write it down, for torch.compile to fuse."""
+    return weighted_sum(x, reassembly_kernels(logits, spec, *x.shape[2:]), spec)
 
 
 class _Fallback(torch.autograd.Function):
@@ -100,6 +105,7 @@ def providers(spec: Spec, shape: tuple[int, ...], device: str, max_bytes: float)
         "fallback": when(kind == "cpu", functools.partial(fallback, spec=spec), "needs device=cpu"),
         "unfold": unfolded(unfold, cells * spec.up**2),
         "unfold_source": unfolded(unfold_source, cells),
+        "compiled_definition": functools.partial(torch.compile(definition, dynamic=False), spec=spec),
         "compiled_taps": unfolded(torch.compile(taps, dynamic=False), 0),
         "nearest": when(only_up, lambda x, _: interpolation(x, mode="nearest"), "needs op.down=1"),
         "bilinear": when(only_up, lambda x, _: interpolation(x, mode="bilinear"), "needs op.down=1"),

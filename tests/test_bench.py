@@ -17,7 +17,8 @@ def test_rivals_compute_the_same(spec):
     expected = reassemble_reference(x, logits, **spec._asdict())
     dy = torch.randn_like(expected)
     gradients = torch.autograd.grad(expected, (x, logits), dy)
-    for rival in (bench_providers.unfold, bench_providers.unfold_source, bench_providers.taps, bench_providers.fallback):
+    for name in ("unfold", "unfold_source", "definition", "taps", "fallback"):
+        rival = getattr(bench_providers, name)
         y = rival(x, logits, spec)
         torch.testing.assert_close(y, expected)
         for actual, gradient in zip(torch.autograd.grad(y, (x, logits), dy), gradients, strict=True):
@@ -46,6 +47,23 @@ def test_table_and_file_tell_the_same(tmp_path, monkeypatch, capsys):
         assert float(row["ms_20"]) <= float(row["ms"]) <= float(row["ms_80"])
         assert f"{float(row['ms']):.2f}" in printed
     assert float(rows[0]["relative"]) == 1
+
+
+def test_growth_varies_one_thing_at_a_time(tmp_path, monkeypatch):
+    arguments = ["growth", "op.shape=[1,8,4,4]", "threads=2", "rounds=1", f"hydra.run.dir={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["carafepp-bench", *arguments])
+    threads = torch.get_num_threads()
+    bench.main()
+    torch.set_num_threads(threads)
+    rows = [row for row in csv.DictReader((tmp_path / "growth.csv").open()) if row["mode"] == "forward"]
+    assert [(row["varies"], int(row["value"])) for row in rows] == [
+        *(("channels", value) for value in (1, 2, 4, 8, 16, 32)),
+        *(("source pixels", value) for value in (1, 4, 16, 64)),
+        *(("taps", value) for value in (1, 9, 25, 49, 81)),
+        *(("threads", value) for value in (1, 2)),
+    ]
+    assert all(float(row["ms"]) > 0 for row in rows)
+    assert (tmp_path / "growth.svg").read_text().count("source pixels") == 1
 
 
 def test_unknown_provider_is_named(tmp_path, monkeypatch):
