@@ -45,18 +45,17 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
                 f"got {batch_size} for {world_size} x {accumulate}"
             )
         self.length, self.batch_size, self.epochs, self.seed, self.groups = length, batch_size, epochs, seed, groups
-        self.used = len(self._order(0))
-        if batch_size > self.used:
-            raise ValueError(f"batch_size must not exceed the training samples, got {batch_size} for {self.used} samples")
+        if batch_size > length:
+            raise ValueError(f"batch_size must not exceed the training samples, got {batch_size} for {length} samples")
         self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
         self.start = 0
 
     def __len__(self) -> int:
         """Batches of the whole training, those before `start` included."""
-        return round(self.epochs * (self.used // self.batch_size)) * self.accumulate
+        return round(self.epochs * (self.length // self.batch_size)) * self.accumulate
 
     def _order(self, epoch: int) -> list[int]:
-        """The samples of an epoch in their order, an odd one of a group left out."""
+        """The samples of an epoch in their order."""
         generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
         order = torch.randperm(self.length, generator=generator).tolist()
         if self.groups is None:
@@ -69,11 +68,12 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
                 waiting[self.groups[index]] = index
             else:
                 pairs += [first, index]
+        pairs += waiting.values()
         batches = (pairs[i : i + self.batch_size] for i in range(0, len(pairs), self.batch_size))
         return [index for batch in batches for index in sorted(batch, key=self.groups.__getitem__)]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        per_epoch = self.used // self.batch_size
+        per_epoch = self.length // self.batch_size
         size = self.batch_size // (self.world_size * self.accumulate)
         order, shuffled = [], None
         for batch in range(self.start, len(self)):
