@@ -90,7 +90,7 @@ class ResNet(nn.Module):
         ValueError: `output_stride` is none of 8, 16 and 32.
         FileNotFoundError, ValueError: `weights` cannot be read, or is of another network.
 
-    `out_channels` lists the channels of C2 to C5.
+    `out_channels` lists the channels of C2 to C5, `pretrained` says whether there were `weights`.
     """
 
     def __init__(
@@ -145,6 +145,7 @@ class ResNet(nn.Module):
             for module in self.modules():
                 if isinstance(module, Bottleneck):
                     nn.init.zeros_(module.bn3.weight)
+        self.pretrained = weights is not None
         if weights is not None:
             load_weights(self, weights)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from .coco_eval import COCO_SIDES, average_precision, ground_truth, results
 from .optimization import parameter_groups
 from .pictures import palette
 from .runs import write_atomically
+
+logger = logging.getLogger(__name__)
 
 Target = dict[str, Tensor]
 
@@ -91,6 +94,12 @@ class Detection(L.LightningModule):
             yield
         finally:
             rpn.nms_thresh, rpn.score_thresh, heads.nms_thresh, heads.score_thresh = before
+
+    def on_fit_start(self) -> None:
+        body = self.model.backbone.body
+        random = self.trainer.ckpt_path is None and not getattr(body, "pretrained", True)
+        if random and not all(parameter.requires_grad for parameter in body.parameters()):
+            logger.warning("layers of the backbone stay frozen at random weights: give backbone.weights=FILE, or model.trainable_layers=5")
 
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
         images, targets = batch

@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import torch.nn as nn
@@ -13,6 +14,7 @@ from carafepp.models.detection import FasterRCNN, MaskRCNN
 from carafepp.models.fpn import FPN
 from carafepp.models.resnet import resnet50, tiny
 from carafepp.models.samplers import Nearest
+from carafepp.tasks.detection import Detection
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -131,6 +133,17 @@ def test_frozen_parts_stay_as_pretrained():
     assert not any(name.startswith(("conv1", "bn1", "maxpool", "layer1")) for name in moved)
     assert not any("bn" in name or "compressor_norm" in name or "running" in name for name in moved)
     assert {"layer2.0.conv1.weight", "layer2.0.sampler.content_encoder.weight", "layer4.0.conv3.weight"} <= moved
+
+
+@pytest.mark.parametrize(("trainable", "pretrained", "warns"), [(3, False, True), (3, True, False), (5, False, False)])
+def test_training_warns_of_layers_frozen_at_random_weights(tmp_path, caplog, trainable, pretrained, warns):
+    torch.save(tiny().state_dict(), tmp_path / "weights.pth")
+    backbone = tiny(weights=tmp_path / "weights.pth" if pretrained else None)
+    model = partial(FasterRCNN, backbone=backbone, trainable_layers=trainable, **SMALL)
+    task = Detection(model, class_names=["a"], optimizer=torch.optim.SGD, schedule=torch.optim.lr_scheduler.PolynomialLR)
+    task.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    task.on_fit_start()
+    assert ("backbone.weights=FILE" in caplog.text) == warns
 
 
 @pytest.mark.parametrize(
