@@ -14,18 +14,22 @@ namespace carafepp {
 // The signature of GOMP_parallel: runs function(data) on a team of threads of the OpenMP runtime that PyTorch itself uses.
 using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 
-// Bytes of weights that a tile may hold, for tiles to stay near the processor and the scratch of all threads a few per cent of the
-// tensors, but for small ones. Backward gains from larger tiles, for it restores the weights around a tile as well.
-constexpr Index LEAST_BUDGET = 128 << 10, FORWARD_BUDGET = 256 << 10, BACKWARD_BUDGET = 1024 << 10;
-template <class S> Index budget(const Problem& p, Index most, Index share) {
-    const Index inputs = p.channels * p.height * p.width + p.groups * p.taps() * p.subs() * p.cells_y() * p.cells_x();
-    const Index bytes = p.batch * (inputs + p.channels * p.output_y() * p.output_x()) * Index(sizeof(S));
-    return std::min(most, std::max(LEAST_BUDGET, bytes / (share * p.threads)));
+// Bytes that the planes of a tile may take: near the processor, and for all threads together a few per cent of the tensors.
+constexpr Index LEAST_BUDGET = 48 << 10, FORWARD_BUDGET = 640 << 10, BACKWARD_BUDGET = 2048 << 10, SHARE = 14;
+template <class S> Index budget(const Problem& p, Index most, Index inputs, Index outputs) {
+    const Index input = p.channels * p.height * p.width + p.groups * p.taps() * p.subs() * p.cells_y() * p.cells_x();
+    const Index bytes = p.batch * (inputs * input + outputs * p.channels * p.output_y() * p.output_x()) * Index(sizeof(S));
+    return std::min(most, std::max(LEAST_BUDGET, bytes / (SHARE * p.threads)));
 }
 
-// work(task, scratch) for every task, on as many threads as pay, each with its own scratch; false if there is no memory.
-template <class T, class F> bool run(Index tasks, Index operations, Index threads, Index scratch, Parallel parallel, F&& work) {
-    threads = std::max<Index>(1, std::min({threads, tasks, operations / 500000 + 1}));
+// Threads that pay for so many multiplications.
+inline Index useful_threads(const Problem& p, Index passes) {
+    return std::min<Index>(p.threads, passes * p.taps() * p.subs() * p.batch * p.channels * p.cells_y() * p.cells_x() / 500000 + 1);
+}
+
+// work(task, scratch) for every task, each thread with its own scratch; false if there is no memory.
+template <class T, class F> bool run(Index tasks, Index threads, Index scratch, Parallel parallel, F&& work) {
+    threads = std::max<Index>(1, std::min(threads, tasks));
     scratch = ceil_div(scratch + LANES<T>, 64 / sizeof(T)) * (64 / sizeof(T));
     void* memory = std::malloc(threads * scratch * sizeof(T) + 64);
     if (!memory) return false;
@@ -55,59 +59,61 @@ template <class S> bool is_channels_last(const Problem& p, std::initializer_list
 
 inline bool has_lse(const Problem& p) { return p.normalizer == SOFTMAX || p.normalizer == SIGMOID_NORMALIZED; }
 
-template <class S> bool forward(const Problem& p, const Tensor& x, const Tensor& logits, const Tensor& y, const Tensor& lse, Parallel parallel) {
+template <class S> bool forward(Problem p, const Tensor& x, const Tensor& logits, const Tensor& y, const Tensor& lse, Parallel parallel) {
     using T = Compute<S>;
-    const Grid g = Grid::make<T>(p, false, budget<S>(p, FORWARD_BUDGET, 40));
-    const PlanarTables tables(p, g);
+    p.threads = useful_threads(p, 1);
     const bool last = is_channels_last<S>(p, {&x, &y});
-    const Index channels = std::min(CHUNK, p.group_channels()), windows = p.taps() * p.subs();
-    const Index scratch = g.inner * (windows + p.subs()) + (last ? 0 : channels * (p.phases() * g.plane + p.subs() * g.inner));
-    const Index operations = windows * p.batch * p.channels * p.cells_y() * p.cells_x();
-    return run<T>(p.batch * p.groups * g.tiles(), operations, p.threads, scratch, parallel, [&](Index task, T* memory) {
+    const Index chunk = last ? 0 : std::min(CHUNK, p.group_channels()), windows = p.taps() * p.subs();
+    const Index bare = windows + p.subs() + chunk * p.subs(), haloed = chunk * p.phases();
+    const Grid g = Grid::make<T>(p, false, bare, haloed, budget<S>(p, FORWARD_BUDGET, 1, 1));
+    const PlanarTables tables(p, g);
+    return run<T>(p.batch * p.groups * g.tiles(), p.threads, bare * g.inner + haloed * g.plane, parallel, [&](Index task, T* memory) {
         const Index n = task / g.tiles() / p.groups, group = task / g.tiles() % p.groups;
         const Tile t(p, g, task % g.tiles());
         T* weights = memory;
         T* sums = weights + windows * g.inner;
         T* output = sums + p.subs() * g.inner;
-        T* source = output + channels * p.subs() * g.inner + g.origin;
-        read_logits<S>(p, g, t, logits, n, group, 0, false, weights);
+        T* source = output + chunk * p.subs() * g.inner + g.origin;
+        read_logits<S>(p, g, t, logits, n, group, false, weights);
         normalize(p, g, t, weights, sums);
         if (has_lse(p))
-            for (Index sub = 0; sub < p.subs(); ++sub)
-                write_planes(sums + sub * g.inner, g.inner, g, t, logits_plane<T>(p, lse, n, group, sub));
+            each_plane(p, 1, [&](Index sub, Index, Index y, Index x) {
+                write_planes(sums + sub * g.inner, g.inner, g, t, logits_plane<T>(p, lse, n, group, y, x));
+            });
         if (last) channels_last_forward<S>(p, g, t, x, y, n, group, weights);
         else planar_forward<S>(p, g, tables, t, x, y, n, group, weights, source, output);
     });
 }
 
 template <class S>
-bool backward(const Problem& p, const Tensor& dy, const Tensor& x, const Tensor& logits, const Tensor& lse, const Tensor& dx, const Tensor& dlogits,
+bool backward(Problem p, const Tensor& dy, const Tensor& x, const Tensor& logits, const Tensor& lse, const Tensor& dx, const Tensor& dlogits,
               Parallel parallel) {
     using T = Compute<S>;
-    const Index windows = p.taps() * p.subs();
-    const Grid g = Grid::make<T>(p, dx.data != nullptr, budget<S>(p, BACKWARD_BUDGET, 18));
-    const PlanarTables tables(p, g);
+    p.threads = useful_threads(p, 2);
     const bool last = is_channels_last<S>(p, {&dy, &x, &dx});
-    const Index channels = std::min(CHUNK, p.group_channels()), halo = dx.data ? g.halo : 0;
-    const Index restored = g.weight_plane * (windows + p.subs()), gradient = dlogits.data ? g.inner * (windows + 1) : 0;
-    const Index chunk = last ? 0 : channels * (p.phases() * (g.plane + g.inner) + p.subs() * g.weight_plane);
-    const Index scratch = restored + gradient + chunk;
-    const Index operations = 2 * windows * p.batch * p.channels * p.cells_y() * p.cells_x();
-    return run<T>(p.batch * p.groups * g.tiles(), operations, p.threads, scratch, parallel, [&](Index task, T* memory) {
+    const Index windows = p.taps() * p.subs(), chunk = last ? 0 : std::min(CHUNK, p.group_channels());
+    // weights and the output gradients are read around the tile for dx
+    const Index weight_planes = windows + p.subs() + chunk * p.subs(), haloed = chunk * p.phases() + (dx.data ? weight_planes : 0);
+    const Index gradient_planes = dlogits.data ? windows + 1 : 0, bare = gradient_planes + chunk * p.phases() + (dx.data ? 0 : weight_planes);
+    const Grid g = Grid::make<T>(p, dx.data != nullptr, bare, haloed, budget<S>(p, BACKWARD_BUDGET, 2, 1));
+    const PlanarTables tables(p, g);
+    const Reach reach = dx.data ? g.around() : Reach{};
+    return run<T>(p.batch * p.groups * g.tiles(), p.threads, bare * g.inner + haloed * g.plane, parallel, [&](Index task, T* memory) {
         const Index n = task / g.tiles() / p.groups, group = task / g.tiles() % p.groups;
         const Tile t(p, g, task % g.tiles());
         T* weights = memory + g.weight_origin;
         T* sums = weights + windows * g.weight_plane;
-        T* gradients = dlogits.data ? memory + restored : nullptr;
+        T* doutput = sums + p.subs() * g.weight_plane;
+        T* gradients = dlogits.data ? memory + weight_planes * g.weight_plane : nullptr;
         T* spare = gradients + windows * g.inner;
-        T* doutput = memory + restored + gradient + g.weight_origin;
-        T* dsource = memory + restored + gradient + channels * p.subs() * g.weight_plane;
-        T* source = dsource + channels * p.phases() * g.inner + g.origin;
-        read_logits<S>(p, g, t, logits, n, group, halo, true, weights);
+        T* dsource = memory + weight_planes * g.weight_plane + gradient_planes * g.inner;
+        T* source = dsource + chunk * p.phases() * g.inner + g.origin;
+        read_logits<S>(p, g, t, logits, n, group, true, weights);
         if (has_lse(p))
-            for (Index sub = 0; sub < p.subs(); ++sub)
-                read_planes(logits_plane<const T>(p, lse, n, group, sub), g, t, halo, T(0), sums + sub * g.weight_plane, g.weight_plane);
-        restore(p, g, t, halo, weights, sums);
+            each_plane(p, 1, [&](Index sub, Index, Index y, Index x) {
+                read_planes(logits_plane<const T>(p, lse, n, group, y, x), g, t, reach, T(0), sums + sub * g.weight_plane, g.weight_plane);
+            });
+        restore(p, g, t, weights, sums);
         if (gradients) std::fill(gradients, gradients + windows * g.inner, T(0));
         if (last) {
             if (gradients) channels_last_gradients<S>(p, g, t, dy, x, n, group, gradients);
@@ -117,8 +123,9 @@ bool backward(const Problem& p, const Tensor& dy, const Tensor& x, const Tensor&
         }
         if (!gradients) return;
         normalize_backward<S>(p, g, t, logits, n, group, weights, gradients, spare);
-        for (Index e = 0; e < windows; ++e)
-            write_planes(gradients + e * g.inner, g.inner, g, t, logits_plane<S>(p, dlogits, n, group * p.taps(), e));
+        each_plane(p, p.taps(), [&](Index e, Index tap, Index y, Index x) {
+            write_planes(gradients + e * g.inner, g.inner, g, t, logits_plane<S>(p, dlogits, n, group * p.taps() + tap, y, x));
+        });
     });
 }
 

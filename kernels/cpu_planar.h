@@ -5,9 +5,11 @@
 
 namespace carafepp {
 
-// Channels whose planes are held at a time, and those that share the loads of one weight.
+// Channels whose planes are held at a time.
 constexpr Index CHUNK = 16;
-constexpr int FORWARD_CHANNELS = 4, BACKWARD_CHANNELS = 8, BACKWARD_TAPS = 5;
+// Channels that share the loads of one weight, for a number of sub-pixels: as many as there are registers for.
+constexpr int forward_channels(int subs) { return VECTOR_BYTES == 64 && subs < 4 ? 8 : 4; }
+constexpr int BACKWARD_CHANNELS = 8, BACKWARD_TAPS = 5;
 
 // one copy for all storage types
 #define NOINLINE __attribute__((noinline))
@@ -79,16 +81,6 @@ NOINLINE void sum_visits(const T* w, const T* dy, Index dy_stride, const std::ve
     for (int b = 0; b < B; ++b) store(dx + b * dx_stride, total[b]);
 }
 
-// Calls f(std::integral_constant<int, S>) for a number of sub-pixels known at run time.
-template <class F> inline void with_count(Index count, F&& f) {
-    if (count == 1) f(std::integral_constant<int, 1>{});
-    else if (count == 2) f(std::integral_constant<int, 2>{});
-    else if constexpr (SUBS > 2) {
-        if (count == 3) f(std::integral_constant<int, 3>{});
-        else f(std::integral_constant<int, 4>{});
-    }
-}
-
 struct PlanarTables {
     std::vector<Index> shifts;                // [sub][tap]
     std::vector<std::vector<Visit>> visits;  // [phase]
@@ -108,18 +100,20 @@ void planar_forward(const Problem& p, const Grid& g, const PlanarTables& tables,
     for (Index first = 0; first < channels; first += CHUNK) {
         const Index count = std::min(CHUNK, channels - first), base = group * channels + first;
         for (Index c = 0; c < count; ++c)
-            read_planes(source_plane<const S>(p, x, n, base + c), g, t, g.halo, T(0), source + c * source_stride, g.plane);
+            read_planes(source_plane<const S>(p, x, n, base + c), g, t, g.around(), T(0), source + c * source_stride, g.plane);
         for (Index f = 0; f < t.end(g); f += LANES<T>)
             for (const Run& run : g.runs)
                 with_count(run.count, [&](auto subs) {
                     constexpr int S_COUNT = decltype(subs)::value;
                     auto sum = [&](auto width, Index c) {
                         sum_taps<S_COUNT, decltype(width)::value>(
-                            weights + run.sub * g.weight_plane + f, g.weight_plane, p.subs() * g.weight_plane, source + c * source_stride + f, source_stride,
-                            &tables.shifts[run.sub * p.taps()], p.taps(), output + c * output_stride + run.sub * g.weight_plane + f, output_stride);
+                            weights + run.sub * g.weight_plane + f, g.weight_plane, p.subs() * g.weight_plane,
+                            source + c * source_stride + f, source_stride, &tables.shifts[run.sub * p.taps()], p.taps(),
+                            output + c * output_stride + run.sub * g.weight_plane + f, output_stride);
                     };
+                    constexpr int CHANNELS = forward_channels(S_COUNT);
                     Index c = 0;
-                    for (; c + FORWARD_CHANNELS <= count; c += FORWARD_CHANNELS) sum(std::integral_constant<int, FORWARD_CHANNELS>{}, c);
+                    for (; c + CHANNELS <= count; c += CHANNELS) sum(std::integral_constant<int, CHANNELS>{}, c);
                     for (; c < count; ++c) sum(std::integral_constant<int, 1>{}, c);
                 });
         for (Index c = 0; c < count; ++c)
@@ -131,14 +125,16 @@ void planar_forward(const Problem& p, const Grid& g, const PlanarTables& tables,
 template <class S, class T>
 void planar_backward(const Problem& p, const Grid& g, const PlanarTables& tables, const Tile& t, const Tensor& dy, const Tensor& x,
                      const Tensor& dx, Index n, Index group, const T* weights, T* gradients, T* source, T* doutput, T* dsource) {
-    const Index source_stride = p.phases() * g.plane, output_stride = p.subs() * g.weight_plane, dsource_stride = p.phases() * g.inner, channels = p.group_channels();
+    const Index source_stride = p.phases() * g.plane, output_stride = p.subs() * g.weight_plane;
+    const Index dsource_stride = p.phases() * g.inner, channels = p.group_channels();
+    const Reach reach = dx.data ? g.around() : Reach{};
     for (Index first = 0; first < channels; first += CHUNK) {
         const Index count = std::min(CHUNK, channels - first), base = group * channels + first;
         for (Index c = 0; c < count; ++c)
-            read_planes(output_plane<const S>(p, dy, n, base + c), g, t, dx.data ? g.halo : 0, T(0), doutput + c * output_stride, g.weight_plane);
+            read_planes(output_plane<const S>(p, dy, n, base + c), g, t, reach, T(0), doutput + c * output_stride, g.weight_plane);
         if (gradients) {
             for (Index c = 0; c < count; ++c)
-                read_planes(source_plane<const S>(p, x, n, base + c), g, t, g.halo, T(0), source + c * source_stride, g.plane);
+                read_planes(source_plane<const S>(p, x, n, base + c), g, t, g.around(), T(0), source + c * source_stride, g.plane);
             for (Index f = 0; f < t.end(g); f += LANES<T>)
                 for (const Run& run : g.runs)
                     with_count(run.count, [&](auto subs) {

@@ -1,4 +1,4 @@
-// Maps to planes and back, a row at a time.
+// Maps to planes and back, a row at a time, with the part of the map that comes later on its way from memory.
 #pragma once
 
 #include "cpu_tiles.h"
@@ -81,13 +81,13 @@ template <int WRITE, class S> inline void fetch(const S* p, Index count) {
     for (Index i = 0; i < count + line - 1; i += line) __builtin_prefetch(p + i, WRITE);
 }
 
-// Planes [phases * phases], `stride` apart, of the cells of a tile and `halo` around it; `fill` where the map does not reach.
+// Planes [phases * phases], `stride` apart, of the cells of a tile and around it; `fill` where the map does not reach.
 template <class S, class T>
-void read_planes(const Plane<const S>& map, const Grid& g, const Tile& t, Index halo, T fill, T* planes, Index stride) {
+void read_planes(const Plane<const S>& map, const Grid& g, const Tile& t, Reach reach, T fill, T* planes, Index stride) {
     with_phases(map.phases, map.stride_x, [&](auto adjacent) {
         constexpr int U = decltype(adjacent)::value;
-        const Index phases = U ? U : map.phases, begin = std::max(-halo, -t.x), end = t.columns + halo;
-        for (Index i = -halo; i < t.rows + halo; ++i)
+        const Index phases = U ? U : map.phases, begin = std::max(-reach.side, -t.x), end = t.columns + reach.side;
+        for (Index i = -reach.above; i < t.rows + reach.below; ++i)
             for (Index v = 0; v < phases; ++v) {
                 T* row = planes + v * phases * stride + i * g.pitch;
                 const Index y = (t.y + i) * phases + v;
@@ -97,7 +97,7 @@ void read_planes(const Plane<const S>& map, const Grid& g, const Tile& t, Index 
                 const Index from = inside ? y * map.stride_y + (t.x + begin) * phases * map.stride_x : 0;
                 if (U) fetch<0>(map.next + from, (whole - begin) * phases);
                 for (Index u = 0; u < phases; ++u)
-                    for (Index j = -halo; j < begin; ++j) row[u * stride + j] = fill;
+                    for (Index j = -reach.side; j < begin; ++j) row[u * stride + j] = fill;
                 split_row<U>(map.data + from, map.stride_x, row + begin, stride, phases, whole - begin);
                 for (Index u = 0; u < phases; ++u)
                     for (Index j = whole; j < end; ++j) {
@@ -139,10 +139,17 @@ template <class S> Plane<S> output_plane(const Problem& p, const Tensor& y, Inde
     S* data = at<S>(y, n, channel);
     return {data, data + CHANNELS_AHEAD * y.stride[1], y.stride[2], y.stride[3], p.output_y(), p.output_x(), p.up};
 }
-// One tap and sub-pixel of the logits, numbered as in their channels, or one sub-pixel of the log-sum-exp.
-template <class S> Plane<S> logits_plane(const Problem& p, const Tensor& logits, Index n, Index first, Index number) {
-    auto data = [&](Index i) { return at<S>(logits, n, first + i / p.subs(), i % p.subs() / p.up, i % p.up); };
-    return {data(number), data(number + LOGITS_AHEAD), logits.stride[4], logits.stride[5], p.cells_y(), p.cells_x(), 1};
+// One tap and sub-pixel (y, x) of the logits, or one sub-pixel of the log-sum-exp.
+template <class S> Plane<S> logits_plane(const Problem& p, const Tensor& logits, Index n, Index tap, Index y, Index x) {
+    S* data = at<S>(logits, n, tap, y, x);
+    return {data, data + LOGITS_AHEAD * logits.stride[p.up > 1 ? 3 : 1], logits.stride[4], logits.stride[5], p.cells_y(), p.cells_x(), 1};
+}
+// f(number, tap, y, x) for every plane of a group's logits, or of its log-sum-exp (one tap).
+template <class F> void each_plane(const Problem& p, Index taps, F&& f) {
+    Index number = 0;
+    for (Index tap = 0; tap < taps; ++tap)
+        for (Index y = 0; y < p.up; ++y)
+            for (Index x = 0; x < p.up; ++x) f(number++, tap, y, x);
 }
 
 }  // namespace carafepp

@@ -53,19 +53,33 @@ struct Run {
     Index sub, count;
 };
 
-// The tiling of one call, the same for all threads. Results do not depend on it: every sum has one order, whatever the tile.
+// Calls f(std::integral_constant<int, N>) for a number from 1 to MOST known at run time.
+template <int MOST = SUBS, class F> inline void with_count(Index count, F&& f) {
+    if constexpr (MOST > 1)
+        if (count < MOST) return with_count<MOST - 1>(count, f);
+    f(std::integral_constant<int, MOST>{});
+}
+
+// How far a plane is needed around the cells of a tile.
+struct Reach {
+    Index above, below, side;
+};
+
+// The tiling of one call, the same for all threads: tiles of which so many planes, bare and with a halo, fit into `budget` bytes. Results
+// do not depend on it: every sum has one order, whatever the tile.
 struct Grid {
     Index rows, columns;  // cells of a tile
     Index halo;           // cells around it that its planes hold as well
     Index pitch;
     Index plane, origin;                // values of a plane with the halo, and where its own first cell is
     Index inner;                        // values of a plane without
-    Index weight_plane, weight_origin;  // the weights' planes have a halo where dsource is asked for
+    bool weight_halo;  // the weights' planes have one where dsource is asked for
+    Index weight_plane, weight_origin;
     Index tiles_y, tiles_x;
     std::vector<Entry> entries;  // [sub][tap]
     std::vector<Run> runs;
 
-    template <class T> static Grid make(const Problem& p, bool weight_halo, Index budget) {
+    template <class T> static Grid make(const Problem& p, bool weight_halo, Index bare, Index haloed, Index budget) {
         Grid g;
         const Index radius = p.kernel / 2, lanes = LANES<T>;
         g.halo = 0;
@@ -86,7 +100,7 @@ struct Grid {
                 sub += g.runs.back().count;
             }
         }
-        const Index per_cell = p.taps() * p.subs() * Index(sizeof(T)), margin = weight_halo ? 2 * g.halo : 0;
+        const Index margin = weight_halo ? 2 * g.halo : 0;
         double least = std::numeric_limits<double>::infinity();
         const Index most = ceil_div(p.cells_x(), lanes);
         for (Index cuts = 1; cuts <= most; ++cuts) {
@@ -94,7 +108,8 @@ struct Grid {
             // between whole rows one margin of zeros serves the row before and the row after it
             const Index pitch = columns + (tiles_x == 1 ? 1 : 2) * g.halo;
             const Index wanted = ceil_div(4 * p.threads, p.batch * p.groups * tiles_x);
-            const Index rows = std::min(budget / (per_cell * pitch) - margin, std::max<Index>(1, p.cells_y() / wanted));
+            const Index fit = (budget / Index(sizeof(T)) / pitch - haloed * 2 * g.halo) / (bare + haloed);
+            const Index rows = std::min(fit, std::max<Index>(1, p.cells_y() / wanted));
             // per cell: lanes that are margin, reading a row as long as so many cells take, and weights that are restored for a
             // neighbouring tile, a third of all work where there are none
             const double cost = double(pitch + ROW_COST) / columns * (2 + double(rows + margin) / rows);
@@ -110,6 +125,7 @@ struct Grid {
         // an odd number of vectors, so that the same cell of many planes does not fall into one cache set
         g.plane = ((ceil_div(g.origin + (g.rows + g.halo) * g.pitch + g.halo, lanes) + 1) | 1) * lanes;
         g.inner = (ceil_div(g.rows * g.pitch, lanes) | 1) * lanes;
+        g.weight_halo = weight_halo;
         g.weight_plane = weight_halo ? g.plane : g.inner;
         g.weight_origin = weight_halo ? g.origin : 0;
         return g;
@@ -117,6 +133,12 @@ struct Grid {
     bool shares_window(const Problem& p, Index a, Index b) const {
         const Entry &first = entries[a * p.taps()], &second = entries[b * p.taps()];
         return first.phase == second.phase && first.move_y == second.move_y && first.move_x == second.move_x;
+    }
+    Reach around() const { return {halo, halo, halo}; }
+    // dsource sums the weights of a tap where its output is, which lies on one side
+    Reach weight_reach(const Problem& p, Index tap, Index sub) const {
+        const Index move = entries[sub * p.taps() + tap].move_y;
+        return weight_halo ? Reach{std::max<Index>(0, move), std::max<Index>(0, -move), halo} : Reach{};
     }
     Index shift(const Entry& e) const { return e.move_y * pitch + e.move_x; }
     Index tiles() const { return tiles_y * tiles_x; }

@@ -141,7 +141,7 @@ template <class T, int... I> inline Vector<T> shuffle(Vector<T> a, Vector<T> b) 
 #endif
 }
 
-// exp(x) for x <= 80 with about one unit in the last place: 2**n * exp(r), |r| <= ln(2) / 2, by Taylor's series; 0 below the normal numbers.
+// exp(x), x <= 80, with about one unit in the last place: 2**n * exp(r), |r| <= ln(2) / 2, by Taylor's series; 0 below the normal numbers.
 template <class T> inline Vector<T> exponential(Vector<T> x) {
     using Mask = typename Simd<T>::Mask;
     constexpr bool single = sizeof(T) == 4;

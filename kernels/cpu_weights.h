@@ -11,19 +11,20 @@ template <class T> inline Vector<T> exp_score(Vector<T> l, Vector<T> reference, 
     return exponential<T>(minimum(l, T(0)) - reference) / (exponential<T>(l > T(0) ? -l : l) + T(1));
 }
 
-// Logits of the tile's cells and `halo` around them; `cut` leaves out sub-pixels beyond the output (a rational scale cuts the last cell).
+// Logits of the tile's cells and of those around it that dsource asks for; `cut` leaves out sub-pixels beyond the output (a rational scale
+// cuts the last cell).
 template <class S, class T>
-void read_logits(const Problem& p, const Grid& g, const Tile& t, const Tensor& logits, Index n, Index group, Index halo, bool cut, T* weights) {
+void read_logits(const Problem& p, const Grid& g, const Tile& t, const Tensor& logits, Index n, Index group, bool cut, T* weights) {
     // a weight outside the map is zero
     const T fill = p.normalizer == NONE ? T(0) : -std::numeric_limits<T>::infinity();
-    for (Index e = 0; e < p.taps() * p.subs(); ++e) {
-        Plane<const S> plane = logits_plane<const S>(p, logits, n, group * p.taps(), e);
+    each_plane(p, p.taps(), [&](Index e, Index tap, Index y, Index x) {
+        Plane<const S> plane = logits_plane<const S>(p, logits, n, group * p.taps() + tap, y, x);
         if (cut) {
-            plane.height = ceil_div(std::max<Index>(0, p.output_y() - e % p.subs() / p.up), p.up);
-            plane.width = ceil_div(std::max<Index>(0, p.output_x() - e % p.up), p.up);
+            plane.height = ceil_div(std::max<Index>(0, p.output_y() - y), p.up);
+            plane.width = ceil_div(std::max<Index>(0, p.output_x() - x), p.up);
         }
-        read_planes(plane, g, t, halo, fill, weights + e * g.weight_plane, g.weight_plane);
-    }
+        read_planes(plane, g, t, g.weight_reach(p, tap, y * p.up + x), fill, weights + e * g.weight_plane, g.weight_plane);
+    });
 }
 
 // Vectors of cells normalised together, so that their chains of maxima and sums run side by side.
@@ -71,24 +72,22 @@ template <class T> void normalize(const Problem& p, const Grid& g, const Tile& t
         return;
     }
     for (Index sub = 0; sub < p.subs(); ++sub)
-        for (Index f = 0; f < end; f += ABREAST * LANES<T>) {
-            const Index rest = ceil_div(end - f, LANES<T>);
-            if (rest >= ABREAST) softmax<ABREAST>(p, g, weights + sub * g.weight_plane + f, lse + sub * g.weight_plane + f);
-            else
-                for (Index i = 0; i < rest * LANES<T>; i += LANES<T>)
-                    softmax<1>(p, g, weights + sub * g.weight_plane + f + i, lse + sub * g.weight_plane + f + i);
-        }
+        for (Index f = 0; f < end; f += ABREAST * LANES<T>)
+            with_count<ABREAST>(ceil_div(end - f, LANES<T>), [&](auto vectors) {
+                softmax<decltype(vectors)::value>(p, g, weights + sub * g.weight_plane + f, lse + sub * g.weight_plane + f);
+            });
 }
 
-// The same weights from logits and the stored `lse`, over the tile and `halo` around it.
-template <class T> void restore(const Problem& p, const Grid& g, const Tile& t, Index halo, T* weights, const T* lse) {
-    const Index begin = -halo * g.pitch - halo, end = t.end(g) + halo * g.pitch + halo;
+// The same weights from logits and the stored `lse`, wherever logits were read.
+template <class T> void restore(const Problem& p, const Grid& g, const Tile& t, T* weights, const T* lse) {
     if (p.normalizer == NONE) return;
-    for (Index e = 0; e < p.taps() * p.subs(); ++e)
-        for (Index f = begin; f < end; f += LANES<T>) {
-            T* w = weights + e * g.weight_plane + f;
-            if (p.normalizer == SIGMOID) store(w, sigmoid<T>(load(w)));
-            else store(w, exp_score<T>(load(w), load(lse + e % p.subs() * g.weight_plane + f), p.normalizer));
+    for (Index tap = 0; tap < p.taps(); ++tap)
+        for (Index sub = 0; sub < p.subs(); ++sub) {
+            const Reach reach = g.weight_reach(p, tap, sub);
+            T* plane = weights + (tap * p.subs() + sub) * g.weight_plane;
+            for (Index f = -reach.above * g.pitch - reach.side; f < t.end(g) + reach.below * g.pitch + reach.side; f += LANES<T>)
+                if (p.normalizer == SIGMOID) store(plane + f, sigmoid<T>(load(plane + f)));
+                else store(plane + f, exp_score<T>(load(plane + f), load(lse + sub * g.weight_plane + f), p.normalizer));
         }
 }
 
@@ -111,13 +110,13 @@ void normalize_backward(const Problem& p, const Grid& g, const Tile& t, const Te
             }
         }
     if (p.normalizer != SIGMOID_NORMALIZED) return;
-    for (Index e = 0; e < p.taps() * p.subs(); ++e) {
-        read_planes(logits_plane<const S>(p, logits, n, group * p.taps(), e), g, t, Index(0), T(0), scratch, g.inner);
+    each_plane(p, p.taps(), [&](Index e, Index tap, Index y, Index x) {
+        read_planes(logits_plane<const S>(p, logits, n, group * p.taps() + tap, y, x), g, t, Reach{}, T(0), scratch, g.inner);
         for (Index f = 0; f < end; f += LANES<T>) {
             T* d = gradients + e * g.inner + f;
             store(d, load(d) * sigmoid<T>(-load(scratch + f)));
         }
-    }
+    });
 }
 
 }  // namespace carafepp
