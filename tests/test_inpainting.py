@@ -184,7 +184,7 @@ def test_every_row_composes_at_both_scales():
                 assert len(carafes) == (4 if row.endswith("carafe") else 0)
                 # BN and ReLU behind the compressor are for backbones
                 assert all(isinstance(module.compressor_norm, nn.Identity) for module in carafes)
-        assert (config.optimizer.lr, *config.optimizer.betas) == (0.002, 0.5, 0.9)
+        assert (config.optimizer.lr, *config.optimizer.betas) == (0.001, 0.5, 0.9)
         config = compose("train", overrides=["experiment=table10"])
         assert (config.optimizer.lr, *config.optimizer.betas, config.data.batch_size) == (0.0001, 0.5, 0.9, 32)
 
