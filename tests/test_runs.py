@@ -26,7 +26,7 @@ def command(script: str, *arguments: str) -> list[str]:
 
 
 def call(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(command(script, *arguments), capture_output=True, text=True, cwd=cwd, timeout=300)
+    return subprocess.run(command(script, *arguments), capture_output=True, text=True, cwd=cwd, timeout=600)
 
 
 def result(folder: Path) -> dict:
@@ -81,9 +81,10 @@ def test_killed_run_resumes_bit_identically(whole_run, tmp_path, workers):
 
 
 def test_multirun_writes_a_folder_a_job_and_report_tables_them(tmp_path):
-    done = call("train", "-m", *SMALL, "data.epochs=1", "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    first, second = result(tmp_path / "sweep" / "0"), result(tmp_path / "sweep" / "1")
+    # the first job fails, the others go on
+    done = call("train", "-m", *SMALL, "data.epochs=1", "seed=none,0,1", f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path)
+    assert done.returncode != 0
+    first, second = result(tmp_path / "sweep" / "1"), result(tmp_path / "sweep" / "2")
     assert (first["seed"], second["seed"]) == (0, 1)
     assert first["weights_sha256"] != second["weights_sha256"]
 
@@ -94,6 +95,7 @@ def test_multirun_writes_a_folder_a_job_and_report_tables_them(tmp_path):
     (tmp_path / "sweep" / "unfinished" / "config.yaml").write_text("seed: 0\n")
     done = call("report", f"runs={tmp_path}/sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert f"{tmp_path}/sweep/0: failed (" in done.stdout
     assert f"{tmp_path}/sweep/broken/result.json: broken" in done.stdout
     assert f"{tmp_path}/sweep/unfinished: unfinished" in done.stdout
     mean = (first["metrics"]["val/mIoU"] + second["metrics"]["val/mIoU"]) / 2

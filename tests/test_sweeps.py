@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from carafepp.scripts import train
 from carafepp.scripts.report_runs import read_runs
+from omegaconf import OmegaConf
 
 TINY = [
     "scale=small",
@@ -48,7 +50,7 @@ def test_joblib_sweep_with_a_failed_and_a_killed_job_is_killed_and_resumed_to_co
     options = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, **options)
     trained = {1: False, 2: False}
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not all(trained.values()) or not (sweep / "1" / "error.txt").exists():
         assert first.poll() is None, "the sweep ended before its jobs had trained"
         assert time.monotonic() < deadline
@@ -73,7 +75,7 @@ def test_joblib_sweep_with_a_failed_and_a_killed_job_is_killed_and_resumed_to_co
     assert f"{sweep}/2: unfinished" in problems[2]
     trained_before = rows(sweep / "2")
 
-    second = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    second = subprocess.run(command, capture_output=True, text=True, timeout=600, **options)
     assert second.returncode != 0, "job 0 still cannot be"
     runs, problems = read_runs([sweep])
     assert [run.folder.name for run in runs] == ["1", "2"]
@@ -86,3 +88,19 @@ def test_joblib_sweep_with_a_failed_and_a_killed_job_is_killed_and_resumed_to_co
             steps,
         ]
     assert trained_before < rows(sweep / "2")
+
+
+def test_sweep_leaves_finished_jobs_and_refuses_folders_of_others(tmp_path, monkeypatch, capsys):
+    told = ["scale=small", "data.epochs=1"]
+    for job, seed in enumerate((0, 7)):
+        folder = tmp_path / str(job)
+        folder.mkdir()
+        OmegaConf.save({"run": {"overrides": [f"seed={seed}", *told]}}, folder / "config.yaml")
+        (folder / "result.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["carafepp-train", "-m", *told, "seed=0,1", f"hydra.sweep.dir={tmp_path}"])
+    with pytest.raises(SystemExit, match="1"):
+        train.main()
+    said = capsys.readouterr()
+    assert f"{tmp_path}/0 is finished" in said.out
+    assert f"{tmp_path}/1 holds a run of seed=7 scale=small data.epochs=1: choose another folder" in said.err
+    assert not (tmp_path / "1" / "error.txt").exists(), "the run that lies there has not failed"
