@@ -48,10 +48,11 @@ def results(found: dict[str, Tensor], image_id: int, category_ids: Sequence[int]
     return kinds
 
 
-def ground_truth(data: Sized) -> dict:
+def ground_truth(data: Sized, class_names: Sequence[str]) -> dict:
     """The content of a COCO annotation file for a data set whose items are (image, torchvision's target).
 
-    A data set with such a file has a method `ground_truth`. Of any other all items are read; label 1, 2, ... is category 1, 2, ...
+    A data set with such a file has a method `ground_truth`. Of any other all items are read; label 1, 2, ... is category 1, 2, ..., of
+    `class_names`.
     """
     if hasattr(data, "ground_truth"):
         return data.ground_truth()
@@ -66,8 +67,8 @@ def ground_truth(data: Sized) -> dict:
             # not from 0: pycocotools takes a match with annotation 0 for none
             entry = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label, "bbox": box, "area": area, "iscrowd": crowd}
             annotations.append(entry | ({"segmentation": mask} if mask else {}))
-    labels = sorted({annotation["category_id"] for annotation in annotations})
-    return {"images": images, "annotations": annotations, "categories": [{"id": i + 1} for i in range(max(labels, default=0))]}
+    categories = [{"id": label, "name": name} for label, name in enumerate(class_names, start=1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def average_precision(

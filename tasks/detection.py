@@ -113,7 +113,7 @@ class Detection(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         if self.truth is None:
-            self.truth = ground_truth(self.trainer.datamodule.val)
+            self.truth = ground_truth(self.trainer.datamodule.val, self.class_names)
         self.category_ids = sorted(category["id"] for category in self.truth["categories"])
         self.image_ids, self.found = [], {kind: [] for kind in KINDS if kind == "bbox" or self.has_masks}
 

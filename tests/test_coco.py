@@ -134,7 +134,7 @@ def test_damage_is_named_and_never_met_in_training(tmp_path, caplog, damage, ima
     assert f"1 annotations not {'used' if RULES[rule] == 'unusable' else 'trained on'}: {rule}" in caplog.text
     assert sum(len(data[i][1]["labels"]) for i in range(len(data))) == 3
     # pycocotools gets along with what is left
-    assert average_precision(ground_truth(val), [], "segm")["AP"] == 0
+    assert average_precision(ground_truth(val, NAMES), [], "segm")["AP"] == 0
 
 
 def test_undamaged_files_have_no_problem(folder):
@@ -220,7 +220,7 @@ def test_scores_are_those_of_pycocotools_by_hand_on_the_written_file(folder, tmp
     for step in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
         by_hand(step)
     expected = {name: score for name, score in zip(SCORES, evaluation.stats, strict=False) if score > -1}
-    scores = average_precision(ground_truth(data), entries, kind)
+    scores = average_precision(ground_truth(data, NAMES), entries, kind)
     assert scores == expected
     assert 0 < scores["AP"] < 1
     # there is no large object
@@ -229,7 +229,7 @@ def test_scores_are_those_of_pycocotools_by_hand_on_the_written_file(folder, tmp
 
 def test_scenes_are_evaluated_by_their_masks():
     scenes = Scenes("val", 6, 64, view="detection")
-    truth = ground_truth(scenes)
+    truth = ground_truth(scenes, "0123456789")
     perfect = {"bbox": [], "segm": []}
     for image, target in (scenes[i] for i in range(6)):
         assert image.shape == (3, 64, 64)
