@@ -15,11 +15,12 @@ namespace carafepp {
 using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 
 // Bytes that the planes of a tile may take: near the processor, and for all threads together a few per cent of the tensors.
-constexpr Index LEAST_BUDGET = 48 << 10, FORWARD_BUDGET = 640 << 10, BACKWARD_BUDGET = 2048 << 10, SHARE = 14;
-template <class S> Index budget(const Problem& p, Index most, Index inputs, Index outputs) {
+constexpr Index LEAST_BUDGET = 48 << 10, FORWARD_BUDGET = 640 << 10, BACKWARD_BUDGET = 2048 << 10;
+constexpr Index FORWARD_SHARE = 18, BACKWARD_SHARE = 15;
+template <class S> Index budget(const Problem& p, Index most, Index share, Index inputs, Index outputs) {
     const Index input = p.channels * p.height * p.width + p.groups * p.taps() * p.subs() * p.cells_y() * p.cells_x();
     const Index bytes = p.batch * (inputs * input + outputs * p.channels * p.output_y() * p.output_x()) * Index(sizeof(S));
-    return std::min(most, std::max(LEAST_BUDGET, bytes / (SHARE * p.threads)));
+    return std::min(most, std::max(LEAST_BUDGET, bytes / (share * p.threads)));
 }
 
 // Threads that pay for so many multiplications.
@@ -65,7 +66,7 @@ template <class S> bool forward(Problem p, const Tensor& x, const Tensor& logits
     const bool last = is_channels_last<S>(p, {&x, &y});
     const Index chunk = last ? 0 : std::min(CHUNK, p.group_channels()), windows = p.taps() * p.subs();
     const Index bare = windows + p.subs() + chunk * p.subs(), haloed = chunk * p.phases();
-    const Grid g = Grid::make<T>(p, false, bare, haloed, budget<S>(p, FORWARD_BUDGET, 1, 1));
+    const Grid g = Grid::make<T>(p, false, bare, haloed, budget<S>(p, FORWARD_BUDGET, FORWARD_SHARE, 1, 1));
     const PlanarTables tables(p, g);
     return run<T>(p.batch * p.groups * g.tiles(), p.threads, bare * g.inner + haloed * g.plane, parallel, [&](Index task, T* memory) {
         const Index n = task / g.tiles() / p.groups, group = task / g.tiles() % p.groups;
@@ -95,7 +96,7 @@ bool backward(Problem p, const Tensor& dy, const Tensor& x, const Tensor& logits
     // weights and the output gradients are read around the tile for dx
     const Index weight_planes = windows + p.subs() + chunk * p.subs(), haloed = chunk * p.phases() + (dx.data ? weight_planes : 0);
     const Index gradient_planes = dlogits.data ? windows + 1 : 0, bare = gradient_planes + chunk * p.phases() + (dx.data ? 0 : weight_planes);
-    const Grid g = Grid::make<T>(p, dx.data != nullptr, bare, haloed, budget<S>(p, BACKWARD_BUDGET, 2, 1));
+    const Grid g = Grid::make<T>(p, dx.data != nullptr, bare, haloed, budget<S>(p, BACKWARD_BUDGET, BACKWARD_SHARE, 2, 1));
     const PlanarTables tables(p, g);
     const Reach reach = dx.data ? g.around() : Reach{};
     return run<T>(p.batch * p.groups * g.tiles(), p.threads, bare * g.inner + haloed * g.plane, parallel, [&](Index task, T* memory) {
