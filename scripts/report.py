@@ -42,6 +42,21 @@ def compare_pictures(table: Table) -> list[list]:
     return rows
 
 
+def check(cfg: DictConfig, tables: list[Table]) -> None:
+    """Refuse columns and rows that do not exist.
+
+    Raises:
+        ValueError: names the key and what there is.
+    """
+    columns = {column: None for task in published()[1].values() for column in task}
+    if unknown := [column for column in cfg.metrics if column not in columns]:
+        raise ValueError(f"metrics must be among {', '.join(columns)}, got {', '.join(unknown)}")
+    lines = [line for table in tables for line in table.lines]
+    rows = {line.labels.get("row") or line.setting.label: None for line in lines}
+    if cfg.baseline and cfg.baseline not in rows:
+        raise ValueError(f"baseline must be a row, one of {'; '.join(rows)}, got {cfg.baseline}")
+
+
 @app("report")
 def runs_report(cfg: DictConfig) -> None:
     """Print the tables, write them below the first of `runs`, and the runs' pictures side by side."""
@@ -57,6 +72,7 @@ def runs_report(cfg: DictConfig) -> None:
     tables = paper_tables(settings, cfg.metrics, cfg.digits, cfg.baseline)
     if others := [setting for setting in settings if not setting.table]:
         tables.append(other_table(others, cfg.digits, cfg.baseline))
+    check(cfg, tables)
     print(formatted(tables, cfg.format))
     for file, name in FILES.items():
         (folders[0] / file).write_text(formatted(tables, name))

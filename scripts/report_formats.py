@@ -96,7 +96,7 @@ FORMATS = {"terminal": terminal, "markdown": markdown, "latex": latex}
 def written(tables: list[tuple[str, Rows]], name: str) -> str:
     """Titles and rows, one below the other, in one of FORMATS."""
     if name not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, or csv for runs, got {name!r}")
     return "\n".join(FORMATS[name](title, rows) for title, rows in tables)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -181,6 +182,21 @@ def test_command_prints_and_writes_every_format(tmp_path, monkeypatch, capsys):
     assert (line["baseline"], line["common_seeds"], line["parameters"]) == ("resnet50", "2", "1234567")
     # every figure of the paper is there, shown or not
     assert comma_separated(tables(tmp_path)).count("table2,") == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("format=html", "format must be one of terminal, markdown, latex, or csv"),
+        ("metrics=[AP,mAP]", "metrics must be among AP, .*top1.*, got mAP"),
+        ("baseline=carafe", "baseline must be a row, one of resnet50; .*, got carafe"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, monkeypatch, capsys, override, message):
+    write_run(tmp_path / "0", 0, {"val/top1": 0.75}, row="table2/resnet50")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, capsys, f"runs={tmp_path}", override)
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_paper_lists_every_row_with_ours(tmp_path, monkeypatch, capsys):
