@@ -8,6 +8,7 @@ from pathlib import Path
 
 # overrides that choose where and how a run computes, not what
 INCIDENTAL = ["seed", "resume", "hydra", "logger", "log_every_n_steps", "checkpoint_every_n_steps", "data.root", "data.workers"]
+INCIDENTAL += ["channels_last", "compile"]
 INCIDENTAL += [
     f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches", "enable_progress_bar")
 ]
