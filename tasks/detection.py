@@ -184,7 +184,7 @@ class Detection(L.LightningModule):
         names = [self.class_names[label - 1] for label in instances["labels"].tolist()]
         if "scores" in instances:
             names = [f"{name} {score:.2f}" for name, score in zip(names, instances["scores"].tolist(), strict=True)]
-        pixels = draw_bounding_boxes(pixels, instances["boxes"] * factor, names, colors=colors, width=2)
+        pixels = draw_bounding_boxes(pixels, instances["boxes"] * factor, names, colors=colors, width=2, fill_labels=True)
         return pixels.float() / 255
 
 
