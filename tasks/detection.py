@@ -71,7 +71,7 @@ class Detection(L.LightningModule):
         self.class_names = list(class_names)
         self.optimizer, self.schedule = optimizer, schedule
         self.sides, self.flops_size = sides, flops_size
-        self.truth: dict | None = None
+        self.truth: dict = {}
         self.image_ids: list[int] = []
         self.found: dict[str, list[dict]] = {}
 
@@ -111,9 +111,22 @@ class Detection(L.LightningModule):
         self.log_dict({f"train/{name}": value for name, value in losses.items()})
         return loss
 
+    def setup(self, stage: str) -> None:
+        """Read what to score against, and see that there is what to train on.
+
+        Raises:
+            ValueError: a training has no object to validate on, or the network predicts masks and the annotations have none.
+        """
+        data, fits = self.trainer.datamodule, stage == "fit"
+        self.truth = ground_truth(data.val, self.class_names)
+        objects = any(not annotation["iscrowd"] for annotation in self.truth["annotations"])
+        if fits and not objects:
+            raise ValueError("the validation set has no object to score detections by")
+        used = [each for each, is_used in ((data.train, fits), (data.val, objects)) if is_used]
+        if self.has_masks and not all(getattr(each, "masks", True) for each in used):
+            raise ValueError("the network predicts masks, and the annotations have none: model=faster_rcnn needs boxes only")
+
     def on_validation_epoch_start(self) -> None:
-        if self.truth is None:
-            self.truth = ground_truth(self.trainer.datamodule.val, self.class_names)
         self.category_ids = sorted(category["id"] for category in self.truth["categories"])
         self.image_ids, self.found = [], {kind: [] for kind in KINDS if kind == "bbox" or self.has_masks}
 
@@ -139,7 +152,7 @@ class Detection(L.LightningModule):
         """Write the detections and return the scores by name."""
         for kind, entries in found.items():
             write_atomically(Path(self.trainer.default_root_dir) / f"detections_{kind}.json", json.dumps(entries))
-        if not self.truth.get("annotations"):
+        if not self.truth["annotations"]:
             return {}
         return {
             f"{KINDS[kind]}_{name}": score

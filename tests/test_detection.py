@@ -154,6 +154,22 @@ def test_images_without_annotations_leave_a_file_to_submit(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [("segmentation", "predicts masks, and the annotations have none"), ("object", "has no object to score detections by")],
+)
+def test_what_a_training_needs_is_missed_before_it_begins(tmp_path, lost, message):
+    bare = content()
+    for annotation in bare["annotations"]:
+        annotation |= {"segmentation": None} if lost == "segmentation" else {"iscrowd": 1}
+    train, val = write(tmp_path / "train"), write(tmp_path / "val", bare)
+    sets = (
+        COCO(root / "annotations" / "instances_train2017.json", root / "train2017", NAMES, train=root is train) for root in (train, val)
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path).fit(detection(class_names=NAMES), Data(*sets, batch_size=2, epochs=1, collate=collate))
+
+
 @pytest.mark.parametrize("size", [(37, 53), (16, 16), (400, 31)])
 def test_pictures_of_any_size(size):
     scenes = Scenes("val", 2, (64, 48), view="detection")
