@@ -15,7 +15,9 @@ COLUMNS += ["common_seeds", "parameters", "flops", "seconds"]
 
 def printed(table: Table) -> Rows:
     """The lines of a table as text, by heading."""
-    names = list(dict.fromkeys(name for line in table.lines for name in line.cells))
+    names = [
+        name for name in dict.fromkeys(name for line in table.lines for name in line.cells) if table.shown is None or name in table.shown
+    ]
     published = {name: [line.cells[name].paper for line in table.lines if name in line.cells] for name in names}
     places = {name: decimals(figures) for name, figures in published.items() if any(figure is not None for figure in figures)}
     # where nothing of the paper stands beside them, a difference of single runs says no more than the two figures

@@ -45,6 +45,8 @@ class Table:
     digits: int
     # heading of the differences
     baseline: str
+    # metrics that are printed; None for all
+    shown: Sequence[str] | None
     # what the numbers in its rows' names are, if they are an ablation's
     axes: list[str]
     lines: list[Line]
@@ -111,7 +113,7 @@ def paper_tables(settings: Sequence[Setting], columns: Sequence[str], digits: in
     """One table for each experiment of the paper and each protocol that its runs have, rows in the paper's order.
 
     Args:
-        columns: of the paper's figures, those that are shown.
+        columns: of the paper's figures, those that are printed.
         digits: decimal places of fractions; per cent and dB have two less.
         baseline: the row that differences are taken to, instead of the table's own.
     """
@@ -134,6 +136,7 @@ def paper_tables(settings: Sequence[Setting], columns: Sequence[str], digits: in
                 " ".join(f"{key}={value}" for key, value in protocol.items()),
                 max(digits - 2, 0),
                 baseline or (own if isinstance(own, str) else "baseline"),
+                columns,
                 tables[name].get("axes", []),
                 [],
             )
@@ -142,8 +145,7 @@ def paper_tables(settings: Sequence[Setting], columns: Sequence[str], digits: in
                 labels = {"row": label} | ({"task": task} if len(tasks) > 1 else {})
                 line = Line(labels, setting, finder.against(setting, to) if setting and to else None)
                 for column, metric in metrics[task].items():
-                    if column in columns:
-                        line.cells[column] = compare(line, metric, factor(column), figures.get(column))
+                    line.cells[column] = compare(line, metric, factor(column), figures.get(column))
                 table.lines.append(line)
             result.append(table)
     return result
@@ -157,7 +159,7 @@ def other_table(settings: Sequence[Setting], digits: int, baseline: str | None) 
     told = dict.fromkeys(key for setting in settings for key in setting.options)
     varying = [key for key in told if len({setting.options.get(key, "") for setting in settings}) > 1]
     against = next((setting for setting in settings if setting.label == baseline), settings[0])
-    table = Table("others", "runs outside the paper's tables", "", digits, "baseline" if baseline else "first", varying, [])
+    table = Table("others", "runs outside the paper's tables", "", digits, "baseline" if baseline else "first", None, varying, [])
     for setting in settings:
         line = Line({key: setting.options.get(key, "") for key in varying}, setting, against if setting is not against else None)
         for metric in dict.fromkeys(name for run in setting.runs.values() for name in run.metrics):
