@@ -102,7 +102,7 @@ def test_training_that_was_cut_off_continues_bit_identically(tmp_path, monkeypat
     step = Detection.training_step
 
     def cut_off(self, batch, batch_idx):
-        if batch_idx == 6:
+        if batch_idx == 5:
             raise KeyError("the power fails")
         return step(self, batch, batch_idx)
 
@@ -111,7 +111,7 @@ def test_training_that_was_cut_off_continues_bit_identically(tmp_path, monkeypat
         run(tmp_path / "cut", *small)
     monkeypatch.setattr(Detection, "training_step", step)
     folder = tmp_path / "cut"
-    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] in (3, 4)
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 4
     train(OmegaConf.load(folder / "config.yaml"), folder)
     assert result(folder)["weights_sha256"] == result(whole)["weights_sha256"]
     assert (folder / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
