@@ -42,12 +42,7 @@ template <int N, int B, class S, class T> inline void sum_range(const Terms<S, T
 
 // Sums of the lanes of LANES vectors, one each lane, by halving: neighbours are added and packed, log2(LANES) times.
 template <class T, std::size_t... I> inline Vector<T> add_neighbours(Vector<T> a, Vector<T> b, std::index_sequence<I...>) {
-#if defined(__clang__)
-    return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
-#else
-    using Mask = typename Simd<T>::Mask;
-    return __builtin_shuffle(a, b, Mask{(2 * I)...}) + __builtin_shuffle(a, b, Mask{(2 * I + 1)...});
-#endif
+    return shuffle<T, int(2 * I)...>(a, b) + shuffle<T, int(2 * I + 1)...>(a, b);
 }
 template <class T> inline Vector<T> lane_sums(Vector<T>* v) {
 #pragma GCC unroll 4

@@ -1,6 +1,7 @@
 """carafepp-bench growth: how the operator's time grows with channels, pixels, taps and threads, one of them varied at a time."""
 
 import csv
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,22 +39,26 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys(row["varies"] for row in rows))
-    figure = Figure(figsize=(2.5 * len(panels), 2.8), layout="constrained")
-    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for mode, label in (("forward", "forward"), ("both", "forward + backward")):
-            chosen = sorted((row["value"], row["ms"]) for row in rows if row["varies"] == panel and row["mode"] == mode)
-            axis.plot(*zip(*chosen, strict=True), "o-", markersize=3, label=label)
-            # through the largest, where what does not grow weighs least; from one thread on
-            at, ms = chosen[0 if panel == "threads" else -1]
-            axis.plot(
-                [v for v, _ in chosen], [ms * (at / v if panel == "threads" else v / at) for v, _ in chosen], ":", color="gray", linewidth=1
-            )
-        axis.set(xscale="log", yscale="log", xlabel=panel)
-    figure.axes[0].set(ylabel="ms")
-    figure.axes[0].legend()
-    figure.suptitle(title)
     with matplotlib.rc_context({"font.size": 8, "svg.fonttype": "none"}):
+        panels = list(dict.fromkeys(row["varies"] for row in rows))
+        figure = Figure(figsize=(2.5 * len(panels), 2.8), layout="constrained")
+        for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for mode, label in (("forward", "forward"), ("both", "forward + backward")):
+                chosen = sorted((row["value"], row["ms"]) for row in rows if row["varies"] == panel and row["mode"] == mode)
+                axis.plot(*zip(*chosen, strict=True), "o-", markersize=3, label=label)
+                # through the largest, where what does not grow weighs least; from one thread on
+                at, ms = chosen[0 if panel == "threads" else -1]
+                axis.plot(
+                    [v for v, _ in chosen],
+                    [ms * (at / v if panel == "threads" else v / at) for v, _ in chosen],
+                    ":",
+                    color="gray",
+                    linewidth=1,
+                )
+            axis.set(xscale="log", yscale="log", xlabel=panel)
+        figure.axes[0].set(ylabel="ms")
+        figure.axes[0].legend()
+        figure.suptitle(title)
         figure.savefig(path)
 
 
@@ -80,11 +85,10 @@ def growth(cfg: DictConfig) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    plot(
-        rows,
-        f"{list(cfg.op.shape)}, up {cfg.op.up}, down {cfg.op.down}, k {cfg.op.kernel_size}, {hardware(cfg.device)}",
-        folder / "growth.svg",
-    )
+    if importlib.util.find_spec("matplotlib"):
+        op = cfg.op
+        title = f"{list(op.shape)}, up {op.up}, down {op.down}, k {op.kernel_size}, {hardware(cfg.device)}"
+        plot(rows, title, folder / "growth.svg")
     print(f"written to {folder}")
 
 
