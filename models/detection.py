@@ -7,6 +7,7 @@ load where the slots are empty.
 import inspect
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.faster_rcnn import AnchorGenerator, FastRCNNPredictor, TwoMLPHead
@@ -47,6 +48,14 @@ def freeze_layers(backbone: ResNet, trainable_layers: int) -> None:
         parameter.requires_grad_(trainable_layers == 5 or name.startswith(trained))
 
 
+class BoxCoder(detection._utils.BoxCoder):
+    """torchvision's, in the precision of the boxes, not in that of the deltas, which mixed precision lowers."""
+
+    def decode(self, rel_codes: Tensor, boxes: list[Tensor]) -> Tensor:
+        """Deltas [n, 4 * classes] to the boxes of all images, n in sum -> [n, classes, 4]."""
+        return super().decode(rel_codes.to(boxes[0].dtype), boxes)
+
+
 class Pyramid(nn.Module):
     """Backbone and feature pyramid: image [N, 3, H, W] -> levels "0" to "3" of strides 4 to 32, and "pool" of stride 64."""
 
@@ -57,7 +66,11 @@ class Pyramid(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[N, 3, H, W] -> name -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
-        return self.fpn({str(i): level for i, level in enumerate(self.body(x))})
+        levels = self.fpn({str(i): level for i, level in enumerate(self.body(x))})
+        if torch.is_autocast_enabled(x.device.type):
+            # anchors take the dtype of the features, and bfloat16 has 8 pixels between 1024 and its next number
+            levels = {name: level.float() for name, level in levels.items()}
+        return levels
 
 
 def _pyramid(backbone: ResNet, fpn: Sampler | None, fpn_dim: int, trainable_layers: int, frozen_norm: bool) -> Pyramid:
@@ -113,6 +126,8 @@ class FasterRCNN(detection.FasterRCNN):
             box_predictor=FastRCNNPredictor(head_dim, num_classes),
             **options,
         )
+        for part in (self.rpn, self.roi_heads):
+            part.box_coder = BoxCoder(part.box_coder.weights)
 
 
 class MaskRCNN(FasterRCNN):

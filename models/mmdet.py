@@ -19,13 +19,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import Conv2dNormActivation, MultiScaleRoIAlign, box_area, roi_align
 
 from .carafe import CARAFE
-from .detection import FasterRCNN, MaskRCNN
+from .detection import BoxCoder, FasterRCNN, MaskRCNN
 from .fpn import FPN
 from .resnet import resnet50
 from .weights import Loaded, load_weights, read_state
@@ -131,7 +130,7 @@ class RoIAlign(MultiScaleRoIAlign):
         pooled = levels[0].new_zeros(len(corners), levels[0].shape[1], *self.output_size)
         for i, level in enumerate(levels):
             here = torch.where(chosen == i)[0]
-            rois = torch.cat([images[here], corners[here]], dim=1).to(level.dtype)
+            rois = torch.cat([images[here], corners[here]], dim=1)
             pooled[here] = roi_align(level, rois, self.output_size, 1 / (4 * 2**i), self.sampling_ratio, aligned=True)
         return pooled
 

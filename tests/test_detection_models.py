@@ -113,6 +113,16 @@ def test_every_downsampler_trains_in_the_backbone(name):
     assert sizes == [(19, 16), (10, 8), (5, 4), (3, 2), (2, 1)]
 
 
+def test_boxes_stay_exact_in_mixed_precision():
+    model = MaskRCNN(4, backbone=tiny(), mask_dim=16, mask_convs=1, box_score_thresh=0.0, **SMALL)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert trains(model)
+        found = model.eval()([torch.rand(3, 64, 64)])[0]
+    assert found["boxes"].dtype == torch.float32
+    # bfloat16 would leave 8 bits
+    assert not found["boxes"].equal(found["boxes"].bfloat16().float())
+
+
 def test_the_lateral_guides_the_pyramid():
     pyramid = FPN([4, 8], 8, upsample=slot("upsampler", "fade"))
     levels = {"0": torch.randn(1, 4, 9, 12), "1": torch.randn(1, 8, 5, 6)}
