@@ -112,7 +112,8 @@ def test_training_from_shards(shards, tmp_path):
     for label in range(2):
         (tmp_path / "images" / "val" / str(label)).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(tmp_path / "images" / "val" / str(label) / "0.png")
-    overrides = ["experiment=table2", "downsampler=carafe", "setting=classification_shards", f"data.train.shards='{shards}'", f"data.root={tmp_path}/images"]
+    overrides = ["experiment=table2", "downsampler=carafe", "setting=classification_shards"]
+    overrides += [f"data.train.shards='{shards}'", f"data.root={tmp_path}/images"]
     overrides += ["backbone=tiny", "data.length=24", "data.batch_size=8", "data.epochs=1", "data.workers=0", "num_classes=24"]
     overrides += ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "trainer.val_check_interval=1.0"]
     assert result(run(tmp_path / "run", *overrides))["steps"] == 3
