@@ -135,7 +135,7 @@ class A2U(_Guided):
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """x [N, C, H, W], guide [N, guide_channels, h, w] -> [N, C, h, w]."""
         guide = self.guided(x, guide)
-        if len(x) == 0:
+        if x.shape[0] == 0:
             # a convolution cannot have 0 groups
             return bilinear(x)[..., : guide.shape[2], : guide.shape[3]]
         filters = self.filters(F.adaptive_avg_pool2d(guide, self.filter_size))  # [N, 2, 6, 6]
