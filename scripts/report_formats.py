@@ -59,7 +59,7 @@ def difference_text(difference: Difference | None, digits: int, runs: int) -> st
         return ""
     mean, half, seeds = difference
     interval = "" if half is None else f" [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
-    return f"{mean:+.{digits}f}{interval}" + (f" ({seeds} seeds)" if seeds < runs else "")
+    return f"{mean:+.{digits}f}{interval}" + (f" ({seeds} seed{'s' * (seeds > 1)})" if seeds < runs else "")
 
 
 def _aligned(rows: Rows) -> tuple[list[str], list[list[str]]]:
