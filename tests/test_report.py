@@ -13,6 +13,7 @@ from carafepp.scripts.report_plots import coordinates
 from carafepp.scripts.report_runs import gather, read_runs
 from carafepp.scripts.report_statistics import paired, scores, t_quantile
 from carafepp.scripts.report_tables import other_table, paper_tables, published
+from omegaconf import OmegaConf
 
 
 def write_run(folder: Path, seed: int, metrics: dict, *overrides: str, row: str | None = None, scale: str = "small") -> Path:
@@ -237,3 +238,13 @@ def test_ablations_are_plotted_over_their_numbers(tmp_path, monkeypatch, capsys)
     call(monkeypatch, capsys, f"runs={tmp_path}")
     made = {path.name for path in tmp_path.glob("*.png")}
     assert made == {f"{name}_{kind}.png" for name in found for kind in ("ablation", "curves")}
+
+
+def test_results_page_has_the_tables_of_its_runs():
+    docs = Path(__file__).parents[1] / "docs"
+    cfg = OmegaConf.load(docs.parent / "conf" / "report.yaml")
+    runs, problems = read_runs([docs / "results"])
+    settings, repeated = gather(runs, published()[0])
+    assert problems + repeated == []
+    tables = paper_tables(settings, cfg.metrics, cfg.digits, cfg.baseline)
+    assert report.formatted(tables, "markdown") in (docs / "results.md").read_text()
