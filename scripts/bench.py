@@ -2,7 +2,6 @@
 `carafepp-bench models` the networks of the paper's tables."""
 
 import contextlib
-import csv
 import ctypes
 import importlib
 import importlib.util
@@ -19,6 +18,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ..kernels.geometry import Spec, check_spec
+from ..tasks.runs import write_csv
 from .app import app
 from .bench_providers import providers
 
@@ -219,10 +219,7 @@ def operator(cfg: DictConfig) -> None:
     print(HEADER, *map(line, rows), sep="\n")
     folder = Path(HydraConfig.get().runtime.output_dir)
     settings = {**op, "shape": list(op["shape"]), "dtype": cfg.dtype, "layout": layout, "threads": torch.get_num_threads(), **where}
-    with (folder / "times.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *settings])
-        writer.writeheader()
-        writer.writerows(row | settings for row in rows)
+    write_csv(folder / "times.csv", [row | settings for row in rows])
     if importlib.util.find_spec("matplotlib"):
         plot(rows, title, folder / "times.png")
     print(f"written to {folder}")

@@ -1,6 +1,5 @@
 """carafepp-bench growth: how the operator's time grows with channels, pixels, taps and threads, one of them varied at a time."""
 
-import csv
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ..kernels.geometry import Spec, check_spec
+from ..tasks.runs import write_csv
 from .app import app
 from .bench import OURS, hardware, keep_freed_memory, measure
 
@@ -81,10 +81,7 @@ def growth(cfg: DictConfig) -> None:
         print(f"{varies:<15}{value:>10}{times['forward']:>10.2f}{times['both']:>10.2f}", flush=True)
         rows += found
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with (folder / "growth.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / "growth.csv", rows)
     if importlib.util.find_spec("matplotlib"):
         op = cfg.op
         title = f"{list(op.shape)}, up {op.up}, down {op.down}, k {op.kernel_size}, {hardware(cfg.device)}"

@@ -1,6 +1,5 @@
 """carafepp-bench models: parameters, FLOPs and inference time of the networks of one of the paper's tables."""
 
-import csv
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ..tasks.runs import count_flops
+from ..tasks.runs import count_flops, write_csv
 from .app import app
 from .bench import hardware, keep_freed_memory, timed
 from .report_tables import baseline_of, published, published_rows
@@ -92,10 +91,7 @@ def main(cfg: DictConfig) -> None:
     print(f"{cfg.table}, one image of {height} x {width}, {hardware(cfg.device)}, torch {torch.__version__}")
     print(f"{'':<36}{'parameters':>14}{'GFLOPs':>12}{'ms':>10}{'/ base':>10}{'paper':>10}", *map(line, rows), sep="\n")
     path = Path(HydraConfig.get().runtime.output_dir) / "models.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, rows)
     print(f"written to {path}")
 
 

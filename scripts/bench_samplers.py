@@ -1,6 +1,5 @@
 """carafepp-bench samplers: what every sampler costs, beside what was published."""
 
-import csv
 import math
 import weakref
 from collections import defaultdict
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..tasks.runs import write_csv
 from .app import app
 from .bench import hardware, timed
 
@@ -217,10 +217,7 @@ def main(cfg: DictConfig) -> None:
     rows = tables(cfg)
     path = Path(HydraConfig.get().runtime.output_dir) / "samplers.csv"
     settings = {"dtype": cfg.dtype, "channels_last": cfg.channels_last, "device": hardware(cfg.device), "torch": torch.__version__}
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *settings])
-        writer.writeheader()
-        writer.writerows(row | settings for row in rows)
+    write_csv(path, [row | settings for row in rows])
     print(f"\nwritten to {path}")
 
 

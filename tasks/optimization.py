@@ -40,14 +40,7 @@ def linear_scaling(
         epochs: length of the training that `warmup_epochs` and `milestones` are stated for; they stretch with the real one.
     """
     scale, per_epoch = batch_size / reference_batch, total_iters / epochs
-    warmup, steps = warmup_epochs * per_epoch, [milestone * per_epoch for milestone in milestones]
-
-    def factor(step: int) -> float:
-        done = min(step / warmup, 1) if warmup else 1
-        start = min(scale, 1)
-        return (start + (scale - start) * done) * gamma ** bisect_right(steps, step)
-
-    return LambdaLR(optimizer, factor)
+    return _warmup_and_steps(optimizer, min(scale, 1), scale, warmup_epochs * per_epoch, [m * per_epoch for m in milestones], gamma)
 
 
 def stepped(
@@ -68,10 +61,14 @@ def stepped(
         gamma: what the rate is multiplied by at each milestone.
         warmup_iters: steps that lead the rate from `warmup_factor` of its value to its value; they do not stretch.
     """
-    steps = [milestone * total_iters / epochs for milestone in milestones]
+    return _warmup_and_steps(optimizer, warmup_factor, 1, warmup_iters, [m * total_iters / epochs for m in milestones], gamma)
+
+
+def _warmup_and_steps(optimizer: Optimizer, start: float, end: float, warmup: float, milestones: Sequence[float], gamma: float) -> LambdaLR:
+    """Factors from `start` to `end` in `warmup` steps, times `gamma` after each milestone, in steps."""
 
     def factor(step: int) -> float:
-        done = min(step / warmup_iters, 1) if warmup_iters else 1
-        return (warmup_factor + (1 - warmup_factor) * done) * gamma ** bisect_right(steps, step)
+        done = min(step / warmup, 1) if warmup else 1
+        return (start + (end - start) * done) * gamma ** bisect_right(milestones, step)
 
     return LambdaLR(optimizer, factor)
