@@ -125,19 +125,28 @@ class RunRecord(L.Callback):
     def __init__(self, folder: str | Path, log_every_n_steps: int, config: dict) -> None:
         self.folder, self.log_every_n_steps, self.config = Path(folder), log_every_n_steps, config
         self.rows: list[dict] = []
-        self.seconds = 0.0
+        self.spent = {"seconds": 0.0, "cpu_seconds": 0.0}
+
+    @staticmethod
+    def _clocks() -> dict[str, float]:
+        # the second is of all threads, and does not run while other programs have the processor
+        return {"seconds": time.monotonic(), "cpu_seconds": time.process_time()}
+
+    def _spent(self) -> dict[str, float]:
+        """Seconds by either clock, those of before a kill included."""
+        return {name: round(self.spent[name] + now - self.started[name], 1) for name, now in self._clocks().items()}
 
     def state_dict(self) -> dict:
-        return {"rows": self.rows, "seconds": self.seconds + time.monotonic() - self.started}
+        return {"rows": self.rows, "spent": self._spent()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        self.rows, self.seconds = state_dict["rows"], state_dict["seconds"]
+        self.rows, self.spent = state_dict["rows"], state_dict["spent"]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
         checkpoint["config"] = self.config
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.started = time.monotonic()
+        self.started = self._clocks()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
         at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -168,7 +177,7 @@ class RunRecord(L.Callback):
             "metrics": {name: value for row in self.rows for name, value in row.items() if name.startswith("val/")},
             "curve": [row for row in self.rows if any(name.startswith("val/") for name in row)],
             "steps": trainer.global_step,
-            "seconds": round(self.seconds + time.monotonic() - self.started, 1),
+            **self._spent(),
             "parameters": sum(p.numel() for p in pl_module.model.parameters()),
             "flops": count_flops(pl_module, image),
             "flops_input": list(image.shape),
