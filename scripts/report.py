@@ -10,7 +10,7 @@ from torchvision.utils import save_image
 
 from ..tasks.pictures import grid
 from .app import app
-from .report_formats import comma_separated, printed, written
+from .report_formats import comma_separated, printed, time_taken, written
 from .report_plots import plots
 from .report_runs import gather, read_runs
 from .report_tables import Table, other_table, paper_tables, published
@@ -24,7 +24,8 @@ def formatted(tables: list[Table], name: str) -> str:
         return comma_separated(tables)
     # that of an ordinary sweep stands alone and needs no title
     alone = len(tables) == 1 and tables[0].name == "others"
-    return written([("" if alone else table.title, printed(table)) for table in tables], name)
+    text = written([("" if alone else table.title, printed(table)) for table in tables], name)
+    return f"{text}\n{'% ' * (name == 'latex')}{time_taken(tables)}\n"
 
 
 def compare_pictures(table: Table) -> list[list]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterable
 
 from .report_statistics import Difference, Scores
@@ -10,7 +11,7 @@ from .report_tables import Cell, Table
 Rows = list[dict[str, str]]
 
 COLUMNS = ["table", "protocol", "row", "task", "metric", "paper", "runs", "mean", "deviation", "baseline", "difference", "low", "high"]
-COLUMNS += ["common_seeds", "parameters", "flops", "seconds"]
+COLUMNS += ["common_seeds", "parameters", "flops", "seconds", "cpu_seconds"]
 
 
 def printed(table: Table) -> Rows:
@@ -23,6 +24,8 @@ def printed(table: Table) -> Rows:
     # where nothing of the paper stands beside them, a difference of single runs says no more than the two figures
     cells = [(name, cell) for line in table.lines for name, cell in line.cells.items()]
     differing = {name for name, cell in cells if cell.difference and (name in places or cell.difference.half is not None)}
+    # a busy machine changes the time by the clock, so that of the processor is shown if all runs have it
+    by_clock = any(line.setting.cpu_seconds is None for line in table.lines if line.setting)
     rows = []
     for line in table.lines:
         runs = len(line.setting.runs) if line.setting else 0
@@ -36,9 +39,22 @@ def printed(table: Table) -> Rows:
                 row[f"{name} vs {table.baseline}"] = difference_text(cell.difference, table.digits, runs)
         if line.setting:
             run = next(iter(line.setting.runs.values()))
-            row |= {"parameters": f"{run.parameters:,}", "GFLOPs": f"{run.flops / 1e9:.3f}", "seconds": f"{line.setting.seconds:.0f}"}
+            row |= {"parameters": f"{run.parameters:,}", "GFLOPs": f"{run.flops / 1e9:.3f}"}
+            row |= {"clock seconds": f"{line.setting.seconds:.0f}"} if by_clock else {"CPU seconds": f"{line.setting.cpu_seconds:.0f}"}
         rows.append(row)
     return rows
+
+
+def time_taken(tables: list[Table]) -> str:
+    """How many runs the tables have, and how long they took in all."""
+    # one that is its table's row and another's baseline counts once
+    runs = {run.folder: run for table in tables for line in table.lines if line.setting for run in line.setting.runs.values()}.values()
+    processor = [run.cpu_seconds for run in runs if run.cpu_seconds is not None]
+    clock = [run.seconds for run in runs if run.cpu_seconds is None]
+    parts = [f"{math.fsum(processor) / 3600:.2f} hours of processor time"] if processor else []
+    if clock:
+        parts.append(f"{math.fsum(clock) / 3600:.2f} hours by the clock" + (f" of the {len(clock)} that lack it" if processor else ""))
+    return f"{len(runs)} run{'s' * (len(runs) > 1)}: {' and '.join(parts)}"
 
 
 def decimals(figures: Iterable[float | None]) -> int:
@@ -124,7 +140,8 @@ def comma_separated(tables: list[Table]) -> str:
                 record["common_seeds"] = difference and difference.seeds
                 if setting:
                     run = next(iter(setting.runs.values()))
-                    record |= {"parameters": run.parameters, "flops": run.flops, "seconds": setting.seconds}
+                    record |= {"parameters": run.parameters, "flops": run.flops}
+                    record |= {"seconds": setting.seconds, "cpu_seconds": setting.cpu_seconds}
                 lines.append(record)
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")

@@ -1,7 +1,7 @@
 """Finished runs below folders, gathered by what they were told; figures come from result.json files only."""
 
 import json
-import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,8 @@ class Run:
     parameters: int
     flops: int
     seconds: float
+    # of the processor; None in runs from before it was recorded
+    cpu_seconds: float | None
     curve: list[dict[str, float]]
 
     @classmethod
@@ -49,6 +51,7 @@ class Run:
             parameters=int(found["parameters"]),
             flops=int(found["flops"]),
             seconds=float(found["seconds"]),
+            cpu_seconds=float(found["cpu_seconds"]) if "cpu_seconds" in found else None,
             curve=[{name: float(value) for name, value in point.items()} for point in found.get("curve", [])],
         )
 
@@ -78,7 +81,13 @@ class Setting:
 
     @property
     def seconds(self) -> float:
-        return math.fsum(run.seconds for run in self.runs.values()) / len(self.runs)
+        return statistics.fmean(run.seconds for run in self.runs.values())
+
+    @property
+    def cpu_seconds(self) -> float | None:
+        """Of the processor; None if a run lacks it."""
+        found = [run.cpu_seconds for run in self.runs.values()]
+        return None if None in found else statistics.fmean(found)
 
 
 def under(key: str, names: Iterable[str]) -> bool:
