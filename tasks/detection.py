@@ -16,7 +16,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from .coco_eval import COCO_SIDES, average_precision, ground_truth, results
 from .optimization import parameter_groups
-from .pictures import palette
+from .pictures import enlarge, palette
 from .runs import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -26,9 +26,8 @@ Target = dict[str, Tensor]
 # The kinds of COCO's evaluation, and what their scores are called here.
 KINDS = {"bbox": "box", "segm": "mask"}
 
-# Pictures show detections of at least this score, and are at least this large.
+# Pictures show detections of at least this score.
 DRAWN_SCORE = 0.5
-DRAWN_SIDE = 320
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
@@ -169,7 +168,7 @@ class Detection(L.LightningModule):
         """Pictures [3, H, W] in [0, 1] of one validation sample: "image", "truth" and "prediction" over it, small ones enlarged."""
         image, target = sample
         truth = target if self.has_masks else {name: value for name, value in target.items() if name != "masks"}
-        return {"image": _enlarge(image), "truth": self._overlay(image, truth), "prediction": self.draw(image)}
+        return {"image": enlarge(image), "truth": self._overlay(image, truth), "prediction": self.draw(image)}
 
     def predict(self, image: Tensor) -> Target:
         """Map an image [3, H, W] in [0, 1] to its detections of at least DRAWN_SCORE: boxes, labels, scores and masks, on the CPU."""
@@ -186,14 +185,14 @@ class Detection(L.LightningModule):
 
     def _overlay(self, image: Tensor, instances: Target) -> Tensor:
         """Boxes [n, 4], class names, scores and masks [n, H, W] over an enlarged image, each instance in a colour of its own."""
-        pixels = (_enlarge(image.cpu()).clamp(0, 1) * 255).to(torch.uint8)
+        pixels = (enlarge(image.cpu()).clamp(0, 1) * 255).to(torch.uint8)
         count = len(instances["labels"])
         if count == 0:
             return pixels.float() / 255
         colors = palette(count)
         factor = pixels.shape[1] // image.shape[1]
         if "masks" in instances:
-            pixels = draw_segmentation_masks(pixels, _enlarge(instances["masks"].bool(), factor), alpha=0.5, colors=colors)
+            pixels = draw_segmentation_masks(pixels, enlarge(instances["masks"].bool(), factor), alpha=0.5, colors=colors)
         names = [self.class_names[label - 1] for label in instances["labels"].tolist()]
         if "scores" in instances:
             names = [f"{name} {score:.2f}" for name, score in zip(names, instances["scores"].tolist(), strict=True)]
@@ -208,9 +207,3 @@ def _gather(entries: list) -> list:
     parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(entries, parts)
     return [entry for part in parts or [] for entry in part]
-
-
-def _enlarge(picture: Tensor, factor: int | None = None) -> Tensor:
-    """[..., H, W] -> [..., factor * H, factor * W]; the factor that brings the longer side to DRAWN_SIDE at least if None."""
-    factor = factor or -(-DRAWN_SIDE // max(picture.shape[-2:]))
-    return picture.repeat_interleave(factor, -2).repeat_interleave(factor, -1)

@@ -13,6 +13,15 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 
+# Pictures with something drawn on them are at least this large.
+DRAWN_SIDE = 320
+
+
+def enlarge(picture: Tensor, factor: int | None = None) -> Tensor:
+    """[..., H, W] -> [..., factor * H, factor * W]; the factor that brings the longer side to DRAWN_SIDE at least if None."""
+    factor = factor or -(-DRAWN_SIDE // max(picture.shape[-2:]))
+    return picture.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
 
 def palette(size: int) -> list[tuple[int, int, int]]:
     """`size` colours, far apart for neighbouring labels."""
@@ -61,8 +70,7 @@ def grid(rows: list[list[Tensor]]) -> Tensor:
     height, width = (max(picture.shape[axis] for row in rows for picture in row) for axis in (1, 2))
     tiles = [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1]), value=1) for row in rows for p in row]
     factor = max(1, 160 // max(height, width))
-    tiles = [tile.repeat_interleave(factor, 1).repeat_interleave(factor, 2) for tile in tiles]
-    return make_grid(tiles, nrow=len(rows[0]), padding=4, pad_value=1)
+    return make_grid([enlarge(tile, factor) for tile in tiles], nrow=len(rows[0]), padding=4, pad_value=1)
 
 
 class Pictures(L.Callback):
