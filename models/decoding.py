@@ -1,25 +1,26 @@
 """What the segmentation networks' decoders share."""
 
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from .samplers import resize
 
 
 def conv_bn_relu(inputs: int, outputs: int, kernel_size: int) -> nn.Sequential:
-    """Convolution, batch norm and ReLU, initialised as in UperNet's public implementation."""
+    """Convolution without bias, batch norm and ReLU, of the same size."""
     conv = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=False)
-    norm = nn.BatchNorm2d(outputs)
-    nn.init.kaiming_normal_(conv.weight)
-    nn.init.constant_(norm.bias, 1e-4)
-    return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
 def classifier(inputs: int, dim: int, num_classes: int) -> nn.Sequential:
     """3x3 convolution to `dim` channels, dropout and a classifier of pixels, as in PSPNet's and PSANet's public implementations."""
-    last = nn.Conv2d(dim, num_classes, 1)
-    nn.init.kaiming_normal_(last.weight)
-    return nn.Sequential(*conv_bn_relu(inputs, dim, 3), nn.Dropout2d(0.1), last)
+    return nn.Sequential(*conv_bn_relu(inputs, dim, 3), nn.Dropout2d(0.1), nn.Conv2d(dim, num_classes, 1))
+
+
+def stretch(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring `x` [N, C, H, W] to `size` bilinearly, corner pixels on corner pixels, as PSPNet's and PSANet's public implementations do."""
+    return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
 def enlarge_cells(cells: Tensor, size: tuple[int, int], sampler: nn.Module | None, guide: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .decoding import classifier, conv_bn_relu
-from .samplers import resize
+from .decoding import classifier, conv_bn_relu, stretch
 
 
 def align_masks(masks: Tensor) -> Tensor:
@@ -60,14 +59,14 @@ class PointwiseAttention(nn.Module):
         """[N, channels, H, W] -> [N, 2 * channels, H, W]: the map and what its positions collected and were given."""
         size = x.shape[2:]
         small = [-(-side // self.shrink) for side in size]
-        collected, distributed = (resize(reduce(x), small, None) for reduce in (self.reduce, self.reduce_p))
+        collected, distributed = (stretch(reduce(x), small) for reduce in (self.reduce, self.reduce_p))
         wanted = align_masks(self.attention(collected))
         # what j has for i is in the mask of j
         offered = align_masks(self.attention_p(distributed)).transpose(1, 2)
         sums = [
             (values.flatten(2) @ scores.softmax(1)).unflatten(2, small) for values, scores in ((collected, wanted), (distributed, offered))
         ]
-        return torch.cat([x, self.proj(resize(torch.cat(sums, dim=1), size, None))], dim=1)
+        return torch.cat([x, stretch(self.proj(torch.cat(sums, dim=1)), size)], dim=1)
 
 
 class PSANet(nn.Module):

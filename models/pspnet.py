@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .decoding import classifier, conv_bn_relu, enlarge_cells
+from .decoding import classifier, conv_bn_relu, enlarge_cells, stretch
 from .samplers import Sampler, make_sampler
 
 
@@ -21,8 +21,11 @@ class PyramidPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, channels, H, W] -> [N, channels + len(scales) * dim, H, W]."""
-        branches = [enlarge_cells(cells(x), x.shape[2:], up, x) for cells, up in zip(self.features, self.up, strict=True)]
-        return torch.cat([x, *branches], dim=1)
+        size, outputs = x.shape[2:], [x]
+        for feature, up in zip(self.features, self.up, strict=True):
+            cells = feature(x)
+            outputs.append(stretch(cells, size) if up is None else enlarge_cells(cells, size, up, x))
+        return torch.cat(outputs, dim=1)
 
 
 class PSPNet(nn.Module):

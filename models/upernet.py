@@ -11,6 +11,13 @@ from .decoding import conv_bn_relu, enlarge_cells
 from .samplers import Sampler, make_sampler, resize
 
 
+def _layer(inputs: int, outputs: int, kernel_size: int) -> nn.Sequential:
+    layer = conv_bn_relu(inputs, outputs, kernel_size)
+    nn.init.kaiming_normal_(layer[0].weight)
+    nn.init.constant_(layer[1].bias, 1e-4)
+    return layer
+
+
 class UperNet(nn.Module):
     """Semantic segmentation from a pyramid of features.
 
@@ -47,16 +54,16 @@ class UperNet(nn.Module):
         self.backbone = backbone
         self.ppm_pooling = nn.ModuleList(nn.AdaptiveAvgPool2d(scale) for scale in pool_scales)
         self.ppm_up = nn.ModuleList(make_sampler(ppm, top, top) if ppm else None for _ in pool_scales)
-        self.ppm_conv = nn.ModuleList(conv_bn_relu(top, ppm_dim, 1) for _ in pool_scales)
-        self.ppm_last_conv = conv_bn_relu(top + len(pool_scales) * ppm_dim, fpn_dim, 3)
-        self.fpn_in = nn.ModuleList(conv_bn_relu(channels, fpn_dim, 1) for channels in laterals)
+        self.ppm_conv = nn.ModuleList(_layer(top, ppm_dim, 1) for _ in pool_scales)
+        self.ppm_last_conv = _layer(top + len(pool_scales) * ppm_dim, fpn_dim, 3)
+        self.fpn_in = nn.ModuleList(_layer(channels, fpn_dim, 1) for channels in laterals)
         self.fpn_up = nn.ModuleList(make_sampler(fpn, fpn_dim, fpn_dim) if fpn else None for _ in laterals)
         # one level deeper than need be, so that the keys are the published ones
-        self.fpn_out = nn.ModuleList(nn.Sequential(conv_bn_relu(fpn_dim, fpn_dim, 3)) for _ in laterals)
+        self.fpn_out = nn.ModuleList(nn.Sequential(_layer(fpn_dim, fpn_dim, 3)) for _ in laterals)
         self.fuse_up = nn.ModuleList(make_sampler(fuse, (i + 1) * fpn_dim, fpn_dim) for i in range(len(laterals))) if fuse else None
         classifier = nn.Conv2d(fpn_dim, num_classes, 1)
         nn.init.kaiming_normal_(classifier.weight)
-        self.conv_last = nn.Sequential(conv_bn_relu((len(laterals) + 1) * fpn_dim, fpn_dim, 3), classifier)
+        self.conv_last = nn.Sequential(_layer((len(laterals) + 1) * fpn_dim, fpn_dim, 3), classifier)
 
     def pool(self, c5: Tensor) -> Tensor:
         """C5 [N, C, H, W] -> P5 [N, fpn_dim, H, W] (PPM)."""

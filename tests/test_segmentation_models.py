@@ -78,14 +78,16 @@ def test_masks_of_relative_positions_are_laid_out(h, w, side):
         assert torch.equal(scores[:, yj * w + xj, yi * w + xi], expected)
 
 
+@pytest.mark.parametrize("shrink", [1, 2])
 @pytest.mark.parametrize("mask_size", [3, 7])
-def test_attention_collects_and_distributes(mask_size):
+def test_attention_collects_and_distributes(mask_size, shrink):
     """Section 3 of the PSANet paper, position by position: i collects x_j by the mask of i, and is given x_j by the mask of j."""
     torch.manual_seed(0)
     h, w, reach = 3, 4, mask_size // 2
-    layer = PointwiseAttention(6, 5, mask_size=mask_size, shrink=1).double().eval()
-    x = torch.randn(1, 6, h, w, dtype=torch.float64)
-    values = layer.reduce(x), layer.reduce_p(x)
+    layer = PointwiseAttention(6, 5, mask_size=mask_size, shrink=shrink).double().eval()
+    x = torch.randn(1, 6, (h - 1) * shrink + 1, (w - 1) * shrink + 1, dtype=torch.float64)
+    # at these sizes every second pixel is left
+    values = [reduce(x)[..., ::shrink, ::shrink] for reduce in (layer.reduce, layer.reduce_p)]
     masks = layer.attention(values[0]), layer.attention_p(values[1])
 
     def mask(of, at, to):
@@ -103,7 +105,13 @@ def test_attention_collects_and_distributes(mask_size):
         for a, b, j in zip(wanted, offered, positions, strict=True):
             collected[0, :, *i] += a * values[0][0, :, *j]
             given[0, :, *i] += b * values[1][0, :, *j]
-    torch.testing.assert_close(layer(x), torch.cat([x, layer.proj(torch.cat([collected, given], 1))], 1))
+    # projected first, then enlarged: what was left out is in the middle between its neighbours
+    expected = torch.zeros_like(x)
+    expected[..., ::shrink, ::shrink] = layer.proj(torch.cat([collected, given], 1))
+    if shrink == 2:
+        expected[..., 1::2, ::2] = (expected[..., :-2:2, ::2] + expected[..., 2::2, ::2]) / 2
+        expected[..., 1::2] = (expected[..., :-2:2] + expected[..., 2::2]) / 2
+    torch.testing.assert_close(layer(x), torch.cat([x, expected], 1))
 
 
 def test_mask_of_even_size_is_refused():
@@ -119,9 +127,10 @@ def test_pyramid_pooling_holds_means_of_cells():
     assert torch.equal(y[:, :128], x)
     conv = ppm.features[0][1:]
     torch.testing.assert_close(y[:, 128:132], conv(x.mean((2, 3), keepdim=True)).expand(-1, -1, 6, 8))
-    # a corner of the second branch is beyond the middle of its cell
-    quarter = ppm.features[1][1:](x[:, :, :3, :4].mean((2, 3), keepdim=True))
-    torch.testing.assert_close(y[:, 132:, 0, 0], quarter[:, :, 0, 0])
+    # the four cells of the second branch lie in the corners
+    cells = ppm.features[1][1:](x.unflatten(3, (2, 4)).unflatten(2, (2, 3)).mean((3, 5)))
+    down, right = (torch.stack([1 - torch.linspace(0, 1, side), torch.linspace(0, 1, side)]) for side in (6, 8))
+    torch.testing.assert_close(y[:, 132:], torch.einsum("ncij,ih,jw->nchw", cells, down, right))
 
 
 @pytest.mark.parametrize(
@@ -164,6 +173,18 @@ def test_compared_networks_have_the_authors_decoders():
     for name, expected in own.items():
         for key, shape in (common | expected).items():
             assert shapes[name][key] == shape, (name, key)
+
+
+@pytest.mark.parametrize("make", [lambda: PSPNet(dilated(), 3, dim=8, ppm_dim=4), lambda: PSANet(dilated(), 3, dim=8, mask_size=5)])
+def test_compared_decoders_start_as_torch_initialises(make):
+    """The authors leave the layers as they are; UperNet's set their own."""
+    net = make()
+    convolutions = [module for name, module in net.named_modules() if isinstance(module, torch.nn.Conv2d) and "backbone" not in name]
+    assert len(convolutions) >= 8
+    for convolution in convolutions:
+        bound = convolution.weight[0].numel() ** -0.5
+        assert 0.5 * bound < convolution.weight.abs().max() <= bound
+    assert not any(module.bias.any() for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d))
 
 
 @pytest.mark.parametrize("parts", list(itertools.product([False, True], repeat=4)), ids=lambda parts: "".join("-x"[part] for part in parts))
