@@ -15,8 +15,8 @@ from carafepp.tasks.coco import COCO
 from carafepp.tasks.coco_eval import SCORES
 from carafepp.tasks.data import Data
 from carafepp.tasks.detection import Detection, collate
-from carafepp.tasks.pictures import DRAWN_SIDE
 from carafepp.tasks.optimization import stepped
+from carafepp.tasks.pictures import DRAWN_SIDE
 from carafepp.tasks.runs import count_flops
 from carafepp.tasks.scenes import Scenes
 from coco_files import NAMES, SIZES, content, write
