@@ -40,7 +40,7 @@ class COCO(Dataset):
     Args:
         annotations: JSON file.
         images: folder of the files that it names.
-        class_names: names of its categories in the order of their ids.
+        class_names: names of its categories in the order of their ids; numbers, as a command line makes them of digits, are names too.
         train: whether the set is to be trained on.
 
     Raises:
@@ -66,9 +66,10 @@ class COCO(Dataset):
             problems += check_images(content, images)
         refuse_or_count(problems, annotations)
         categories = sorted(content["categories"], key=lambda category: category["id"])
-        if [category.get("name") for category in categories] != list(class_names):
+        names = [str(name) for name in class_names]
+        if [str(category.get("name")) for category in categories] != names:
             found = ", ".join(f"{category['id']} {category.get('name')}" for category in categories)
-            raise ValueError(f"class_names must be the categories of {annotations} by their ids, {found}, got {', '.join(class_names)}")
+            raise ValueError(f"class_names must be the categories of {annotations} by their ids, {found or 'none'}, got {', '.join(names)}")
         self.annotations, self.images = annotations, Path(images)
         self.train, self.transforms, self.seed = train, transforms, seed
         self.unusable = {problem.position for problem in problems if problem.severity == UNUSABLE}

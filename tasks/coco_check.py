@@ -31,6 +31,7 @@ RULES = {
     "annotation id used before": UNUSABLE,
     "annotation id 0, which pycocotools takes for no match": UNUSABLE,
     "annotation of an unknown image": UNUSABLE,
+    "iscrowd is neither 0 nor 1": UNUSABLE,
     "bbox or area is not made of finite numbers": UNUSABLE,
     "segmentation cannot be decoded": UNUSABLE,
     "segmentation missing, others have one": UNUSABLE,
@@ -124,9 +125,15 @@ def _check_entries(entries: list[dict]) -> Iterator[Problem]:
         seen.add(image_id)
 
 
+def _usable(entries: list[dict]) -> list[dict]:
+    """The images that `_check_entries` finds nothing wrong with."""
+    # as text: a broken id may be a list
+    broken = {repr(problem.image_id) for problem in _check_entries(entries)}
+    return [entry for entry in entries if repr(entry.get("id")) not in broken]
+
+
 def _check_annotations(content: dict) -> Iterator[Problem]:
-    broken = {problem.image_id for problem in _check_entries(content["images"])}
-    sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in content["images"] if entry.get("id") not in broken}
+    sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in _usable(content["images"])}
     categories = {category["id"] for category in content["categories"]}
     segmented = any(annotation.get("segmentation") for annotation in content["annotations"])
     seen = set()
@@ -140,9 +147,12 @@ def _check_annotations(content: dict) -> Iterator[Problem]:
             rule, detail = "annotation id 0, which pycocotools takes for no match", "begin at 1"
         elif image_id not in sizes:
             rule, detail = "annotation of an unknown image", "no entry of images has this id"
+        elif annotation["iscrowd"] not in (0, 1):
+            rule, detail = "iscrowd is neither 0 nor 1", f"got {annotation['iscrowd']!r}"
         else:
             rule, detail = _check_shape(annotation, sizes[image_id], categories, segmented)
-        seen.add(annotation_id)
+        if isinstance(annotation_id, int):
+            seen.add(annotation_id)
         if rule:
             yield Problem(image_id, annotation_id, rule, detail, position)
 
@@ -170,7 +180,7 @@ def _check_shape(annotation: dict, size: tuple[int, int], categories: set[int], 
 def _are_finite(numbers: list) -> bool:
     try:
         return all(map(math.isfinite, numbers))
-    except TypeError:
+    except (TypeError, OverflowError):
         return False
 
 
@@ -193,7 +203,7 @@ def mask_fault(shape: object, size: tuple[int, int]) -> str | None:
             if not _are_finite(polygon):
                 return f"a polygon has coordinates that are no finite numbers, got {str(polygon)[:80]}"
         return None
-    if not isinstance(shape, dict) or "counts" not in shape or list(shape.get("size") or []) != list(size):
+    if not isinstance(shape, dict) or "counts" not in shape or shape.get("size") != list(size):
         return f"run lengths must have counts and the size {list(size)} of the image, got {str(shape)[:80]}"
     counts = shape["counts"]
     if isinstance(counts, list):
@@ -245,8 +255,7 @@ def check_images(content: dict, images: str | Path) -> Iterator[Problem]:
         sizes = f"{path} is {size[0]} x {size[1]}, annotations say {entry['width']} x {entry['height']}"
         return Problem(entry["id"], None, "image file of another size", sizes)
 
-    broken = {problem.image_id for problem in _check_entries(content["images"])}
-    entries = [entry for entry in content["images"] if entry.get("id") not in broken]
+    entries = _usable(content["images"])
     # decoding lets other threads run
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = tqdm(pool.map(look, entries), "decoding", len(entries), unit="image", leave=False, disable=None)
@@ -259,10 +268,12 @@ def refuse_or_count(problems: Sequence[Problem], annotations: str | Path) -> Non
     first = {problem.rule: problem for problem in reversed(problems)}
     lines = [f"{count} x {rule}, the first is {first[rule]}" for rule, count in counts.items() if RULES[rule] == FATAL]
     if lines:
-        raise ValueError(f"annotations={annotations} cannot be used: {'; '.join(lines)}")
+        raise ValueError(f"annotations={annotations} cannot be used: {'; '.join(lines)}; carafepp-validate lists all")
     for rule, count in counts.items():
         use = "not used" if RULES[rule] == UNUSABLE else "not trained on"
         logger.warning("%s: %d annotations %s: %s, the first is %s", annotations, count, use, rule, first[rule])
+    if counts:
+        logger.warning("%s: carafepp-validate lists all of them", annotations)
 
 
 def decode_mask(shape: list | dict, size: tuple[int, int]) -> np.ndarray:

@@ -67,7 +67,7 @@ class Detection(L.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model(num_classes=len(class_names) + 1)
-        self.class_names = list(class_names)
+        self.class_names = [str(name) for name in class_names]
         self.optimizer, self.schedule = optimizer, schedule
         self.sides, self.flops_size = sides, flops_size
         self.truth: dict = {}

@@ -99,15 +99,20 @@ DAMAGE = [
     (change(813, bbox=[1, 2, 3, float("nan")]), 285, 813, "bbox or area is not made of finite numbers"),
     (change(813, bbox=None), 285, 813, "bbox or area is not made of finite numbers"),
     (change(813, area="large"), 285, 813, "bbox or area is not made of finite numbers"),
+    (change(813, bbox=[1, 2, 10**400, 3]), 285, 813, "bbox or area is not made of finite numbers"),
+    (change(813, iscrowd=None), 285, 813, "iscrowd is neither 0 nor 1"),
+    (change(813, iscrowd="0"), 285, 813, "iscrowd is neither 0 nor 1"),
     (change(813, segmentation=[[1, 2, 3, 4]]), 285, 813, "segmentation cannot be decoded"),
     (change(813, segmentation=[[1, 2, 3, 4, 5, "6"]]), 285, 813, "segmentation cannot be decoded"),
     (change(813, segmentation={"size": [60, 80], "counts": [4800]}), 285, 813, "segmentation cannot be decoded"),
+    (change(813, segmentation={"size": 80, "counts": [4800]}), 285, 813, "segmentation cannot be decoded"),
     (change(813, segmentation={"size": [80, 60], "counts": [10, 20]}), 285, 813, "segmentation cannot be decoded"),
     (change(813, segmentation={"size": [80, 60], "counts": "junk"}), 285, 813, "segmentation cannot be decoded"),
     (change(813, segmentation=[]), 285, 813, "segmentation missing, others have one"),
     (change(813, id=812), 285, 812, "annotation id used before"),
     (change(813, id=0), 285, 0, "annotation id 0, which pycocotools takes for no match"),
     (change(813, id=None), 285, None, "annotation without id, image_id or category_id"),
+    (change(813, image_id=None), None, 813, "annotation without id, image_id or category_id"),
     (change(813, image_id=1), 1, 813, "annotation of an unknown image"),
     (change(file_name="gone.jpg"), 285, None, "image file missing"),
     (change(id=139), 139, None, "image id used before"),
@@ -137,6 +142,17 @@ def test_damage_is_named_and_never_met_in_training(tmp_path, caplog, damage, ima
     assert average_precision(ground_truth(val, NAMES), [], "segm")["AP"] == 0
 
 
+def test_ids_of_any_kind_are_named(tmp_path):
+    made = content()
+    made["images"][1]["id"], made["annotations"][0]["id"] = [285], {"of": 7001}
+    folder = write(tmp_path / "root", made)
+    read = read_annotations(folder / "annotations" / "instances_train2017.json")
+    found = [problem[:3] for problem in [*check(read, folder / "train2017"), *check_images(read, folder / "train2017")]]
+    assert ([285], None, "image without id, file_name, width or height") in found
+    assert (139, {"of": 7001}, "annotation without id, image_id or category_id") in found
+    assert (285, 812, "annotation of an unknown image") in found
+
+
 def test_undamaged_files_have_no_problem(folder):
     for split in ("train2017", "val2017"):
         made = read_annotations(folder / "annotations" / f"instances_{split}.json")
@@ -163,6 +179,15 @@ def test_file_that_is_no_annotation_file_is_an_error(tmp_path, text, message):
 def test_other_categories_are_an_error(folder):
     with pytest.raises(ValueError, match="3 car, 17 cat, 90 brush, got car, brush, cat"):
         load(folder, names=["car", "brush", "cat"])
+    with pytest.raises(ValueError, match="3 car, 17 cat, 90 brush, got 0, 1"):
+        load(folder, names=[0, 1])
+
+
+def test_names_that_a_command_line_takes_for_numbers_are_names(tmp_path):
+    # by their ids: 1, 2, 0
+    made = content()
+    made["categories"] = [category | {"name": f"{number}"} for number, category in enumerate(made["categories"])]
+    assert len(load(write(tmp_path / "root", made), names=[1, 2, 0])) == 2
 
 
 def test_damaged_image_is_replaced_in_training_and_refused_in_validation(tmp_path, caplog):
