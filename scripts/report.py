@@ -75,6 +75,9 @@ def runs_report(cfg: DictConfig) -> None:
         tables.append(other_table(others, cfg.digits, cfg.baseline))
     check(cfg, tables)
     print(formatted(tables, cfg.format))
+    if borrowed := [line for table in tables for line in table.lines if line.setting and line.setting.table not in ("", table.name)]:
+        rows = dict.fromkeys(f"{line.labels['row']}: runs of {line.setting.table}/{line.setting.row}" for line in borrowed)
+        print("one configuration in two tables:", *rows, sep="\n  ", file=notes)
     for file, name in FILES.items():
         (folders[0] / file).write_text(formatted(tables, name))
     print(f"tables: {folders[0] / 'report.md'}, report.tex, report.csv", file=notes)

@@ -19,7 +19,7 @@ def overview(settings: Sequence[Setting], digits: int) -> list[tuple[str, Rows]]
     what it is above the paper's, `small` that of runs at `scale=small`, `small gain` its paired difference to the baseline's runs.
     """
     tables, metrics = published()
-    finder = Finder(settings, tables)
+    finder = Finder(settings)
     result = []
     for name, table in tables.items():
         given = published_rows(tables, name)

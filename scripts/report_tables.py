@@ -85,27 +85,42 @@ def factor(column: str) -> int:
 
 
 class Finder:
-    """Settings by table, row, protocol and options."""
+    """Settings by table, row, protocol and options.
 
-    def __init__(self, settings: Sequence[Setting], tables: dict) -> None:
-        self.tables = tables
+    Rows for which the paper gives the same figures in two tables are the same configuration, and runs of one are those of the other.
+    """
+
+    def __init__(self, settings: Sequence[Setting]) -> None:
+        tables, metrics = published()
         self.settings = {self._key(s.table, s.row, s.protocol, s.options): s for s in settings}
+        self.figures: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
+        for name in tables:
+            for row in published_rows(tables, name):
+                scores = {(row["task"], column): row[column] for column in metrics[row["task"]] if column in row}
+                self.figures.setdefault((name, row["row"]), {}).update(scores)
 
     @staticmethod
     def _key(table: str, row: str, protocol: Mapping[str, str], options: Mapping[str, str]) -> tuple:
         return table, row, frozenset(protocol.items()), frozenset(options.items())
 
+    def same(self, table: str, row: str) -> list[tuple[str, str]]:
+        """The row and those of other tables that are the same configuration, as (table, row)."""
+        own = self.figures.get((table, row), {})
+        others = [
+            place
+            for place, figures in self.figures.items()
+            if (common := own.keys() & figures.keys()) and all(own[key] == figures[key] for key in common)
+        ]
+        return [(table, row), *(place for place in others if place != (table, row))]
+
     def find(self, table: str, row: str, protocol: Mapping[str, str], options: Mapping[str, str]) -> Setting | None:
         """The setting, or that of the same row in another table."""
-        places = [f"{table}/{row}", self.tables[table].get("elsewhere", {}).get(row, "")]
-        for place in filter(None, places):
-            if found := self.settings.get(self._key(*place.split("/", 1), protocol, options)):
-                return found
-        return None
+        keys = (self._key(*place, protocol, options) for place in self.same(table, row))
+        return next((self.settings[key] for key in keys if key in self.settings), None)
 
-    def against(self, setting: Setting, row: str) -> Setting | None:
-        """What a setting is compared with: the row told the same otherwise, or else the row itself."""
-        found = (self.find(setting.table, row, setting.protocol, options) for options in (setting.options, {}))
+    def against(self, setting: Setting, table: str, row: str) -> Setting | None:
+        """What a setting is compared with: the table's row told the same otherwise, or else the row itself."""
+        found = (self.find(table, row, setting.protocol, options) for options in (setting.options, {}))
         return next((other for other in found if other and other is not setting), None)
 
 
@@ -118,17 +133,17 @@ def paper_tables(settings: Sequence[Setting], columns: Sequence[str], digits: in
         baseline: the row that differences are taken to, instead of the table's own.
     """
     tables, metrics = published()
-    finder = Finder(settings, tables)
+    finder = Finder(settings)
     found = {(s.table, tuple(s.protocol.items())): s.protocol for s in settings if s.table}
     result = []
     for name in tables:
         for protocol in (protocol for (table, _), protocol in found.items() if table == name):
             rows = published_rows(tables, name)
-            lines = [(row["row"], row["task"], finder.find(name, row["row"], protocol, {}), row) for row in rows]
-            taken = [setting for _, _, setting, _ in lines]
+            lines = [(row["row"], row["row"], row["task"], finder.find(name, row["row"], protocol, {}), row) for row in rows]
+            taken = [setting for *_, setting, _ in lines]
             more = [s for s in settings if s.table == name and s.protocol == protocol and s not in taken]
             tasks = dict.fromkeys(row["task"] for row in rows)
-            lines += [(s.label, task, s, {}) for s in more for task in tasks]
+            lines += [(s.row, s.label, task, s, {}) for s in more for task in tasks]
             own = tables[name]["baseline"]
             table = Table(
                 name,
@@ -140,10 +155,10 @@ def paper_tables(settings: Sequence[Setting], columns: Sequence[str], digits: in
                 tables[name].get("axes", []),
                 [],
             )
-            for label, task, setting, figures in lines:
-                to = baseline or baseline_of(tables[name], setting.row if setting else label)
+            for row, label, task, setting, figures in lines:
+                to = baseline or baseline_of(tables[name], row)
                 labels = {"row": label} | ({"task": task} if len(tasks) > 1 else {})
-                line = Line(labels, setting, finder.against(setting, to) if setting and to else None)
+                line = Line(labels, setting, finder.against(setting, name, to) if setting and to else None)
                 for column, metric in metrics[task].items():
                     line.cells[column] = compare(line, metric, factor(column), figures.get(column))
                 table.lines.append(line)

@@ -75,6 +75,11 @@ def test_rows_are_the_same_run_where_the_paper_gives_the_same_figures(configs):
             same.add(pair)
     assert ("table4/carafe", "table5/fpn") in expected
     assert same == expected
+    with initialize_config_module("carafepp.conf", version_base="1.3"):
+        shared = dict.fromkeys(row for pair in expected for row in pair)
+        small = {row: made_of(f"experiment={row.split('/')[0]}", f"row={row}", "scale=small") for row in shared}
+    # so the runs of one serve as those of the other at either scale
+    assert all(small[first] == small[second] for first, second in expected)
 
 
 @pytest.mark.parametrize("table", TABLES)

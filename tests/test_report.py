@@ -124,6 +124,31 @@ def test_row_of_another_table_serves_as_baseline(tmp_path):
     assert second["mIoU vs published"] == "+10.00"
 
 
+def test_runs_serve_every_table_that_has_their_configuration(tmp_path, monkeypatch, capsys):
+    for seed in (0, 1):
+        write_run(tmp_path / f"a{seed}", seed, {"val/box_AP": 0.3}, row="table4/nearest")
+        write_run(tmp_path / f"b{seed}", seed, {"val/box_AP": 0.4 + seed / 100}, row="table4/carafe")
+        write_run(tmp_path / f"c{seed}", seed, {"val/box_AP": 0.35}, row="table11/cm16")
+        write_run(tmp_path / f"d{seed}", seed, {"val/box_AP": 0.45}, row="table5/backbone")
+    found = {table.name: {row["row"]: row for row in printed(table)} for table in tables(tmp_path)}
+    assert list(found) == ["table4", "table5", "table11"]
+    assert found["table11"]["cm64"]["AP"] == "40.50 ± 0.71"
+    assert found["table11"]["cm16"]["AP vs cm64"].startswith("-5.50 [")
+    assert found["table11"]["cm256"]["AP"] == ""
+    assert [found["table5"][row]["AP"] for row in ("published", "fpn", "fpn_backbone")] == ["30.00 ± 0.00", "40.50 ± 0.71", ""]
+    assert found["table5"]["fpn"]["AP vs published"].startswith("+10.50 [")
+    # a run of the table's own comes first
+    write_run(tmp_path / "own", 0, {"val/box_AP": 0.1}, row="table11/cm64")
+    eleven = next(table for table in tables(tmp_path) if table.name == "table11")
+    assert {row["row"]: row["AP"] for row in printed(eleven)}["cm64"] == "10.00"
+    lines = csv.DictReader(comma_separated(tables(tmp_path)).splitlines())
+    fpn = next(line for line in lines if (line["table"], line["row"], line["metric"]) == ("table5", "fpn", "AP"))
+    assert (float(fpn["mean"]), fpn["baseline"]) == (pytest.approx(40.5), "nearest")
+    shown = call(monkeypatch, capsys, f"runs={tmp_path}")
+    assert "fpn: runs of table4/carafe" in shown
+    assert "cm64: runs of" not in shown
+
+
 def test_other_runs_are_told_apart_by_their_overrides(tmp_path):
     for job, (sampler, seed, score) in enumerate([("published", 0, 0.4), ("published", 1, 0.5), ("carafe", 0, 0.5), ("carafe", 1, 0.7)]):
         write_run(tmp_path / str(job), seed, {"val/mIoU": score}, f"samplers={sampler}")
