@@ -252,6 +252,16 @@ def test_scores_are_those_of_pycocotools_by_hand_on_the_written_file(folder, tmp
     assert "APl" not in scores
 
 
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_objects_of_a_file_are_perfect_detections(folder, kind):
+    data = load(folder, "val")
+    entries = []
+    for _, target in (data[i] for i in range(len(data))):
+        found = target | {"masks": target["masks"][:, None].float(), "scores": torch.ones(len(target["labels"]))}
+        entries += results(found, target["image_id"], [3, 17, 90])[kind]
+    assert average_precision(ground_truth(data, NAMES), entries, kind)["AP"] == pytest.approx(1)
+
+
 def test_scenes_are_evaluated_by_their_masks():
     scenes = Scenes("val", 6, 64, view="detection")
     truth = ground_truth(scenes, "0123456789")
