@@ -1,9 +1,10 @@
-"""carafepp-predict: a trained network on one's own photographs."""
+"""carafepp-predict: trained networks on one's own photographs, side by side, and where their features come from."""
 
 from pathlib import Path
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning import LightningModule
 from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
@@ -14,7 +15,10 @@ from tqdm import tqdm
 from ..tasks.images import is_image, read_image
 from ..tasks.inpainting import Inpainting
 from ..tasks.masks import read_mask
+from ..tasks.pictures import caption, enlarge, grid
+from ..tasks.regions import draw_regions
 from .app import app, load_task
+from .report_runs import INCIDENTAL, under
 
 
 def find_images(path: Path) -> list[Path]:
@@ -56,8 +60,8 @@ def read_pixels(path: Path, max_side: int) -> Tensor:
     return pil_to_tensor(image).float() / 255
 
 
-def fill(task: Inpainting, path: Path, mask_path: Path, max_side: int) -> Tensor:
-    """Complete a photograph at its own size -> [3, H, W] in [0, 1].
+def read_with_hole(path: Path, mask_path: Path) -> tuple[Tensor, Tensor]:
+    """Read a photograph at its own size and its mask -> [3, H, W] in [0, 1], [1, H, W], 1 in the hole.
 
     Raises:
         ValueError: photograph and mask differ in size.
@@ -66,29 +70,64 @@ def fill(task: Inpainting, path: Path, mask_path: Path, max_side: int) -> Tensor
     if mask.shape != image.shape[1:]:
         (height, width), (mask_height, mask_width) = image.shape[1:], mask.shape
         raise ValueError(f"mask {mask_path} must have the size of {path}, {width} x {height} pixels, got {mask_width} x {mask_height}")
-    return task.fill(image, mask[None].float(), max_side)
+    return image, mask[None].float()
+
+
+def load_tasks(cfg: DictConfig) -> dict[str, LightningModule]:
+    """The tasks of one or several checkpoints, by what their runs were told.
+
+    Raises:
+        ValueError: some fill holes and some do not, or masks are given to those that do not, or none to those that do.
+    """
+    tasks = {}
+    for path in [cfg.checkpoint] if isinstance(cfg.checkpoint, str) else cfg.checkpoint:
+        task, config = load_task(path, cfg.task)
+        told = [
+            override for override in config.run.overrides if not under(override.partition("=")[0], [*INCIDENTAL, "scale", "experiment"])
+        ]
+        label = ", ".join(told) or Path(path).parent.name
+        # the seed is what tells repetitions apart
+        label += f", seed={config.seed}" if label in tasks else ""
+        tasks[label] = task.to(cfg.device)
+        if isinstance(task, Inpainting) != (cfg.masks is not None):
+            fills = (
+                f"{path} fills holes: give masks=" if cfg.masks is None else f"masks= is for checkpoints of inpainting alone, got {path}"
+            )
+            raise ValueError(fills)
+    return tasks
+
+
+def draw(tasks: dict[str, LightningModule], image: Tensor, mask: Tensor | None, cfg: DictConfig) -> Tensor:
+    """What the networks make of an image [3, H, W] (and its hole [1, H, W]): a picture, or the image and a picture of each network."""
+    seen = (image,) if mask is None else (image, mask, cfg.max_side)
+    if cfg.regions is not None:
+        figures = {label: draw_regions(task.view(*seen), cfg.regions, cfg.locations) for label, task in tasks.items()}
+        return grid([[caption(figure, label)] for label, figure in figures.items()])
+    pictures = {label: task.draw(*seen) if mask is None else task.fill(*seen) for label, task in tasks.items()}
+    if len(pictures) == 1:
+        return next(iter(pictures.values()))
+    first = image if mask is None else torch.where(mask > 0, 1, image)
+    # pictures may be enlarged, or have a legend below
+    factor = next(iter(pictures.values())).shape[2] // first.shape[2]
+    return grid([[caption(enlarge(first, factor), "image"), *(caption(picture, label) for label, picture in pictures.items())]])
 
 
 @app("predict")
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
-    """Draw the prediction over every image, or fill its hole; report and skip those that cannot be read."""
-    task, _ = load_task(cfg.checkpoint, cfg.task)
-    task.to(cfg.device)
+    """Draw the prediction over every image, or fill its hole, or draw reassembly regions; report and skip what cannot be read."""
+    tasks = load_tasks(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     paths = find_images(Path(cfg.images))
-    inpaints = isinstance(task, Inpainting)
-    if inpaints != (cfg.masks is not None):
-        raise ValueError("this checkpoint fills holes: give masks=" if inpaints else "masks= is for checkpoints of inpainting alone")
-    masks = find_masks(Path(cfg.masks), paths) if inpaints else [None] * len(paths)
+    masks = [None] * len(paths) if cfg.masks is None else find_masks(Path(cfg.masks), paths)
     skipped = []
     for path, mask in tqdm(list(zip(paths, masks, strict=True)), unit="image"):
         try:
-            picture = fill(task, path, mask, cfg.max_side) if inpaints else task.draw(read_pixels(path, cfg.max_side))
+            image, hole = (read_pixels(path, cfg.max_side), None) if mask is None else read_with_hole(path, mask)
         except (OSError, ValueError) as error:
             skipped.append(f"skipped: {error}")
             continue
-        save_image(picture, folder / f"{path.name}.png")
+        save_image(draw(tasks, image, hole, cfg), folder / f"{path.name}.png")
     summary = "\n".join([*skipped, f"{len(paths) - len(skipped)} of {len(paths)} images predicted, pictures in {folder}"])
     if len(skipped) == len(paths):
         raise ValueError(summary)

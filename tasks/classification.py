@@ -12,6 +12,7 @@ from torchvision.transforms.v2.functional import normalize
 
 from .optimization import parameter_groups
 from .pictures import caption
+from .regions import View
 
 
 class Classification(L.LightningModule):
@@ -85,6 +86,11 @@ class Classification(L.LightningModule):
     def draw(self, image: Tensor) -> Tensor:
         """Class and its probability below an image [3, H, W] in [0, 1] -> [3, H + a line, W]."""
         return self._guess(image, self.inference_transform(image) if self.inference_transform else image)
+
+    def view(self, image: Tensor) -> View:
+        """What the network sees of an image [3, H, W] in [0, 1]."""
+        seen = self.inference_transform(image) if self.inference_transform else image
+        return View(self.model, (normalize(seen[None].to(self.device), self.mean, self.std),), seen)
 
     def _guess(self, image: Tensor, seen: Tensor) -> Tensor:
         probability, label = self(seen[None].to(self.device)).float().softmax(1)[0].max(0)

@@ -17,6 +17,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from .coco_eval import COCO_SIDES, average_precision, ground_truth, results
 from .optimization import parameter_groups
 from .pictures import enlarge, palette
+from .regions import View
 from .runs import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -182,6 +183,13 @@ class Detection(L.LightningModule):
         if "masks" in found:
             found["masks"] = found["masks"][:, 0] > 0.5
         return self._overlay(image, found)
+
+    def view(self, image: Tensor) -> View:
+        """What backbone and feature pyramid see of an image [3, H, W] in [0, 1]."""
+        images, _ = self.model.transform([image.to(self.device)])
+        height, width = images.tensors.shape[2:]
+        (seen_height, seen_width), *_ = images.image_sizes
+        return View(self.model.backbone, (images.tensors,), image, (seen_height / height, seen_width / width))
 
     def _overlay(self, image: Tensor, instances: Target) -> Tensor:
         """Boxes [n, 4], class names, scores and masks [n, H, W] over an enlarged image, each instance in a colour of its own."""

@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ..models.discriminator import inpainted
+from .regions import View
 
 
 def mean_within(values: Tensor, masks: Tensor) -> Tensor:
@@ -22,6 +23,22 @@ def mean_within(values: Tensor, masks: Tensor) -> Tensor:
 def psnr(squared_error: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB from the mean squared error of images in [0, 1]; at most 100."""
     return -10 * squared_error.clamp(min=1e-10).log10()
+
+
+def shrink(image: Tensor, mask: Tensor, max_side: int) -> tuple[Tensor, Tensor]:
+    """An image [3, H, W] and its mask [1, H, W] with the longer side at most `max_side` pixels.
+
+    Raises:
+        ValueError: `max_side` is less than 1.
+    """
+    if max_side < 1:
+        raise ValueError(f"max_side must be at least 1, got {max_side}")
+    size = image.shape[1:]
+    if max(size) <= max_side:
+        return image, mask
+    small = [max(1, round(side * max_side / max(size))) for side in size]
+    # mean and maximum over the same cells, so that no colour of the hole gets into known pixels
+    return F.adaptive_avg_pool2d(image, small), F.adaptive_max_pool2d(mask, small)
 
 
 class Inpainting(L.LightningModule):
@@ -127,13 +144,15 @@ class Inpainting(L.LightningModule):
         Raises:
             ValueError: `max_side` is less than 1.
         """
-        if max_side < 1:
-            raise ValueError(f"max_side must be at least 1, got {max_side}")
         size = image.shape[1:]
-        if max(size) <= max_side:
-            return self.draw(image, mask)
-        small = [max(1, round(side * max_side / max(size))) for side in size]
-        # mean and maximum over the same cells, so that no colour of the hole gets into known pixels
-        filled = self.draw(F.adaptive_avg_pool2d(image, small), F.adaptive_max_pool2d(mask, small))
+        filled = self.draw(*shrink(image, mask, max_side))
+        if filled.shape[1:] == size:
+            return filled
         filled = F.interpolate(filled[None], size, mode="bicubic", align_corners=False)[0].clamp(0, 1)
         return torch.where(mask > 0, filled, image)
+
+    def view(self, image: Tensor, mask: Tensor, max_side: int) -> View:
+        """What the generator sees of an image [3, H, W] in [0, 1] with a hole, see `fill`."""
+        small, hole = shrink(image, mask, max_side)
+        inputs = (2 * small[None].to(self.device) - 1, hole[None].to(self.device))
+        return View(self.model, inputs, torch.where(mask > 0, 1, image))

@@ -16,6 +16,7 @@ from .inference import check_inference, predict_labels
 from .label_maps import IGNORED
 from .optimization import parameter_groups
 from .pictures import legend, overlay
+from .regions import View
 
 
 def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
@@ -147,6 +148,12 @@ class Segmentation(L.LightningModule):
     def draw(self, image: Tensor) -> Tensor:
         """Prediction over an image [3, H, W] in [0, 1], a legend below -> [3, H + its lines, W]."""
         return self._paint(image, self.predict(image[None].to(self.device))[0].cpu())
+
+    def view(self, image: Tensor) -> View:
+        """What the network sees of an image [3, H, W] in [0, 1]: the whole of it, at scale 1."""
+        seen = image[None].to(self.device)
+        seen = base(seen) if (base := self.inference["base"]) else seen
+        return View(self.model, (normalize(seen, self.mean, self.std),), image)
 
     def _paint(self, image: Tensor, labels: Tensor) -> Tensor:
         shown = [label for label in labels.unique().tolist() if label not in self.unpainted]

@@ -288,7 +288,7 @@ def test_wrong_masks_are_named(whole, photographs, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             predict(monkeypatch, photographs / "out", checkpoint, f"images={photograph}", f"masks={masks / mask}")
-    with pytest.raises(ValueError, match="this checkpoint fills holes: give masks="):
+    with pytest.raises(ValueError, match="fills holes: give masks="):
         predict(monkeypatch, photographs / "out", checkpoint, f"images={photograph}")
     with pytest.raises(FileNotFoundError, match=r"masks=.*nowhere does not exist"):
         find_masks(photographs / "nowhere", [photograph])

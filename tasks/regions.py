@@ -1,0 +1,89 @@
+"""Pictures of where features are reassembled from (paper, Figures 1 and 9)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.utils import draw_keypoints
+
+from ..models.regions import Region, reassembly_regions
+from .pictures import caption, enlarge, grid
+
+RED = (1.0, 0.1, 0.1)
+
+
+class View(NamedTuple):
+    """A picture as a task's network sees it."""
+
+    network: nn.Module
+    # arguments of the network, for this picture alone
+    inputs: tuple[Tensor, ...]
+    # [3, H, W] in [0, 1]
+    picture: Tensor
+    # shares of the inputs' height and width that the picture takes; what is left at bottom and right is padding
+    covered: tuple[float, float] = (1.0, 1.0)
+
+
+def draw_regions(view: View, path: str | Sequence[str], locations: Sequence[tuple[float, float]]) -> Tensor:
+    """Draw a row for each location: over the picture, and over every map of a path, the sources of the features that the location gets.
+
+    Sources are red, the more the higher their weight, the location is a green dot. Maps show the norm of their features, in the order of
+    computation: on an upsampling path the first is the coarsest, on a downsampling path the finest. Over the picture lie the weights on the
+    first map.
+
+    Args:
+        view: the picture, and the network that sees it.
+        path: names or patterns of the network's CARAFE modules, see `carafepp.models.regions.reassembly_regions`.
+        locations: (down, across), as fractions of the picture.
+
+    Returns:
+        Pictures and captions in a grid, [3, height, width] in [0, 1].
+
+    Raises:
+        ValueError: as `reassembly_regions`.
+    """
+    seen = [(down * view.covered[0], across * view.covered[1]) for down, across in locations]
+    regions = reassembly_regions(view.network, view.inputs, path, seen)
+    picture = enlarge(view.picture.cpu().clamp(0, 1))
+    energies = [_stretched(_energy(region.features), picture, view) for region in regions]
+    rows = []
+    for target, location in enumerate(locations):
+        weights = [_stretched(region.weights[target : target + 1], picture, view) for region in regions]
+        # without colours, so that red stands out
+        grey = picture.mean(0, keepdim=True).expand(3, -1, -1)
+        row = [caption(_marked(grey, weights[0], location), f"{location[0]:.2f} down, {location[1]:.2f} across")]
+        for region, energy, weight in zip(regions, energies, weights, strict=True):
+            row.append(caption(_marked(energy.expand(3, -1, -1), weight, location), _title(region)))
+        rows.append(row)
+    return grid(rows)
+
+
+def _title(region: Region) -> str:
+    height, width = region.weights.shape[1:]
+    return f"{region.module or 'output'}  {height} x {width}"
+
+
+def _energy(features: Tensor) -> Tensor:
+    """Norm over the channels [C, H, W] -> [1, H, W], stretched to [0, 1]."""
+    norm = features.float().norm(dim=0, keepdim=True)
+    return (norm - norm.min()) / (norm.max() - norm.min()).clamp(min=1e-12)
+
+
+def _stretched(values: Tensor, picture: Tensor, view: View) -> Tensor:
+    """A map [1, h, w] at the size of the picture, pixels as blocks."""
+    height, width = picture.shape[1:]
+    whole = [round(side / share) for side, share in zip((height, width), view.covered, strict=True)]
+    return F.interpolate(values[None].cpu().float(), whole, mode="nearest-exact")[0, :, :height, :width]
+
+
+def _marked(picture: Tensor, weights: Tensor, location: tuple[float, float]) -> Tensor:
+    """Weights [1, H, W] in red over a picture [3, H, W], and the location as a dot."""
+    # the root keeps what is less than a tenth of the largest weight visible
+    opacity = (weights.clamp(min=0) / weights.max().clamp(min=1e-12)).sqrt() * 0.8
+    shaded = picture + opacity * (torch.tensor(RED).view(3, 1, 1) - picture)
+    _, height, width = picture.shape
+    dot = torch.tensor([[[location[1] * width, location[0] * height]]])
+    pixels = (shaded * 255).round().to(torch.uint8)
+    return draw_keypoints(pixels, dot, colors="lime", radius=max(3, max(height, width) // 100)).float() / 255

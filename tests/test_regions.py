@@ -1,0 +1,190 @@
+"""Where features are reassembled from: weights that give the features back, through any path, and pictures of them."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from carafepp.models.carafe import CARAFE
+from carafepp.models.regions import reassembly_regions
+from carafepp.models.resnet import tiny
+from carafepp.scripts.predict import main as predict_app
+from carafepp.tasks.regions import View, draw_regions
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+from training import run
+
+LOCATIONS = [(0.0, 0.0), (0.4, 0.7), (0.99, 0.99), (0.5, 0.0)]
+
+
+def sampler(channels: int, seed: int, **options) -> CARAFE:
+    """A CARAFE whose kernels differ from place to place."""
+    torch.manual_seed(seed)
+    module = CARAFE(channels, compressed_channels=4, **options).double()
+    nn.init.normal_(module.content_encoder.weight)
+    return module
+
+
+class Cropped(nn.Module):
+    """Upsamplers one after the other, each cropped as a network crops it to an odd lateral."""
+
+    def __init__(self, *samplers: nn.Module):
+        super().__init__()
+        self.samplers = nn.ModuleList(samplers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for module in self.samplers:
+            x = module(x)[..., :-1, :]
+        return x
+
+
+def expected(features: torch.Tensor) -> torch.Tensor:
+    """What a map [C, H, W] has at LOCATIONS -> [C, L]."""
+    height, width = features.shape[1:]
+    return torch.stack([features[:, int(down * height), int(across * width)] for down, across in LOCATIONS], dim=1)
+
+
+@given(
+    st.lists(
+        st.sampled_from([{"up": 2}, {"down": 2}, {"up": 3}, {"up": 3, "down": 2}, {"up": 2, "kernel_size": 3}]), min_size=1, max_size=3
+    ),
+    st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    st.sampled_from(["softmax", "sigmoid"]),
+)
+def test_sum_of_every_map_under_its_weights_is_the_target(steps, size, normalizer):
+    network = nn.Sequential(*(sampler(8, i, normalizer=normalizer, **step) for i, step in enumerate(steps)))
+    x = torch.randn(1, 8, *size, dtype=torch.float64)
+    regions = reassembly_regions(network, [x], "*", LOCATIONS)
+    assert [region.module for region in regions] == [*(str(i) for i in range(len(steps))), ""]
+    assert torch.equal(regions[0].features, x[0])
+    for region in regions:
+        torch.testing.assert_close(torch.einsum("chw,lhw->cl", region.features, region.weights), expected(network(x)[0]))
+
+
+def test_what_a_network_crops_takes_no_part():
+    network = Cropped(sampler(4, 0, up=2), sampler(4, 1, up=2, kernel_size=3))
+    x = torch.randn(1, 4, 5, 6, dtype=torch.float64)
+    regions = reassembly_regions(network, [x], ["samplers.0", "samplers.1"], LOCATIONS)
+    assert [tuple(region.weights.shape) for region in regions] == [(4, 5, 6), (4, 9, 12), (4, 18, 24)]
+    for region in regions:
+        torch.testing.assert_close(torch.einsum("chw,lhw->cl", region.features, region.weights), expected(regions[-1].features))
+
+
+def test_weights_of_groups_are_averaged():
+    network = sampler(4, 0, up=2, groups=2)
+    x = torch.randn(1, 4, 3, 3, dtype=torch.float64)
+    (region, output) = reassembly_regions(nn.Sequential(network), [x], "0", [(0.5, 0.5)])
+    kernel = network.kernels(x)[0, :, :, :, 3, 3].mean(0)  # around source pixel (1, 1), of which 3 x 3 are on the map
+    torch.testing.assert_close(region.weights[0], kernel[1:4, 1:4])
+    assert output.weights.sum() == 1
+
+
+def test_backbone_accumulates_from_its_last_stage_to_the_stem():
+    network = tiny(downsample=lambda channels: CARAFE(channels, down=2, compressed_channels=4)).eval()
+    regions = reassembly_regions(network, [torch.rand(1, 3, 97, 64)], ["maxpool", "layer?.0.shortcut_sampler"], [(0.5, 0.5)])
+    assert [region.module for region in regions] == ["maxpool", *(f"layer{i}.0.shortcut_sampler" for i in (2, 3, 4)), ""]
+    assert [tuple(region.weights.shape[1:]) for region in regions] == [(49, 32), (25, 16), (13, 8), (7, 4), (4, 2)]
+    reach = [int((region.weights > 0).sum()) for region in regions]
+    assert reach == sorted(reach, reverse=True)
+    assert reach[-1] == 1
+
+
+def test_paths_that_are_none_are_named():
+    network = nn.Sequential(sampler(4, 0, up=2), nn.Conv2d(4, 4, 3, stride=2).double(), sampler(4, 1, up=2))
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    for path, locations, message in (
+        ("fpn.*", LOCATIONS, r"nothing named fpn\.\*: its CARAFE modules are 0, 2"),
+        ("*", LOCATIONS, r"0 puts out 12x12 and 2, which runs next, takes 5x5"),
+        ("0", [(0.2, 1.0)], r"less than 1, got \(0.2, 1.0\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reassembly_regions(network, [x], path, locations)
+    with pytest.raises(ValueError, match="must see one map of the whole image, got 2"):
+        reassembly_regions(network, [x.expand(2, -1, -1, -1)], "0", LOCATIONS)
+    with pytest.raises(ValueError, match="it has no CARAFE module"):
+        reassembly_regions(nn.Conv2d(4, 4, 1).double(), [x], "*", LOCATIONS)
+
+
+def test_picture_shows_the_weights_where_the_picture_is():
+    """The upper left of a padded map; one source, in the picture's second quarter from the left."""
+    network = nn.Sequential(CARAFE(3, up=2, kernel_size=1, compressed_channels=None))
+    picture = torch.zeros(3, 320, 320)
+    view = View(network, (torch.rand(1, 3, 8, 16),), picture, covered=(0.5, 0.25))
+    drawn = draw_regions(view, "0", [(0.1, 0.4)])
+    shaded = drawn[:, 4:324, 4:324]
+    red = (shaded[0] > 0.5) & (shaded[1] < 0.3)
+    rows, columns = red.any(1).nonzero().flatten(), red.any(0).nonzero().flatten()
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 79, 80, 159)
+    assert shaded[1, 32, 128] == 1, "the location is green"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of short trainings, by name."""
+    folder = tmp_path_factory.mktemp("regions")
+    short = ["scale=small", "data.epochs=1", "data.batch_size=8", "trainer.enable_progress_bar=false"]
+    lengths = ["data.train.length=8", "data.val.length=4"]
+    told = {
+        "upernet": [*lengths, "samplers=carafe"],
+        "published": [*lengths, "samplers=published"],
+        "detector": [*lengths, "task=detection", "model=faster_rcnn", "upsampler=carafe"],
+        "inpainting": ["experiment=table10", "row=table10/global_local_carafe", "data.train.images.length=8", "data.val.images.length=4"],
+    }
+    return {name: run(folder / name, *short, *overrides) for name, overrides in told.items()}
+
+
+def predict(monkeypatch, out, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["carafepp-predict", *(str(a) for a in arguments), f"hydra.run.dir={out}"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    predict_app()
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (75, 118, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photograph.png")
+    Image.fromarray(((pixels[..., 0] * 0 + np.arange(118)) > 90).astype(np.uint8) * 255).save(tmp_path / "mask.png")
+    return tmp_path / "photograph.png"
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "maps"),
+    [
+        ("upernet", "fpn_up.*", 3),
+        ("upernet", "fuse_up.*", 3),
+        ("upernet", "[backbone.maxpool,'*.shortcut_sampler']", 4),
+        ("detector", "'fpn.upsample.*'", 3),
+        ("inpainting", "[stages.12.0,stages.14.0]", 2),
+    ],
+)
+def test_predict_draws_regions(runs, photograph, tmp_path, monkeypatch, name, path, maps):
+    mask = [f"masks={tmp_path}/mask.png"] if name == "inpainting" else []
+    predict(monkeypatch, tmp_path / "out", f"checkpoint={runs[name]}/last.ckpt", f"images={photograph}", f"regions={path}", *mask)
+    figure = np.asarray(Image.open(tmp_path / "out" / "photograph.png.png"))
+    # the picture, a map each and the output beside each other, four locations below each other
+    width, height = 118 * 3, 75 * 3 + 12
+    assert figure.shape[1] >= (maps + 2) * width
+    assert figure.shape[0] >= 4 * height
+    green = (figure == [0, 255, 0]).all(2)
+    assert green.any(0).sum() >= maps + 2
+
+
+def test_predict_sets_networks_side_by_side(runs, photograph, tmp_path, monkeypatch):
+    both = f"checkpoint=[{runs['published']}/last.ckpt,{runs['upernet']}/last.ckpt]"
+    predict(monkeypatch, tmp_path / "out", both, f"images={photograph}")
+    figure = Image.open(tmp_path / "out" / "photograph.png.png")
+    assert figure.width >= 3 * 118
+    pixels = np.asarray(figure).astype(int)
+    image = np.asarray(Image.open(photograph)).astype(int)
+    assert (pixels[4:79, 4:122] == image).all(), "the first is the photograph"
+    with pytest.raises(ValueError, match="fills holes: give masks="):
+        predict(
+            monkeypatch,
+            tmp_path / "out",
+            f"checkpoint=[{runs['upernet']}/last.ckpt,{runs['inpainting']}/last.ckpt]",
+            f"images={photograph}",
+        )
+    with pytest.raises(ValueError, match="it has no CARAFE module"):
+        predict(monkeypatch, tmp_path / "out", f"checkpoint={runs['published']}/last.ckpt", f"images={photograph}", "regions=fpn_up.*")
