@@ -30,6 +30,29 @@ def load_published(experiment: str, weights: str | Path, options: DictConfig) ->
     return instantiate(run.task).eval(), run
 
 
+def moved(config: object, root: str, new: str) -> object:
+    """A resolved configuration whose paths in the folder `root` are in `new`."""
+    if isinstance(config, list):
+        return [moved(value, root, new) for value in config]
+    if isinstance(config, dict):
+        return {key: moved(value, root, new) for key, value in config.items()}
+    inside = isinstance(config, str) and f"{config}/".startswith(f"{root.rstrip('/')}/")
+    return f"{new.rstrip('/')}{config[len(root.rstrip('/')) :]}" if inside else config
+
+
+def data_of_run(run: DictConfig, options: DictConfig) -> DictConfig:
+    """The data of a run, with options; `root` is where its files are now.
+
+    Raises:
+        ValueError: there is a `root`, and the run's data is in no folder.
+    """
+    if "root" in options:
+        if run.data.get("root") is None:
+            raise ValueError(f"data.root={options.root}: the run's data is in no folder, {run.data.val._target_} makes it")
+        run.data = moved(OmegaConf.to_container(run.data, resolve=True), run.data.root, options.root)
+    return OmegaConf.merge(run.data, options)
+
+
 @app("eval")
 def main(cfg: DictConfig) -> None:
     """Validate a checkpoint and write its scores to eval.json, those of single classes to per_class.csv where the task has them."""
@@ -40,7 +63,7 @@ def main(cfg: DictConfig) -> None:
         task, run = load_task(cfg.checkpoint, cfg.task)
     folder = Path(HydraConfig.get().runtime.output_dir)
     # training data is not needed, and need not be there any more
-    data = instantiate(OmegaConf.merge(run.data, cfg.data), train=None)
+    data = instantiate(data_of_run(run, cfg.data), train=None)
     trainer = instantiate(cfg.trainer, enable_checkpointing=False, default_root_dir=folder)
     scores = trainer.validate(task, data, verbose=False)[0]
     if not trainer.is_global_zero:
