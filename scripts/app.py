@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 
 def app(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -59,16 +59,17 @@ def hints(config_name: str, arguments: list[str]) -> list[str]:
         parts = key.split(".")
         for depth, part in enumerate(parts):
             # not `part in node`, which denies a key whose mandatory value is missing
-            known = sorted(node) if isinstance(node, DictConfig) else []
+            items = range(len(node)) if isinstance(node, ListConfig) else sorted(node) if isinstance(node, DictConfig) else []
+            known = {str(item): item for item in items}
             if part not in known:
                 close = difflib.get_close_matches(part, [*known, *(groups if depth == 0 else [])], n=1)
                 where = f"'{'.'.join(parts[:depth])}'" if depth else "the configuration"
                 lines.append(f"{key}: '{part}' is not in {where}" + (f"; did you mean '{close[0]}'?" if close else "."))
-                lines.append(f"  keys of {where}: {', '.join(known)}")
+                lines.append(f"  keys of {where}: {', '.join(known)}" if known else f"  {where} has none; add it: +{override.input_line}")
                 if depth == 0:
                     lines.append(f"  groups (group=choice): {', '.join(groups)}")
                 break
-            node = None if OmegaConf.is_missing(node, part) else node[part]
+            node = None if OmegaConf.is_missing(node, known[part]) else node[known[part]]
     return lines
 
 
@@ -107,15 +108,15 @@ def load_checkpoint(path: str | Path) -> dict:
         FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint of carafepp-train, or damaged.
     """
-    path = Path(path)
+    path, wanted = Path(path), "give the last.ckpt or best.ckpt of a run folder"
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint={path} does not exist; give the last.ckpt or best.ckpt of a run folder")
+        raise FileNotFoundError(f"checkpoint={path} {'is a folder' if path.is_dir() else 'does not exist'}; {wanted}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"checkpoint={path} cannot be read: {error}") from error
+        raise ValueError(f"checkpoint={path} cannot be read ({error}); {wanted}") from error
     if not isinstance(checkpoint, dict) or "config" not in checkpoint:
-        raise ValueError(f"checkpoint={path} was not written by carafepp-train: it holds no configuration")
+        raise ValueError(f"checkpoint={path} was not written by carafepp-train, it holds no configuration; {wanted}")
     return checkpoint
 
 
@@ -133,10 +134,16 @@ def load_task(path: str | Path, options: DictConfig | None = None):
     """Build the task of a checkpoint, with its weights, in evaluation mode, and return it with the run's configuration.
 
     `options` replace the task's own.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such checkpoint (see `load_checkpoint`), or it does not fit the options.
     """
     checkpoint = load_checkpoint(path)
     config = OmegaConf.create(trained(checkpoint["config"]))
     config.task = OmegaConf.merge(config.task, options or {})
     task = hydra.utils.instantiate(config.task)
-    task.load_state_dict(checkpoint["state_dict"])
+    try:
+        task.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint={path} does not fit a task with {options or 'its own options'}: {error}") from error
     return task.eval(), config

@@ -116,6 +116,8 @@ def draw(tasks: dict[str, LightningModule], image: Tensor, mask: Tensor | None, 
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     """Draw the prediction over every image, or fill its hole, or draw reassembly regions; report and skip what cannot be read."""
+    if cfg.max_side < 1:
+        raise ValueError(f"max_side must be 1 pixel at least, got {cfg.max_side}")
     tasks = load_tasks(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     paths = find_images(Path(cfg.images))

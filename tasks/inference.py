@@ -19,8 +19,8 @@ BAND = 2**24
 
 def check_inference(scales: Sequence[float], window: int | None) -> None:
     """Raise ValueError for scales or a window that `predict_labels` cannot work with."""
-    if not scales or min(scales) <= 0:
-        raise ValueError(f"scales must be one or more numbers above 0, got {list(scales)}")
+    if not isinstance(scales, Sequence) or not scales or min(scales) <= 0:
+        raise ValueError(f"scales must be a list of one or more numbers above 0, got {scales}")
     if window is not None and window < SMALLEST_WINDOW:
         raise ValueError(f"window must be null or at least {SMALLEST_WINDOW} pixels, got {window}")
 

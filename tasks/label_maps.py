@@ -28,6 +28,8 @@ class LabelMaps(Dataset):
         images, annotations: the files, in the same order; annotations are 8-bit grey or indexed.
         classes: class, or 255, of each label that the annotations may hold.
 
+    `num_classes` is the number of classes that these are of.
+
     Raises:
         FileNotFoundError: an image has no annotation.
         ValueError: on access, naming the file: it cannot be read, image and annotation differ in size, it holds another label.
@@ -46,6 +48,7 @@ class LabelMaps(Dataset):
         if missing := [path for path in annotations if path not in present]:
             raise FileNotFoundError(f"{len(missing)} of {len(images)} images have no annotation, the first is {missing[0]}")
         self.images, self.annotations, self.transforms, self.seed = list(images), list(annotations), transforms, seed
+        self.num_classes = 1 + max(value for value in classes.values() if value != IGNORED)
         # -1 marks labels that must not occur
         self.table = torch.full([256], -1)
         self.table[list(classes)] = torch.tensor(list(classes.values()))

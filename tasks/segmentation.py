@@ -111,6 +111,20 @@ class Segmentation(L.LightningModule):
         """Map images [N, 3, H, W] in [0, 1] to labels [N, *size], of the images' size if None."""
         return predict_labels(self, images, size or images.shape[-2:], **self.inference)
 
+    def setup(self, stage: str) -> None:
+        """See that the network tells as many classes as the data has.
+
+        Raises:
+            ValueError: there are more in the data.
+        """
+        for name in ("train", "val"):
+            classes = getattr(getattr(self.trainer.datamodule, name, None), "num_classes", 0)
+            if classes > len(self.class_names):
+                raise ValueError(
+                    f"class_names must name the {classes} classes of data.{name}, got {len(self.class_names)} names; "
+                    f"where the files have no more, +data.{name}.classes={len(self.class_names)}"
+                )
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch  # [N, 3, H, W], [N, H, W]
         outputs = self(images)

@@ -59,6 +59,11 @@ def test_misspelt_key_is_answered_with_the_valid_ones(override, answers):
 
 def test_valid_overrides_give_no_hint():
     assert hints("train", ["scale=small", "seed=1", "upsampler=carafe,bilinear", "data.train.size=32", "-m"]) == []
+    assert hints("train", ["data.root=FOLDER", "data.train.transforms.transforms.0.min_size=[40]"]) == []
+
+
+def test_option_that_must_be_added_is_answered_with_how():
+    assert "'task' has none; add it: +task.window=512" in "\n".join(hints("predict", ["task.window=512"]))
 
 
 def test_misspelt_choice_is_answered_with_the_valid_ones():

@@ -4,12 +4,15 @@ import csv
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from carafepp.scripts.app import load_task
-from carafepp.tasks.data import TrainBatches
+from carafepp.scripts.eval import data_of_run
+from carafepp.tasks.ade20k import ADE20K
+from carafepp.tasks.data import Data, TrainBatches
 from carafepp.tasks.layouts import write_scenes
 from carafepp.tasks.pictures import palette
 from carafepp.tasks.segmentation import IGNORED, PadToStride, Segmentation, reduce_labels
@@ -227,11 +230,38 @@ def test_a_checkpoint_is_evaluated_with_other_options(trained):
     task, _ = load_task(trained / "last.ckpt", OmegaConf.create({"flip": True, "scales": [1, 1.5], "window": 128}))
     assert task.inference == {"base": None, "scales": [1, 1.5], "flip": True, "window": 128}
     assert load_task(trained / "last.ckpt")[0].inference["flip"] is False
+    with pytest.raises(ValueError, match=r"last\.ckpt does not fit a task with .*'class_names': \['a', 'b'\]"):
+        load_task(trained / "last.ckpt", OmegaConf.create({"class_names": ["a", "b"]}))
+
+
+def test_a_checkpoint_is_evaluated_where_its_data_is_now(trained):
+    run = OmegaConf.create(
+        {"data": {"root": "old/ade/", "val": {"_target_": "X", "root": "old/ade", "file": "old/ade/b.txt", "other": "old/adequate"}}}
+    )
+    options = OmegaConf.create({"root": "/new", "workers": 0})
+    moved = {"_target_": "X", "root": "/new", "file": "/new/b.txt", "other": "old/adequate"}
+    assert data_of_run(run, options) == {"root": "/new", "workers": 0, "val": moved}
+    _, run = load_task(trained / "last.ckpt")
+    with pytest.raises(ValueError, match=r"data\.root=/new: the run's data is in no folder, .*Scenes makes it"):
+        data_of_run(run, options)
+
+
+def test_every_class_of_the_data_has_a_name(tmp_path):
+    write_scenes(layout="ade20k", out=str(tmp_path), train=2, val=1, size=32, seed=0, objects=[1, 1])
+    sets = [ADE20K(tmp_path, split, classes=classes) for split, classes in (("train", 3), ("val", 150))]
+    task = stub(nn.Conv2d(3, 3, 1), ["a", "b", "c"])
+    task.trainer = SimpleNamespace(datamodule=Data(*sets, batch_size=1, epochs=1))
+    with pytest.raises(ValueError, match=r"the 150 classes of data\.val, got 3 names; .*\+data\.val\.classes=3"):
+        task.setup("fit")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"window": 64}, "window must be null or at least 128 pixels, got 64"), ({"scales": [1, 0]}, r"scales must be .* got \[1, 0\]")],
+    [
+        ({"window": 64}, "window must be null or at least 128 pixels, got 64"),
+        ({"scales": [1, 0]}, r"scales must be .* got \[1, 0\]"),
+        ({"scales": 2}, "scales must be a list .* got 2"),
+    ],
     ids=str,
 )
 def test_impossible_inference_is_refused(options, message):
