@@ -1,5 +1,8 @@
 """Labels of pictures of any size: the same whole and in windows, averaged over scales and mirrored images, in bounded memory."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,6 +100,29 @@ def test_memory_does_not_grow_with_the_picture(monkeypatch):
         assert largest(height, width, window=128) <= max(bound, labels)
     # all scores at once would be 150 x 512 x 640
     assert largest(512, 640) < 0.1 * 150 * 512 * 640
+
+
+PEAKS = """
+import resource
+import torch
+from carafepp.tasks.inference import predict_labels
+
+network = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3, stride=2, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(32, 4, 3, padding=1))
+with torch.no_grad():
+    for side, window in ((600, 512), (1536, 512), (1536, None)):
+        # an image that takes no memory
+        predict_labels(network, torch.rand(1, 1, 1, 1).expand(1, 3, side, side), (side, side), window=window)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are in other units, or unknown")
+def test_process_stays_small_in_windows():
+    done = subprocess.run([sys.executable, "-P", "-c", PEAKS], capture_output=True, text=True, check=True)
+    small, windowed, whole = map(int, done.stdout.split())
+    # labels take 18 MiB; the whole of the network's first map 72, and again after the ReLU
+    assert windowed - small < 18 + 40
+    assert whole - small > 110
 
 
 @torch.no_grad()
