@@ -1,9 +1,13 @@
 """Plots of a table: learning curves with bands, ablations of one number with error bars, of two as a heat map."""
 
+import math
 import re
 import statistics
+import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
+from .report_formats import decimals
 from .report_tables import Cell, Line, Table
 
 
@@ -32,53 +36,88 @@ def coordinates(line: Line, axes: list[str]) -> tuple[str, ...] | None:
     return tuple(numbers) if len(numbers) == len(found) == len(axes) > 0 else None
 
 
+def _label(line: Line) -> str:
+    return line.labels.get("row") or ", ".join(f"{key}={value}" for key, value in line.labels.items() if value) or "default"
+
+
 def place(text: str) -> float:
     """Sort by: none comes last."""
     return float("inf") if text == "none" else float(text)
 
 
-def _panels(points: dict[tuple[str, ...], Cell]) -> list[tuple[str, dict[tuple[str, ...], tuple[float, float]]]]:
-    """Ours and the paper's, apart since their scales are: mean and deviation by place."""
-    ours = {at: (cell.scores.mean, cell.scores.deviation or 0) for at, cell in points.items() if cell.scores}
-    paper = {at: (cell.paper, 0) for at, cell in points.items() if cell.paper is not None}
-    return [(name, values) for name, values in (("ours", ours), ("paper", paper)) if values]
+class Series(NamedTuple):
+    """One of the curves or maps of an ablation."""
+
+    name: str
+    # mean and deviation by place
+    values: dict[tuple[str, ...], tuple[float, float]]
+    # decimal places
+    digits: int
+
+
+def _series(points: dict[tuple[str, ...], Cell], table: Table) -> list[Series]:
+    """Ours and the paper's."""
+    ours = {
+        at: (cell.scores.mean, cell.scores.deviation or 0)
+        for at, cell in points.items()
+        if cell.scores and not math.isnan(cell.scores.mean)
+    }
+    paper = {at: (cell.paper, 0.0) for at, cell in points.items() if cell.paper is not None}
+    found = [Series("ours", ours, table.digits), Series("paper", paper, decimals(figure for figure, _ in paper.values()))]
+    return [series for series in found if series.values]
 
 
 def _figure(count: int, table: Table):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * count, 4.5), layout="constrained")
-    figure.suptitle(table.title, fontsize="medium")
+    figure.suptitle(textwrap.fill(table.title, 80 * count), fontsize="medium")
     return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
 def ablation(points: dict[tuple[str, ...], Cell], table: Table, path: Path) -> Path:
     """The metric over one number, its standard deviation over seeds as bars."""
-    panels = _panels(points)
+    series = _series(points, table)
+    # in other settings than the paper's the two have scales of their own
+    panels = [series] if table.protocol.startswith("scale=paper") else [[one] for one in series]
     figure, axes = _figure(len(panels), table)
-    name = next(iter(table.lines[0].cells))
-    for axis, (title, values) in zip(axes, panels, strict=True):
-        order = sorted(values, key=lambda at: place(at[0]))
-        means, deviations = zip(*(values[at] for at in order), strict=True)
-        axis.errorbar([at[0] for at in order], means, yerr=deviations if any(deviations) else None, marker="o", capsize=3)
-        axis.set(title=title, xlabel=table.axes[0], ylabel=name)
+    order = sorted(points, key=lambda at: place(at[0]))
+    for axis, panel in zip(axes, panels, strict=True):
+        for name, values, _ in panel:
+            drawn = [at for at in order if at in values]
+            means, deviations = zip(*(values[at] for at in drawn), strict=True)
+            style = {"color": "black", "linestyle": "--", "marker": "s"} if name == "paper" else {"color": "C0", "marker": "o"}
+            bars = deviations if any(deviations) else None
+            axis.errorbar([order.index(at) for at in drawn], means, yerr=bars, label=name, capsize=3, **style)
+        axis.set_xticks(range(len(order)), [at[0] for at in order])
+        axis.set(xlabel=table.axes[0], ylabel=next(iter(table.lines[0].cells)))
+        axis.legend()
+        # rounded figures that are all but the same are a flat line
+        (low, high), least = axis.get_ylim(), 10 * 10.0 ** -min(digits for *_, digits in panel)
+        if high - low < least:
+            axis.set_ylim((low + high - least) / 2, (low + high + least) / 2)
     figure.savefig(path)
     return path
 
 
 def heat_map(points: dict[tuple[str, ...], Cell], table: Table, path: Path) -> Path:
-    """The metric over two numbers; combinations without a run stay white."""
-    panels = _panels(points)
+    """The metric over two numbers; combinations without a figure are hatched."""
+    panels = _series(points, table)
     figure, axes = _figure(len(panels), table)
     rows, columns = (sorted({at[i] for at in points}, key=place) for i in (0, 1))
-    for axis, (title, values) in zip(axes, panels, strict=True):
-        axis.imshow([[values.get((row, column), (float("nan"),))[0] for column in columns] for row in rows], aspect="auto", alpha=0.6)
+    for axis, (name, values, digits) in zip(axes, panels, strict=True):
+        means = [mean for mean, _ in values.values()]
+        # the darkest colours would hide the figures
+        most = min(means) + 2 * (max(means) - min(means))
+        colors = [[values.get((row, column), (math.nan,))[0] for column in columns] for row in rows]
+        axis.pcolormesh(colors, vmin=min(means), vmax=most, cmap="YlGnBu", edgecolors="white", linewidth=2)
+        axis.patch.set(hatch="//", edgecolor="lightgrey")
         for (row, column), (mean, deviation) in values.items():
-            text = f"{mean:.{table.digits}f}" + (f"\n± {deviation:.{table.digits}f}" if deviation else "")
-            axis.text(columns.index(column), rows.index(row), text, ha="center", va="center")
-        axis.set_xticks(range(len(columns)), columns)
-        axis.set_yticks(range(len(rows)), rows)
-        axis.set(title=f"{next(iter(table.lines[0].cells))}, {title}", xlabel=table.axes[1], ylabel=table.axes[0])
+            text = f"{mean:.{digits}f}" + (f"\n± {deviation:.{digits}f}" if deviation else "")
+            axis.text(columns.index(column) + 0.5, rows.index(row) + 0.5, text, ha="center", va="center")
+        axis.set_xticks([i + 0.5 for i in range(len(columns))], columns)
+        axis.set_yticks([i + 0.5 for i in range(len(rows))], rows)
+        axis.set(title=f"{next(iter(table.lines[0].cells))}, {name}", xlabel=table.axes[1], ylabel=table.axes[0], ylim=(len(rows), 0))
     figure.savefig(path)
     return path
 
@@ -92,21 +131,29 @@ def curves(table: Table, path: Path) -> Path | None:
     if not panels:
         return None
     figure, axes = _figure(len(panels), table)
-    for axis, (metric, lines) in zip(axes, panels.items(), strict=True):
+    handles = dict.fromkeys(_label(line) for lines in panels.values() for line, _ in lines)
+    for axis, lines in zip(axes, panels.values(), strict=True):
         for line, cell in lines:
             runs = [
-                {point["step"]: cell.scale * point[metric] for point in run.curve if metric in point} for run in line.setting.runs.values()
+                {point["step"]: cell.scale * point[cell.metric] for point in run.curve if cell.metric in point}
+                for run in line.setting.runs.values()
             ]
             steps = sorted(set.intersection(*map(set, runs)))
             if not steps:
                 continue
             means = [statistics.fmean(run[step] for run in runs) for step in steps]
-            (drawn,) = axis.plot(steps, means, label=line.setting.label)
+            number = list(handles).index(_label(line))
+            # there are ten colours
+            (drawn,) = axis.plot(steps, means, color=f"C{number % 10}", linestyle=("-", "--", ":", "-.")[number // 10 % 4])
+            handles[_label(line)] = drawn
             if len(runs) > 1:
                 bands = [statistics.stdev(run[step] for run in runs) for step in steps]
                 low, high = ([mean + sign * band for mean, band in zip(means, bands, strict=True)] for sign in (-1, 1))
-                axis.fill_between(steps, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
-        axis.set(xlabel="step", ylabel=metric)
-        axis.legend(fontsize="small")
+                axis.fill_between(steps, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
+        axis.set(xlabel="step", ylabel=" ".join([lines[0][0].labels.get("task", ""), next(iter(lines[0][0].cells))]).strip())
+    # lines that cross leave no room for it between them
+    drawn = {label: handle for label, handle in handles.items() if handle}
+    figure.set_size_inches(6 * len(panels) + 0.08 * max(map(len, handles)), max(4.5, 0.2 * len(handles)))
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right center", fontsize="small")
     figure.savefig(path)
     return path
