@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.ops import box_iou
 
 from .coco_eval import COCO_SIDES, average_precision, ground_truth, results
 from .optimization import parameter_groups
-from .pictures import enlarge, palette
+from .pictures import draw_instances, enlarge, palette
 from .regions import View
 from .runs import write_atomically
 
@@ -169,7 +169,8 @@ class Detection(L.LightningModule):
         """Pictures [3, H, W] in [0, 1] of one validation sample: "image", "truth" and "prediction" over it, small ones enlarged."""
         image, target = sample
         truth = target if self.has_masks else {name: value for name, value in target.items() if name != "masks"}
-        return {"image": enlarge(image), "truth": self._overlay(image, truth), "prediction": self.draw(image)}
+        numbers = list(range(len(truth["labels"])))
+        return {"image": enlarge(image), "truth": self._overlay(image, truth, numbers), "prediction": self.draw(image, truth["boxes"])}
 
     def predict(self, image: Tensor) -> Target:
         """Map an image [3, H, W] in [0, 1] to its detections of at least DRAWN_SCORE: boxes, labels, scores and masks, on the CPU."""
@@ -177,12 +178,15 @@ class Detection(L.LightningModule):
         kept = found["scores"] >= DRAWN_SCORE
         return {name: value[kept].cpu() for name, value in found.items()}
 
-    def draw(self, image: Tensor) -> Tensor:
-        """Prediction over an image [3, H, W] in [0, 1] -> the like, a small one enlarged by a whole factor."""
+    def draw(self, image: Tensor, truth: Tensor | None = None) -> Tensor:
+        """Prediction over an image [3, H, W] in [0, 1] -> the like, a small one enlarged by a whole factor.
+
+        Detections have the colours of the objects with the boxes `truth` [m, 4] that they are of.
+        """
         found = self.predict(image)
         if "masks" in found:
             found["masks"] = found["masks"][:, 0] > 0.5
-        return self._overlay(image, found)
+        return self._overlay(image, found, number_detections(found["boxes"], found["boxes"][:0] if truth is None else truth))
 
     def view(self, image: Tensor) -> View:
         """What backbone and feature pyramid see of an image [3, H, W] in [0, 1]."""
@@ -191,21 +195,30 @@ class Detection(L.LightningModule):
         (seen_height, seen_width), *_ = images.image_sizes
         return View(self.model.backbone, (images.tensors,), image, (seen_height / height, seen_width / width))
 
-    def _overlay(self, image: Tensor, instances: Target) -> Tensor:
-        """Boxes [n, 4], class names, scores and masks [n, H, W] over an enlarged image, each instance in a colour of its own."""
-        pixels = (enlarge(image.cpu()).clamp(0, 1) * 255).to(torch.uint8)
-        count = len(instances["labels"])
-        if count == 0:
-            return pixels.float() / 255
-        colors = palette(count)
+    def _overlay(self, image: Tensor, instances: Target, numbers: Sequence[int]) -> Tensor:
+        """Boxes [n, 4], class names, scores and masks [n, H, W] over an enlarged image, in the colours of these numbers."""
+        pixels = enlarge(image)
         factor = pixels.shape[1] // image.shape[1]
-        if "masks" in instances:
-            pixels = draw_segmentation_masks(pixels, enlarge(instances["masks"].bool(), factor), alpha=0.5, colors=colors)
         names = [self.class_names[label - 1] for label in instances["labels"].tolist()]
         if "scores" in instances:
-            names = [f"{name} {score:.2f}" for name, score in zip(names, instances["scores"].tolist(), strict=True)]
-        pixels = draw_bounding_boxes(pixels, instances["boxes"] * factor, names, colors=colors, width=2, fill_labels=True)
-        return pixels.float() / 255
+            names = [f"{name}: {score:.2f}" for name, score in zip(names, instances["scores"].tolist(), strict=True)]
+        colors = palette(1 + max(numbers, default=0))
+        masks = enlarge(instances["masks"].bool(), factor) if "masks" in instances else None
+        return draw_instances(pixels, instances["boxes"] * factor, names, [colors[number] for number in numbers], masks)
+
+
+def number_detections(found: Tensor, truth: Tensor) -> list[int]:
+    """The number of the object `truth` [m, 4] that each box of `found` [n, 4] is of, best first, or one from m on.
+
+    A box is of the object that it overlaps most, by half at least (intersection over union), and no better one is of.
+    """
+    overlaps = torch.cat([box_iou(found, truth), torch.full((len(found), len(found)), 0.5)], dim=1)
+    numbers = []
+    for row in overlaps:
+        # the first of the largest: a true object or, of those beyond them, the next
+        numbers.append(int(row.argmax()))
+        overlaps[:, numbers[-1]] = 0
+    return numbers
 
 
 def _gather(entries: list) -> list:

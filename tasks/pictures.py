@@ -2,7 +2,7 @@
 
 import colorsys
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import lightning as L
@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid, save_image
 
-# Pictures with something drawn on them are at least this large.
-DRAWN_SIDE = 320
+# Pictures with something drawn on them are at least this large, and those beside others.
+DRAWN_SIDE, GRID_SIDE = 320, 160
 
 
 def enlarge(picture: Tensor, factor: int | None = None) -> Tensor:
@@ -39,6 +39,33 @@ def overlay(image: Tensor, labels: Tensor, *, unpainted: Collection[int], alpha:
     return image + opacity[labels] * (colors[labels].permute(2, 0, 1) - image)
 
 
+def draw_instances(
+    image: Tensor, boxes: Tensor, names: Sequence[str], colors: Sequence[tuple[int, int, int]], masks: Tensor | None = None
+) -> Tensor:
+    """Draw masks [n, H, W], boxes [n, 4] and names over an image [3, H, W] in [0, 1], the first on top."""
+    image = image.cpu().clamp(0, 1)
+    if masks is not None:
+        tint = image.clone()
+        for mask, color in zip(masks.flip(0), reversed(colors), strict=True):
+            tint[:, mask] = torch.tensor(color)[:, None] / 255
+        image = (image + tint) / 2
+    picture = to_pil_image(image)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(14, max(picture.size) // 50))
+    instances = list(zip(boxes.tolist(), names, colors, strict=True))[::-1]
+    for box, _, color in instances:
+        draw.rectangle(box, outline=color, width=2)
+    # after the boxes, so that none crosses a name
+    for (left, top, _, _), name, color in instances:
+        width, height = math.ceil(font.getlength(name)) + 4, sum(font.getmetrics())
+        # above the box where there is room, and never beyond the right edge
+        x, y = max(0, min(left, picture.width - width)), max(0, top - height)
+        draw.rectangle((x, y, x + width, y + height), fill=color)
+        # as bright as the eye takes a colour for
+        bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 128
+        draw.text((x + 2, y), name, "black" if bright else "white", font)
+    return pil_to_tensor(picture).float() / 255
+
+
 def legend(names: dict[int, str], width: int) -> Tensor:
     """The colour that `overlay` gives each label and its name, in lines of `width` pixels -> [3, 12 * lines, width] in [0, 1]."""
     font, lines, x = ImageFont.load_default(), [[]], 0
@@ -59,9 +86,10 @@ def legend(names: dict[int, str], width: int) -> Tensor:
 
 
 def caption(image: Tensor, text: str) -> Tensor:
-    """Write a line below an image [3, H, W] in [0, 1] -> [3, H + 12, W]; what exceeds its width is cut."""
-    line = Image.new("L", (image.shape[2], 12), 255)
-    ImageDraw.Draw(line).text((1, 0), text, fill=0)
+    """Write a line below an image [3, H, W] in [0, 1] -> [3, H + 12, W], of a wide one more; what exceeds its width is cut."""
+    height = max(12, image.shape[2] // 40)
+    line = Image.new("L", (image.shape[2], height), 255)
+    ImageDraw.Draw(line).text((1, 0), text, 0, ImageFont.load_default(height * 10 // 12))
     return torch.cat([image.cpu(), pil_to_tensor(line).expand(3, -1, -1).float() / 255], dim=1)
 
 
@@ -69,7 +97,7 @@ def grid(rows: list[list[Tensor]]) -> Tensor:
     """Rows of pictures [3, H, W] of any sizes -> one picture, white between them, small ones enlarged by a whole factor."""
     height, width = (max(picture.shape[axis] for row in rows for picture in row) for axis in (1, 2))
     tiles = [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1]), value=1) for row in rows for p in row]
-    factor = max(1, 160 // max(height, width))
+    factor = max(1, GRID_SIDE // max(height, width))
     return make_grid([enlarge(tile, factor) for tile in tiles], nrow=len(rows[0]), padding=4, pad_value=1)
 
 

@@ -14,9 +14,9 @@ from carafepp.scripts.train import train
 from carafepp.tasks.coco import COCO
 from carafepp.tasks.coco_eval import SCORES
 from carafepp.tasks.data import Data
-from carafepp.tasks.detection import Detection, collate
+from carafepp.tasks.detection import Detection, collate, number_detections
 from carafepp.tasks.optimization import stepped
-from carafepp.tasks.pictures import DRAWN_SIDE
+from carafepp.tasks.pictures import DRAWN_SIDE, draw_instances
 from carafepp.tasks.runs import count_flops
 from carafepp.tasks.scenes import Scenes
 from coco_files import NAMES, SIZES, content, write
@@ -185,6 +185,28 @@ def test_pictures_of_any_size(size):
     drawn = detection().draw(torch.rand(3, *size))
     assert max(drawn.shape) >= DRAWN_SIDE
     assert drawn.shape[1] * size[1] == drawn.shape[2] * size[0]
+
+
+def test_detections_have_the_colours_of_their_objects():
+    truth = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40]])
+    found = torch.tensor([[21.0, 20, 40, 40], [60, 60, 70, 70], [20, 20, 40, 41], [0, 0, 10, 12], [0, 0, 30, 30]])
+    # the third is of an object that a better one is of, the last overlaps none by half
+    assert number_detections(found, truth) == [1, 2, 3, 0, 4]
+    assert number_detections(found, truth[:0]) == [0, 1, 2, 3, 4]
+    assert number_detections(found[:0], truth) == []
+
+
+def test_the_best_detection_is_drawn_on_top():
+    masks = torch.zeros(2, 40, 60, dtype=torch.bool)
+    masks[0, 20:30, 20:40] = masks[1, 20:38, 10:50] = True
+    boxes = torch.tensor([[2.0, 18, 58, 39], [4, 19, 57, 38]])
+    drawn = draw_instances(torch.full((3, 40, 60), 0.2), boxes, ["", ""], [(255, 0, 0), (0, 0, 255)], masks)
+    assert drawn[:, 25, 30].tolist() == pytest.approx([0.6, 0.1, 0.1], abs=0.01)
+    assert drawn[:, 34, 30].tolist() == pytest.approx([0.1, 0.1, 0.6], abs=0.01)
+    named = draw_instances(torch.zeros(3, 40, 60), boxes[:1], ["long: 0.50"], [(255, 255, 0)])
+    # the name stands above its box and does not leave the picture
+    assert named[0, :18].any(0).sum() > 40
+    assert not named[0, 22:36, 6:54].any()
 
 
 def test_flops_depend_on_the_network_alone():
