@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.utils import save_image
 
-from ..tasks.pictures import grid
+from ..tasks.pictures import GRID_SIDE, caption, enlarge, grid
 from .app import app
 from .report_formats import comma_separated, printed, time_taken, written
 from .report_plots import plots
@@ -32,6 +32,7 @@ def compare_pictures(table: Table) -> list[list]:
     """Rows of image, mask of inpainting, truth and the prediction of one run of each line, for the validation samples that all pictured."""
     settings = {id(line.setting): line.setting for line in table.lines if line.setting}.values()
     folders = [next(iter(setting.runs.values())).folder / "pictures" for setting in settings]
+    labels = ["image", "truth", *(setting.label for setting in settings)]
     rows = []
     for index in range(100):
         mask = folders[0] / f"{index}_mask.png"
@@ -39,7 +40,11 @@ def compare_pictures(table: Table) -> list[list]:
         paths += [folder / f"{index}_prediction.png" for folder in folders]
         if not all(path.exists() for path in paths):
             break
-        rows.append([decode_image(str(path), ImageReadMode.RGB).float() / 255 for path in paths])
+        pictures = [decode_image(str(path), ImageReadMode.RGB).float() / 255 for path in paths]
+        # wide enough to write below
+        pictures = [enlarge(picture, -(-GRID_SIDE // picture.shape[2])) for picture in pictures]
+        names = [labels[0], *["hole"] * mask.exists(), *labels[1:]]
+        rows.append([caption(picture, name) for picture, name in zip(pictures, names, strict=True)])
     return rows
 
 

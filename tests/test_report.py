@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from carafepp.scripts import report
 from carafepp.scripts.report_formats import comma_separated, printed, time_taken
 from carafepp.scripts.report_plots import coordinates
@@ -14,6 +15,7 @@ from carafepp.scripts.report_runs import gather, read_runs
 from carafepp.scripts.report_statistics import paired, scores, t_quantile
 from carafepp.scripts.report_tables import other_table, paper_tables, published
 from omegaconf import OmegaConf
+from torchvision.utils import save_image
 
 
 def write_run(folder: Path, seed: int, metrics: dict, *overrides: str, row: str | None = None, scale: str = "small") -> Path:
@@ -204,6 +206,23 @@ def call(monkeypatch, capsys, *arguments: str) -> str:
     monkeypatch.setattr(sys, "argv", ["carafepp-report", *arguments])
     report.main()
     return capsys.readouterr().out
+
+
+def test_pictures_of_the_lines_stand_beside_each_other(tmp_path):
+    for row in ("published", "fpn"):
+        folder = write_run(tmp_path / row, 0, {"val/box_AP": 0.3}, row=f"table7/{row}") / "pictures"
+        folder.mkdir()
+        for index in range(2):
+            for shade, name in enumerate(("image", "truth", "prediction")):
+                save_image(torch.full((3, 60, 90), shade / 5 + (row == "fpn") / 2), folder / f"{index}_{name}.png")
+    (tmp_path / "fpn" / "pictures" / "1_prediction.png").unlink()
+    (table,) = tables(tmp_path)
+    # the second sample is not pictured by both
+    (pictures,) = report.compare_pictures(table)
+    # enlarged twofold, with a line below that says what it is
+    assert [tuple(picture.shape) for picture in pictures] == [(3, 132, 180)] * 4
+    assert [picture[0, 60, 90].item() for picture in pictures] == pytest.approx([0, 0.2, 0.4, 0.9], abs=0.01)
+    assert all((picture[:, 120:] < 0.5).any() for picture in pictures)
 
 
 def test_command_prints_and_writes_every_format(tmp_path, monkeypatch, capsys):
