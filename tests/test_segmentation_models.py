@@ -1,16 +1,19 @@
 """The networks of Tables VIII and IX: PSANet and PSPNet by their definitions, and every combination of slots by its own overrides."""
 
 import itertools
+import math
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from carafepp.models.carafe import CARAFE
 from carafepp.models.psanet import PointwiseAttention, PSANet, align_masks
 from carafepp.models.pspnet import PSPNet
 from carafepp.models.resnet import ResNet, resnet50
-from carafepp.models.samplers import Bilinear, MaxPool
+from carafepp.models.samplers import Bilinear, MaxPool, Nearest
+from carafepp.models.upernet import UperNet
 from carafepp.tasks.runs import count_flops
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
@@ -185,6 +188,42 @@ def test_compared_decoders_start_as_torch_initialises(make):
         bound = convolution.weight[0].numel() ** -0.5
         assert 0.5 * bound < convolution.weight.abs().max() <= bound
     assert not any(module.bias.any() for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("slot", [None, Nearest])
+def test_upernet_is_the_authors_and_with_samplers_the_papers(slot):
+    """The authors' forward written out, and section 4.2's changes to it where there is a sampler, at odd sizes."""
+    torch.manual_seed(0)
+    net = UperNet(ResNet((1, 1, 1, 1), width=4), 3, ppm=slot, fpn=slot, fuse=slot, fpn_dim=8, ppm_dim=4).eval()
+    x = torch.randn(1, 3, 101, 143)
+    levels = net.backbone(x)
+    c5 = levels[3]
+
+    def bilinear(y, size):
+        return F.interpolate(y, tuple(size), mode="bilinear", align_corners=False)
+
+    def up(y, like):
+        height, width = like.shape[2:]
+        return bilinear(y, (height, width)) if slot is None else y.repeat_interleave(2, 2).repeat_interleave(2, 3)[..., :height, :width]
+
+    branches = [c5]
+    for conv, cells in zip(net.ppm_conv, (1, 2, 3, 6), strict=True):
+        pooled = F.adaptive_avg_pool2d(c5, cells)
+        branches.append(conv(up(pooled if slot is None else bilinear(pooled, [math.ceil(side / 2) for side in c5.shape[2:]]), c5)))
+    top = p5 = net.ppm_last_conv(torch.cat(branches, 1))
+    pyramid = [p5]
+    for level in (2, 1, 0):
+        lateral = net.fpn_in[level](levels[level])
+        top = lateral + up(top, lateral)
+        pyramid.insert(0, net.fpn_out[level](top))
+    p2, p3, p4, p5 = pyramid
+    if slot is None:
+        fused = torch.cat([p2, up(p3, p2), up(p4, p2), up(p5, p2)], 1)
+    else:
+        fused = torch.cat([p4, up(p5, p4)], 1)
+        fused = torch.cat([p3, up(fused, p3)], 1)
+        fused = torch.cat([p2, up(fused, p2)], 1)
+    torch.testing.assert_close(net(x), net.conv_last(fused))
 
 
 @pytest.mark.parametrize("parts", list(itertools.product([False, True], repeat=4)), ids=lambda parts: "".join("-x"[part] for part in parts))
