@@ -99,7 +99,9 @@ def state() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def path(state, tmp_path_factory):
     path = tmp_path_factory.mktemp("mmdet") / "mask_rcnn_r50_fpn_carafe_1x_coco.pth"
-    torch.save({"meta": {"CLASSES": ("person", "bicycle"), "epoch": 12}, "state_dict": state}, path)
+    # as of 2020, when files were no zip archives
+    content = {"meta": {"CLASSES": ("person", "bicycle"), "epoch": 12, "iter": 87960, "config": "model = dict("}, "state_dict": state}
+    torch.save(content, path, _use_new_zipfile_serialization=False)
     yield path
     path.unlink()
 
