@@ -98,18 +98,21 @@ def load_tasks(cfg: DictConfig) -> dict[str, LightningModule]:
 
 
 def draw(tasks: dict[str, LightningModule], image: Tensor, mask: Tensor | None, cfg: DictConfig) -> Tensor:
-    """What the networks make of an image [3, H, W] (and its hole [1, H, W]): a picture, or the image and a picture of each network."""
+    """What the networks make of an image [3, H, W] and its hole [1, H, W]; if there are several, all in one picture."""
     seen = (image,) if mask is None else (image, mask, cfg.max_side)
     if cfg.regions is not None:
-        figures = {label: draw_regions(task.view(*seen), cfg.regions, cfg.locations) for label, task in tasks.items()}
-        return grid([[caption(figure, label)] for label, figure in figures.items()])
-    pictures = {label: task.draw(*seen) if mask is None else task.fill(*seen) for label, task in tasks.items()}
+        pictures = {label: draw_regions(task.view(*seen), cfg.regions, cfg.locations) for label, task in tasks.items()}
+    else:
+        pictures = {label: task.draw(*seen) if mask is None else task.fill(*seen) for label, task in tasks.items()}
     if len(pictures) == 1:
         return next(iter(pictures.values()))
+    titled = [caption(picture, label) for label, picture in pictures.items()]
+    if cfg.regions is not None:
+        return grid([[figure] for figure in titled])
     first = image if mask is None else torch.where(mask > 0, 1, image)
     # pictures may be enlarged, or have a legend below
-    factor = next(iter(pictures.values())).shape[2] // first.shape[2]
-    return grid([[caption(enlarge(first, factor), "image"), *(caption(picture, label) for label, picture in pictures.items())]])
+    factor = titled[0].shape[2] // first.shape[2]
+    return grid([[caption(enlarge(first, factor), "image"), *titled]])
 
 
 @app("predict")

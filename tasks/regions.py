@@ -80,8 +80,7 @@ def _stretched(values: Tensor, picture: Tensor, view: View) -> Tensor:
 
 def _marked(picture: Tensor, weights: Tensor, location: tuple[float, float]) -> Tensor:
     """Weights [1, H, W] in red over a picture [3, H, W], and the location as a dot."""
-    # the root keeps what is less than a tenth of the largest weight visible
-    opacity = (weights.clamp(min=0) / weights.max().clamp(min=1e-12)).sqrt() * 0.8
+    opacity = weights.clamp(min=0) / weights.max().clamp(min=1e-12) * 0.9
     shaded = picture + opacity * (torch.tensor(RED).view(3, 1, 1) - picture)
     _, height, width = picture.shape
     dot = torch.tensor([[[location[1] * width, location[0] * height]]])
