@@ -73,8 +73,7 @@ def runs_report(cfg: DictConfig) -> None:
     notes = sys.stdout if cfg.format == "terminal" else sys.stderr
     print(*problems, *repeated, sep="\n", end="\n" if problems or repeated else "", file=notes)
     if not settings:
-        print(f"no finished run below {', '.join(map(str, folders))}", file=notes)
-        return
+        sys.exit(f"no finished run below {', '.join(map(str, folders))}")
     tables = paper_tables(settings, cfg.metrics, cfg.digits, cfg.baseline)
     if others := [setting for setting in settings if not setting.table]:
         tables.append(other_table(others, cfg.digits, cfg.baseline))

@@ -94,7 +94,8 @@ def terminal(title: str, rows: Rows) -> str:
 
 def markdown(title: str, rows: Rows) -> str:
     """A heading and a pipe table."""
-    rule, (head, *lines) = _aligned(rows)
+    escaped = [{key.replace("|", "\\|"): value.replace("|", "\\|") for key, value in row.items()} for row in rows]
+    rule, (head, *lines) = _aligned(escaped)
     return "\n".join([*([f"## {title}", ""] if title else []), *(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines)), ""])
 
 
@@ -120,7 +121,9 @@ def written(tables: list[tuple[str, Rows]], name: str) -> str:
 
 def _tex(text: str) -> str:
     marks = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
-    return "".join((marks | {"±": "$\\pm$"}).get(character, character) for character in text)
+    # a bracket that begins a line would be an option of the line break before it
+    marks |= {"±": "$\\pm$", "<": "\\textless{}", ">": "\\textgreater{}", "|": "\\textbar{}", "[": "{[}"}
+    return "".join(marks.get(character, character) for character in text)
 
 
 def comma_separated(tables: list[Table]) -> str:

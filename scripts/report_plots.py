@@ -2,12 +2,12 @@
 
 import math
 import re
-import statistics
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 from .report_formats import decimals
+from .report_statistics import scores
 from .report_tables import Cell, Line, Table
 
 
@@ -58,9 +58,7 @@ class Series(NamedTuple):
 def _series(points: dict[tuple[str, ...], Cell], table: Table) -> list[Series]:
     """Ours and the paper's."""
     ours = {
-        at: (cell.scores.mean, cell.scores.deviation or 0)
-        for at, cell in points.items()
-        if cell.scores and not math.isnan(cell.scores.mean)
+        at: (cell.scores.mean, cell.scores.deviation or 0) for at, cell in points.items() if cell.scores and math.isfinite(cell.scores.mean)
     }
     paper = {at: (cell.paper, 0.0) for at, cell in points.items() if cell.paper is not None}
     found = [Series("ours", ours, table.digits), Series("paper", paper, decimals(figure for figure, _ in paper.values()))]
@@ -141,14 +139,13 @@ def curves(table: Table, path: Path) -> Path | None:
             steps = sorted(set.intersection(*map(set, runs)))
             if not steps:
                 continue
-            means = [statistics.fmean(run[step] for run in runs) for step in steps]
+            means, deviations = zip(*(scores({seed: run[step] for seed, run in enumerate(runs)}) for step in steps), strict=True)
             number = list(handles).index(_label(line))
             # there are ten colours
             (drawn,) = axis.plot(steps, means, color=f"C{number % 10}", linestyle=("-", "--", ":", "-.")[number // 10 % 4])
             handles[_label(line)] = drawn
             if len(runs) > 1:
-                bands = [statistics.stdev(run[step] for run in runs) for step in steps]
-                low, high = ([mean + sign * band for mean, band in zip(means, bands, strict=True)] for sign in (-1, 1))
+                low, high = ([mean + sign * band for mean, band in zip(means, deviations, strict=True)] for sign in (-1, 1))
                 axis.fill_between(steps, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
         axis.set(xlabel="step", ylabel=" ".join([lines[0][0].labels.get("task", ""), next(iter(lines[0][0].cells))]).strip())
     # lines that cross leave no room for it between them

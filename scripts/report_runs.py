@@ -41,18 +41,20 @@ class Run:
     @classmethod
     def read(cls, path: Path) -> "Run":
         found = json.loads(path.read_text())
+        if unknown := {type(choice).__name__ for choice in found["choices"].values()} - {"str", "NoneType"}:
+            raise TypeError(f"choices must be names, got {', '.join(sorted(unknown))}")
         pairs = (override.lstrip("+").partition("=") for override in found["overrides"])
         return cls(
             folder=path.parent,
             seed=int(found["seed"]),
-            choices=dict(found["choices"]),
+            choices=found["choices"],
             overrides={key: value for key, _, value in pairs},
             metrics={name: float(value) for name, value in found["metrics"].items()},
             parameters=int(found["parameters"]),
             flops=int(found["flops"]),
             seconds=float(found["seconds"]),
             cpu_seconds=float(found["cpu_seconds"]) if "cpu_seconds" in found else None,
-            curve=[{name: float(value) for name, value in point.items()} for point in found.get("curve", [])],
+            curve=[{"step": point["step"]} | {name: float(value) for name, value in point.items()} for point in found.get("curve", [])],
         )
 
 

@@ -63,7 +63,7 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float], confidenc
 
 
 def _deviation(values: list[float]) -> float | None:
+    if len(values) < 2:
+        return None
     # a metric that is not defined, such as the AP of sizes that do not occur, is not a number and stays so
-    if any(map(math.isnan, values)):
-        return math.nan
-    return statistics.stdev(values) if len(values) > 1 else None
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan

@@ -179,12 +179,16 @@ def test_time_is_of_the_processor_where_all_runs_of_a_table_have_it(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[1]", "null", '{"metrics": ', "{}", '{"metrics": {"val/top1": "high"}}', '{"metrics": {"val/top1": null}}', "\x00\xff"],
+    [
+        *("", "[1]", "null", '{"metrics": ', "{}", "\x00\xff"),
+        *('{"metrics": {"val/top1": "high"}}', '{"metrics": {"val/top1": null}}'),
+        *('{"choices": {"experiment": ["table2"]}}', '{"curve": [{"val/top1": 0.5}]}'),
+    ],
 )
 def test_broken_unfinished_and_failed_runs_are_named_and_the_rest_is_reported(tmp_path, content):
     good = write_run(tmp_path / "good", 0, {"val/top1": 0.75}, row="table2/resnet50")
     broken = write_run(tmp_path / "broken", 1, {"val/top1": 0.75}, row="table2/resnet50")
-    if content.startswith('{"metrics": {'):
+    if content[:2] == '{"' and content[-1] == "}":
         content = json.dumps(json.loads((good / "result.json").read_text()) | json.loads(content))
     (broken / "result.json").write_bytes(content.encode("latin-1"))
     for name in ("unfinished", "failed"):
@@ -237,6 +241,8 @@ def test_command_prints_and_writes_every_format(tmp_path, monkeypatch, capsys):
     assert len(pipes) == 2 + 4
     assert len({line.count("|") for line in pipes}) == 1
     assert pipes[3] in (tmp_path / "report.md").read_text()
+    # nothing else is printed, what the plots' library says included
+    assert call(monkeypatch, capsys, f"runs={tmp_path}", "format=csv") == (tmp_path / "report.csv").read_text() + "\n"
     lines = list(csv.DictReader(call(monkeypatch, capsys, f"runs={tmp_path}", "format=csv").splitlines()))
     line = next(line for line in lines if (line["row"], line["metric"]) == ("resnet50_carafe", "top1"))
     assert [float(line[key]) for key in ("paper", "mean", "difference", "low", "high")] == pytest.approx(
@@ -245,6 +251,36 @@ def test_command_prints_and_writes_every_format(tmp_path, monkeypatch, capsys):
     assert (line["baseline"], line["common_seeds"], line["parameters"]) == ("resnet50", "2", "1234567")
     # every figure of the paper is there, printed or not
     assert comma_separated(tables(tmp_path)).count(",top5,") == 4
+
+
+def test_names_that_mean_something_in_a_format_are_escaped(tmp_path):
+    for job, name in enumerate(["[a|b]", "50%_a&b#c$d~e^f{g}<h\\i"]):
+        write_run(tmp_path / str(job), 0, {"val/mIoU": 0.4}, f"note={name}")
+    found = tables(tmp_path)
+    pipes = [line.replace("\\|", "") for line in report.formatted(found, "markdown").splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in pipes}) == 1
+    lines = [line.split(" & ")[0].strip() for line in report.formatted(found, "latex").splitlines()]
+    assert "{[}a\\textbar{}b]" in lines
+    assert "50\\%\\_a\\&b\\#c\\$d\\textasciitilde{}e\\textasciicircum{}f\\{g\\}\\textless{}h\\textbackslash{}i" in lines
+    assert "note=[a|b]" in comma_separated(found)
+
+
+def test_scores_that_are_no_number_stay_so(tmp_path, monkeypatch, capsys):
+    for seed in (0, 1):
+        for row, score in (("cm16", float("nan")), ("cm32", float("inf")), ("cm64", 0.3)):
+            write_run(tmp_path / f"{row}{seed}", seed, {"val/box_AP": score}, row=f"table11/{row}")
+    write_run(tmp_path / "alone", 0, {"val/box_AP": float("nan")}, row="table11/cm_none")
+    shown = {line.split()[0]: line for line in call(monkeypatch, capsys, f"runs={tmp_path}").splitlines() if line.startswith("cm")}
+    assert "nan ± nan" in shown["cm16"]
+    assert "inf ± nan" in shown["cm32"]
+    assert "nan ±" not in shown["cm_none"]
+
+
+def test_nothing_to_report_is_an_error(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(SystemExit, match="no finished run"):
+        call(monkeypatch, capsys, f"runs={tmp_path}")
+    assert "unfinished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
