@@ -10,7 +10,7 @@ from carafepp.models.regions import reassembly_regions
 from carafepp.models.resnet import tiny
 from carafepp.scripts.predict import main as predict_app
 from carafepp.tasks.regions import View, draw_regions
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
@@ -46,6 +46,7 @@ def expected(features: torch.Tensor) -> torch.Tensor:
     return torch.stack([features[:, int(down * height), int(across * width)] for down, across in LOCATIONS], dim=1)
 
 
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(
         st.sampled_from([{"up": 2}, {"down": 2}, {"up": 3}, {"up": 3, "down": 2}, {"up": 2, "kernel_size": 3}]), min_size=1, max_size=3
