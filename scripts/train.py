@@ -89,6 +89,8 @@ def train(cfg: DictConfig, folder: Path) -> None:
     trainer = instantiate(
         cfg.trainer, callbacks=callbacks, logger=new_logger(cfg, folder), log_every_n_steps=cfg.log_every_n_steps, default_root_dir=folder
     )
+    for logger in trainer.loggers:
+        logger.log_hyperparams(config)
     trainer.fit(task, data, ckpt_path=last if last.exists() else None, weights_only=True)
 
 

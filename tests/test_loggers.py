@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+from omegaconf import OmegaConf
 from test_sweeps import TINY
 from training import run
 
@@ -19,6 +20,8 @@ def test_tensorboard_gets_what_metrics_csv_gets(tmp_path):
     assert [event.value for event in found.Scalars("val/mIoU")] == pytest.approx(
         [float(row["val/mIoU"]) for row in rows if row["val/mIoU"]]
     )
+    # and the configuration, by which such tools tell runs apart
+    assert OmegaConf.load(folder / "tensorboard" / "hparams.yaml").model.fpn_dim == 8
 
 
 def test_missing_package_is_named_with_what_to_install(tmp_path, monkeypatch):
