@@ -4,6 +4,7 @@ The launchers of the operator build `Launch` values; running one on a device is 
 what the just-in-time compiler would specialise (`launch.source()`), and an emulator what to pass (`launch.parameters()`).
 """
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,19 @@ LOGITS = {"l": "ncuvhw", "dl": "ncuvhw"}
 STRIDES = tuple(f"stride_{name}{axis}" for name, axes in (FEATURES | LOGITS).items() for axis in axes)
 SPECIALIZATION = {"do_not_specialize": SIZES, "do_not_specialize_on_alignment": STRIDES}
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+# ast.parse in two threads at a time fails now and then: CPython counts the depth of both together (python/cpython issue 106905)
+PARSER = threading.Lock()
+
+
+class Source(ASTSource):
+    """A kernel to compile, in any thread."""
+
+    def make_ir(self, *arguments, **options):
+        """Parse and lower the Python code, one kernel at a time."""
+        with PARSER:
+            return super().make_ir(*arguments, **options)
 
 
 class Launch(NamedTuple):
@@ -47,7 +61,7 @@ class Launch(NamedTuple):
         """What the compiled code takes at run time, by name in its parameter order: but for sizes, a one is compiled in."""
         return {name: value for name, value in self.arguments.items() if isinstance(value, Tensor) or name in SIZES or value != 1}
 
-    def source(self) -> ASTSource:
+    def source(self) -> Source:
         """What to compile, specialised as a real launch would be."""
         parameters = self.parameters()
         constants = {name: value for name, value in self.arguments.items() if name not in parameters} | self.constants
@@ -55,7 +69,7 @@ class Launch(NamedTuple):
         signature = {name: _type(parameters[name]) if name in parameters else "constexpr" for name in names}
         aligned = [name for name, value in parameters.items() if name not in (*SIZES, *STRIDES) and _is_aligned(value)]
         attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-        return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        return Source(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def _type(value: Tensor | int) -> str:

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import triton.language as tl  # noqa: E402
 from carafepp.kernels import compiled  # noqa: E402
 from carafepp.kernels.launch import Launch  # noqa: E402
 from carafepp.scripts import inspect  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 
 
 @triton.jit
@@ -79,6 +82,22 @@ def test_table_and_json_hold_every_kernel_of_a_site(monkeypatch, tmp_path, capsy
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(rows) + 1
     assert all(row["kernel"] in line and str(row["registers"]) in line for row, line in zip(rows, lines[1:], strict=True))
+
+
+def test_kernels_are_parsed_one_at_a_time(monkeypatch):
+    inside, overlaps = [], []
+
+    def make_ir(self, *arguments):
+        inside.append(self)
+        time.sleep(0.05)
+        overlaps.append(len(inside) > 1)
+        inside.remove(self)
+
+    monkeypatch.setattr(ASTSource, "make_ir", make_ir)
+    launch = Launch(product, (1, 1, 1), {"x_ptr": 0, "y_ptr": 0}, {"BLOCK": 16}, num_warps=1, num_stages=1)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda source: source.make_ir(None), [launch.source() for _ in range(4)]))
+    assert overlaps == [False] * 4
 
 
 def test_a_spill_fails(monkeypatch, tmp_path):
