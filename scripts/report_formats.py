@@ -24,7 +24,7 @@ def printed(table: Table) -> Rows:
     # where nothing of the paper stands beside them, a difference of single runs says no more than the two figures
     cells = [(name, cell) for line in table.lines for name, cell in line.cells.items()]
     differing = {name for name, cell in cells if cell.difference and (name in places or cell.difference.half is not None)}
-    # a busy machine changes the time by the clock, so that of the processor is shown if all runs have it
+    # a busy machine changes the time by the clock, so that of the processor is shown if every line has it
     by_clock = any(line.setting.cpu_seconds is None for line in table.lines if line.setting)
     rows = []
     for line in table.lines:

@@ -87,9 +87,9 @@ class Setting:
 
     @property
     def cpu_seconds(self) -> float | None:
-        """Of the processor; None if a run lacks it."""
-        found = [run.cpu_seconds for run in self.runs.values()]
-        return None if None in found else statistics.fmean(found)
+        """Of the processor, over the runs that recorded it; None if none did."""
+        found = [run.cpu_seconds for run in self.runs.values() if run.cpu_seconds is not None]
+        return statistics.fmean(found) if found else None
 
 
 def under(key: str, names: Iterable[str]) -> bool:
