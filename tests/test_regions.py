@@ -155,8 +155,8 @@ def photograph(tmp_path):
     [
         ("upernet", "fpn_up.*", 3),
         ("upernet", "fuse_up.*", 3),
-        ("upernet", "[backbone.maxpool,'*.shortcut_sampler']", 4),
-        ("detector", "'fpn.upsample.*'", 3),
+        ("upernet", "[backbone.maxpool,*.shortcut_sampler]", 4),
+        ("detector", "fpn.upsample.*", 3),
         ("inpainting", "[stages.12.0,stages.14.0]", 2),
     ],
 )
