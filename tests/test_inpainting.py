@@ -12,7 +12,6 @@ import torch
 from carafepp.models.discriminator import PatchGAN
 from carafepp.models.global_local import GlobalLocal
 from carafepp.scripts.predict import find_masks
-from carafepp.scripts.predict import main as predict_app
 from carafepp.scripts.train import train
 from carafepp.tasks.inpainting import Inpainting, mean_within, psnr
 from carafepp.tasks.layouts import write_scenes
@@ -24,7 +23,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
-from training import result, run, weights
+from training import predict, result, run, weights
 
 SMALL = ["experiment=table10", "scale=small", "data.train.images.length=16", "data.val.images.length=6", "data.val_batch_size=2"]
 SMALL += ["data.train.images.size=32", "data.val.images.size=32", "data.batch_size=4", "model.width=4", "task.discriminator.width=4"]
@@ -221,13 +220,6 @@ def test_places_are_read_in_every_layout(tmp_path):
     (tmp_path / "val").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no images"):
         Places(tmp_path, "val")
-
-
-def predict(monkeypatch, out, *arguments) -> None:
-    """What `carafepp-predict` does with these overrides, without a process of its own."""
-    monkeypatch.setattr(sys, "argv", ["carafepp-predict", *(str(a) for a in arguments), f"hydra.run.dir={out}"])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    predict_app()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Where features are reassembled from: weights that give the features back, through any path, and pictures of them."""
 
-import sys
 
 import numpy as np
 import pytest
@@ -8,13 +7,12 @@ import torch
 from carafepp.models.carafe import CARAFE
 from carafepp.models.regions import reassembly_regions
 from carafepp.models.resnet import tiny
-from carafepp.scripts.predict import main as predict_app
 from carafepp.tasks.regions import View, draw_regions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
-from training import run
+from training import predict, run
 
 LOCATIONS = [(0.0, 0.0), (0.4, 0.7), (0.99, 0.99), (0.5, 0.0)]
 
@@ -134,12 +132,6 @@ def runs(tmp_path_factory):
         "inpainting": ["experiment=table10", "row=table10/global_local_carafe", "data.train.images.length=8", "data.val.images.length=4"],
     }
     return {name: run(folder / name, *short, *overrides) for name, overrides in told.items()}
-
-
-def predict(monkeypatch, out, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["carafepp-predict", *(str(a) for a in arguments), f"hydra.run.dir={out}"])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    predict_app()
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
-"""Trainings inside the test's process."""
+"""Trainings, and predictions of them, inside the test's process."""
 
 import json
+import sys
 from pathlib import Path
 
 import torch
+from carafepp.scripts.predict import main as predict_app
 from carafepp.scripts.train import train
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
@@ -29,3 +31,10 @@ def result(folder: Path) -> dict:
 
 def weights(folder: Path) -> dict:
     return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def predict(monkeypatch, out: Path, *arguments: object) -> None:
+    """What `carafepp-predict` does with these overrides, without a process of its own."""
+    monkeypatch.setattr(sys, "argv", ["carafepp-predict", *map(str, arguments), f"hydra.run.dir={out}"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    predict_app()
