@@ -1,6 +1,5 @@
 """Where features are reassembled from: weights that give the features back, through any path, and pictures of them."""
 
-
 import numpy as np
 import pytest
 import torch
