@@ -86,14 +86,12 @@ def load_tasks(cfg: DictConfig) -> dict[str, LightningModule]:
             override for override in config.run.overrides if not under(override.partition("=")[0], [*INCIDENTAL, "scale", "experiment"])
         ]
         label = ", ".join(told) or Path(path).parent.name
-        # the seed is what tells repetitions apart
-        label += f", seed={config.seed}" if label in tasks else ""
-        tasks[label] = task.to(cfg.device)
-        if isinstance(task, Inpainting) != (cfg.masks is not None):
-            fills = (
-                f"{path} fills holes: give masks=" if cfg.masks is None else f"masks= is for checkpoints of inpainting alone, got {path}"
-            )
-            raise ValueError(fills)
+        # runs that differ in their seed, or checkpoints of one run
+        tasks[f"{label}, {path}" if label in tasks else label] = task.to(cfg.device)
+        if isinstance(task, Inpainting) and cfg.masks is None:
+            raise ValueError(f"{path} fills holes: give masks=")
+        if not isinstance(task, Inpainting) and cfg.masks is not None:
+            raise ValueError(f"masks= is for checkpoints of inpainting alone, got {path}")
     return tasks
 
 

@@ -171,6 +171,11 @@ def test_predict_sets_networks_side_by_side(runs, photograph, tmp_path, monkeypa
     pixels = np.asarray(figure).astype(int)
     image = np.asarray(Image.open(photograph)).astype(int)
     assert (pixels[4:79, 4:122] == image).all(), "the first is the photograph"
+    # two checkpoints of one run are two networks
+    predict(
+        monkeypatch, tmp_path / "twice", *(f"checkpoint=[{runs['upernet']}/last.ckpt,{runs['upernet']}/best.ckpt]", f"images={photograph}")
+    )
+    assert Image.open(tmp_path / "twice" / "photograph.png.png").width == figure.width
     with pytest.raises(ValueError, match="fills holes: give masks="):
         predict(
             monkeypatch,
