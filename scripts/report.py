@@ -30,9 +30,9 @@ def formatted(tables: list[Table], name: str) -> str:
 
 def compare_pictures(table: Table) -> list[list]:
     """Rows of image, mask of inpainting, truth and the prediction of one run of each line, for the validation samples that all pictured."""
-    settings = {id(line.setting): line.setting for line in table.lines if line.setting}.values()
-    folders = [next(iter(setting.runs.values())).folder / "pictures" for setting in settings]
-    labels = ["image", "truth", *(setting.label for setting in settings)]
+    lines = {id(line.setting): line for line in table.lines if line.setting}.values()
+    folders = [next(iter(line.setting.runs.values())).folder / "pictures" for line in lines]
+    labels = ["image", "truth", *(line.labels.get("row") or line.setting.label for line in lines)]
     rows = []
     for index in range(100):
         mask = folders[0] / f"{index}_mask.png"
