@@ -72,9 +72,9 @@ def _logit_gradient(
     VECTOR: tl.constexpr = ALIGN if AXIS == 1 else 1
     LEAD: tl.constexpr = (K // 2 + VECTOR - 1) // VECTOR * VECTOR
     HALO_W: tl.constexpr = (LEAD + ((COLS - 1) * DOWN) // UP + K // 2 + VECTOR) // VECTOR * VECTOR
-    M: tl.constexpr = max(16, triton.next_power_of_2(ROWS * COLS))
-    P: tl.constexpr = max(16, triton.next_power_of_2(HALO_H * HALO_W))
-    T: tl.constexpr = triton.next_power_of_2(K * K + 1)
+    M: tl.constexpr = triton.next_power_of_2((ROWS * COLS - 1) | 15)
+    P: tl.constexpr = triton.next_power_of_2((HALO_H * HALO_W - 1) | 15)
+    T: tl.constexpr = triton.next_power_of_2(K * K | 15)
     m = tl.arange(0, M).to(INDEX)
     row, col = q0 * UP + m // COLS, r0 * UP + m % COLS
     output = (m < ROWS * COLS) & (row < HO) & (col < WO)
@@ -169,7 +169,7 @@ def _source_gradient(
     R: tl.constexpr = K // 2
     SH: tl.constexpr = CELLS_H * DOWN
     SW: tl.constexpr = CELLS_W * DOWN
-    S: tl.constexpr = max(16, triton.next_power_of_2(SH * SW))
+    S: tl.constexpr = triton.next_power_of_2((SH * SW - 1) | 15)
     s = tl.arange(0, S).to(INDEX)
     i, j = q0 * DOWN + s // SW, r0 * DOWN + s % SW
     owned = (s < SH * SW) & (i < H) & (j < W)

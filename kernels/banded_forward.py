@@ -73,9 +73,9 @@ def banded_forward(
     VECTOR: tl.constexpr = X_ALIGN if AXIS == 1 else 1
     LEAD: tl.constexpr = (K // 2 + VECTOR - 1) // VECTOR * VECTOR
     HALO_W: tl.constexpr = (LEAD + ((COLS - 1) * DOWN) // UP + K // 2 + VECTOR) // VECTOR * VECTOR
-    M: tl.constexpr = max(16, triton.next_power_of_2(ROWS * COLS))
-    P: tl.constexpr = max(16, triton.next_power_of_2(HALO_H * HALO_W))
-    T: tl.constexpr = triton.next_power_of_2(K * K + 1)
+    M: tl.constexpr = triton.next_power_of_2((ROWS * COLS - 1) | 15)
+    P: tl.constexpr = triton.next_power_of_2((HALO_H * HALO_W - 1) | 15)
+    T: tl.constexpr = triton.next_power_of_2(K * K | 15)
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     tiles_w = tl.cdiv(WQ, CELLS_W)
     tiles_h = tl.cdiv(HQ, CELLS_H)

@@ -206,7 +206,7 @@ def _is_reference(backend: str | None, x: Tensor) -> bool:
 def _autocast(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Both inputs in the dtype of an active autocast region, as a convolution would take them."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, weights.dtype):
+    if kind != "meta" and torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, weights.dtype):
         dtype = torch.get_autocast_dtype(kind)
         return x.to(dtype), weights.to(dtype)
     return x, weights

@@ -221,7 +221,9 @@ def tap_source_gradient(
     n, g = ng // G, ng % G
     logits_ptr += n * stride_ln + g * (K * K) * stride_lc
     dy_ptr += n * stride_dyn + g * C * stride_dyc
-    dx_ptr += n * stride_dxn + g * C * stride_dxc + tl.expand_dims(i * stride_dxh + j * stride_dxw, 1 - AXIS)
+    # expanded before they are used: where it is done afterwards, Triton 3.6 gives masks another layout than their pointers
+    i, j, mask = tl.expand_dims(i, 1 - AXIS), tl.expand_dims(j, 1 - AXIS), tl.expand_dims(mask, 1 - AXIS)
+    dx_ptr += n * stride_dxn + g * C * stride_dxc + i * stride_dxh + j * stride_dxw
     for start in range(0, C, BLOCK_C):
         c = tl.expand_dims(start + tl.arange(0, BLOCK_C), AXIS).to(tl.int64)
         dx = tl.zeros([BLOCK_M, BLOCK_C] if AXIS == 0 else [BLOCK_C, BLOCK_M], tl.float32)
@@ -232,17 +234,17 @@ def tap_source_gradient(
             mj = j + K // 2 - tap % K
             row = (tl.maximum(mi, 0) * UP + DOWN - 1) // DOWN + step // (K * K * SHARING)
             col = (tl.maximum(mj, 0) * UP + DOWN - 1) // DOWN + step // (K * K) % SHARING
-            inside = mask & (row < HO) & (col < WO) & (centre(row, UP, DOWN) == mi) & (centre(col, UP, DOWN) == mj)
+            inside = mask & (row < HO) & (col < WO) & (row * DOWN < (mi + 1) * UP) & (col * DOWN < (mj + 1) * UP)
             u, v, q, r = row % UP, col % UP, row // UP, col // UP
             l_ptr = logits_ptr + tap * stride_lc + u * stride_lu + v * stride_lv + q * stride_lh + r * stride_lw
-            lse = tl.zeros([BLOCK_M], tl.float32)
+            lse = tl.zeros(i.shape, tl.float32)
             if NORMALIZER == "softmax" or NORMALIZER == "sigmoid_normalized":
                 lse = tl.load(lse_ptr + (((ng * UP + u) * UP + v) * HQ + q) * WQ + r, mask=inside, other=0.0)
             w = weight(tl.load(l_ptr, mask=inside, other=0.0).to(tl.float32), lse, NORMALIZER)
             dy = tl.load(
-                dy_ptr + tl.expand_dims(row * stride_dyh + col * stride_dyw, 1 - AXIS) + c * stride_dyc,
-                mask=tl.expand_dims(inside, 1 - AXIS) & (c < C),
+                dy_ptr + row * stride_dyh + col * stride_dyw + c * stride_dyc,
+                mask=inside & (c < C),
                 other=0.0,
             )
-            dx += tl.expand_dims(w, 1 - AXIS) * dy.to(tl.float32)
-        tl.store(dx_ptr + c * stride_dxc, dx.to(dx_ptr.dtype.element_ty), mask=tl.expand_dims(mask, 1 - AXIS) & (c < C))
+            dx += w * dy.to(tl.float32)
+        tl.store(dx_ptr + c * stride_dxc, dx.to(dx_ptr.dtype.element_ty), mask=mask & (c < C))

@@ -115,7 +115,7 @@ def _forward_cost(problem: Problem, tile: Tile) -> float | None:
     spec, size, channels = problem.spec, problem.element_size, problem.channels
     rows, cols = tile.cells_h * spec.up, tile.cells_w * spec.up
     halo_h, halo_w = halo(spec, tile.cells_h), widened(halo(spec, tile.cells_w), spec.kernel_size // 2, tile.vector)
-    m, p, t = power_of_two(rows * cols), power_of_two(halo_h * halo_w), 1 << (spec.taps).bit_length()
+    m, p, t = power_of_two(rows * cols), power_of_two(halo_h * halo_w), power_of_two(spec.taps + 1)
     threads = 32 * tile.num_warps
     terms = split_terms(size)
     operands = m * p * size / 4 / 32 + (0 if tile.num_stages > 1 else p * tile.block_c * size / 4 / threads)
@@ -150,7 +150,7 @@ def _backward_cost(problem: Problem, tile: Tile) -> float | None:
     halo_h, halo_w = halo(spec, tile.cells_h), widened(halo(spec, tile.cells_w), spec.kernel_size // 2, x_vector)
     before = spec.kernel_size // 2 * spec.up // spec.down
     reach_h, reach_w = reach(spec, tile.cells_h), widened(reach(spec, tile.cells_w), before, tile.vector)
-    m, p, t = power_of_two(rows * cols), power_of_two(halo_h * halo_w), 1 << spec.taps.bit_length()
+    m, p, t = power_of_two(rows * cols), power_of_two(halo_h * halo_w), power_of_two(spec.taps + 1)
     blocks = source_blocks(problem, tile)
     s, d = power_of_two(tile.cells_h * tile.cells_w * spec.down**2), -(-reach_h * reach_w // blocks["BLOCK_D"]) * blocks["BLOCK_D"]
     threads = 32 * tile.num_warps

@@ -26,6 +26,8 @@ MODES = ("forward", "backward", "both")
 OURS = ("cpu", "triton")
 # a call that takes less is repeated before it is timed: the one before it in turn has emptied the caches
 WARM_MS = 100
+# more than the second-level cache of any GPU; filled four times, it takes a GPU about a millisecond, in which a call is queued
+FLUSH_BYTES = 2**30
 
 
 class Run:
@@ -65,8 +67,11 @@ class Run:
 
 
 def timed(function: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call."""
+    """Milliseconds of one call; on a GPU of its kernels, with cold caches and without the time to launch them."""
     if torch.device(device).type == "cuda":
+        flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+        for _ in range(4):
+            flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()
