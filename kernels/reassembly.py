@@ -8,8 +8,10 @@ Inside the ops the logits have six dimensions, [N, G * K * K, up, up, Hq, Wq]: l
 resolution are both views of that form, read in place by their strides.
 """
 
+import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +44,12 @@ def default_backend(device_type: str, dtype: torch.dtype) -> str:
 
 
 def _module(backend: str | None, x: Tensor):
-    return importlib.import_module(MODULES[backend or default_backend(x.device.type, x.dtype)], __package__)
+    return _imported(MODULES[backend or default_backend(x.device.type, x.dtype)])
+
+
+@functools.cache
+def _imported(name: str):
+    return importlib.import_module(name, __package__)
 
 
 def _forward_outputs(x: Tensor, logits: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -60,69 +67,62 @@ def _backward_outputs(x: Tensor, logits: Tensor, need_dx: bool, need_dlogits: bo
     )
 
 
-@torch.library.custom_op("carafepp::reassemble", mutates_args=())
-def _reassemble(
-    x: Tensor, logits: Tensor, kernel_size: int, up: int, down: int, groups: int, normalizer: str, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    spec = Spec(kernel_size, up, down, groups, normalizer)
+# Defined here by hand: what `torch.library.custom_op` wraps around an op costs more host time than everything else in a call on a GPU.
+LIBRARY = torch.library.Library("carafepp", "FRAGMENT")
+OPTIONS = "SymInt kernel_size, SymInt up, SymInt down, SymInt groups, str normalizer, str? backend"
+SCHEMAS = (
+    f"reassemble(Tensor x, Tensor logits, {OPTIONS}) -> (Tensor y, Tensor lse)",
+    f"reassemble_backward(Tensor dy, Tensor x, Tensor logits, Tensor lse, {OPTIONS}, bool need_dx, bool need_dlogits) -> (Tensor, Tensor)",
+)
+for schema in SCHEMAS:
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+_reassemble = torch.ops.carafepp.reassemble.default
+_reassemble_backward = torch.ops.carafepp.reassemble_backward.default
+
+
+@torch.compiler.disable
+def _forward(x: Tensor, logits: Tensor, *options) -> tuple[Tensor, Tensor]:
+    spec, backend = Spec(*options[:-1]), options[-1]
     y, lse = _forward_outputs(x, logits, spec)
     if y.numel():
         _module(backend, x).forward(x, logits, y, lse, spec)
     return y, lse
 
 
-@_reassemble.register_fake
-def _(x, logits, kernel_size, up, down, groups, normalizer, backend):
-    return _forward_outputs(x, logits, Spec(kernel_size, up, down, groups, normalizer))
-
-
-@torch.library.custom_op("carafepp::reassemble_backward", mutates_args=())
-def _reassemble_backward(
-    dy: Tensor,
-    x: Tensor,
-    logits: Tensor,
-    lse: Tensor,
-    kernel_size: int,
-    up: int,
-    down: int,
-    groups: int,
-    normalizer: str,
-    backend: str | None,
-    need_dx: bool,
-    need_dlogits: bool,
-) -> tuple[Tensor, Tensor]:
+@torch.compiler.disable
+def _backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, *options) -> tuple[Tensor, Tensor]:
+    *spec, backend, need_dx, need_dlogits = options
     dx, dlogits = _backward_outputs(x, logits, need_dx, need_dlogits)
     if dy.numel():
-        spec = Spec(kernel_size, up, down, groups, normalizer)
-        _module(backend, x).backward(dy, x, logits, lse, dx if need_dx else None, dlogits if need_dlogits else None, spec)
+        results = dx if need_dx else None, dlogits if need_dlogits else None
+        _module(backend, x).backward(dy, x, logits, lse, *results, Spec(*spec))
     return dx, dlogits
 
 
-@_reassemble_backward.register_fake
-def _(dy, x, logits, lse, kernel_size, up, down, groups, normalizer, backend, need_dx, need_dlogits):
-    return _backward_outputs(x, logits, need_dx, need_dlogits)
+class _Reassemble(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, logits, *options):
+        with torch._C._AutoDispatchBelowAutograd():
+            y, lse = _reassemble(x, logits, *options)
+        ctx.options = options
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, logits, lse)
+        return y, lse
 
-
-def _setup_forward(ctx, inputs, output):
-    x, logits, *ctx.options = inputs
-    _, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, logits, lse)
-
-
-def _differentiate_forward(ctx, dy, _):
-    x, logits, lse = ctx.saved_tensors
-    *options, normalizer, backend = ctx.options
-    needs = ctx.needs_input_grad[:2]
-    none = (None,) * len(ctx.options)
-    if dy is None:
-        return None, None, *none
-    if not torch.is_grad_enabled():
-        dx, dlogits = _reassemble_backward(dy, x, logits, lse, *options, normalizer, backend, *needs)
-    else:
-        dx, dlogits = _differentiable_backward(dy, x, logits, options, normalizer, backend, needs)
-    return dx if needs[0] else None, dlogits if needs[1] else None, *none
+    @staticmethod
+    def backward(ctx, dy, _):
+        x, logits, lse = ctx.saved_tensors
+        *options, normalizer, backend = ctx.options
+        needs = ctx.needs_input_grad[:2]
+        none = (None,) * len(ctx.options)
+        if dy is None:
+            return None, None, *none
+        if not torch.is_grad_enabled():
+            dx, dlogits = _reassemble_backward(dy, x, logits, lse, *options, normalizer, backend, *needs)
+        else:
+            dx, dlogits = _differentiable_backward(dy, x, logits, options, normalizer, backend, needs)
+        return dx if needs[0] else None, dlogits if needs[1] else None, *none
 
 
 def _differentiable_backward(dy, x, logits, options, normalizer, backend, needs):
@@ -143,33 +143,60 @@ def _differentiable_backward(dy, x, logits, options, normalizer, backend, needs)
     return dx, dwindows.flatten(1, 2)
 
 
-def _setup_backward(ctx, inputs, output):
-    dy, x, weights, _, *ctx.options, ctx.need_dx, ctx.need_dlogits = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(dy, x, weights)
+class _ReassembleBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dy, x, weights, lse, *options):
+        with torch._C._AutoDispatchBelowAutograd():
+            results = _reassemble_backward(dy, x, weights, lse, *options)
+        *ctx.options, ctx.need_dx, ctx.need_dlogits = options
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dy, x, weights)
+        return results
+
+    @staticmethod
+    def backward(ctx, ddx, ddweights):
+        """Derivative of the bilinear maps dx = X(dy, w), dw = W(dy, x), with y = Y(x, w): only "none" gets here (_Reassemble.backward)."""
+        dy, x, weights = ctx.saved_tensors
+        ddx = ddx if ctx.need_dx else None
+        ddweights = ddweights if ctx.need_dlogits else None
+        gdy = gx = gweights = None
+        lse = x.new_empty(0)
+        if ddx is not None:
+            gdy = _reassemble(ddx, weights, *ctx.options)[0]
+            if ctx.needs_input_grad[2]:
+                gweights = _reassemble_backward(dy, ddx, weights, lse, *ctx.options, False, True)[1]
+        if ddweights is not None:
+            y = _reassemble(x, ddweights, *ctx.options)[0]
+            gdy = y if gdy is None else gdy + y
+            if ctx.needs_input_grad[1]:
+                gx = _reassemble_backward(dy, x, ddweights, lse, *ctx.options, True, False)[0]
+        return gdy, gx, gweights, None, *(None,) * len(ctx.options), None, None
 
 
-def _differentiate_backward(ctx, ddx, ddweights):
-    """Derivative of the bilinear maps dx = X(dy, w), dw = W(dy, x), with y = Y(x, w): only "none" gets here (_differentiate_forward)."""
-    dy, x, weights = ctx.saved_tensors
-    ddx = ddx if ctx.need_dx else None
-    ddweights = ddweights if ctx.need_dlogits else None
-    gdy = gx = gweights = None
-    lse = x.new_empty(0)
-    if ddx is not None:
-        gdy = _reassemble(ddx, weights, *ctx.options)[0]
-        if ctx.needs_input_grad[2]:
-            gweights = _reassemble_backward(dy, ddx, weights, lse, *ctx.options, False, True)[1]
-    if ddweights is not None:
-        y = _reassemble(x, ddweights, *ctx.options)[0]
-        gdy = y if gdy is None else gdy + y
-        if ctx.needs_input_grad[1]:
-            gx = _reassemble_backward(dy, x, ddweights, lse, *ctx.options, True, False)[0]
-    return gdy, gx, gweights, None, *(None,) * len(ctx.options), None, None
+def _differentiable(function: type[torch.autograd.Function], op: torch._ops.OpOverload) -> Callable[..., tuple[Tensor, Tensor]]:
+    def run(*arguments):
+        if torch.is_grad_enabled():
+            return function.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    return run
 
 
-_reassemble.register_autograd(_differentiate_forward, setup_context=_setup_forward)
-_reassemble_backward.register_autograd(_differentiate_backward, setup_context=_setup_backward)
+LIBRARY.impl("reassemble", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("reassemble", _differentiable(_Reassemble, _reassemble), "Autograd")
+LIBRARY.impl("reassemble_backward", _backward, "CompositeExplicitAutograd")
+LIBRARY.impl("reassemble_backward", _differentiable(_ReassembleBackward, _reassemble_backward), "Autograd")
+
+
+@torch.library.register_fake("carafepp::reassemble", lib=LIBRARY)
+def _(x, logits, kernel_size, up, down, groups, normalizer, backend):
+    return _forward_outputs(x, logits, Spec(kernel_size, up, down, groups, normalizer))
+
+
+@torch.library.register_fake("carafepp::reassemble_backward", lib=LIBRARY)
+def _(dy, x, logits, lse, kernel_size, up, down, groups, normalizer, backend, need_dx, need_dlogits):
+    return _backward_outputs(x, logits, need_dx, need_dlogits)
 
 
 @register_flop_formula(torch.ops.carafepp.reassemble)

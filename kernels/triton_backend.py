@@ -5,6 +5,8 @@ gradients are deterministic.
 """
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -14,7 +16,7 @@ from . import taps, tiles, tuned
 from .banded_backward import banded_backward
 from .banded_forward import banded_forward
 from .geometry import Spec, is_channels_last
-from .launch import INT32_MAX, Launch, strides
+from .launch import INT32_MAX, Launch, Plan, strides
 
 TAP_BLOCKS = {"BLOCK_M": 32, "BLOCK_C": 32}
 TAP_OPTIONS = {"num_warps": 4, "num_stages": 2}
@@ -25,15 +27,38 @@ DEFAULT_CAPABILITY = (8, 0)
 def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> None:
     """Fill y [N, C, Ho, Wo] and lse [N, G, up, up, Hq, Wq] from x and logits [N, G * K * K, up, up, Hq, Wq]."""
     _check_device(x)
-    for launch in forward_launches(x, logits, y, lse, spec):
-        launch.run()
+    _run(forward_launches, (x, logits, y, lse), spec)
 
 
 def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, spec: Spec) -> None:
     """Fill those of dx and dlogits that are asked for."""
     _check_device(x)
-    for launch in backward_launches(dy, x, logits, lse, dx, dlogits, spec):
-        launch.run()
+    _run(backward_launches, (dy, x, logits, lse, dx, dlogits), spec)
+
+
+# what a call launches, by everything that it depends on: planning and looking up kernels takes the host longer than launching
+_plans: dict[tuple, list[Plan]] = {}
+MAX_PLANS = 4096
+
+
+def _run(build: Callable[..., list[Launch]], tensors: tuple[Tensor | None, ...], spec: Spec) -> None:
+    like = tensors[0]
+    layouts = tuple(None if t is None else (t.shape, t.stride()) for t in tensors)
+    key = (build, spec, layouts, like.dtype, like.device, _precision())
+    if key not in _plans:
+        if len(_plans) == MAX_PLANS:
+            _plans.clear()
+        _plans[key] = [Plan(launch, tensors) for launch in build(*tensors, spec)]
+    with _device_guard(like):
+        for plan in _plans[key]:
+            plan.run(tensors)
+
+
+def _device_guard(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, wherever the tensors are."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
 
 
 def _check_device(x: Tensor) -> None:

@@ -1,17 +1,24 @@
 """Searching the tiles of a problem: by the clock on a GPU, by the compiled code where there is none."""
 
+import functools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from .clock import milliseconds
 from .compiled import compile_launch, read
 from .geometry import Spec
 from .launch import Launch
 from .tiles import Problem, Tile, ranked
 from .triton_backend import backward_launches, forward_launches, problem_of
+
+# a tile is timed
+TIMES = 21
 
 
 class Site(NamedTuple):
@@ -54,10 +61,14 @@ def site(n: int, channels: int, height: int, width: int, spec: Spec, dtype: torc
 
 def timed(site: Site, name: str, limit: int) -> Iterator[tuple[float, Tile]]:
     """Yield milliseconds (median) of the `limit` most promising tiles on the device of the site, but for those that it cannot run."""
-    for tile in ranked(name, site.problem())[:limit]:
-        launch = site.launch(name, tile)
+    launches = {tile: site.launch(name, tile) for tile in ranked(name, site.problem())[:limit]}
+    major, minor = torch.cuda.get_device_capability(site.x.device)
+    with ThreadPoolExecutor() as pool:
+        kernels = list(pool.map(lambda launch: compile_launch(launch, 10 * major + minor), launches.values()))
+    for (tile, launch), kernel in zip(launches.items(), kernels, strict=True):
+        start = functools.partial(launch.start, kernel)
         try:
-            yield triton.testing.do_bench(launch.run, return_mode="median"), tile
+            yield median(milliseconds(start, site.x.device) for _ in range(TIMES)), tile
         except triton.runtime.errors.OutOfResources:
             continue
 

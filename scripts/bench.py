@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
 
+from ..kernels.clock import milliseconds
 from ..kernels.geometry import Spec, check_spec
 from ..tasks.runs import write_csv
 from .app import app
@@ -26,8 +27,6 @@ MODES = ("forward", "backward", "both")
 OURS = ("cpu", "triton")
 # a call that takes less is repeated before it is timed: the one before it in turn has emptied the caches
 WARM_MS = 100
-# more than the second-level cache of any GPU; filled four times, it takes a GPU about a millisecond, in which a call is queued
-FLUSH_BYTES = 2**30
 
 
 class Run:
@@ -67,17 +66,9 @@ class Run:
 
 
 def timed(function: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call; on a GPU of its kernels, with cold caches and without the time to launch them."""
+    """Milliseconds of one call; on a GPU of its kernels alone."""
     if torch.device(device).type == "cuda":
-        flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-        for _ in range(4):
-            flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+        return milliseconds(function, device)
     start = time.perf_counter()
     function()
     return (time.perf_counter() - start) * 1e3

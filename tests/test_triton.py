@@ -93,6 +93,19 @@ def test_gpu_at_real_sizes(normalizer, dtype, memory_format, scale):
 
 @pytest.mark.gpu
 @gpu
+def test_gpu_starts_again_what_it_has_compiled():
+    """With other tensors of the same layouts, whether or not they begin where a vector does."""
+    spec = Spec(5, up=2)
+    for seed, offset in enumerate((0, 0, 1, 1, 0)):
+        x, logits = (
+            torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[offset:][: t.numel()].view_as(t).copy_(t.roll(seed, dims=3))
+            for t in random_inputs(1, 32, 24, 16, spec, torch.float16, "cuda")
+        )
+        check(x, logits, spec)
+
+
+@pytest.mark.gpu
+@gpu
 def test_gpu_compiles_without_a_graph_break():
     spec = Spec(5, up=2)
     x, logits = (t.requires_grad_() for t in random_inputs(1, 64, 14, 14, spec, torch.float32, "cuda"))
