@@ -1,6 +1,7 @@
-"""The table of measured tiles: what `carafepp-tune` writes for a device and the launchers prefer to the model of tiles.py.
+"""The tables of measured tiles: what `carafepp-tune` writes for a device and the launchers prefer to the model of tiles.py.
 
-A table is a JSON file {device name: {key: tile}}. It lies in the user's cache folder, or where CARAFEPP_TILES says.
+A table is a JSON file {device name: {key: tile}}. The user's lies in the cache folder, or where CARAFEPP_TILES says; measured_tiles.json
+has what came of a run of carafepp-tune on the devices that were at hand, and what the user measured goes before it.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 from .tiles import Problem, Tile
 
 PASSES = ("forward", "backward")
+SHIPPED = Path(__file__).with_name("measured_tiles.json")
 
 
 def table_path() -> Path:
@@ -56,12 +58,15 @@ def write(path: Path, table: dict[str, dict[str, list[int]]]) -> None:
 
 @cache
 def _loaded() -> dict[str, dict[str, list[int]]]:
-    return read(table_path())
+    table = read(SHIPPED)
+    for device, tiles in read(table_path()).items():
+        table.setdefault(device, {}).update(tiles)
+    return table
 
 
 @cache
 def tile(name: str, problem: Problem, device: str) -> Tile | None:
-    """The measured tile of a pass ("forward" or "backward") on a device of this name, or None. The table is read once in a process."""
+    """The measured tile of a pass ("forward" or "backward") on a device of this name, or None. The tables are read once in a process."""
     measured = _loaded().get(device)
     found = measured and measured.get(key(name, problem))
     return Tile(*found) if found else None

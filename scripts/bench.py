@@ -170,7 +170,7 @@ HEADER = f"{'':<20}{'mode':<10}{'ms':>10}{'20 %':>10}{'80 %':>10}{'GB/s':>8}{'ex
 def line(row: dict) -> str:
     extra = " " * 16 if row["extra_mb"] is None else f"{row['extra_mb']:>10.1f}{row['extra_share']:>6.0%}"
     relative = "" if row["relative"] is None else f"{row['relative']:.2f}"
-    times = f"{row['ms']:>10.2f}{row['ms_20']:>10.2f}{row['ms_80']:>10.2f}"
+    times = f"{row['ms']:>10.3f}{row['ms_20']:>10.3f}{row['ms_80']:>10.3f}"
     return f"{row['provider']:<20}{row['mode']:<10}{times}{row['gb_per_s']:>8.1f}{extra}{relative:>9}"
 
 

@@ -103,6 +103,26 @@ def test_a_measured_tile_is_found_on_its_device_only(table):
     assert tuned.tile("forward", PROBLEM._replace(height=250), "A GPU") is None
 
 
+def test_shipped_tiles_are_tiles_of_their_problems_and_the_users_go_before_them(table):
+    pytest.importorskip("triton")
+    import torch
+    from carafepp.kernels import tuning
+
+    device = "NVIDIA H200"
+    site = tuning.site(2, 256, 50, 84, Spec(5, up=2), torch.float16, torch.contiguous_format, "meta")
+    problem = site.problem((9, 0))
+    for name in tuned.PASSES:
+        shipped = tuned.tile(name, problem, device)
+        assert shipped in ranked(name, problem)
+        assert shipped != choose(name, problem)
+    mine = Tile(2, 2, 1, 16, 1, 4, 2)
+    tuned.write(table, {device: {tuned.key("forward", problem): list(mine)}})
+    for cached in (tuned._loaded, tuned.tile):
+        cached.cache_clear()
+    assert tuned.tile("forward", problem, device) == mine
+    assert tuned.tile("backward", problem, device) == shipped
+
+
 def test_a_broken_table_is_named(table):
     table.write_text('{"A GPU": {"forward": [1, 2]}}')
     with pytest.raises(ValueError, match=r"tiles\.json.*carafepp-tune"):
