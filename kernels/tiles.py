@@ -68,7 +68,11 @@ def widened(extent: int, lead: int, vector: int) -> int:
 
 def source_blocks(problem: Problem, tile: Tile) -> dict[str, int]:
     """Channels and reaching targets of one product of the gradient to the sources: all channels of a program if they fit."""
-    channels = min(256, power_of_two(-(-problem.channels // tile.split)))
+    # the newer matrix units leave room for fewer, and no more than four programs share them
+    newer = problem.capability >= ((9, 0) if problem.element_size == 4 else (10, 0))
+    room = 256 // problem.element_size if newer else 256
+    most = room if problem.channels > 4 * room else 256
+    channels = min(most, power_of_two(-(-problem.channels // tile.split)))
     return {"BLOCK_X": channels, "BLOCK_D": max(16, min(128 // problem.element_size, 256 * tile.block_c // channels))}
 
 

@@ -57,6 +57,15 @@ def test_programs_share_channels_only_where_the_map_is_too_small_for_the_device(
     assert large.split == 1
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_any_number_of_channels_has_a_tile(capability, element_size):
+    for channels in (1, 64, 256, 512, 2048):
+        problem = PROBLEM._replace(channels=channels, element_size=element_size, capability=capability)
+        assert choose("forward", problem)
+        assert choose("backward", problem)
+
+
 def test_ranked_tiles_differ_and_begin_with_the_choice():
     tiles = ranked("backward", PROBLEM)
     assert tiles[0] == choose("backward", PROBLEM)
