@@ -1,13 +1,15 @@
 """The tables of measured tiles: what `carafepp-tune` writes for a device and the launchers prefer to the model of tiles.py.
 
-A table is a JSON file {device name: {key: tile}}. The user's lies in the cache folder, or where CARAFEPP_TILES says; measured_tiles.json
-has what came of a run of carafepp-tune on the devices that were at hand, and what the user measured goes before it.
+The user's table is a JSON file {device name: {key: tile}}, in the cache folder or where CARAFEPP_TILES says. Where it has nothing,
+measured_tiles.json, {architecture: {key: tile}}, has what a run of carafepp-tune found on one GPU of that architecture: sm_90 on an H200.
 """
 
 import json
 import os
 from functools import cache
 from pathlib import Path
+
+import torch
 
 from .tiles import Problem, Tile
 
@@ -58,15 +60,19 @@ def write(path: Path, table: dict[str, dict[str, list[int]]]) -> None:
 
 @cache
 def _loaded() -> dict[str, dict[str, list[int]]]:
-    table = read(SHIPPED)
-    for device, tiles in read(table_path()).items():
-        table.setdefault(device, {}).update(tiles)
-    return table
+    return read(table_path())
+
+
+@cache
+def _shipped() -> dict[str, dict[str, list[int]]]:
+    # ROCm numbers its devices as if they were NVIDIA's
+    return {} if torch.version.hip else read(SHIPPED)
 
 
 @cache
 def tile(name: str, problem: Problem, device: str) -> Tile | None:
     """The measured tile of a pass ("forward" or "backward") on a device of this name, or None. The tables are read once in a process."""
-    measured = _loaded().get(device)
-    found = measured and measured.get(key(name, problem))
-    return Tile(*found) if found else None
+    for measured in (_loaded().get(device, {}), _shipped().get("sm_{}{}".format(*problem.capability), {})):
+        if found := measured.get(key(name, problem)):
+            return Tile(*found)
+    return None

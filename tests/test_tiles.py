@@ -117,19 +117,19 @@ def test_shipped_tiles_are_tiles_of_their_problems_and_the_users_go_before_them(
     import torch
     from carafepp.kernels import tuning
 
-    device = "NVIDIA H200"
     site = tuning.site(2, 256, 50, 84, Spec(5, up=2), torch.float16, torch.contiguous_format, "meta")
     problem = site.problem((9, 0))
     for name in tuned.PASSES:
-        shipped = tuned.tile(name, problem, device)
+        shipped = tuned.tile(name, problem, "A GPU")
         assert shipped in ranked(name, problem)
         assert shipped != choose(name, problem)
+        assert tuned.tile(name, site.problem((8, 0)), "A GPU") is None
     mine = Tile(2, 2, 1, 16, 1, 4, 2)
-    tuned.write(table, {device: {tuned.key("forward", problem): list(mine)}})
+    tuned.write(table, {"A GPU": {tuned.key("forward", problem): list(mine)}})
     for cached in (tuned._loaded, tuned.tile):
         cached.cache_clear()
-    assert tuned.tile("forward", problem, device) == mine
-    assert tuned.tile("backward", problem, device) == shipped
+    assert tuned.tile("forward", problem, "A GPU") == mine
+    assert tuned.tile("backward", problem, "A GPU") == shipped
 
 
 def test_a_broken_table_is_named(table):
