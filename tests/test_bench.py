@@ -45,7 +45,7 @@ def test_table_and_file_tell_the_same(tmp_path, monkeypatch, capsys):
     assert [(row["provider"], row["mode"]) for row in rows] == [(name, mode) for mode in bench.MODES for name in ("cpu", "avg_pool")]
     for row in rows:
         assert float(row["ms_20"]) <= float(row["ms"]) <= float(row["ms_80"])
-        assert f"{float(row['ms']):.2f}" in printed
+        assert f"{float(row['ms']):.3f}" in printed
     assert float(rows[0]["relative"]) == 1
 
 
