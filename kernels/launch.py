@@ -74,7 +74,7 @@ class Launch(NamedTuple):
 
 
 class Plan:
-    """A launch to be started again and again, with other tensors of the same layouts: a third of the host time of `Launch.run`."""
+    """A launch to be started again and again, with other tensors of the same layouts: a third of the host time of Triton's own call."""
 
     def __init__(self, launch: Launch, tensors: tuple[Tensor | None, ...]):
         places = {id(tensor): place for place, tensor in enumerate(tensors)}

@@ -62,9 +62,9 @@ def site(n: int, channels: int, height: int, width: int, spec: Spec, dtype: torc
 def timed(site: Site, name: str, limit: int) -> Iterator[tuple[float, Tile]]:
     """Yield milliseconds (median) of the `limit` most promising tiles on the device of the site, but for those that it cannot run."""
     launches = {tile: site.launch(name, tile) for tile in ranked(name, site.problem())[:limit]}
-    major, minor = torch.cuda.get_device_capability(site.x.device)
+    target = triton.runtime.driver.active.get_current_target()
     with ThreadPoolExecutor() as pool:
-        kernels = list(pool.map(lambda launch: compile_launch(launch, 10 * major + minor), launches.values()))
+        kernels = list(pool.map(lambda launch: triton.compile(launch.source(), target, launch.options), launches.values()))
     for (tile, launch), kernel in zip(launches.items(), kernels, strict=True):
         start = functools.partial(launch.start, kernel)
         try:
