@@ -23,7 +23,7 @@ from .reference import normalize, reassemble_reference, weighted_sum
 
 # The modules behind the ops. Each has forward(x, logits, y, lse, spec) and backward(dy, x, logits, lse, dx, dlogits, spec), which fill
 # the outputs they are given; dx or dlogits is None where no gradient is asked for, lse has no elements where the normalizer needs none.
-MODULES = {"cpu": ".cpu", "triton": ".triton_backend"}
+MODULES = {"cpu": ".cpu.backend", "triton": ".gpu.backend"}
 BACKENDS = ("reference", *MODULES)
 # a constant, so that torch.compile need not trace the search
 HAS_TRITON = importlib.util.find_spec("triton") is not None

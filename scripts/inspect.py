@@ -33,7 +33,7 @@ def chosen(name: str, values: list, choices: dict) -> list:
 
 def variants(cfg: dict, capability: int) -> Iterator[tuple[dict, object]]:
     """Yield every kernel of the sites once, with what it is for."""
-    from ..kernels.compiled import training_step
+    from ..kernels.gpu.compiled import training_step
 
     seen = set()
     dtypes = chosen("dtypes", cfg["dtypes"], DTYPES)
@@ -70,7 +70,7 @@ def main(cfg: DictConfig) -> None:
     """Compile, print, and exit with 1 if a kernel spills."""
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("carafepp-inspect needs the triton package, which is not installed (pip install triton; Linux only)")
-    from ..kernels.compiled import MULTIPROCESSORS, compile_launch, read
+    from ..kernels.gpu.compiled import MULTIPROCESSORS, compile_launch, read
 
     options = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     capabilities = chosen("architectures", options["architectures"], {f"sm_{number}": number for number in MULTIPROCESSORS})

@@ -18,7 +18,7 @@ from ..tasks.masks import read_mask
 from ..tasks.pictures import caption, enlarge, grid
 from ..tasks.regions import draw_regions
 from .app import app, load_task
-from .report_runs import INCIDENTAL, under
+from .reporting.runs import INCIDENTAL, under
 
 
 def find_images(path: Path) -> list[Path]:

@@ -10,10 +10,10 @@ from torchvision.utils import save_image
 
 from ..tasks.pictures import GRID_SIDE, caption, enlarge, grid
 from .app import app
-from .report_formats import comma_separated, printed, time_taken, written
-from .report_plots import plots
-from .report_runs import gather, read_runs
-from .report_tables import Table, other_table, paper_tables, published
+from .reporting.formats import comma_separated, printed, time_taken, written
+from .reporting.plots import plots
+from .reporting.runs import gather, read_runs
+from .reporting.tables import Table, other_table, paper_tables, published
 
 FILES = {"report.md": "markdown", "report.tex": "latex", "report.csv": "csv"}
 
@@ -102,7 +102,7 @@ def runs_report(cfg: DictConfig) -> None:
 def main() -> None:
     """Run carafepp-report, or carafepp-report paper."""
     if sys.argv[1:2] == ["paper"]:
-        from .report_paper import main as paper
+        from .reporting.paper import main as paper
 
         del sys.argv[1]
         paper()

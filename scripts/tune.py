@@ -8,8 +8,8 @@ from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from ..kernels import tuned
 from ..kernels.geometry import Spec, check_spec
+from ..kernels.gpu import tile_tables
 from .app import app
 from .inspect import DTYPES, MEMORY_FORMATS, chosen
 
@@ -19,7 +19,7 @@ def main(cfg: DictConfig) -> None:
     """Time the tiles of every site that the table does not have yet; without a GPU, rank them by their compiled code."""
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("carafepp-tune needs the triton package, which is not installed (pip install triton; Linux only)")
-    from ..kernels import tuning
+    from ..kernels.gpu import tile_search
 
     options = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     dtypes = chosen("dtypes", options["dtypes"], DTYPES)
@@ -27,12 +27,12 @@ def main(cfg: DictConfig) -> None:
     (capability,) = chosen("architecture", [options["architecture"]], {f"sm_{number}": number for number in tuning_architectures()})
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else None
-    path = tuned.table_path()
+    path = tile_tables.table_path()
     if gpu:
         print(f"{device}: timing tiles; the table is {path}")
     else:
         print(f"no GPU: ranking tiles compiled for {options['architecture']} by millions of warp instructions; no table is written")
-    work = list(itertools.product(options["sites"].items(), dtypes, formats, tuned.PASSES))
+    work = list(itertools.product(options["sites"].items(), dtypes, formats, tile_tables.PASSES))
     bar = tqdm(work, unit="kernel")
     seen = set()
     for (name, size), dtype, memory_format, direction in bar:
@@ -40,13 +40,17 @@ def main(cfg: DictConfig) -> None:
         shape = [size.pop(axis) for axis in ("n", "channels", "height", "width")]
         spec = Spec(**size)
         check_spec(spec)
-        site = tuning.site(*shape, spec, dtype, memory_format, "cuda" if gpu else "meta")
-        key = tuned.key(direction, site.problem(None if gpu else divmod(capability, 10)))
-        if key in seen or (gpu and not options["again"] and key in tuned.read(path).get(device, {})):
+        site = tile_search.site(*shape, spec, dtype, memory_format, "cuda" if gpu else "meta")
+        key = tile_tables.key(direction, site.problem(None if gpu else divmod(capability, 10)))
+        if key in seen or (gpu and not options["again"] and key in tile_tables.read(path).get(device, {})):
             continue
         seen.add(key)
         bar.set_postfix_str(f"{name} {direction}")
-        search = tuning.timed(site, direction, options["limit"]) if gpu else tuning.compiled(site, direction, options["limit"], capability)
+        search = (
+            tile_search.timed(site, direction, options["limit"])
+            if gpu
+            else tile_search.compiled(site, direction, options["limit"], capability)
+        )
         found = sorted(search)
         if not found:
             tqdm.write(f"{key}: no tile fits")
@@ -55,14 +59,14 @@ def main(cfg: DictConfig) -> None:
         if gpu:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
-                table = tuned.read(path)
+                table = tile_tables.read(path)
                 table.setdefault(device, {})[key] = list(found[0][1])
-                tuned.write(path, table)
+                tile_tables.write(path, table)
 
 
 def tuning_architectures() -> tuple[int, ...]:
     """Compute capabilities that tiles can be ranked for without a GPU."""
-    from ..kernels.compiled import MULTIPROCESSORS
+    from ..kernels.gpu.compiled import MULTIPROCESSORS
 
     return tuple(MULTIPROCESSORS)
 

@@ -1,0 +1,81 @@
+"""Compile the CPU kernel at first use: once per machine and source, safely when many processes start together."""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock
+
+SOURCES = ("kernel.cpp", *(f"{part}.h" for part in ("channels_last", "planar", "planes", "tiles", "vectors", "weights")))
+COMPILERS = ("c++", "g++", "clang++")
+# no -ffast-math: infinities and NaN keep their meaning
+FLAGS = ("-std=c++17", "-O2", "-ftree-vectorize", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-shared", "-pthread")
+
+# in turn: a compiler may not know the processor, or an architecture may not have the flag
+TUNINGS = (("-march=native",), ("-mcpu=native",), ())
+
+
+class BuildError(RuntimeError):
+    """The kernel could not be compiled; the message says what to install or change."""
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: $XDG_CACHE_HOME/carafepp, else ~/.cache/carafepp."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "carafepp"
+
+
+def _processor() -> str:
+    """What decides which instructions -march=native may use; homes are shared between unlike machines."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        return "\n".join(line for line in first if line.startswith(("model name", "flags", "Features", "CPU part")))
+    except OSError:
+        return platform.processor()
+
+
+def _compile(compiler: str, source: Path, target: Path) -> None:
+    """Compile to `target`, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
+        library = Path(folder) / target.name
+        for tuning in TUNINGS:
+            command = [compiler, *FLAGS, *tuning, str(source), "-o", str(library)]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode == 0:
+                os.replace(library, target)
+                return
+    raise BuildError(
+        f"{' '.join(command)} failed with\n{result.stderr.strip()[-2000:]}\nA C++17 compiler is needed, GCC 9 or Clang 12 at least."
+    )
+
+
+def build() -> Path:
+    """Return the path of the compiled kernel, compiling it if this machine has not yet.
+
+    Raises:
+        BuildError: there is no compiler, it failed, or the cache folder cannot be written.
+    """
+    folder = Path(__file__).parent
+    key = hashlib.sha256(repr((FLAGS, TUNINGS, platform.machine(), _processor())).encode())
+    for name in SOURCES:
+        key.update((folder / name).read_bytes())
+    cache = cache_directory()
+    target = cache / f"cpu-{key.hexdigest()[:24]}.so"
+    if target.exists():
+        return target
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise BuildError(
+            "there is no C++ compiler. Install g++ or clang++ (Debian and Ubuntu: apt install g++, macOS: xcode-select --install)"
+        )
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_suffix(".lock")):
+            if not target.exists():
+                _compile(compiler, folder / SOURCES[0], target)
+    except OSError as error:
+        raise BuildError(f"the folder {cache} cannot be written ({error}). Set XDG_CACHE_HOME to one that can.") from error
+    return target

@@ -1,0 +1,89 @@
+"""The operator on CPU without a compiler: one fused multiply-add per tap over shifted views, no unfolded copy."""
+
+import torch
+from torch import Tensor
+
+from ..geometry import Spec
+from ..reference import normalize
+
+
+def _axis(size: int, cells: int, offset: int, sub: int, spec: Spec) -> tuple[slice, slice]:
+    """Cells whose sub-row `sub` sees source row q * down + offset inside [0, size), and those source rows."""
+    shift = sub * spec.down // spec.up + offset
+    first = max(0, -(shift // spec.down)) if shift < 0 else 0
+    outputs = max(0, -(-(spec.output_size(size) - sub) // spec.up))
+    last = min(cells, outputs, (size - 1 - shift) // spec.down + 1)
+    last = max(first, last)
+    start = first * spec.down + shift
+    return slice(first, last), slice(start, start + max(0, last - first - 1) * spec.down + (last > first), spec.down)
+
+
+def _subs(spec: Spec):
+    """Yield the sub-pixels (dy, dx) of a cell."""
+    return ((dy, dx) for dy in range(spec.up) for dx in range(spec.up))
+
+
+def _visits(x: Tensor, logits: Tensor, dy: int, dx: int, spec: Spec):
+    """Yield (tap, cells, sources) for every weight of a sub-pixel: where it applies and what it reads."""
+    radius = spec.kernel_size // 2
+    for tap in range(spec.taps):
+        ky, kx = divmod(tap, spec.kernel_size)
+        qi, i = _axis(x.shape[2], logits.shape[4], ky - radius, dy, spec)
+        qj, j = _axis(x.shape[3], logits.shape[5], kx - radius, dx, spec)
+        if qi.stop > qi.start and qj.stop > qj.start:
+            yield tap, (..., qi, qj), (..., i, j)
+
+
+def _scores(logits: Tensor, spec: Spec) -> Tensor:
+    windows = logits.unflatten(1, (spec.groups, spec.taps))
+    windows = windows.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.logsigmoid(windows) if spec.normalizer == "sigmoid_normalized" else windows
+
+
+def _weights(logits: Tensor, lse: Tensor, spec: Spec) -> Tensor:
+    scores = _scores(logits, spec)
+    return (scores - lse[:, :, None]).exp_() if lse.numel() else normalize(scores, spec.normalizer)
+
+
+def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> None:
+    """Fill y [N, C, Ho, Wo] and lse [N, G, up, up, Hq, Wq] from x and logits [N, G * K * K, up, up, Hq, Wq]."""
+    if lse.numel():
+        torch.logsumexp(_scores(logits, spec), dim=2, out=lse)
+    weights = _weights(logits, lse, spec)
+    source = x.unflatten(1, (spec.groups, -1))
+    # sums of one sub-pixel at a time: adding to its strided place in y costs twice the time
+    total = weights.new_empty(*source.shape[:3], *logits.shape[4:])  # [N, G, C / G, Hq, Wq]
+    for dy, dx in _subs(spec):
+        total.zero_()
+        for tap, cells, sources in _visits(x, logits, dy, dx, spec):
+            total[cells].addcmul_(weights[:, :, tap, None, dy, dx][cells], source[sources].to(total.dtype))
+        place = y[..., dy :: spec.up, dx :: spec.up]
+        place.copy_(total.flatten(1, 2)[..., : place.shape[2], : place.shape[3]])
+
+
+def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, spec: Spec) -> None:
+    """Fill those of dx and dlogits that are asked for."""
+    weights = _weights(logits, lse, spec)
+    source = x.unflatten(1, (spec.groups, -1))
+    dsource = None
+    if dx is not None:
+        dsource = (dx.zero_() if dx.dtype == weights.dtype else torch.zeros_like(x, dtype=weights.dtype)).unflatten(1, (spec.groups, -1))
+    dweights = torch.zeros_like(weights) if dlogits is not None else None
+    for row, column in _subs(spec):
+        gradient = dy[..., row :: spec.up, column :: spec.up].unflatten(1, (spec.groups, -1)).to(weights.dtype).contiguous()
+        for tap, cells, sources in _visits(x, logits, row, column, spec):
+            g = gradient[cells]
+            if dsource is not None:
+                dsource[sources].addcmul_(weights[:, :, tap, None, row, column][cells], g)
+            if dweights is not None:
+                dweights[:, :, tap, row, column][cells] = (g * source[sources].to(weights.dtype)).sum(2)
+    if dx is not None and dx.dtype != weights.dtype:
+        dx.copy_(dsource.flatten(1, 2))
+    if dlogits is not None:
+        if spec.normalizer == "sigmoid":
+            dweights *= weights * (1 - weights)
+        elif spec.normalizer != "none":
+            dweights = weights * (dweights - (weights * dweights).sum(2, keepdim=True))
+            if spec.normalizer == "sigmoid_normalized":
+                dweights *= (-logits.unflatten(1, (spec.groups, spec.taps)).to(weights.dtype)).sigmoid()
+        dlogits.copy_(dweights.flatten(1, 2))

@@ -1,0 +1,218 @@
+"""Which tile serves a problem: a pure function of its shape, data type, memory format and the capability of the device.
+
+A model of the work of one multiprocessor ranks the tiles that fit: wavefronts of its load-store unit (lines of memory touched, passes over
+shared memory, shuffles) plus a quarter of its instructions, since it issues four at a time. The model is coarse; a measured table
+(tile_search.py) overrides it.
+"""
+
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+from ..geometry import Spec
+
+# multiprocessors by capability; what is not listed is taken for the nearest below
+MULTIPROCESSORS = {(7, 0): 80, (8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148}
+SHARED_BYTES = 96 * 1024
+LINE_BYTES = 128
+
+
+class Problem(NamedTuple):
+    """What the choice depends on."""
+
+    spec: Spec
+    channels: int  # of one group
+    height: int  # cells
+    width: int
+    batch: int  # images times groups
+    element_size: int  # bytes
+    channels_last: bool
+    x_align: int  # elements at whose multiples every run of source features begins and ends
+    y_align: int  # the same for target features
+    capability: tuple[int, int]
+
+
+class Tile(NamedTuple):
+    """How a banded kernel cuts its work."""
+
+    cells_h: int
+    cells_w: int
+    vector: int  # elements of a vector load that the halo is rounded to, along rows of pixels
+    block_c: int  # channels of one product
+    split: int  # programs that share the channels of a tile
+    num_warps: int
+    num_stages: int
+
+
+def power_of_two(n: int) -> int:
+    """Smallest power of two at or above n, at least 16: the extent of a tile axis in a matrix product."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def halo(spec: Spec, cells: int) -> int:
+    """Source rows (columns) that the windows of `cells` cells cover."""
+    return (cells * spec.up - 1) * spec.down // spec.up + spec.kernel_size
+
+
+def reach(spec: Spec, cells: int) -> int:
+    """Target rows (columns) whose windows touch the source pixels of `cells` cells."""
+    radius = spec.kernel_size // 2
+    return -(-(cells * spec.down + radius) * spec.up // spec.down) + radius * spec.up // spec.down
+
+
+def widened(extent: int, lead: int, vector: int) -> int:
+    """Columns of a halo that reaches `lead` columns before its tile, rounded so that both ends lie on a multiple of `vector`."""
+    rounded = -(-lead // vector) * vector
+    return -(-(extent - lead + rounded) // vector) * vector
+
+
+def source_blocks(problem: Problem, tile: Tile) -> dict[str, int]:
+    """Channels and reaching targets of one product of the gradient to the sources: all channels of a program if they fit."""
+    # the newer matrix units leave room for fewer, and no more than four programs share them
+    newer = problem.capability >= ((9, 0) if problem.element_size == 4 else (10, 0))
+    room = 256 // problem.element_size if newer else 256
+    most = room if problem.channels > 4 * room else 256
+    channels = min(most, power_of_two(-(-problem.channels // tile.split)))
+    return {"BLOCK_X": channels, "BLOCK_D": max(16, min(128 // problem.element_size, 256 * tile.block_c // channels))}
+
+
+def multiprocessors(capability: tuple[int, int]) -> int:
+    """Multiprocessors of a device of this capability."""
+    return MULTIPROCESSORS[max((known for known in MULTIPROCESSORS if known <= capability), default=(7, 0))]
+
+
+def split_terms(element_size: int) -> int:
+    """Terms that an operand of a product is split into to keep its precision."""
+    return 1 if element_size == 2 else 2
+
+
+def lines(rows: float, row_bytes: int) -> float:
+    """Lines of memory that `rows` unaligned runs of `row_bytes` bytes touch."""
+    return rows * (1 + row_bytes / LINE_BYTES)
+
+
+def _features(problem: Problem, rows: int, cols: int, padded: int, vector: int) -> tuple[float, float, float]:
+    """Lines, shared-memory wavefronts and instructions to bring rows x cols locations of all channels to a product."""
+    size, channels = problem.element_size, problem.channels
+    passes = padded * channels * size / LINE_BYTES
+    if problem.channels_last:
+        vector = problem.x_align
+        touched = rows * cols * channels * size / LINE_BYTES
+    else:
+        touched = lines(rows * channels, cols * size)
+    store = passes * max(1.0, 4 / (vector * size))
+    loads = padded * channels / vector / 32
+    return touched, store + passes * (1 if size == 2 else 3), 4 * loads
+
+
+def _waves(problem: Problem, tiles: int, split: int, wavefronts: float, instructions: float) -> float:
+    """Time in cycles of the busiest multiprocessor, were the work spread evenly over those in use."""
+    return (wavefronts + instructions / 4) * tiles / min(multiprocessors(problem.capability), tiles * split)
+
+
+def _tiles(problem: Problem, cells_h: int, cells_w: int) -> int:
+    return -(-problem.height // cells_h) * -(-problem.width // cells_w) * problem.batch
+
+
+def _forward_cost(problem: Problem, tile: Tile) -> float | None:
+    """Cycles of the forward kernel, or None where the tile does not fit."""
+    spec, size, channels = problem.spec, problem.element_size, problem.channels
+    rows, cols = tile.cells_h * spec.up, tile.cells_w * spec.up
+    halo_h, halo_w = halo(spec, tile.cells_h), widened(halo(spec, tile.cells_w), spec.kernel_size // 2, tile.vector)
+    m, p, t = power_of_two(rows * cols), power_of_two(halo_h * halo_w), power_of_two(spec.taps + 1)
+    threads = 32 * tile.num_warps
+    terms = split_terms(size)
+    operands = m * p * size / 4 / 32 + (0 if tile.num_stages > 1 else p * tile.block_c * size / 4 / threads)
+    registers = m * tile.block_c / threads + operands * terms
+    shared = (p * tile.block_c + p * m) * size * terms
+    # what compiles without spills, with less room where blocks of four warps multiply 64 channels
+    limit = 136 * terms if tile.num_warps == 2 else 128 * terms
+    if registers > limit or shared > SHARED_BYTES or t * m / threads > 64 or t * p / threads > 128:
+        return None
+    touched, passes, loads = _features(problem, halo_h, halo_w, p, tile.vector)
+    blocks = -(-channels // (tile.block_c * tile.split))
+    y_passes = m * channels * size / LINE_BYTES
+    y_lines = rows * cols * channels * size / LINE_BYTES if problem.channels_last else lines(rows * channels, cols * size)
+    logits = spec.taps * m / 4 if problem.channels_last else lines(spec.taps * spec.up**2 * tile.cells_h, tile.cells_w * size)
+    band = p * m / 32 * (t / 32 + size / 4 * (1 + tile.num_warps * blocks) * (1 if size == 2 else 3)) + t * m / 16
+    building = p * m / 32 * 12 + t * m / 32 * 16 + 150 * tile.num_warps
+    products = m * p * channels / 2048 * (1 if size == 2 else 12) + m * channels / 32
+    return _waves(
+        problem,
+        _tiles(problem, tile.cells_h, tile.cells_w),
+        tile.split,
+        touched + passes + y_lines + 2 * y_passes + tile.split * (logits + band),
+        loads + products + tile.split * building,
+    )
+
+
+def _backward_cost(problem: Problem, tile: Tile) -> float | None:
+    """Cycles of the backward kernel, or None where the tile does not fit."""
+    spec, size, channels = problem.spec, problem.element_size, problem.channels
+    rows, cols = tile.cells_h * spec.up, tile.cells_w * spec.up
+    x_vector = min(tile.vector, problem.x_align)
+    halo_h, halo_w = halo(spec, tile.cells_h), widened(halo(spec, tile.cells_w), spec.kernel_size // 2, x_vector)
+    before = spec.kernel_size // 2 * spec.up // spec.down
+    reach_h, reach_w = reach(spec, tile.cells_h), widened(reach(spec, tile.cells_w), before, tile.vector)
+    m, p, t = power_of_two(rows * cols), power_of_two(halo_h * halo_w), power_of_two(spec.taps + 1)
+    blocks = source_blocks(problem, tile)
+    s, d = power_of_two(tile.cells_h * tile.cells_w * spec.down**2), -(-reach_h * reach_w // blocks["BLOCK_D"]) * blocks["BLOCK_D"]
+    threads = 32 * tile.num_warps
+    # float32 products keep the leading and the remaining bits of both operands
+    terms = split_terms(size)
+    gathers = m * p / threads + (m + p) * tile.block_c * size / 4 / threads * terms
+    scatters = s * blocks["BLOCK_X"] / threads + blocks["BLOCK_D"] * (blocks["BLOCK_X"] / threads + s / 32) * size / 4 * terms
+    shared = max((p + m) * tile.block_c, p * m * 4 / size, blocks["BLOCK_D"] * (blocks["BLOCK_X"] + s)) * size * terms
+    large = m > 64 and (tile.cells_h, tile.cells_w) != CELLS[0]
+    # what compiles without spills, with less room beside the newer matrix units
+    limit = 108 if problem.capability >= ((9, 0) if terms == 2 else (10, 0)) else 128
+    if large or max(gathers + 20 * (terms - 1), scatters) > limit or shared > SHARED_BYTES or t * m / threads > 32 or t * p / threads > 64:
+        return None
+    # the gradient to the logits
+    x_lines, x_passes, x_loads = _features(problem, halo_h, halo_w, p, x_vector)
+    y_lines, y_passes, y_loads = _features(problem, rows, cols, m, tile.vector)
+    logits = spec.taps * m / 4 if problem.channels_last else lines(spec.taps * spec.up**2 * tile.cells_h, tile.cells_w * size)
+    first = x_lines + 1.5 * x_passes + y_lines + 1.5 * y_passes + 2 * logits + p * m / 8 + t * m * p / 256
+    first += (x_loads + y_loads + t * m + m * p * channels / 2048 * 6 ** (terms - 1)) / 2
+    # the gradient to the features
+    d_lines, d_passes, d_loads = _features(problem, reach_h, reach_w, d, tile.vector)
+    band = s * d / 32 * (size / 4) * (1 + tile.num_warps) * terms
+    gathered = spec.taps * tile.cells_h * tile.cells_w * spec.up**2 / (8 if problem.channels_last else 1)
+    builds = tile.split * -(-channels // (tile.split * blocks["BLOCK_X"]))
+    second = d_lines + d_passes + 3 * s * channels * size / LINE_BYTES + builds * (band + gathered)
+    second += (d_loads + builds * s * d / 32 * 14 + s * d * channels / 2048 * 6 ** (terms - 1)) / 2
+    cost = _waves(problem, _tiles(problem, tile.cells_h, tile.cells_w), 1 + tile.split, first + second, 0)
+    # a product of the matrix units from capability 9.0 on has 64 rows: with fewer it falls back to the older ones
+    return cost * 1.5 if problem.capability >= (9, 0) and p < 64 else cost
+
+
+# The cells of a tile: few, since each is compiled anew. Seven columns divide the maps of images of 224 and 800 x 1333 pixels.
+CELLS = ((1, 1), (1, 2), (1, 4), (1, 8), (1, 14), (1, 16), (2, 2), (2, 4), (2, 7), (2, 8), (3, 4), (4, 4))
+
+
+def _candidates(problem: Problem, align: int, num_warps: int):
+    vectors = (1,) if problem.channels_last else tuple(v for v in (1, 2, 4) if align % v == 0)
+    half = problem.element_size == 2
+    # a product of the matrix units from capability 9.0 on has 64 rows, and theirs are the channels
+    blocks = (64,) if problem.capability >= (9, 0) else (64, 32) if half else (32, 16)
+    for cells, vector, split, block_c in product(CELLS, vectors, (1, 2, 4), blocks):
+        if split == 1 or block_c * split <= problem.channels:
+            yield Tile(*cells, vector, block_c, split, num_warps, 2 if half else 1)
+
+
+@lru_cache(maxsize=4096)
+def ranked(name: str, problem: Problem) -> tuple[Tile, ...]:
+    """Tiles that fit a pass ("forward" or "backward"), the cheapest by the model first; none where a window is too large."""
+    if name == "forward":
+        # two warps share more of what builds a band; the matrix units from capability 9.0 on take four together
+        align, num_warps, cost = problem.x_align, 4 if problem.capability >= (9, 0) else 2, _forward_cost
+    else:
+        align, num_warps, cost = problem.y_align, 4, _backward_cost
+    priced = ((cost(problem, tile), tile) for tile in _candidates(problem, align, num_warps))
+    return tuple(tile for _, tile in sorted((price, tile) for price, tile in priced if price is not None))
+
+
+def choose(name: str, problem: Problem) -> Tile | None:
+    """Tile of the banded kernel of a pass, or None where a window is too large for it."""
+    tiles = ranked(name, problem)
+    return tiles[0] if tiles else None

@@ -1,0 +1,1 @@
+"""What `carafepp-bench` measures: the operator, the samplers, the networks."""

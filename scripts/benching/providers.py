@@ -1,0 +1,129 @@
+"""What carafepp-bench compares: the operator, other ways to the same result in plain PyTorch, and interpolation or pooling."""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels import reassemble
+from ...kernels.cpu import fallback as cpu_fallback
+from ...kernels.geometry import Spec
+from ...kernels.reassembly import _forward_outputs
+from ...kernels.reference import reassembly_kernels, weighted_sum
+
+Provider = Callable[[Tensor, Tensor], Tensor]
+
+
+def unfold(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
+    """Every window at output resolution: unfold of the nearest-upsampled map, then einsum."""
+    n, c, _, _ = x.shape
+    kernels = reassembly_kernels(logits, spec, *x.shape[2:])  # [N, G, K * K, Ho, Wo]
+    larger = F.interpolate(x, scale_factor=spec.up, mode="nearest") if spec.up > 1 else x
+    padding = spec.kernel_size // 2 * spec.up
+    windows = F.unfold(larger, spec.kernel_size, dilation=spec.up, padding=padding, stride=spec.down)
+    windows = windows.view(n, spec.groups, c // spec.groups, spec.taps, *kernels.shape[3:])
+    return torch.einsum("ngkij,ngckij->ngcij", kernels, windows).flatten(1, 2)
+
+
+def unfold_source(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
+    """Every window at source resolution, then one matrix product a cell."""
+    n, c, _, _ = x.shape
+    cells = logits.shape[2:]
+    windows = F.unfold(x, spec.kernel_size, padding=spec.kernel_size // 2, stride=spec.down)
+    windows = windows.view(n, spec.groups, c // spec.groups, spec.taps, -1).permute(0, 1, 4, 2, 3)  # [N, G, cells, C / G, K * K]
+    kernels = logits.view(n, spec.groups, spec.taps, spec.up**2, -1).softmax(2).permute(0, 1, 4, 2, 3)  # [N, G, cells, K * K, up * up]
+    y = (windows @ kernels).permute(0, 1, 3, 4, 2).reshape(n, c * spec.up**2, *cells)
+    return F.pixel_shuffle(y, spec.up)
+
+
+def taps(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
+    """A sum over shifted maps at source resolution, the form that torch.compile makes the fastest code of."""
+    n, c, _, _ = x.shape
+    rows, columns = logits.shape[2:]
+    kernels = logits.view(n, spec.groups, spec.taps, spec.up, spec.up, rows, columns).softmax(2).permute(0, 1, 2, 5, 3, 6, 4)
+    padded = F.pad(x, (spec.kernel_size // 2,) * 4).unflatten(1, (spec.groups, c // spec.groups))
+    y = 0
+    for tap in range(spec.taps):
+        ky, kx = divmod(tap, spec.kernel_size)
+        shifted = padded[..., ky : ky + rows * spec.down : spec.down, kx : kx + columns * spec.down : spec.down]
+        y = y + kernels[:, :, None, tap] * shifted[..., :rows, None, :columns, None]  # [N, G, C / G, Hq, up, Wq, up]
+    return y.reshape(n, c, rows * spec.up, columns * spec.up)
+
+
+def definition(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
+    """A sum over taps at output resolution, as one would write it down, for torch.compile to fuse."""
+    return weighted_sum(x, reassembly_kernels(logits, spec, *x.shape[2:]), spec)
+
+
+class _Fallback(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, logits, spec):
+        cells = logits.unflatten(1, (spec.groups * spec.taps, spec.up, spec.up))
+        y, lse = _forward_outputs(x, cells, spec)
+        cpu_fallback.forward(x, cells, y, lse, spec)
+        ctx.save_for_backward(x, cells, lse)
+        ctx.spec = spec
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, cells, lse = ctx.saved_tensors
+        dx, dlogits = torch.empty_like(x), torch.empty_like(cells)
+        cpu_fallback.backward(dy, x, cells, lse, dx, dlogits, ctx.spec)
+        return dx, dlogits.flatten(1, 3), None
+
+
+def fallback(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
+    """The operator on CPU as it runs where there is no compiler."""
+    return _Fallback.apply(x, logits, spec)
+
+
+def providers(spec: Spec, shape: tuple[int, ...], device: str, max_bytes: float) -> dict[str, Provider | str]:
+    """Name -> function of (x, logits), or the reason why there is none."""
+    kind = torch.device(device).type
+    n, c, h, w = shape
+    options = spec._asdict()
+    integer = spec.up == 1 or spec.down == 1
+    only_up, only_down = spec.down == 1, spec.up == 1
+    cells = n * c * spec.taps * spec.cells(h) * spec.cells(w) * 4
+
+    def when(condition: bool, provider: Provider, reason: str) -> Provider | str:
+        return provider if condition else reason
+
+    def unfolded(provider, size: float) -> Provider | str:
+        if not integer or spec.normalizer != "softmax":
+            return "written for integer scales and softmax"
+        return when(size <= max_bytes, functools.partial(provider, spec=spec), f"its unfolded copy takes {size / 1e9:.1f} GB")
+
+    interpolation = functools.partial(F.interpolate, scale_factor=spec.up)
+    return {
+        "cpu": when(kind == "cpu", lambda x, logits: reassemble(x, logits, **options, backend="cpu"), "needs device=cpu"),
+        "triton": when(kind == "cuda", lambda x, logits: reassemble(x, logits, **options, backend="triton"), "needs device=cuda"),
+        "fallback": when(kind == "cpu", functools.partial(fallback, spec=spec), "needs device=cpu"),
+        "unfold": unfolded(unfold, cells * spec.up**2),
+        "unfold_source": unfolded(unfold_source, cells),
+        "compiled_definition": functools.partial(torch.compile(definition, dynamic=False), spec=spec),
+        "compiled_taps": unfolded(torch.compile(taps, dynamic=False), 0),
+        "nearest": when(only_up, lambda x, _: interpolation(x, mode="nearest"), "needs op.down=1"),
+        "bilinear": when(only_up, lambda x, _: interpolation(x, mode="bilinear"), "needs op.down=1"),
+        "avg_pool": when(only_down, lambda x, _: F.avg_pool2d(x, spec.kernel_size, spec.down, spec.kernel_size // 2), "needs op.up=1"),
+        "mmcv": _mmcv(spec, kind),
+    }
+
+
+def _mmcv(spec: Spec, kind: str) -> Provider | str:
+    if kind != "cuda" or not importlib.util.find_spec("mmcv"):
+        return "needs mmcv and device=cuda"
+    if spec.down > 1 or spec.normalizer != "softmax":
+        return "upsamples with softmax only"
+    carafe = importlib.import_module("mmcv.ops").carafe
+
+    def run(x: Tensor, logits: Tensor) -> Tensor:
+        kernels = reassembly_kernels(logits, spec, *x.shape[2:]).flatten(1, 2).contiguous()
+        return carafe(x.contiguous(), kernels, spec.kernel_size, spec.groups, spec.up)
+
+    return run

@@ -1,0 +1,156 @@
+"""Plots of a table: learning curves with bands, ablations of one number with error bars, of two as a heat map."""
+
+import math
+import re
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+from .formats import decimals
+from .statistics import scores
+from .tables import Cell, Line, Table
+
+
+def plots(table: Table, folder: Path, stem: str) -> list[Path]:
+    """Write the plots that a table allows, of its lines' first metrics, to `stem`_curves.png and `stem`_ablation.png."""
+    made = [curves(table, folder / f"{stem}_curves.png")]
+    points = {numbers: cell for line in table.lines if (cell := main(line)) and (numbers := coordinates(line, table.axes))}
+    if len(points) > 1 and len(table.axes) in (1, 2):
+        draw = ablation if len(table.axes) == 1 else heat_map
+        made.append(draw(points, table, folder / f"{stem}_ablation.png"))
+    return [path for path in made if path]
+
+
+def main(line: Line) -> Cell | None:
+    """The line's first metric."""
+    return next(iter(line.cells.values()), None)
+
+
+def coordinates(line: Line, axes: list[str]) -> tuple[str, ...] | None:
+    """The line's place on the axes: the overrides of those names, or the numbers in the row's name; "none" is a place too."""
+    if all(axis in line.labels for axis in axes):
+        found = [line.labels[axis].lower().replace("null", "none") for axis in axes]
+    else:
+        found = re.findall(r"\d+|none", line.labels["row"]) if not (line.setting and line.setting.options) else []
+    numbers = [text for text in found if text == "none" or re.fullmatch(r"\d+(\.\d+)?", text)]
+    return tuple(numbers) if len(numbers) == len(found) == len(axes) > 0 else None
+
+
+def _label(line: Line) -> str:
+    return line.labels.get("row") or ", ".join(f"{key}={value}" for key, value in line.labels.items() if value) or "default"
+
+
+def place(text: str) -> float:
+    """Sort by: none comes last."""
+    return float("inf") if text == "none" else float(text)
+
+
+class Series(NamedTuple):
+    """One of the curves or maps of an ablation."""
+
+    name: str
+    # mean and deviation by place
+    values: dict[tuple[str, ...], tuple[float, float]]
+    # decimal places
+    digits: int
+
+
+def _series(points: dict[tuple[str, ...], Cell], table: Table) -> list[Series]:
+    """Ours and the paper's."""
+    ours = {
+        at: (cell.scores.mean, cell.scores.deviation or 0) for at, cell in points.items() if cell.scores and math.isfinite(cell.scores.mean)
+    }
+    paper = {at: (cell.paper, 0.0) for at, cell in points.items() if cell.paper is not None}
+    found = [Series("ours", ours, table.digits), Series("paper", paper, decimals(figure for figure, _ in paper.values()))]
+    return [series for series in found if series.values]
+
+
+def _figure(count: int, table: Table):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * count, 4.5), layout="constrained")
+    figure.suptitle(textwrap.fill(table.title, 80 * count), fontsize="medium")
+    return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def ablation(points: dict[tuple[str, ...], Cell], table: Table, path: Path) -> Path:
+    """The metric over one number, its standard deviation over seeds as bars."""
+    series = _series(points, table)
+    # in other settings than the paper's the two have scales of their own
+    panels = [series] if table.protocol.startswith("scale=paper") else [[one] for one in series]
+    figure, axes = _figure(len(panels), table)
+    order = sorted(points, key=lambda at: place(at[0]))
+    for axis, panel in zip(axes, panels, strict=True):
+        for name, values, _ in panel:
+            drawn = [at for at in order if at in values]
+            means, deviations = zip(*(values[at] for at in drawn), strict=True)
+            style = {"color": "black", "linestyle": "--", "marker": "s"} if name == "paper" else {"color": "C0", "marker": "o"}
+            bars = deviations if any(deviations) else None
+            axis.errorbar([order.index(at) for at in drawn], means, yerr=bars, label=name, capsize=3, **style)
+        axis.set_xticks(range(len(order)), [at[0] for at in order])
+        axis.set(xlabel=table.axes[0], ylabel=next(iter(table.lines[0].cells)))
+        axis.legend()
+        # rounded figures that are all but the same are a flat line
+        (low, high), least = axis.get_ylim(), 10 * 10.0 ** -min(digits for *_, digits in panel)
+        if high - low < least:
+            axis.set_ylim((low + high - least) / 2, (low + high + least) / 2)
+    figure.savefig(path)
+    return path
+
+
+def heat_map(points: dict[tuple[str, ...], Cell], table: Table, path: Path) -> Path:
+    """The metric over two numbers; combinations without a figure are hatched."""
+    panels = _series(points, table)
+    figure, axes = _figure(len(panels), table)
+    rows, columns = (sorted({at[i] for at in points}, key=place) for i in (0, 1))
+    for axis, (name, values, digits) in zip(axes, panels, strict=True):
+        means = [mean for mean, _ in values.values()]
+        # the darkest colours would hide the figures
+        most = min(means) + 2 * (max(means) - min(means))
+        colors = [[values.get((row, column), (math.nan,))[0] for column in columns] for row in rows]
+        axis.pcolormesh(colors, vmin=min(means), vmax=most, cmap="YlGnBu", edgecolors="white", linewidth=2)
+        axis.patch.set(hatch="//", edgecolor="lightgrey")
+        for (row, column), (mean, deviation) in values.items():
+            text = f"{mean:.{digits}f}" + (f"\n± {deviation:.{digits}f}" if deviation else "")
+            axis.text(columns.index(column) + 0.5, rows.index(row) + 0.5, text, ha="center", va="center")
+        axis.set_xticks([i + 0.5 for i in range(len(columns))], columns)
+        axis.set_yticks([i + 0.5 for i in range(len(rows))], rows)
+        axis.set(title=f"{next(iter(table.lines[0].cells))}, {name}", xlabel=table.axes[1], ylabel=table.axes[0], ylim=(len(rows), 0))
+    figure.savefig(path)
+    return path
+
+
+def curves(table: Table, path: Path) -> Path | None:
+    """The metric over the training, mean and standard deviation over the seeds that a line has."""
+    panels: dict[str, list[tuple[Line, Cell]]] = {}
+    for line in table.lines:
+        if (cell := main(line)) and line.setting and any(len(run.curve) > 1 for run in line.setting.runs.values()):
+            panels.setdefault(cell.metric, []).append((line, cell))
+    if not panels:
+        return None
+    figure, axes = _figure(len(panels), table)
+    handles = dict.fromkeys(_label(line) for lines in panels.values() for line, _ in lines)
+    for axis, lines in zip(axes, panels.values(), strict=True):
+        for line, cell in lines:
+            runs = [
+                {point["step"]: cell.scale * point[cell.metric] for point in run.curve if cell.metric in point}
+                for run in line.setting.runs.values()
+            ]
+            steps = sorted(set.intersection(*map(set, runs)))
+            if not steps:
+                continue
+            means, deviations = zip(*(scores({seed: run[step] for seed, run in enumerate(runs)}) for step in steps), strict=True)
+            number = list(handles).index(_label(line))
+            # there are ten colours
+            (drawn,) = axis.plot(steps, means, color=f"C{number % 10}", linestyle=("-", "--", ":", "-.")[number // 10 % 4])
+            handles[_label(line)] = drawn
+            if len(runs) > 1:
+                low, high = ([mean + sign * band for mean, band in zip(means, deviations, strict=True)] for sign in (-1, 1))
+                axis.fill_between(steps, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
+        axis.set(xlabel="step", ylabel=" ".join([lines[0][0].labels.get("task", ""), next(iter(lines[0][0].cells))]).strip())
+    # lines that cross leave no room for it between them
+    drawn = {label: handle for label, handle in handles.items() if handle}
+    figure.set_size_inches(6 * len(panels) + 0.08 * max(map(len, handles)), max(4.5, 0.2 * len(handles)))
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right center", fontsize="small")
+    figure.savefig(path)
+    return path

@@ -1,0 +1,125 @@
+"""The compiled kernels of the operator, executed without a GPU: right results, within a budget of instructions and bytes, at any offset."""
+
+import numpy as np
+import pytest
+import torch
+from carafepp.kernels.geometry import NORMALIZERS, Spec
+
+pytest.importorskip("triton")
+
+from carafepp.kernels.gpu import compiled
+from ptx.memory import untouched
+from ptx_step import training_step
+
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
+HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
+# largest error over the largest value: a rounding of a weight, of a product, of the result
+TOLERANCES = {FLOAT: 1e-5, HALF: 2e-3, BF16: 1.6e-2}
+
+
+@pytest.mark.parametrize(
+    ("size", "spec", "dtype", "memory_format", "capability"),
+    [
+        ((1, 40, 6, 11), Spec(5, up=2), HALF, NCHW, 80),
+        ((1, 64, 6, 11), Spec(5, up=2), HALF, NCHW, 90),
+        ((1, 40, 6, 11), Spec(5, up=2), FLOAT, NHWC, 80),
+        ((2, 12, 5, 7), Spec(3, up=2, groups=4), BF16, NHWC, 80),
+        ((1, 6, 3, 2), Spec(7, up=2), FLOAT, NCHW, 80),
+        ((1, 16, 1, 1), Spec(3, up=4), HALF, NHWC, 80),
+        ((1, 20, 7, 11), Spec(5, down=2), HALF, NCHW, 80),
+        ((1, 64, 7, 11), Spec(5, down=2), BF16, NHWC, 90),
+        ((2, 16, 9, 8), Spec(3, down=2, groups=2), FLOAT, NHWC, 80),
+        ((1, 4, 7, 5), Spec(5, up=3, down=2), HALF, NCHW, 80),
+        ((1, 5, 5, 3), Spec(3), BF16, NCHW, 80),
+        # too many channels for one product of the gradient to the sources
+        ((1, 272, 3, 4), Spec(3, up=2), FLOAT, NHWC, 90),
+    ],
+)
+def test_results_match_float64(size, spec, dtype, memory_format, capability):
+    errors = training_step(*size, spec, dtype, memory_format, capability=capability).errors
+    assert len(errors) == 3
+    assert all(value < TOLERANCES[dtype] for value in errors.values()), errors
+
+
+@pytest.mark.parametrize("normalizer", [name for name in NORMALIZERS if name != "softmax"])
+def test_every_normalizer(normalizer):
+    errors = training_step(1, 16, 4, 9, Spec(3, up=2, normalizer=normalizer)).errors
+    assert all(value < TOLERANCES[HALF] for value in errors.values()), errors
+
+
+UP, DOWN = ((1, 256, 25, 42), Spec(5, up=2)), ((1, 256, 50, 84), Spec(5, down=2))
+
+
+@pytest.mark.parametrize(
+    ("memory_format", "instructions", "bounds"),
+    [
+        # warp instructions in millions, largest bound over the DRAM bound; forward, backward
+        (NCHW, (1.3, 3.5), (2.0, 5.0)),
+        (NHWC, (0.65, 1.5), (1.3, 3.0)),
+    ],
+)
+@pytest.mark.parametrize(("size", "spec"), [UP, DOWN])
+def test_cost_stays_within_budget(size, spec, memory_format, instructions, bounds):
+    step = training_step(*size, spec, HALF, memory_format)
+    assert max(step.errors.values()) < TOLERANCES[HALF], step.errors
+    for cost, most_instructions, most_time, most_bytes in zip(step[1:], instructions, bounds, (1.05, 1.65), strict=True):
+        assert 1.0 <= cost.dram_ratio < most_bytes
+        assert cost.warp_insts < most_instructions * 1e6
+        assert cost.bound_ratio < most_time
+
+
+def test_float32_is_computed_in_full_at_the_cost_of_little():
+    step = training_step(*UP[0], UP[1], FLOAT, NCHW)
+    assert max(step.errors.values()) < TOLERANCES[FLOAT], step.errors
+    assert step.forward.bound_ratio < 2.5
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"x": 0, "logits": 0, "y": 0, "dy": 0, "dx": 0, "dlogits": 0},
+        {"x": 1, "logits": 2, "y": 1, "dy": 2, "dx": 1, "dlogits": 2},
+        {"x": 2, "logits": 1, "y": 2, "dy": 1, "dx": 2, "dlogits": 1},
+    ],
+)
+def test_offsets_beyond_32_bits(axes):
+    def place(name, size):
+        strides = list(torch.empty(size).stride())
+        # every stride fits into 32 bits, the offset of the last index along the axis does not
+        strides[axes[name]] = (2**31 // (size[axes[name]] - 1) // 16 + 1) * 16
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True))
+        return torch.from_numpy(untouched(2 * extent).view(np.float16)).as_strided(size, strides)
+
+    errors = training_step(3, 4, 3, 5, Spec(3, up=2), place=place).errors
+    assert all(value < TOLERANCES[HALF] for value in errors.values()), errors
+
+
+@pytest.mark.parametrize(
+    ("capability", "size", "spec", "dtype", "memory_format"),
+    [
+        (80, *UP, HALF, NCHW),
+        (80, *UP, FLOAT, NHWC),
+        (80, *DOWN, FLOAT, NCHW),
+        (90, *UP, HALF, NCHW),
+        (90, *UP, BF16, NHWC),
+        (90, *DOWN, HALF, NHWC),
+        (90, *UP, FLOAT, NCHW),
+        (100, *UP, HALF, NHWC),
+        (100, *DOWN, FLOAT, NHWC),
+    ],
+)
+def test_assembly_spills_nothing_and_uses_tensor_cores(capability, size, spec, dtype, memory_format):
+    codes = [
+        compiled.compile_launch(launch, capability)
+        for launch in compiled.training_step(*size, spec, dtype, memory_format, capability=capability)
+    ]
+    products = 0
+    for code in codes:
+        assembly = compiled.read(code)
+        assert assembly.spills == 0
+        assert assembly.blocks > 0
+        if "tt.dot" in code.asm["ttir"]:
+            products += 1
+            name = "HGMMA" if capability == 90 and dtype != FLOAT else "MMA"
+            assert any(name in opcode for opcode in assembly.tensor_core), assembly
+    assert products > 0

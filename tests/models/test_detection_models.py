@@ -1,0 +1,221 @@
+"""Detectors: torchvision's results from torchvision's weights, and samplers in every slot."""
+
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.nn as nn
+import torchvision
+from carafepp.models.carafe import CARAFE
+from carafepp.models.deform import DeformConv
+from carafepp.models.detection import FasterRCNN, MaskRCNN
+from carafepp.models.fpn import FPN
+from carafepp.models.resnet import resnet50, tiny
+from carafepp.models.samplers import Nearest
+from carafepp.tasks.detection import Detection
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+CONF = Path(__file__).parents[2] / "conf"
+SMALL = {"fpn_dim": 16, "head_dim": 32, "anchor_sizes": [8, 16, 32, 48, 64], "min_size": 64, "max_size": 64}
+UPSAMPLERS = sorted(path.stem for path in (CONF / "upsampler").glob("*.yaml") if path.stem != "shared")
+DOWNSAMPLERS = sorted(path.stem for path in (CONF / "downsampler").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def config():
+    with initialize_config_module("carafepp.conf", version_base="1.3"):
+        yield lambda *overrides: compose("train", overrides=list(overrides))
+
+
+def slot(group: str, name: str):
+    return instantiate(OmegaConf.load(CONF / group / f"{name}.yaml"))
+
+
+def targets(masks: bool = True, size: int = 64) -> list[dict]:
+    """One image with an object, one without."""
+    found = [{"boxes": torch.tensor([[8.0, 8, 40, 48]]), "labels": torch.tensor([2])}]
+    found.append({"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)})
+    for target in found if masks else ():
+        target["masks"] = torch.zeros(len(target["labels"]), size, size, dtype=torch.uint8)
+        target["masks"][:, 8:48, 8:40] = 1
+    return found
+
+
+def trains(model: nn.Module) -> bool:
+    """Whether one step moves every parameter that is to be trained, on an image with an object and one without."""
+    losses = model.train()([torch.rand(3, 64, 64), torch.rand(3, 64, 64)], targets())
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    return all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (FasterRCNN, torchvision.models.detection.fasterrcnn_resnet50_fpn),
+        (MaskRCNN, torchvision.models.detection.maskrcnn_resnet50_fpn),
+    ],
+)
+def test_torchvisions_weights_give_torchvisions_detections(ours, theirs):
+    options = {"min_size": 100, "max_size": 150, "box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 50, "box_detections_per_img": 20}
+    torch.manual_seed(0)
+    reference = theirs(weights=None, weights_backbone=None, num_classes=5, **options).eval()
+    model = ours(5, backbone=resnet50(), frozen_norm=True, trainable_layers=3, **options).eval()
+    model.load_state_dict(reference.state_dict())
+    images = [torch.rand(3, 90, 130), torch.rand(3, 120, 71)]
+    for found, expected in zip(model(images), reference(images), strict=True):
+        assert found.keys() == expected.keys()
+        assert len(found["labels"]) == 20
+        for name, values in expected.items():
+            torch.testing.assert_close(found[name], values, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("upsample", [None, Nearest])
+@pytest.mark.parametrize("size", [(64, 96), (67, 95), (33, 40)])
+def test_pyramid_is_torchvisions_whatever_the_size(size, upsample):
+    channels = [4, 8, 16, 32]
+    levels = {str(i): torch.randn(2, c, *(-(-side // 2**i) for side in size)) for i, c in enumerate(channels)}
+    reference = FeaturePyramidNetwork(channels, 8, LastLevelMaxPool())
+    pyramid = FPN(channels, 8, upsample=upsample, extra_blocks=LastLevelMaxPool())
+    pyramid.load_state_dict(reference.state_dict())
+    found, expected = pyramid(levels), reference(dict(levels))
+    assert list(found) == list(expected) == ["0", "1", "2", "3", "pool"]
+    for name, level in expected.items():
+        torch.testing.assert_close(found[name], level)
+
+
+@pytest.mark.parametrize("name", UPSAMPLERS)
+def test_every_upsampler_trains_in_pyramid_and_mask_head(name):
+    sampler = slot("upsampler", name)
+    model = MaskRCNN(4, backbone=tiny(), fpn=sampler, mask_head=sampler, mask_dim=16, mask_convs=1, **SMALL)
+    assert trains(model)
+    # images without objects leave the mask head without RoIs
+    nothing = [target | {key: value[:0] for key, value in target.items()} for target in targets()]
+    losses = model([torch.rand(3, 64, 64), torch.rand(3, 64, 64)], nothing)
+    assert all(loss.isfinite() for loss in losses.values())
+    found = model.eval()([torch.rand(3, 50, 64)])[0]
+    assert found["masks"].shape == (len(found["labels"]), 1, 50, 64)
+
+
+@pytest.mark.parametrize("name", DOWNSAMPLERS)
+def test_every_downsampler_trains_in_the_backbone(name):
+    model = FasterRCNN(4, backbone=tiny(downsample=slot("downsampler", name)), **SMALL)
+    assert trains(model)
+    sizes = [level.shape[2:] for level in model.backbone(torch.rand(1, 3, 75, 64)).values()]
+    assert sizes == [(19, 16), (10, 8), (5, 4), (3, 2), (2, 1)]
+
+
+def test_boxes_stay_exact_in_mixed_precision():
+    model = MaskRCNN(4, backbone=tiny(), mask_dim=16, mask_convs=1, box_score_thresh=0.0, **SMALL)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert trains(model)
+        found = model.eval()([torch.rand(3, 64, 64)])[0]
+    assert found["boxes"].dtype == torch.float32
+    # bfloat16 would leave 8 bits
+    assert not found["boxes"].equal(found["boxes"].bfloat16().float())
+
+
+def test_the_lateral_guides_the_pyramid():
+    pyramid = FPN([4, 8], 8, upsample=slot("upsampler", "fade"))
+    levels = {"0": torch.randn(1, 4, 9, 12), "1": torch.randn(1, 8, 5, 6)}
+    seen = []
+    pyramid.upsample[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[1]))
+    pyramid(levels)
+    torch.testing.assert_close(seen[0], pyramid.inner_blocks[0](levels["0"]))
+
+
+def test_frozen_parts_stay_as_pretrained():
+    backbone = tiny(downsample=slot("downsampler", "carafe"))
+    model = FasterRCNN(4, backbone=backbone, trainable_layers=3, frozen_norm=True, **SMALL)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    assert trains(model)
+    optimizer.step()
+    moved = {name.removeprefix("backbone.body.") for name, value in model.state_dict().items() if not value.equal(before[name])}
+    assert not any(name.startswith(("conv1", "bn1", "maxpool", "layer1")) for name in moved)
+    assert not any("bn" in name or "compressor_norm" in name or "running" in name for name in moved)
+    assert {"layer2.0.conv1.weight", "layer2.0.sampler.content_encoder.weight", "layer4.0.conv3.weight"} <= moved
+
+
+@pytest.mark.parametrize(("trainable", "pretrained", "warns"), [(3, False, True), (3, True, False), (5, False, False)])
+def test_training_warns_of_layers_frozen_at_random_weights(tmp_path, caplog, trainable, pretrained, warns):
+    torch.save(tiny().state_dict(), tmp_path / "weights.pth")
+    backbone = tiny(weights=tmp_path / "weights.pth" if pretrained else None)
+    model = partial(FasterRCNN, backbone=backbone, trainable_layers=trainable, **SMALL)
+    task = Detection(model, class_names=["a"], optimizer=torch.optim.SGD, schedule=torch.optim.lr_scheduler.PolynomialLR)
+    task.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    task.on_fit_start()
+    assert ("backbone.weights=FILE" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(
+    ("trainable", "parts"),
+    [
+        (0, set()),
+        (2, {"layer3", "layer4"}),
+        (4, {"layer1", "layer2", "layer3", "layer4"}),
+        (5, {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}),
+    ],
+)
+def test_layers_are_frozen_from_the_first(trainable, parts):
+    model = FasterRCNN(4, backbone=tiny(), trainable_layers=trainable, **SMALL)
+    trained = {name.split(".")[0] for name, parameter in model.backbone.body.named_parameters() if parameter.requires_grad}
+    assert trained == parts
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"trainable_layers": 6}, ValueError, "trainable_layers must be in 0..5, got 6"),
+        ({"box_scores_thresh": 0.1, "mask_dim": 8}, TypeError, "FasterRCNN takes no box_scores_thresh, mask_dim"),
+    ],
+)
+def test_wrong_options_are_errors(options, error, message):
+    with pytest.raises(error, match=message):
+        FasterRCNN(4, backbone=tiny(), **options)
+
+
+def test_published_mask_head_has_a_relu_and_samplers_have_none():
+    published, carafe = (MaskRCNN(4, backbone=tiny(), mask_head=head, **SMALL) for head in (None, partial(CARAFE, up=2)))
+    assert isinstance(published.roi_heads.mask_predictor.conv5_mask, nn.ConvTranspose2d)
+    assert isinstance(published.roi_heads.mask_predictor.relu, nn.ReLU)
+    assert isinstance(carafe.roi_heads.mask_predictor.conv5_mask, CARAFE)
+    assert isinstance(carafe.roi_heads.mask_predictor.relu, nn.Identity)
+
+
+def network(config, row: str) -> nn.Module:
+    """What a row of the paper's tables trains."""
+    with torch.device("meta"):
+        return instantiate(config(f"experiment={row.split('/')[0]}", f"row={row}").task).model
+
+
+@pytest.mark.parametrize("row", sorted(f"table1/{path.stem}" for path in (CONF / "row" / "table1").glob("*.yaml")))
+def test_rows_of_the_first_table_are_what_they_are_called(config, row):
+    model = network(config, row)
+    assert isinstance(model, MaskRCNN) == ("mask_rcnn" in row)
+    samplers = [*model.backbone.fpn.upsample, model.backbone.body.maxpool, model.backbone.body.layer4[0].shortcut_sampler]
+    samplers += [model.roi_heads.mask_predictor.conv5_mask] if isinstance(model, MaskRCNN) else []
+    assert all(isinstance(sampler, CARAFE) == row.endswith("_carafe") for sampler in samplers)
+    deformed = sum(isinstance(module, DeformConv) for module in model.modules())
+    # with CARAFE++, a plain convolution follows in the first block of each stage
+    assert deformed == ("dcnv2" in row) * (4 + 23 + 3 - 3 * row.endswith("_carafe"))
+
+
+def test_rows_add_the_parameters_of_their_samplers(config):
+    names = ("table4/nearest", "table4/carafe", "table3/carafe", "table3/lip")
+    baseline, upsampled, downsampled, lip = (network(config, name) for name in names)
+    parameters = [sum(parameter.numel() for parameter in model.parameters()) for model in (baseline, upsampled, downsampled)]
+    assert parameters[1] - parameters[0] == 3 * 74148
+    # a frozen norm has no parameters: 2 * 16 less in each of seven places than the 69,743 of a classifier
+    assert parameters[2] - parameters[0] == 69743 - 7 * 2 * 16
+    body = lip.backbone.body
+    # simplified logits in the stem, bottlenecks elsewhere
+    assert [len(sampler.logits) for sampler in (body.maxpool, body.layer2[0].sampler, body.layer4[0].shortcut_sampler)] == [3, 9, 9]

@@ -1,0 +1,77 @@
+"""carafepp-bench compares like with like, and writes what it printed."""
+
+import csv
+
+import pytest
+import torch
+from carafepp.kernels import reassemble_reference
+from carafepp.kernels.geometry import Spec
+from carafepp.scripts import bench
+from carafepp.scripts.benching import operator as bench_operator
+from carafepp.scripts.benching import providers as bench_providers
+
+
+@pytest.mark.parametrize("spec", [Spec(5, 2), Spec(3, 3, groups=2), Spec(5, 1, 2), Spec(3)], ids=str)
+def test_rivals_compute_the_same(spec):
+    x = torch.randn(2, 4, 6, 7)
+    logits = torch.randn(2, spec.groups * spec.taps * spec.up**2, spec.cells(6), spec.cells(7))
+    x, logits = x.requires_grad_(), logits.requires_grad_()
+    expected = reassemble_reference(x, logits, **spec._asdict())
+    dy = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, (x, logits), dy)
+    for name in ("unfold", "unfold_source", "definition", "taps", "fallback"):
+        rival = getattr(bench_providers, name)
+        y = rival(x, logits, spec)
+        torch.testing.assert_close(y, expected)
+        for actual, gradient in zip(torch.autograd.grad(y, (x, logits), dy), gradients, strict=True):
+            torch.testing.assert_close(actual, gradient)
+
+
+def test_every_provider_is_offered_or_says_why_not():
+    rational = bench_providers.providers(Spec(5, 3, 2), (1, 4, 6, 7), "cpu", 1e9)
+    assert callable(rational["cpu"])
+    assert rational["unfold"] == "written for integer scales and softmax"
+    large = bench_providers.providers(Spec(5, 2), (512, 256, 14, 14), "cpu", 4e9)
+    assert large["unfold"] == "its unfolded copy takes 10.3 GB"
+    assert callable(large["unfold_source"])
+    assert large["avg_pool"] == "needs op.up=1"
+    assert list(rational) == list(large)
+
+
+def test_table_and_file_tell_the_same(tmp_path, monkeypatch, capsys):
+    arguments = ["op=down2", "op.shape=[1,8,9,10]", "providers=[cpu,avg_pool]", "rounds=2", f"hydra.run.dir={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["carafepp-bench", *arguments])
+    bench.main()
+    printed = capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "times.csv").open()))
+    assert [(row["provider"], row["mode"]) for row in rows] == [
+        (name, mode) for mode in bench_operator.MODES for name in ("cpu", "avg_pool")
+    ]
+    for row in rows:
+        assert float(row["ms_20"]) <= float(row["ms"]) <= float(row["ms_80"])
+        assert f"{float(row['ms']):.3f}" in printed
+    assert float(rows[0]["relative"]) == 1
+
+
+def test_growth_varies_one_thing_at_a_time(tmp_path, monkeypatch):
+    arguments = ["growth", "op.shape=[1,8,4,4]", "threads=2", "rounds=1", f"hydra.run.dir={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["carafepp-bench", *arguments])
+    threads = torch.get_num_threads()
+    bench.main()
+    torch.set_num_threads(threads)
+    rows = [row for row in csv.DictReader((tmp_path / "growth.csv").open()) if row["mode"] == "forward"]
+    assert [(row["varies"], int(row["value"])) for row in rows] == [
+        *(("channels", value) for value in (1, 2, 4, 8, 16, 32)),
+        *(("source pixels", value) for value in (1, 4, 16, 64)),
+        *(("taps", value) for value in (1, 9, 25, 49, 81)),
+        *(("threads", value) for value in (1, 2)),
+    ]
+    assert all(float(row["ms"]) > 0 for row in rows)
+    assert (tmp_path / "growth.svg").read_text().count("source pixels") == 1
+
+
+def test_unknown_provider_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["carafepp-bench", "op=up2", "providers=[gpu]", f"hydra.run.dir={tmp_path}"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match=r"providers must be among cpu, triton.*got 'gpu'"):
+        bench.main()

@@ -1,0 +1,187 @@
+"""Every row of the paper's tables is a configuration that composes and builds, and two rows are the same only where the paper says so."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from carafepp.scripts.reporting.tables import published, published_rows
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+CONF = Path(__file__).parents[2] / "conf"
+TABLES, METRICS = published()
+ROWS = [f"{table}/{row}" for table in TABLES for row in dict.fromkeys(row["row"] for row in published_rows(TABLES, table))]
+
+# by the names that rows begin with: class, and slots for samplers
+NETWORKS = {
+    "resnet50": ("resnet50", ["backbone"]),
+    "resnet101": ("resnet101", ["backbone"]),
+    "faster_rcnn": ("FasterRCNN", ["fpn", "backbone"]),
+    "mask_rcnn": ("MaskRCNN", ["fpn", "mask_head", "backbone"]),
+    "pspnet": ("PSPNet", ["ppm", "backbone"]),
+    "psanet": ("PSANet", ["backbone"]),
+    "upernet": ("UperNet", ["ppm", "fpn", "fuse", "backbone"]),
+    "global_local": ("GlobalLocal", ["upsample", "backbone"]),
+    "partial_conv": ("PartialGlobalLocal", ["upsample", "backbone"]),
+}
+# of tables whose rows do not name it
+CAPTIONED = {"table6": "mask_rcnn", "table7": "mask_rcnn", "table9": "upernet", "table12": "resnet50"}
+# the slot that the rows' samplers are compared in
+COMPARED = {"table3": "backbone", "table4": "fpn", "table6": "mask_head"}
+# the slot of the CARAFE++ that the rows change, and its options, which are in their names in this order
+ABLATED = {
+    "table11": ("fpn", ["compressed_channels"]),
+    "table12": ("backbone", ["compressed_channels"]),
+    "table13": ("fpn", ["encoder_kernel", "kernel_size"]),
+    "table14": ("fpn", ["normalizer"]),
+}
+
+
+def made_of(*overrides: str) -> dict:
+    """What a run with these overrides trains, and on what."""
+    config = compose("train", overrides=[*overrides, "data.root=FOLDER"] if "scale=small" not in overrides else list(overrides))
+    return {key: OmegaConf.to_container(config[key], resolve=True) for key in ("task", "data", "trainer")}
+
+
+@pytest.fixture(scope="module")
+def configs():
+    """The rows, "table4/carafe", and the experiments alone, "table4", in the paper's settings."""
+    with initialize_config_module("carafepp.conf", version_base="1.3"):
+        rows = {row: made_of(f"experiment={row.split('/')[0]}", f"row={row}") for row in ROWS}
+        return rows | {table: made_of(f"experiment={table}") for table in TABLES}
+
+
+def figures(place: str) -> dict[tuple[str, str], float]:
+    """The paper's accuracy of a row, by task and column."""
+    table, row = place.split("/")
+    found = [f for f in published_rows(TABLES, table) if f["row"] == row]
+    return {(f["task"], column): f[column] for f in found for column in METRICS[f["task"]] if column in f}
+
+
+def test_there_is_a_file_for_each_of_the_96_rows():
+    assert sum(len(table["rows"]) for table in TABLES.values()) == 96
+    assert {f"{path.parent.name}/{path.stem}" for path in (CONF / "row").glob("*/*.yaml")} == set(ROWS)
+    assert {path.stem for path in (CONF / "experiment").glob("table*.yaml")} == set(TABLES)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_row_builds(configs, table):
+    built = {}
+    for row in (row for row in ROWS if row.startswith(f"{table}/")):
+        # rows that the tables share are built once
+        with torch.device("meta"):
+            task = instantiate(OmegaConf.create(configs[row]["task"]))
+        built[row] = sum(p.numel() for p in task.parameters())
+        assert task.monitor in METRICS[next(iter(figures(row)))[0]].values() or task.monitor == "val/box_AP"
+    assert min(built.values()) > 1e6
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_experiment_builds_in_small(table):
+    with initialize_config_module("carafepp.conf", version_base="1.3"):
+        rows = [row for row in ROWS if row.startswith(f"{table}/")]
+        small = made_of(f"experiment={table}", f"row={rows[-1]}", "scale=small")
+    with torch.device("meta"):
+        task = instantiate(OmegaConf.create(small["task"]))
+    assert 1e5 < sum(p.numel() for p in task.parameters()) < 2e7
+
+
+def test_rows_are_the_same_run_where_the_paper_gives_the_same_figures(configs):
+    same, expected = set(), set()
+    for pair in itertools.combinations(ROWS, 2):
+        first, second = map(figures, pair)
+        common = first.keys() & second.keys()
+        if common and all(first[key] == second[key] for key in common):
+            expected.add(pair)
+        if configs[pair[0]] == configs[pair[1]]:
+            same.add(pair)
+    assert ("table4/carafe", "table5/fpn") in expected
+    assert same == expected
+    with initialize_config_module("carafepp.conf", version_base="1.3"):
+        small = {row: made_of(f"experiment={row.split('/')[0]}", f"row={row}", "scale=small") for row in ROWS}
+    # so the runs of one serve as those of the other at either scale
+    assert all(small[first] == small[second] for first, second in expected)
+    # in small both ResNets are the same tiny network
+    twin = {row: row.replace("resnet101", "resnet50") if row.replace("resnet101", "resnet50") in ROWS else row for row in ROWS}
+    for first, second in itertools.combinations(ROWS, 2):
+        if first.split("/")[0] == second.split("/")[0]:
+            assert (small[first] == small[second]) == (configs[twin[first]] == configs[twin[second]]), f"{first} and {second}"
+
+
+def named(place: str) -> dict:
+    """What the name of a row, and the caption of its table, say of the network, its training and CARAFE++ in it."""
+    table, row = place.split("/")
+    network = next((name for name in NETWORKS if row.startswith(name)), CAPTIONED.get(table, "faster_rcnn"))
+    slots = NETWORKS[network][1]
+    if table in COMPARED:
+        filled = {} if row == TABLES[table]["baseline"] else {COMPARED[table]: row.replace("_", "")}
+    elif table in ("table5", "table7", "table9"):
+        filled = {slot: "carafe" for slot in slots if slot in row}
+    elif table in ABLATED:
+        filled = {ABLATED[table][0]: "carafe"}
+    else:
+        filled = dict.fromkeys(slots if row.endswith("_carafe") else [], "carafe")
+    numbers = [None if number == "none" else int(number) for number in re.findall(r"\d+|none", row)]
+    changed = dict(zip(ABLATED[table][1], numbers or [row], strict=True)) if table in ABLATED else {}
+    usual = {"kernel_size": 5, "encoder_kernel": 3, "normalizer": "softmax", "groups": 1, "encoder_dilation": 1}
+    # BN and ReLU in backbones that are pretrained, section 5.1
+    up = usual | {"up": 2, "compressed_channels": 64, "compressor_norm": False} | changed
+    down = usual | {"down": 2, "compressed_channels": 16, "compressor_norm": table != "table10"} | changed
+    return {
+        "network": NETWORKS[network][0],
+        "backbone": None if table == "table10" else "resnet101" if "resnet101" in row else "resnet50",
+        "deformable": [2, 3, 4] if "dcnv2" in row else [],
+        "epochs": {"table1": 24, "table2": 90, "table12": 90, "table8": 79.1766, "table9": 79.1766, "table10": 5}.get(table, 12),
+        "samplers": dict.fromkeys(slots, "published") | filled,
+        "carafe": {slot: down if slot == "backbone" else up for slot, sampler in filled.items() if sampler == "carafe"},
+    }
+
+
+def composed(config: dict) -> dict:
+    """The same of a configuration."""
+    model = config["task"]["model"]
+    # a classifier and the generators of inpainting have their downsamplers themselves
+    backbone = model.get("backbone", model)
+    slots = {slot: model[slot] for slot in ("ppm", "fpn", "fuse", "mask_head", "upsample") if slot in model}
+    slots = {slot: node.get("slot", node) for slot, node in slots.items()} | {"backbone": backbone["downsample"]}
+    samplers = {slot: node["_target_"].rpartition(".")[2].lower() for slot, node in slots.items()}
+    carafe = {}
+    for slot, sampler in samplers.items():
+        if sampler == "carafe":
+            carafe[slot] = {key: value for key, value in slots[slot].items() if key[0] != "_"}
+            if carafe[slot]["compressed_channels"] == "auto":
+                carafe[slot]["compressed_channels"] = 64 if "up" in carafe[slot] else 16
+    return {
+        "network": model["_target_"].rpartition(".")[2],
+        "backbone": backbone["_target_"].rpartition(".")[2] if "deformable" in backbone else None,
+        "deformable": backbone.get("deformable", []),
+        "epochs": config["data"]["epochs"],
+        "samplers": samplers,
+        "carafe": carafe,
+    }
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_row_is_what_its_name_says(configs, table):
+    rows = [row for row in ROWS if row.startswith(f"{table}/")]
+    assert {row: composed(configs[row]) for row in rows} == {row: named(row) for row in rows}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_experiment_alone_is_its_baseline(configs, table):
+    baseline = TABLES[table]["baseline"]
+    rows = [baseline] if isinstance(baseline, str) else list(baseline.values())
+    assert any(configs[table] == configs[f"{table}/{row}"] for row in rows)
+
+
+def test_sweep_runs_the_rows_in_the_papers_order():
+    for table in TABLES:
+        sweeper = OmegaConf.load(CONF / "experiment" / f"{table}.yaml").hydra.sweeper.params.row
+        swept = [row.strip() for row in sweeper.split(",")]
+        rows = [row for row in ROWS if row.startswith(f"{table}/")]
+        assert swept == [row for row in rows if row in swept]
+        # in small, ResNet-101 is the same tiny network
+        assert all("resnet101" in row for row in rows if row not in swept)

@@ -1,0 +1,82 @@
+"""A sweep with real trainings: what fails or is killed is marked and stops nothing else, and the same command finishes what is missing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from carafepp.scripts import train
+from carafepp.scripts.reporting.runs import read_runs
+from omegaconf import OmegaConf
+from training import TINY, processes, rows
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes in /proc, which only Linux has")
+def test_joblib_sweep_with_a_failed_and_a_killed_job_is_killed_and_resumed_to_completion(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sweep = tmp_path / "sweep"
+    # job 0 asks for more samples than there are
+    arguments = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={sweep}", *TINY, "data.batch_size=400,4,5"]
+    command = [sys.executable, "-P", "-m", "carafepp.scripts.train", *arguments]
+    options = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, **options)
+    trained = {1: False, 2: False}
+    deadline = time.monotonic() + 600
+    while not all(trained.values()) or not (sweep / "1" / "error.txt").exists():
+        assert first.poll() is None, "the sweep ended before its jobs had trained"
+        assert time.monotonic() < deadline
+        # the first is killed, the second held, so that it is in the middle when the whole sweep is killed
+        for job, how in ((1, signal.SIGKILL), (2, signal.SIGSTOP)):
+            if not trained[job] and rows(sweep / str(job)) >= 4:
+                for process in processes(f"resume='{sweep}/{job}'"):
+                    os.kill(process, how)
+                trained[job] = True
+        time.sleep(0.005)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    while processes(str(sweep)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+    runs, problems = read_runs([sweep])
+    assert runs == []
+    assert f"{sweep}/0: failed (" in problems[0]
+    assert "batch_size must not exceed the training samples" in problems[0]
+    assert f"{sweep}/1: failed (killed by SIGKILL" in problems[1]
+    assert f"{sweep}/2: unfinished" in problems[2]
+    trained_before = rows(sweep / "2")
+
+    second = subprocess.run(command, capture_output=True, text=True, timeout=600, **options)
+    assert second.returncode != 0, "job 0 still cannot be"
+    runs, problems = read_runs([sweep])
+    assert [run.folder.name for run in runs] == ["1", "2"]
+    assert len(problems) == 1
+    for run, steps in zip(runs, (60, 48), strict=True):
+        assert json.loads((run.folder / "result.json").read_text())["steps"] == steps
+        # every step once, and one validation
+        assert [int(line.split(",")[0]) for line in (run.folder / "metrics.csv").read_text().splitlines()[1:]] == [
+            *range(1, steps + 1),
+            steps,
+        ]
+    assert trained_before < rows(sweep / "2")
+
+
+def test_sweep_leaves_finished_jobs_and_refuses_folders_of_others(tmp_path, monkeypatch, capsys):
+    told = ["scale=small", "data.epochs=1"]
+    for job, seed in enumerate((0, 7)):
+        folder = tmp_path / str(job)
+        folder.mkdir()
+        OmegaConf.save({"run": {"overrides": [f"seed={seed}", *told]}}, folder / "config.yaml")
+        (folder / "result.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["carafepp-train", "-m", *told, "seed=0,1", f"hydra.sweep.dir={tmp_path}"])
+    with pytest.raises(SystemExit, match="1"):
+        train.main()
+    said = capsys.readouterr()
+    assert f"{tmp_path}/0 is finished" in said.out
+    assert f"{tmp_path}/1 holds a run of seed=7 scale=small data.epochs=1: choose another folder" in said.err
+    assert not (tmp_path / "1" / "error.txt").exists(), "the run that lies there has not failed"

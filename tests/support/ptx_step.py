@@ -1,0 +1,95 @@
+"""One training step of the operator on the emulator: every launch compiled for sm_80 and run, results against float64, and what it cost."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from carafepp.kernels.geometry import Spec
+from carafepp.kernels.gpu import backend as triton_backend
+from carafepp.kernels.gpu.launch import Launch
+from carafepp.kernels.reassembly import LSE_NORMALIZERS
+from carafepp.kernels.reference import reassemble_reference
+from ptx import GPU, dram_microseconds
+from ptx.bounds import GPUS
+from ptx.jit import execute
+
+
+class Pass(NamedTuple):
+    """Forward or backward: one entry of `stats` per kernel launched."""
+
+    stats: dict[str, dict]
+    least: int  # bytes that must move: every input read once, every output written once
+    gpu: GPU
+
+    @property
+    def warp_insts(self) -> int:
+        return sum(s["warp_insts"] for s in self.stats.values())
+
+    @property
+    def dram_ratio(self) -> float:
+        """Bytes moved from and to memory over the least."""
+        return sum(s["dram_bytes"] for s in self.stats.values()) / self.least
+
+    @property
+    def bound_ratio(self) -> float:
+        """Least time of every kernel on its own bottleneck, over the time that the least bytes take."""
+        return sum(max(s["bound"].values()) for s in self.stats.values()) / dram_microseconds(self.least, self.gpu)
+
+    @property
+    def limiters(self) -> str:
+        return ", ".join(s["limiter"] for s in self.stats.values())
+
+
+class Step(NamedTuple):
+    errors: dict[str, float]  # of y, dx, dlogits: largest error over the largest expected value, NaN where something is not written
+    forward: Pass
+    backward: Pass
+
+
+def emulate(launch: Launch, capability: int = 80) -> dict:
+    """Run a launch on its CPU tensors, in place, as compiled for sm_80 or sm_90."""
+    return execute(launch.source(), launch.options, launch.grid, list(launch.parameters().values()), capability=capability)
+
+
+def training_step(n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=torch.contiguous_format, *, capability=80, place=None) -> Step:
+    """Emulate forward and backward on random features [n, c, h, w] and logits, with outputs full of NaN.
+
+    Args:
+        capability: 80 or 90, what to compile for and the GPU to count for (A100, H100).
+        place: takes the name ("x", "logits", "y", "dy", "dx", "dlogits") and the size of a tensor and returns where to keep it, or None.
+    """
+    generator = torch.Generator().manual_seed(0)
+    source = (n, c, h, w)
+    target = (n, c, spec.output_size(h), spec.output_size(w))
+    weights = (n, spec.groups * spec.taps * spec.up**2, spec.cells(h), spec.cells(w))
+
+    def tensor(name, size):
+        kept = place(name, size) if place else None
+        return torch.empty(size, dtype=dtype, memory_format=memory_format) if kept is None else kept
+
+    x, logits, dy = (tensor(*t).copy_(torch.randn(t[1], generator=generator)) for t in (("x", source), ("logits", weights), ("dy", target)))
+    y, dx, dlogits = (tensor(*t).fill_(math.nan) for t in (("y", target), ("dx", source), ("dlogits", weights)))
+    cells, dcells = (t.unflatten(1, (spec.groups * spec.taps, spec.up, spec.up)) for t in (logits, dlogits))
+    lse = torch.full((n, spec.groups, *cells.shape[2:]) if spec.normalizer in LSE_NORMALIZERS else (0,), math.nan)
+
+    planned = {"capability": divmod(capability, 10)}
+    forward = _run(triton_backend.forward_launches(x, cells, y, lse, spec, **planned), (x, logits, y), capability)
+    launches = triton_backend.backward_launches(dy, x, cells, lse, dx, dcells, spec, **planned)
+    backward = _run(launches, (dy, x, logits, dx, dlogits), capability)
+    x64, logits64 = x.double().requires_grad_(), logits.double().requires_grad_()
+    expected = reassemble_reference(x64, logits64, **spec._asdict())
+    expected.backward(dy.double())
+    errors = {"y": error(y, expected.detach()), "dx": error(dx, x64.grad), "dlogits": error(dlogits, logits64.grad)}
+    return Step(errors, forward, backward)
+
+
+def _run(launches: list[Launch], tensors, capability: int) -> Pass:
+    stats = {}
+    for launch in launches:
+        stats[f"{launch.kernel.__name__} {len(stats)}"] = emulate(launch, capability)
+    return Pass(stats, sum(t.numel() * t.element_size() for t in tensors), GPUS[capability])
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest error over the largest expected value."""
+    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
