@@ -17,6 +17,7 @@ from . import taps, tile_tables, tiles
 from .banded_backward import banded_backward
 from .banded_forward import banded_forward
 from .launch import INT32_MAX, Launch, Plan, strides
+from .tile_geometry import Tile
 
 TAP_BLOCKS = {"BLOCK_M": 32, "BLOCK_C": 32}
 TAP_OPTIONS = {"num_warps": 4, "num_stages": 2}
@@ -116,7 +117,7 @@ def _tap_grid(x: Tensor, locations: int, spec: Spec) -> tuple[int, int, int]:
     return (len(x) * spec.groups * triton.cdiv(locations, TAP_BLOCKS["BLOCK_M"]), 1, 1)
 
 
-def _tile_grid(problem: tiles.Problem, tile: tiles.Tile, programs: int) -> tuple[int, int, int]:
+def _tile_grid(problem: tiles.Problem, tile: Tile, programs: int) -> tuple[int, int, int]:
     rows, cols = triton.cdiv(problem.height, tile.cells_h), triton.cdiv(problem.width, tile.cells_w)
     return (problem.batch * rows * cols * programs, 1, 1)
 
@@ -128,7 +129,7 @@ def forward_launches(
     lse: Tensor,
     spec: Spec,
     *,
-    tile: tiles.Tile | None = None,
+    tile: Tile | None = None,
     capability: tuple[int, int] | None = None,
 ) -> list[Launch]:
     """Launches that fill y and lse; arguments as for `forward`, on any device, "meta" included.
@@ -161,7 +162,7 @@ def backward_launches(
     dlogits: Tensor | None,
     spec: Spec,
     *,
-    tile: tiles.Tile | None = None,
+    tile: Tile | None = None,
     capability: tuple[int, int] | None = None,
 ) -> list[Launch]:
     """Launches that fill those of dx and dlogits that are given; arguments as for `backward`, on any device, "meta" included.

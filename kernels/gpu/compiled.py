@@ -19,7 +19,7 @@ from triton.compiler import CompiledKernel
 from ..geometry import Spec
 from .backend import backward_launches, forward_launches
 from .launch import Launch
-from .tiles import Tile
+from .tile_geometry import Tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WARP = 32

@@ -15,7 +15,8 @@ from .backend import backward_launches, forward_launches, problem_of
 from .clock import milliseconds
 from .compiled import compile_launch, read
 from .launch import Launch
-from .tiles import Problem, Tile, ranked
+from .tile_geometry import Tile
+from .tiles import Problem, ranked
 
 # a tile is timed
 TIMES = 21

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .tiles import Problem, Tile
+from .tile_geometry import Tile
+from .tiles import Problem
 
 PASSES = ("forward", "backward")
 SHIPPED = Path(__file__).with_name("measured_tiles.json")

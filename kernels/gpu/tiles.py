@@ -10,6 +10,7 @@ from itertools import product
 from typing import NamedTuple
 
 from ..geometry import Spec
+from .tile_geometry import Tile, halo, power_of_two, reach
 
 # multiprocessors by capability; what is not listed is taken for the nearest below
 MULTIPROCESSORS = {(7, 0): 80, (8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148}
@@ -30,40 +31,6 @@ class Problem(NamedTuple):
     x_align: int  # elements at whose multiples every run of source features begins and ends
     y_align: int  # the same for target features
     capability: tuple[int, int]
-
-
-class Tile(NamedTuple):
-    """How a banded kernel cuts its work."""
-
-    cells_h: int
-    cells_w: int
-    vector: int  # elements of a vector load that the halo is rounded to, along rows of pixels
-    block_c: int  # channels of one product
-    split: int  # programs that share the channels of a tile
-    num_warps: int
-    num_stages: int
-
-
-def power_of_two(n: int) -> int:
-    """Smallest power of two at or above n, at least 16: the extent of a tile axis in a matrix product."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
-def halo(spec: Spec, cells: int) -> int:
-    """Source rows (columns) that the windows of `cells` cells cover."""
-    return (cells * spec.up - 1) * spec.down // spec.up + spec.kernel_size
-
-
-def reach(spec: Spec, cells: int) -> int:
-    """Target rows (columns) whose windows touch the source pixels of `cells` cells."""
-    radius = spec.kernel_size // 2
-    return -(-(cells * spec.down + radius) * spec.up // spec.down) + radius * spec.up // spec.down
-
-
-def widened(extent: int, lead: int, vector: int) -> int:
-    """Columns of a halo that reaches `lead` columns before its tile, rounded so that both ends lie on a multiple of `vector`."""
-    rounded = -(-lead // vector) * vector
-    return -(-(extent - lead + rounded) // vector) * vector
 
 
 def source_blocks(problem: Problem, tile: Tile) -> dict[str, int]:
@@ -117,9 +84,7 @@ def _tiles(problem: Problem, cells_h: int, cells_w: int) -> int:
 def _forward_cost(problem: Problem, tile: Tile) -> float | None:
     """Cycles of the forward kernel, or None where the tile does not fit."""
     spec, size, channels = problem.spec, problem.element_size, problem.channels
-    rows, cols = tile.cells_h * spec.up, tile.cells_w * spec.up
-    halo_h, halo_w = halo(spec, tile.cells_h), widened(halo(spec, tile.cells_w), spec.kernel_size // 2, tile.vector)
-    m, p, t = power_of_two(rows * cols), power_of_two(halo_h * halo_w), power_of_two(spec.taps + 1)
+    rows, cols, halo_h, halo_w, _, m, p, t = halo(spec, tile.cells_h, tile.cells_w, tile.vector)
     threads = 32 * tile.num_warps
     terms = split_terms(size)
     operands = m * p * size / 4 / 32 + (0 if tile.num_stages > 1 else p * tile.block_c * size / 4 / threads)
@@ -149,14 +114,11 @@ def _forward_cost(problem: Problem, tile: Tile) -> float | None:
 def _backward_cost(problem: Problem, tile: Tile) -> float | None:
     """Cycles of the backward kernel, or None where the tile does not fit."""
     spec, size, channels = problem.spec, problem.element_size, problem.channels
-    rows, cols = tile.cells_h * spec.up, tile.cells_w * spec.up
     x_vector = min(tile.vector, problem.x_align)
-    halo_h, halo_w = halo(spec, tile.cells_h), widened(halo(spec, tile.cells_w), spec.kernel_size // 2, x_vector)
-    before = spec.kernel_size // 2 * spec.up // spec.down
-    reach_h, reach_w = reach(spec, tile.cells_h), widened(reach(spec, tile.cells_w), before, tile.vector)
-    m, p, t = power_of_two(rows * cols), power_of_two(halo_h * halo_w), power_of_two(spec.taps + 1)
+    rows, cols, halo_h, halo_w, _, m, p, t = halo(spec, tile.cells_h, tile.cells_w, x_vector)
+    _, _, reach_h, reach_w, _, _, s = reach(spec, tile.cells_h, tile.cells_w, tile.vector)
     blocks = source_blocks(problem, tile)
-    s, d = power_of_two(tile.cells_h * tile.cells_w * spec.down**2), -(-reach_h * reach_w // blocks["BLOCK_D"]) * blocks["BLOCK_D"]
+    d = -(-reach_h * reach_w // blocks["BLOCK_D"]) * blocks["BLOCK_D"]
     threads = 32 * tile.num_warps
     # float32 products keep the leading and the remaining bits of both operands
     terms = split_terms(size)

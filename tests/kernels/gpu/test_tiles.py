@@ -6,7 +6,8 @@ import sys
 import pytest
 from carafepp.kernels.geometry import Spec
 from carafepp.kernels.gpu import tile_tables
-from carafepp.kernels.gpu.tiles import Problem, Tile, choose, halo, ranked, reach, widened
+from carafepp.kernels.gpu.tile_geometry import Tile, halo, reach
+from carafepp.kernels.gpu.tiles import Problem, choose, ranked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +36,7 @@ def test_every_common_problem_has_a_tile_that_fits(kernel_size, up, down, channe
     assert tile is not None
     assert tile == choose(name, problem)
     # a halo and a block of its channels lie in shared memory; the least that any supported device has is 64 KiB
-    pixels = padded(halo(problem.spec, tile.cells_h) * halo(problem.spec, tile.cells_w))
+    pixels = halo(problem.spec, tile.cells_h, tile.cells_w).p
     assert pixels * tile.block_c * element_size <= 64 << 10
     assert tile.split == 1 or tile.split * tile.block_c <= channels
     assert tile.num_warps == 4 or (name == "forward" and capability < (9, 0))
@@ -77,17 +78,22 @@ def test_ranked_tiles_differ_and_begin_with_the_choice():
 def test_halo_and_reach_count_the_locations_of_the_definition(spec, cells):
     radius = spec.kernel_size // 2
     centres = [target * spec.down // spec.up for target in range(cells * spec.up)]
-    assert halo(spec, cells) == max(centres) + radius - (min(centres) - radius) + 1
+    found = halo(spec, cells, 1)
+    assert (found.rows, found.cols) == (len(centres), spec.up)
+    assert found.height == max(centres) + radius - (min(centres) - radius) + 1
     sources = range(cells * spec.down)
     reaching = [t for t in range(-100, 100) if any(abs(t * spec.down // spec.up - source) <= radius for source in sources)]
-    assert reach(spec, cells) == max(reaching) - min(reaching) + 1
+    found = reach(spec, 1, cells)
+    assert (found.rows, found.cols) == (spec.down, len(sources))
+    assert (found.before, found.width) == (-min(reaching), max(reaching) - min(reaching) + 1)
 
 
 def test_a_widened_halo_begins_and_ends_at_a_vector():
-    assert widened(12, 2, 1) == 12
-    assert widened(12, 2, 2) == 12
+    spec = Spec(5)
+    assert [(found.lead, found.width) for found in (halo(spec, 1, 8, vector) for vector in (1, 2))] == [(2, 12), (2, 12)]
     # from 4 before to 12 behind instead of from 2 before to 10 behind
-    assert widened(12, 2, 4) == 16
+    assert (halo(spec, 1, 8, 4).lead, halo(spec, 1, 8, 4).width) == (4, 16)
+    assert (reach(spec, 1, 8, 4).lead, reach(spec, 1, 8, 4).width) == (4, 16)
 
 
 @pytest.fixture
