@@ -33,7 +33,8 @@ def chosen(name: str, values: list, choices: dict) -> list:
 
 def variants(cfg: dict, capability: int) -> Iterator[tuple[dict, object]]:
     """Yield every kernel of the sites once, with what it is for."""
-    from ..kernels.gpu.compiled import training_step
+    from ..kernels.gpu.tile_geometry import DIRECTIONS
+    from ..kernels.gpu.training_step import build_training_step
 
     seen = set()
     dtypes = chosen("dtypes", cfg["dtypes"], DTYPES)
@@ -42,7 +43,8 @@ def variants(cfg: dict, capability: int) -> Iterator[tuple[dict, object]]:
         size = [options[name] for name in ("n", "channels", "height", "width")]
         spec = Spec(**{name: value for name, value in options.items() if name in Spec._fields}, normalizer=normalizer)
         check_spec(spec)
-        for launch in training_step(*size, spec, dtype, memory_format, capability=capability):
+        step = build_training_step(*size, spec, dtype, memory_format)
+        for launch in (x for direction in DIRECTIONS for x in step.build_launches(direction, capability=divmod(capability, 10))):
             key = (launch.source().hash(), launch.num_warps, launch.num_stages)
             if key not in seen:
                 seen.add(key)
@@ -70,15 +72,15 @@ def main(cfg: DictConfig) -> None:
     """Compile, print, and exit with 1 if a kernel spills."""
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("carafepp-inspect needs the triton package, which is not installed (pip install triton; Linux only)")
-    from ..kernels.gpu.compiled import MULTIPROCESSORS, compile_launch, read
+    from ..kernels.gpu.assembly import RESIDENCY_LIMITS, compile_launch, read_assembly
 
     options = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    capabilities = chosen("architectures", options["architectures"], {f"sm_{number}": number for number in MULTIPROCESSORS})
+    capabilities = chosen("architectures", options["architectures"], {f"sm_{number}": number for number in RESIDENCY_LIMITS})
     work = [(capability, *variant) for capability in capabilities for variant in variants(options, capability)]
 
     def assemble(job) -> dict:
         capability, labels, launch = job
-        return labels | read(compile_launch(launch, capability))._asdict()
+        return labels | read_assembly(compile_launch(launch, capability))._asdict()
 
     # the compiler leaves the interpreter lock for most of its work
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from ..kernels.geometry import Spec, check_spec
-from ..kernels.gpu import tile_tables
+from ..kernels.gpu.tile_geometry import DIRECTIONS
+from ..kernels.gpu.tile_tables import read_table, table_key, table_path, write_table
 from .app import app
 from .inspect import DTYPES, MEMORY_FORMATS, chosen
 
@@ -20,6 +21,7 @@ def main(cfg: DictConfig) -> None:
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("carafepp-tune needs the triton package, which is not installed (pip install triton; Linux only)")
     from ..kernels.gpu import tile_search
+    from ..kernels.gpu.training_step import build_training_step
 
     options = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     dtypes = chosen("dtypes", options["dtypes"], DTYPES)
@@ -27,12 +29,12 @@ def main(cfg: DictConfig) -> None:
     (capability,) = chosen("architecture", [options["architecture"]], {f"sm_{number}": number for number in tuning_architectures()})
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else None
-    path = tile_tables.table_path()
+    path = table_path()
     if gpu:
         print(f"{device}: timing tiles; the table is {path}")
     else:
         print(f"no GPU: ranking tiles compiled for {options['architecture']} by millions of warp instructions; no table is written")
-    work = list(itertools.product(options["sites"].items(), dtypes, formats, tile_tables.PASSES))
+    work = list(itertools.product(options["sites"].items(), dtypes, formats, DIRECTIONS))
     bar = tqdm(work, unit="kernel")
     seen = set()
     for (name, size), dtype, memory_format, direction in bar:
@@ -40,16 +42,16 @@ def main(cfg: DictConfig) -> None:
         shape = [size.pop(axis) for axis in ("n", "channels", "height", "width")]
         spec = Spec(**size)
         check_spec(spec)
-        site = tile_search.site(*shape, spec, dtype, memory_format, "cuda" if gpu else "meta")
-        key = tile_tables.key(direction, site.problem(None if gpu else divmod(capability, 10)))
-        if key in seen or (gpu and not options["again"] and key in tile_tables.read(path).get(device, {})):
+        step = build_training_step(*shape, spec, dtype, memory_format, "cuda" if gpu else "meta")
+        key = table_key(direction, step.problem(None if gpu else divmod(capability, 10)))
+        if key in seen or (gpu and not options["again"] and key in read_table(path).get(device, {})):
             continue
         seen.add(key)
         bar.set_postfix_str(f"{name} {direction}")
         search = (
-            tile_search.timed(site, direction, options["limit"])
+            tile_search.time_tiles(step, direction, options["limit"])
             if gpu
-            else tile_search.compiled(site, direction, options["limit"], capability)
+            else tile_search.count_instructions(step, direction, options["limit"], capability)
         )
         found = sorted(search)
         if not found:
@@ -59,16 +61,16 @@ def main(cfg: DictConfig) -> None:
         if gpu:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
-                table = tile_tables.read(path)
+                table = read_table(path)
                 table.setdefault(device, {})[key] = list(found[0][1])
-                tile_tables.write(path, table)
+                write_table(path, table)
 
 
 def tuning_architectures() -> tuple[int, ...]:
     """Compute capabilities that tiles can be ranked for without a GPU."""
-    from ..kernels.gpu.compiled import MULTIPROCESSORS
+    from ..kernels.gpu.assembly import RESIDENCY_LIMITS
 
-    return tuple(MULTIPROCESSORS)
+    return tuple(RESIDENCY_LIMITS)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,14 @@ import triton
 from torch import Tensor
 
 from ..geometry import Spec, is_channels_last
-from . import taps, tile_tables, tiles
+from . import taps
 from .banded_backward import banded_backward
 from .banded_forward import banded_forward
 from .launch import INT32_MAX, Launch, Plan, strides
-from .tile_geometry import Tile
+from .tile_geometry import Tile, TileProblem
+from .tile_limits import source_blocks
+from .tile_ranking import choose_tile
+from .tile_tables import measured_tile
 
 TAP_BLOCKS = {"BLOCK_M": 32, "BLOCK_C": 32}
 TAP_OPTIONS = {"num_warps": 4, "num_stages": 2}
@@ -67,13 +70,13 @@ def _check_device(x: Tensor) -> None:
         raise ValueError("backend 'triton' takes CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1); use backend 'cpu'")
 
 
-def problem_of(x: Tensor, logits: Tensor, y: Tensor, spec: Spec, capability: tuple[int, int] | None = None) -> tiles.Problem:
+def problem_of(x: Tensor, logits: Tensor, y: Tensor, spec: Spec, capability: tuple[int, int] | None = None) -> TileProblem:
     """What the choice of a tile depends on; `y` is the output or its gradient."""
     n, c, _, _ = x.shape
     capability = capability or (torch.cuda.get_device_capability(x.device) if x.is_cuda else DEFAULT_CAPABILITY)
     channels, last = c // spec.groups, is_channels_last(x)
     aligned = (_alignment(t, channels, last) for t in (x, y))
-    return tiles.Problem(spec, channels, *logits.shape[4:], n * spec.groups, x.element_size(), last, *aligned, capability)
+    return TileProblem(spec, channels, *logits.shape[4:], n * spec.groups, x.element_size(), last, *aligned, capability)
 
 
 def _device_name(x: Tensor) -> str:
@@ -117,7 +120,7 @@ def _tap_grid(x: Tensor, locations: int, spec: Spec) -> tuple[int, int, int]:
     return (len(x) * spec.groups * triton.cdiv(locations, TAP_BLOCKS["BLOCK_M"]), 1, 1)
 
 
-def _tile_grid(problem: tiles.Problem, tile: Tile, programs: int) -> tuple[int, int, int]:
+def _tile_grid(problem: TileProblem, tile: Tile, programs: int) -> tuple[int, int, int]:
     rows, cols = triton.cdiv(problem.height, tile.cells_h), triton.cdiv(problem.width, tile.cells_w)
     return (problem.batch * rows * cols * programs, 1, 1)
 
@@ -140,7 +143,7 @@ def forward_launches(
     steps = strides("x", x) | strides("l", logits) | strides("y", y)
     arguments = {"x_ptr": x, "logits_ptr": logits, "y_ptr": y, "lse_ptr": lse} | _sizes(x, logits, spec) | steps
     problem = problem_of(x, logits, y, spec, capability)
-    tile = tile or tile_tables.tile("forward", problem, _device_name(x)) or tiles.choose("forward", problem)
+    tile = tile or measured_tile("forward", problem, _device_name(x)) or choose_tile("forward", problem)
     if tile is None:
         grid = _tap_grid(x, logits.shape[2:].numel(), spec)
         return [Launch(taps.tap_forward, grid, arguments, constants | TAP_BLOCKS, **TAP_OPTIONS)]
@@ -171,7 +174,7 @@ def backward_launches(
     """
     constants = _constants(x, spec)
     problem = problem_of(x, logits, dy, spec, capability)
-    tile = tile or tile_tables.tile("backward", problem, _device_name(x)) or tiles.choose("backward", problem)
+    tile = tile or measured_tile("backward", problem, _device_name(x)) or choose_tile("backward", problem)
     if tile is None:
         return _tap_backward_launches(dy, x, logits, lse, dx, dlogits, spec)
     # a gradient that is not asked for is not touched: any tensor of its kind stands for it
@@ -180,7 +183,8 @@ def backward_launches(
     arguments |= strides("x", x) | strides("l", logits) | strides("dy", dy)
     arguments |= strides("dx", results["dx_ptr"]) | strides("dl", results["dlogits_ptr"])
     constants |= {"CELLS_H": tile.cells_h, "CELLS_W": tile.cells_w, "BLOCK_L": tile.block_c, "SPLIT": tile.split}
-    constants |= tiles.source_blocks(problem, tile)
+    blocks = source_blocks(problem, tile)
+    constants |= {"BLOCK_X": blocks.channels, "BLOCK_D": blocks.targets}
     constants |= {"NEED_DX": dx is not None, "NEED_DLOGITS": dlogits is not None, "PRECISION": _precision()}
     constants["X_ALIGN"] = math.gcd(problem.x_align, _alignment(results["dx_ptr"], problem.channels, problem.channels_last))
     constants["DY_ALIGN"] = problem.y_align

@@ -8,7 +8,7 @@ import torch
 FLUSH_BYTES = 2**30
 
 
-def milliseconds(function: Callable[[], object], device: torch.device | str) -> float:
+def measure_milliseconds(function: Callable[[], object], device: torch.device | str) -> float:
     """Time of the kernels that one call launches, with cold caches and without what the host takes to launch them."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
     for _ in range(4):

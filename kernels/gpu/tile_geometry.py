@@ -5,9 +5,12 @@ rows of pixels, both extents begin and end at a multiple of `vector` elements, s
 product are rounded up to a power of two of at least 16.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ..geometry import Spec
+
+Direction = Literal["forward", "backward"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
 class Tile(NamedTuple):
@@ -20,6 +23,21 @@ class Tile(NamedTuple):
     split: int  # programs that share the channels of a tile
     num_warps: int
     num_stages: int
+
+
+class TileProblem(NamedTuple):
+    """What the choice of a tile depends on."""
+
+    spec: Spec
+    channels: int  # of one group
+    height: int  # cells
+    width: int
+    batch: int  # images times groups
+    element_size: int  # bytes
+    channels_last: bool
+    x_align: int  # elements: every run of source features begins and ends at a multiple of so many
+    y_align: int  # the same for target features
+    capability: tuple[int, int]
 
 
 class Halo(NamedTuple):

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ...kernels.geometry import Spec, check_spec
-from ...kernels.gpu.clock import milliseconds
+from ...kernels.gpu.clock import measure_milliseconds
 from ...tasks.runs import write_csv
 from ..app import app
 from .providers import providers
@@ -65,7 +65,7 @@ class Run:
 def timed(function: Callable[[], object], device: str) -> float:
     """Milliseconds of one call; on a GPU of its kernels alone."""
     if torch.device(device).type == "cuda":
-        return milliseconds(function, device)
+        return measure_milliseconds(function, device)
     start = time.perf_counter()
     function()
     return (time.perf_counter() - start) * 1e3

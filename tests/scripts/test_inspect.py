@@ -12,7 +12,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from carafepp.kernels.gpu import compiled  # noqa: E402
+from carafepp.kernels.gpu import assembly  # noqa: E402
 from carafepp.kernels.gpu.launch import Launch  # noqa: E402
 from carafepp.scripts import inspect  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -25,15 +25,15 @@ def product(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + i[:, None] * BLOCK + i[None], tl.dot(x, x).to(tl.float16))
 
 
-def assembly(capability, block=64, num_warps=4):
+def assemble(capability, block=64, num_warps=4):
     x, y = (torch.empty(block, block, dtype=torch.float16, device="meta") for _ in range(2))
     launch = Launch(product, (1, 1, 1), {"x_ptr": x, "y_ptr": y}, {"BLOCK": block}, num_warps=num_warps, num_stages=1)
-    return compiled.read(compiled.compile_launch(launch, capability))
+    return assembly.read_assembly(assembly.compile_launch(launch, capability))
 
 
 @pytest.mark.parametrize(("capability", "name"), [(80, "HMMA"), (90, "HGMMA"), (100, "HMMA|UTCHMMA")])
 def test_every_architecture_is_read(capability, name):
-    kernel = assembly(capability)
+    kernel = assemble(capability)
     assert kernel.spills == 0
     assert 16 < kernel.registers < 256
     assert kernel.widest_load == kernel.widest_store == 128
@@ -44,7 +44,7 @@ def test_every_architecture_is_read(capability, name):
 
 
 def test_a_tile_too_large_for_its_warps_is_seen_to_spill():
-    assert assembly(80, block=128, num_warps=1).spills > 0
+    assert assemble(80, block=128, num_warps=1).spills > 0
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_tile_too_large_for_its_warps_is_seen_to_spill():
     ],
 )
 def test_occupancy_limits(capability, registers, shared, warps, expected):
-    assert compiled.resident_blocks(capability, registers, shared, warps) == expected
+    assert assembly.resident_blocks(capability, registers, shared, warps) == expected
 
 
 ONE_SITE = ["~sites", "+sites.one={n: 1, channels: 16, height: 8, width: 8, kernel_size: 3, up: 2}"]
@@ -101,8 +101,8 @@ def test_kernels_are_parsed_one_at_a_time(monkeypatch):
 
 
 def test_a_spill_fails(monkeypatch, tmp_path):
-    spilling = assembly(80, block=128, num_warps=1)
-    monkeypatch.setattr(compiled, "read", lambda kernel: spilling)
+    spilling = assemble(80, block=128, num_warps=1)
+    monkeypatch.setattr(assembly, "read_assembly", lambda kernel: spilling)
     with pytest.raises(SystemExit, match="spill registers"):
         run(monkeypatch, tmp_path, "architectures=[sm_80]", "memory_formats=[channels_last]")
 

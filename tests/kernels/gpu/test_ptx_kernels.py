@@ -7,7 +7,9 @@ from carafepp.kernels.geometry import NORMALIZERS, Spec
 
 pytest.importorskip("triton")
 
-from carafepp.kernels.gpu import compiled
+from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
+from carafepp.kernels.gpu.tile_geometry import DIRECTIONS
+from carafepp.kernels.gpu.training_step import build_training_step
 from ptx.memory import untouched
 from ptx_step import training_step
 
@@ -109,13 +111,12 @@ def test_offsets_beyond_32_bits(axes):
     ],
 )
 def test_assembly_spills_nothing_and_uses_tensor_cores(capability, size, spec, dtype, memory_format):
-    codes = [
-        compiled.compile_launch(launch, capability)
-        for launch in compiled.training_step(*size, spec, dtype, memory_format, capability=capability)
-    ]
+    step = build_training_step(*size, spec, dtype, memory_format)
+    launches = [x for direction in DIRECTIONS for x in step.build_launches(direction, capability=divmod(capability, 10))]
+    codes = [compile_launch(launch, capability) for launch in launches]
     products = 0
     for code in codes:
-        assembly = compiled.read(code)
+        assembly = read_assembly(code)
         assert assembly.spills == 0
         assert assembly.blocks > 0
         if "tt.dot" in code.asm["ttir"]:

@@ -7,45 +7,19 @@ shared memory, shuffles) plus a quarter of its instructions, since it issues fou
 
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
 
-from ..geometry import Spec
-from .tile_geometry import Tile, halo, power_of_two, reach
+from .tile_geometry import Direction, Tile, TileProblem, halo, reach
+from .tile_limits import source_blocks
 
 # multiprocessors by capability; what is not listed is taken for the nearest below
-MULTIPROCESSORS = {(7, 0): 80, (8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148}
+MULTIPROCESSOR_COUNTS = {(7, 0): 80, (8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148}
 SHARED_BYTES = 96 * 1024
 LINE_BYTES = 128
 
 
-class Problem(NamedTuple):
-    """What the choice depends on."""
-
-    spec: Spec
-    channels: int  # of one group
-    height: int  # cells
-    width: int
-    batch: int  # images times groups
-    element_size: int  # bytes
-    channels_last: bool
-    x_align: int  # elements at whose multiples every run of source features begins and ends
-    y_align: int  # the same for target features
-    capability: tuple[int, int]
-
-
-def source_blocks(problem: Problem, tile: Tile) -> dict[str, int]:
-    """Channels and reaching targets of one product of the gradient to the sources: all channels of a program if they fit."""
-    # the newer matrix units leave room for fewer, and no more than four programs share them
-    newer = problem.capability >= ((9, 0) if problem.element_size == 4 else (10, 0))
-    room = 256 // problem.element_size if newer else 256
-    most = room if problem.channels > 4 * room else 256
-    channels = min(most, power_of_two(-(-problem.channels // tile.split)))
-    return {"BLOCK_X": channels, "BLOCK_D": max(16, min(128 // problem.element_size, 256 * tile.block_c // channels))}
-
-
 def multiprocessors(capability: tuple[int, int]) -> int:
     """Multiprocessors of a device of this capability."""
-    return MULTIPROCESSORS[max((known for known in MULTIPROCESSORS if known <= capability), default=(7, 0))]
+    return MULTIPROCESSOR_COUNTS[max((known for known in MULTIPROCESSOR_COUNTS if known <= capability), default=(7, 0))]
 
 
 def split_terms(element_size: int) -> int:
@@ -58,7 +32,7 @@ def lines(rows: float, row_bytes: int) -> float:
     return rows * (1 + row_bytes / LINE_BYTES)
 
 
-def _features(problem: Problem, rows: int, cols: int, padded: int, vector: int) -> tuple[float, float, float]:
+def _features(problem: TileProblem, rows: int, cols: int, padded: int, vector: int) -> tuple[float, float, float]:
     """Lines, shared-memory wavefronts and instructions to bring rows x cols locations of all channels to a product."""
     size, channels = problem.element_size, problem.channels
     passes = padded * channels * size / LINE_BYTES
@@ -72,16 +46,16 @@ def _features(problem: Problem, rows: int, cols: int, padded: int, vector: int) 
     return touched, store + passes * (1 if size == 2 else 3), 4 * loads
 
 
-def _waves(problem: Problem, tiles: int, split: int, wavefronts: float, instructions: float) -> float:
+def _waves(problem: TileProblem, tiles: int, split: int, wavefronts: float, instructions: float) -> float:
     """Time in cycles of the busiest multiprocessor, were the work spread evenly over those in use."""
     return (wavefronts + instructions / 4) * tiles / min(multiprocessors(problem.capability), tiles * split)
 
 
-def _tiles(problem: Problem, cells_h: int, cells_w: int) -> int:
+def _tiles(problem: TileProblem, cells_h: int, cells_w: int) -> int:
     return -(-problem.height // cells_h) * -(-problem.width // cells_w) * problem.batch
 
 
-def _forward_cost(problem: Problem, tile: Tile) -> float | None:
+def _forward_cost(problem: TileProblem, tile: Tile) -> float | None:
     """Cycles of the forward kernel, or None where the tile does not fit."""
     spec, size, channels = problem.spec, problem.element_size, problem.channels
     rows, cols, halo_h, halo_w, _, m, p, t = halo(spec, tile.cells_h, tile.cells_w, tile.vector)
@@ -111,20 +85,20 @@ def _forward_cost(problem: Problem, tile: Tile) -> float | None:
     )
 
 
-def _backward_cost(problem: Problem, tile: Tile) -> float | None:
+def _backward_cost(problem: TileProblem, tile: Tile) -> float | None:
     """Cycles of the backward kernel, or None where the tile does not fit."""
     spec, size, channels = problem.spec, problem.element_size, problem.channels
     x_vector = min(tile.vector, problem.x_align)
     rows, cols, halo_h, halo_w, _, m, p, t = halo(spec, tile.cells_h, tile.cells_w, x_vector)
     _, _, reach_h, reach_w, _, _, s = reach(spec, tile.cells_h, tile.cells_w, tile.vector)
     blocks = source_blocks(problem, tile)
-    d = -(-reach_h * reach_w // blocks["BLOCK_D"]) * blocks["BLOCK_D"]
+    d = -(-reach_h * reach_w // blocks.targets) * blocks.targets
     threads = 32 * tile.num_warps
     # float32 products keep the leading and the remaining bits of both operands
     terms = split_terms(size)
     gathers = m * p / threads + (m + p) * tile.block_c * size / 4 / threads * terms
-    scatters = s * blocks["BLOCK_X"] / threads + blocks["BLOCK_D"] * (blocks["BLOCK_X"] / threads + s / 32) * size / 4 * terms
-    shared = max((p + m) * tile.block_c, p * m * 4 / size, blocks["BLOCK_D"] * (blocks["BLOCK_X"] + s)) * size * terms
+    scatters = s * blocks.channels / threads + blocks.targets * (blocks.channels / threads + s / 32) * size / 4 * terms
+    shared = max((p + m) * tile.block_c, p * m * 4 / size, blocks.targets * (blocks.channels + s)) * size * terms
     large = m > 64 and (tile.cells_h, tile.cells_w) != CELLS[0]
     # what compiles without spills, with less room beside the newer matrix units
     limit = 108 if problem.capability >= ((9, 0) if terms == 2 else (10, 0)) else 128
@@ -140,7 +114,7 @@ def _backward_cost(problem: Problem, tile: Tile) -> float | None:
     d_lines, d_passes, d_loads = _features(problem, reach_h, reach_w, d, tile.vector)
     band = s * d / 32 * (size / 4) * (1 + tile.num_warps) * terms
     gathered = spec.taps * tile.cells_h * tile.cells_w * spec.up**2 / (8 if problem.channels_last else 1)
-    builds = tile.split * -(-channels // (tile.split * blocks["BLOCK_X"]))
+    builds = tile.split * -(-channels // (tile.split * blocks.channels))
     second = d_lines + d_passes + 3 * s * channels * size / LINE_BYTES + builds * (band + gathered)
     second += (d_loads + builds * s * d / 32 * 14 + s * d * channels / 2048 * 6 ** (terms - 1)) / 2
     cost = _waves(problem, _tiles(problem, tile.cells_h, tile.cells_w), 1 + tile.split, first + second, 0)
@@ -152,7 +126,7 @@ def _backward_cost(problem: Problem, tile: Tile) -> float | None:
 CELLS = ((1, 1), (1, 2), (1, 4), (1, 8), (1, 14), (1, 16), (2, 2), (2, 4), (2, 7), (2, 8), (3, 4), (4, 4))
 
 
-def _candidates(problem: Problem, align: int, num_warps: int):
+def _candidates(problem: TileProblem, align: int, num_warps: int):
     vectors = (1,) if problem.channels_last else tuple(v for v in (1, 2, 4) if align % v == 0)
     half = problem.element_size == 2
     # a product of the matrix units from capability 9.0 on has 64 rows, and theirs are the channels
@@ -163,9 +137,9 @@ def _candidates(problem: Problem, align: int, num_warps: int):
 
 
 @lru_cache(maxsize=4096)
-def ranked(name: str, problem: Problem) -> tuple[Tile, ...]:
+def rank_tiles(direction: Direction, problem: TileProblem) -> tuple[Tile, ...]:
     """Tiles that fit a pass ("forward" or "backward"), the cheapest by the model first; none where a window is too large."""
-    if name == "forward":
+    if direction == "forward":
         # two warps share more of what builds a band; the matrix units from capability 9.0 on take four together
         align, num_warps, cost = problem.x_align, 4 if problem.capability >= (9, 0) else 2, _forward_cost
     else:
@@ -174,7 +148,7 @@ def ranked(name: str, problem: Problem) -> tuple[Tile, ...]:
     return tuple(tile for _, tile in sorted((price, tile) for price, tile in priced if price is not None))
 
 
-def choose(name: str, problem: Problem) -> Tile | None:
+def choose_tile(direction: Direction, problem: TileProblem) -> Tile | None:
     """Tile of the banded kernel of a pass, or None where a window is too large for it."""
-    tiles = ranked(name, problem)
+    tiles = rank_tiles(direction, problem)
     return tiles[0] if tiles else None

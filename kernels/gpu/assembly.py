@@ -11,15 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
-from ..geometry import Spec
-from .backend import backward_launches, forward_launches
 from .launch import Launch
-from .tile_geometry import Tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WARP = 32
@@ -27,7 +23,7 @@ REGISTERS = 65536
 TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTC\w*MMA")
 
 
-class Multiprocessor(NamedTuple):
+class ResidencyLimits(NamedTuple):
     """What one multiprocessor holds at most (CUDA programming guide, technical specifications per compute capability)."""
 
     warps: int
@@ -35,13 +31,13 @@ class Multiprocessor(NamedTuple):
     shared: int  # bytes; a block takes 1 KiB beside its own
 
 
-MULTIPROCESSORS = {
-    80: Multiprocessor(64, 32, 164 << 10),
-    86: Multiprocessor(48, 16, 100 << 10),
-    89: Multiprocessor(48, 24, 100 << 10),
-    90: Multiprocessor(64, 32, 228 << 10),
-    100: Multiprocessor(64, 32, 228 << 10),
-    120: Multiprocessor(48, 24, 100 << 10),
+RESIDENCY_LIMITS = {
+    80: ResidencyLimits(64, 32, 164 << 10),
+    86: ResidencyLimits(48, 16, 100 << 10),
+    89: ResidencyLimits(48, 24, 100 << 10),
+    90: ResidencyLimits(64, 32, 228 << 10),
+    100: ResidencyLimits(64, 32, 228 << 10),
+    120: ResidencyLimits(48, 24, 100 << 10),
 }
 
 
@@ -62,42 +58,12 @@ class Assembly(NamedTuple):
     instructions: int
 
 
-def training_step(
-    n: int,
-    channels: int,
-    height: int,
-    width: int,
-    spec: Spec,
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-    tile: Tile | None = None,
-    capability: int = 80,
-) -> list[Launch]:
-    """Launches of forward and backward for features [n, channels, height, width], without any memory: tensors are on "meta".
-
-    `tile` replaces the choice for a GPU of this capability (80 for 8.0).
-    """
-
-    def empty(channels: int, height: int, width: int) -> torch.Tensor:
-        return torch.empty((n, channels, height, width), dtype=dtype, device="meta", memory_format=memory_format)
-
-    taps = spec.groups * spec.taps
-    x, dx = (empty(channels, height, width) for _ in range(2))
-    y, dy = (empty(channels, spec.output_size(height), spec.output_size(width)) for _ in range(2))
-    logits, dlogits = (
-        empty(taps * spec.up**2, spec.cells(height), spec.cells(width)).unflatten(1, (taps, spec.up, spec.up)) for _ in range(2)
-    )
-    lse = torch.empty((n, spec.groups, *logits.shape[2:]), device="meta")
-    chosen = {"tile": tile, "capability": divmod(capability, 10)}
-    return forward_launches(x, logits, y, lse, spec, **chosen) + backward_launches(dy, x, logits, lse, dx, dlogits, spec, **chosen)
-
-
 def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
     """Compile for compute capability 80, 90, ... as the launch would be on that device."""
     return triton.compile(launch.source(), target=GPUTarget("cuda", capability, WARP), options=launch.options)
 
 
-def read(compiled: CompiledKernel) -> Assembly:
+def read_assembly(compiled: CompiledKernel) -> Assembly:
     """Disassemble a kernel and say what it needs."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -115,7 +81,7 @@ def read(compiled: CompiledKernel) -> Assembly:
         warps=warps,
         blocks=blocks,
         limiter=limiter,
-        occupancy=blocks * warps / MULTIPROCESSORS[compiled.metadata.target.arch].warps,
+        occupancy=blocks * warps / RESIDENCY_LIMITS[compiled.metadata.target.arch].warps,
         tensor_core={name: count for name, count in opcodes.items() if TENSOR_CORE.fullmatch(name)},
         widest_load=max((_width(name) for name in code if name.startswith("LDG")), default=0),
         widest_store=max((_width(name) for name in code if name.startswith("STG")), default=0),
@@ -132,7 +98,7 @@ def resident_blocks(capability: int, registers: int, shared: int, warps: int) ->
         shared: bytes per block.
         warps: per block.
     """
-    most = MULTIPROCESSORS[capability]
+    most = RESIDENCY_LIMITS[capability]
     by_registers = REGISTERS // (-(-registers * WARP // 256) * 256) // 4 * 4 // warps
     limits = {
         "warps": most.warps // warps,

@@ -1,0 +1,67 @@
+"""The tables of measured tiles: who finds which tile, and what a broken table says."""
+
+import pytest
+import torch
+from carafepp.kernels.geometry import Spec
+from carafepp.kernels.gpu.tile_geometry import DIRECTIONS, Tile, TileProblem
+from carafepp.kernels.gpu.tile_ranking import choose_tile, rank_tiles
+from carafepp.kernels.gpu.tile_tables import measured_tile, table_key, write_table
+
+PROBLEM = TileProblem(Spec(5, up=2), 256, 25, 42, 1, 2, False, 2, 4, (8, 0))
+TILE = Tile(2, 2, 1, 16, 1, 4, 2)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Path of the user's table, which no process has read yet."""
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv("CARAFEPP_TILES", str(path))
+    return path
+
+
+def test_a_measured_tile_is_found_on_its_device_only(table):
+    write_table(table, {"A GPU": {table_key("forward", PROBLEM): list(TILE)}})
+    assert measured_tile("forward", PROBLEM, "A GPU") == TILE
+    assert measured_tile("backward", PROBLEM, "A GPU") is None
+    assert measured_tile("forward", PROBLEM, "another") is None
+    # images of about one size share a tile
+    assert measured_tile("forward", PROBLEM._replace(height=26), "A GPU") == TILE
+    assert measured_tile("forward", PROBLEM._replace(height=250), "A GPU") is None
+
+
+@pytest.fixture
+def shipped_problem():
+    """Return the problem of a site of the shipped table, on a GPU of a given capability."""
+    pytest.importorskip("triton")
+    from carafepp.kernels.gpu.training_step import build_training_step
+
+    return build_training_step(2, 256, 50, 84, Spec(5, up=2), torch.float16, torch.contiguous_format).problem
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_shipped_tiles_fit_their_problems(table, shipped_problem, direction):
+    problem = shipped_problem((9, 0))
+    shipped = measured_tile(direction, problem, "A GPU")
+    assert shipped in rank_tiles(direction, problem)
+    assert shipped != choose_tile(direction, problem)
+    assert measured_tile(direction, shipped_problem((8, 0)), "A GPU") is None
+
+
+def test_the_users_tiles_go_before_the_shipped_ones(table, shipped_problem):
+    problem = shipped_problem((9, 0))
+    write_table(table, {"A GPU": {table_key("forward", problem): list(TILE)}})
+    assert measured_tile("forward", problem, "A GPU") == TILE
+    assert measured_tile("forward", problem, "another") != TILE
+    assert measured_tile("backward", problem, "A GPU") == measured_tile("backward", problem, "another") is not None
+
+
+def test_a_table_is_read_once(table):
+    assert measured_tile("forward", PROBLEM, "A GPU") is None
+    write_table(table, {"A GPU": {table_key("forward", PROBLEM): list(TILE)}})
+    assert measured_tile("forward", PROBLEM, "A GPU") is None
+
+
+def test_a_broken_table_is_named(table):
+    table.write_text('{"A GPU": {"forward": [1, 2]}}')
+    with pytest.raises(ValueError, match=r"tiles\.json is not a table.*carafepp-tune"):
+        measured_tile("forward", PROBLEM, "A GPU")

@@ -1,0 +1,64 @@
+"""carafepp-tune: what it times, keeps and goes on with."""
+
+import json
+import sys
+
+import pytest
+import torch
+from carafepp.kernels.geometry import Spec
+from carafepp.kernels.gpu.tile_geometry import TileProblem
+from carafepp.kernels.gpu.tile_ranking import rank_tiles
+from carafepp.kernels.gpu.tile_tables import table_key, write_table
+
+PROBLEM = TileProblem(Spec(5, up=2), 64, 25, 42, 1, 2, False, 2, 4, (8, 0))
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Path of the user's table, which no process has read yet."""
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv("CARAFEPP_TILES", str(path))
+    return path
+
+
+@pytest.fixture
+def tune(table, monkeypatch):
+    """Run carafepp-tune as on a GPU on which the tile that is tried last is the fastest; return the passes that it timed."""
+    pytest.importorskip("triton")
+    from carafepp.kernels.gpu import tile_search, training_step
+    from carafepp.scripts.tune import main
+
+    timed = []
+
+    def time_tiles(step, direction, limit):
+        timed.append(direction)
+        tiles = rank_tiles(direction, step.problem((8, 0)))[:limit]
+        yield from ((float(len(tiles) - i), tile) for i, tile in enumerate(tiles))
+
+    build = training_step.build_training_step
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A GPU")
+    monkeypatch.setattr(training_step, "build_training_step", lambda *arguments: build(*arguments[:-1], "meta"))
+    monkeypatch.setattr(tile_search, "time_tiles", time_tiles)
+
+    def run(*words):
+        timed.clear()
+        size = "+sites.a={n: 1, channels: 64, height: 25, width: 42, kernel_size: 5, up: 2}"
+        arguments = ["~sites", size, "dtypes=[float16]", "memory_formats=[contiguous]", "limit=3"]
+        monkeypatch.setattr(sys, "argv", ["carafepp-tune", *arguments, *words])
+        main()
+        return list(timed)
+
+    return run
+
+
+def test_tuning_keeps_the_fastest_and_goes_on_where_it_stopped(tune, table):
+    assert tune() == ["forward", "backward"]
+    tiles = json.loads(table.read_text())["A GPU"]
+    assert tiles[table_key("forward", PROBLEM)] == list(rank_tiles("forward", PROBLEM)[2])
+    # interrupted after the first kernel
+    del tiles[table_key("backward", PROBLEM)]
+    write_table(table, {"A GPU": tiles})
+    assert tune() == ["backward"]
+    assert tune() == []
+    assert tune("again=true") == ["forward", "backward"]
