@@ -1,6 +1,6 @@
-"""Compiling launches for a GPU that need not be there, and reading what the assembler made of them.
+"""The assembly of launches: compiling for a GPU that is not present, and reading the registers, memory and instructions of the code.
 
-The tools are those that Triton ships and uses itself; the code that is read is the code that a device would run.
+Triton ships the tools and uses them itself, so that the code is the code that a device would run.
 """
 
 import re
@@ -16,19 +16,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from .launch import Launch
+from .tile_geometry import multiple
+from .tile_limits import WARP_SIZE
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-WARP = 32
+# of one multiprocessor
 REGISTERS = 65536
 TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTC\w*MMA")
 
 
 class ResidencyLimits(NamedTuple):
-    """What one multiprocessor holds at most (CUDA programming guide, technical specifications per compute capability)."""
+    """The most that one multiprocessor holds (CUDA programming guide, technical specifications per compute capability)."""
 
     warps: int
     blocks: int
-    shared: int  # bytes; a block takes 1 KiB beside its own
+    shared: int  # bytes; each block takes 1 KiB more than it asks for
 
 
 RESIDENCY_LIMITS = {
@@ -42,14 +44,14 @@ RESIDENCY_LIMITS = {
 
 
 class Assembly(NamedTuple):
-    """One compiled kernel as the assembler left it."""
+    """The code of one kernel, as the assembler wrote it."""
 
     registers: int  # per thread
-    spills: int  # instructions that load or store what did not fit into registers
+    spills: int  # instructions that load or store values that did not fit into registers
     shared: int  # bytes per block
     warps: int  # per block
-    blocks: int  # that one multiprocessor holds, 0 where not even one fits
-    limiter: str  # what allows no more: "registers", "shared", "warps" or "blocks"
+    blocks: int  # that one multiprocessor holds, 0 if not even one fits
+    limiter: str  # of the blocks: "registers", "shared", "warps" or "blocks"
     occupancy: float  # share of the warps that one multiprocessor holds
     tensor_core: dict[str, int]  # instructions on tensor cores, by name: HMMA, HGMMA (sm_90), UTCHMMA (sm_100)
     widest_load: int  # bits per thread from global memory
@@ -59,23 +61,27 @@ class Assembly(NamedTuple):
 
 
 def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
-    """Compile for compute capability 80, 90, ... as the launch would be on that device."""
-    return triton.compile(launch.source(), target=GPUTarget("cuda", capability, WARP), options=launch.options)
+    """Compile a launch as for a device of compute capability 80 (for 8.0), 90, ..."""
+    return triton.compile(launch.source(), target=GPUTarget("cuda", capability, WARP_SIZE), options=launch.options)
 
 
 def read_assembly(compiled: CompiledKernel) -> Assembly:
-    """Disassemble a kernel and say what it needs."""
+    """Disassemble a kernel and return what it needs and contains.
+
+    Raises:
+        subprocess.CalledProcessError: if one of the tools fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _run("cuobjdump", "--dump-resource-usage", cubin)
         code = list(_instructions(_run("nvdisasm", "-c", cubin)))
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    (registers,) = re.findall(r"REG:(\d+)", usage)
     opcodes = Counter(name.split(".")[0] for name in code)
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    blocks, limiter = resident_blocks(compiled.metadata.target.arch, registers, shared, warps)
+    blocks, limiter = resident_blocks(compiled.metadata.target.arch, int(registers), shared, warps)
     return Assembly(
-        registers=registers,
+        registers=int(registers),
         spills=opcodes["LDL"] + opcodes["STL"],
         shared=shared,
         warps=warps,
@@ -91,31 +97,34 @@ def read_assembly(compiled: CompiledKernel) -> Assembly:
 
 
 def resident_blocks(capability: int, registers: int, shared: int, warps: int) -> tuple[int, str]:
-    """Blocks that one multiprocessor holds at the same time, and what allows no more.
+    """Return how many blocks one multiprocessor holds at the same time, and the resource that limits them.
 
     Args:
-        registers: per thread; warps take them by 256, and are placed four at a time.
+        capability: 80 for 8.0.
+        registers: per thread. A warp takes them in units of 256, and warps are placed four at a time.
         shared: bytes per block.
         warps: per block.
+
+    Raises:
+        KeyError: if the limits of the capability are not known.
     """
     most = RESIDENCY_LIMITS[capability]
-    by_registers = REGISTERS // (-(-registers * WARP // 256) * 256) // 4 * 4 // warps
     limits = {
         "warps": most.warps // warps,
-        "registers": by_registers,
-        "shared": most.shared // (-(-shared // 128) * 128 + 1024),
+        "registers": REGISTERS // multiple(registers * WARP_SIZE, 256) // 4 * 4 // warps,
+        "shared": most.shared // (multiple(shared, 128) + 1024),
         "blocks": most.blocks,
     }
-    limiter = min(limits, key=limits.get)
+    limiter = min(limits, key=lambda resource: limits[resource])
     return limits[limiter], limiter
 
 
-def _run(tool: str, *arguments) -> str:
+def _run(tool: str, *arguments: str | Path) -> str:
     return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def _instructions(listing: str) -> Iterator[str]:
-    """Full opcodes up to the last EXIT: what follows only fills the last line of code."""
+    """Full opcodes up to the last EXIT; the code after it is padding."""
     names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing, re.M)
     last = max((i for i, name in enumerate(names) if name == "EXIT"), default=len(names) - 1)
     yield from names[: last + 1]

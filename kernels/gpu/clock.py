@@ -1,15 +1,15 @@
-"""Timing what a GPU does."""
+"""The time that kernels take on a GPU."""
 
 from collections.abc import Callable
 
 import torch
 
-# more than the second-level cache of any GPU; filled four times, it takes one about a millisecond, in which a call is queued
+# larger than the second-level cache of any GPU; filling it four times takes about a millisecond, in which the host queues the call
 FLUSH_BYTES = 2**30
 
 
 def measure_milliseconds(function: Callable[[], object], device: torch.device | str) -> float:
-    """Time of the kernels that one call launches, with cold caches and without what the host takes to launch them."""
+    """Return the milliseconds of the kernels that one call launches, with cold caches and without the host's time to launch them."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
     for _ in range(4):
         flush.zero_()

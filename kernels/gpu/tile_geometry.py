@@ -1,16 +1,19 @@
 """The geometry of a tile: which sources its targets read, which targets read its sources, and how far tile axes are rounded.
 
-A tile is `cells_h` x `cells_w` cells. Its targets read a halo of sources around it, and its sources are read by targets around it. Along
-rows of pixels, both extents begin and end at a multiple of `vector` elements, so that they can be loaded in vectors. The axes of a matrix
-product are rounded up to a power of two of at least 16.
+A tile is `cells_h` x `cells_w` cells. Its targets read a halo of sources around it, and targets around it read its sources. Along rows of
+pixels, both extents begin and end at a multiple of `vector` elements, so that they can be loaded in vectors. The axes of a matrix product
+are rounded up to a power of two of at least 16.
 """
 
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from ..geometry import Spec
 
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+# of an axis of a matrix product (Triton)
+SMALLEST_EXTENT = 16
 
 
 class Tile(NamedTuple):
@@ -18,7 +21,7 @@ class Tile(NamedTuple):
 
     cells_h: int
     cells_w: int
-    vector: int  # elements of a vector load that the halo is rounded to, along rows of pixels
+    vector: int  # elements of a vector load along rows of pixels; the halo is rounded to a multiple
     block_c: int  # channels of one product
     split: int  # programs that share the channels of a tile
     num_warps: int
@@ -67,7 +70,7 @@ class Reach(NamedTuple):
 
 def power_of_two(n: int) -> int:
     """Return the smallest power of two at or above n, at least 16: the extent of a tile axis in a matrix product."""
-    return max(16, 1 << (n - 1).bit_length())
+    return max(SMALLEST_EXTENT, 1 << (n - 1).bit_length())
 
 
 def multiple(n: int, step: int) -> int:
@@ -75,6 +78,7 @@ def multiple(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
+@lru_cache(maxsize=4096)
 def halo(spec: Spec, cells_h: int, cells_w: int, vector: int = 1) -> Halo:
     """Return the targets of a tile and the sources that they read."""
     rows, cols = cells_h * spec.up, cells_w * spec.up
@@ -85,6 +89,7 @@ def halo(spec: Spec, cells_h: int, cells_w: int, vector: int = 1) -> Halo:
     return Halo(rows, cols, height, width, lead, power_of_two(rows * cols), power_of_two(height * width), power_of_two(spec.taps + 1))
 
 
+@lru_cache(maxsize=4096)
 def reach(spec: Spec, cells_h: int, cells_w: int, vector: int = 1) -> Reach:
     """Return the sources of a tile and the targets that read them."""
     rows, cols = cells_h * spec.down, cells_w * spec.down
