@@ -25,7 +25,7 @@ bench: setup
 # fails on a dead link or anchor, a public name without a docstring, a module without a page
 docs: .venv/installed-docs
 	$(BIN)/ruff check --select D100,D101,D102,D103,D106
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "open build/site/index.html"
 
 setup: .venv/installed

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("kernels", "models", "tasks", "scripts")
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)")
+LOADED = re.compile(r'<(?:script|img|iframe|link)\b[^>]*(?:src|href)="(?:https?:)?//[^>]*>')
 
 log = logging.getLogger("mkdocs.hooks.site")
 
@@ -53,6 +54,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def on_page_content(html: str, **kwargs: object) -> str:
     """Keep the source code below a docstring out of the search index."""
     return html.replace('<details class="mkdocstrings-source"', '<details class="mkdocstrings-source" data-search-exclude')
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> None:
+    """Refuse a page that loads anything from another host."""
+    for tag in LOADED.findall(output):
+        log.warning("%s loads from another host: %s", page.file.src_uri, tag)
 
 
 def repository_links(markdown: str, uri: str) -> dict[str, str]:
