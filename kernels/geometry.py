@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 NORMALIZERS = ("softmax", "sigmoid", "sigmoid_normalized", "none")
+# those with a sum over the window: forward saves its logarithm for backward
+LSE_NORMALIZERS = ("softmax", "sigmoid_normalized")
 
 
 class Spec(NamedTuple):

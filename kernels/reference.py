@@ -22,6 +22,20 @@ def normalize(logits: Tensor, normalizer: str) -> Tensor:
     return logits
 
 
+def normalize_backward(dweights: Tensor, weights: Tensor, logits: Tensor, normalizer: str) -> Tensor:
+    """Compute the gradient of the logits from that of `weights` = normalize(logits, normalizer); every tensor is [N, G, K * K, ...].
+
+    For fast paths that know the gradient of the weights; the definition itself is differentiated by autograd.
+    """
+    if normalizer == "none":
+        return dweights
+    if normalizer == "sigmoid":
+        return weights * (1 - weights) * dweights
+    dscores = weights * (dweights - (weights * dweights).sum(dim=2, keepdim=True))
+    # the derivative of logsigmoid, whose softmax "sigmoid_normalized" is
+    return dscores * (-logits).sigmoid() if normalizer == "sigmoid_normalized" else dscores
+
+
 def reassembly_kernels(logits: Tensor, spec: Spec, height: int, width: int) -> Tensor:
     """Encoder logits [N, G * K * K * up**2, Hq, Wq] -> normalised kernels [N, G, K * K, Ho, Wo] (source `height` x `width`)."""
     logits = F.pixel_shuffle(logits, spec.up)  # [N, G * K * K, Hq * up, Wq * up]

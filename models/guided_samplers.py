@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import reassemble
-from ..kernels.reassembly import default_backend
+from ..kernels.backends import default_backend
 from .point_samplers import sample
 from .samplers import bilinear, nearest
 

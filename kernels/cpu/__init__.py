@@ -1,1 +1,1 @@
-"""The operator on a CPU: a C++ kernel compiled at first use, and PyTorch code where there is no compiler."""
+"""The operator on a CPU: a C++ kernel compiled at first use."""

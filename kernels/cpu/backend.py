@@ -1,15 +1,13 @@
-"""The operator on CPU: a C++ kernel compiled once per machine, PyTorch where there is no compiler."""
+"""The operator on CPU: calls of a C++ kernel that is compiled once per machine."""
 
 import ctypes
 import functools
 import os
-import warnings
 
 import torch
 from torch import Tensor
 
 from ..geometry import NORMALIZERS, Spec
-from . import fallback
 from .build import BuildError, build
 
 # numbered as in kernel.cpp
@@ -28,18 +26,21 @@ class _Tensor(ctypes.Structure):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled kernel; None, with one warning, where it cannot be built."""
+def library() -> ctypes.CDLL:
+    """Load the compiled kernel; the first call on a machine compiles it.
+
+    Raises:
+        BuildError: the kernel cannot be compiled or loaded.
+    """
     try:
         return ctypes.CDLL(str(build()))
-    except (BuildError, OSError) as error:
-        warnings.warn(f"carafepp: the CPU kernel is not available, slower PyTorch code takes its place: {error}", stacklevel=2)
-        return None
+    except OSError as error:
+        raise BuildError(f"the compiled kernel cannot be loaded ({error}).") from error
 
 
 @functools.cache
-def _parallel() -> ctypes.c_void_p | None:
-    """GOMP_parallel of the OpenMP runtime that PyTorch has loaded; None has the kernel start its own threads.
+def openmp_parallel() -> ctypes.c_void_p | None:
+    """Find GOMP_parallel of the OpenMP runtime that PyTorch has loaded; without it (None) the kernel starts its own threads.
 
     A second pool of threads would compete with PyTorch's for the same cores.
     """
@@ -51,33 +52,26 @@ def _parallel() -> ctypes.c_void_p | None:
 
 def _forget_threads() -> None:
     # the threads of an OpenMP runtime do not survive a fork, and waiting for them would never end
-    global _parallel
-    _parallel = lambda: None  # noqa: E731
+    global openmp_parallel
+    openmp_parallel = lambda: None  # noqa: E731
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
 
 
-def _call(name: str, x: Tensor, tensors: tuple[Tensor | None, ...], spec: Spec) -> bool:
-    """Run the kernel; False where there is none."""
-    library = _library() if x.dtype in DTYPES else None
-    if library is None:
-        return False
+def _call(name: str, x: Tensor, tensors: tuple[Tensor | None, ...], spec: Spec) -> None:
     problem = _Problem(DTYPES.index(x.dtype), NORMALIZERS.index(spec.normalizer), *x.shape, *spec[:4], torch.get_num_threads())
     arguments = (_Tensor * len(tensors))(*(() if t is None else (t.data_ptr(), t.stride()) for t in tensors))
-    if getattr(library, name)(ctypes.byref(problem), arguments, _parallel()):
+    if getattr(library(), name)(ctypes.byref(problem), arguments, openmp_parallel()):
         raise MemoryError(f"no memory for the scratch of the CPU kernel for x of shape {tuple(x.shape)}")
-    return True
 
 
 def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> None:
     """Fill y [N, C, Ho, Wo] and lse [N, G, up, up, Hq, Wq] from x and logits [N, G * K * K, up, up, Hq, Wq]."""
-    if not _call("carafepp_forward", x, (x, logits, y, lse), spec):
-        fallback.forward(x, logits, y, lse, spec)
+    _call("carafepp_forward", x, (x, logits, y, lse), spec)
 
 
 def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, spec: Spec) -> None:
     """Fill those of dx and dlogits that are asked for."""
-    if not _call("carafepp_backward", x, (dy, x, logits, lse, dx, dlogits), spec):
-        fallback.backward(dy, x, logits, lse, dx, dlogits, spec)
+    _call("carafepp_backward", x, (dy, x, logits, lse, dx, dlogits), spec)

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import reassemble
-from ...kernels.cpu import fallback as cpu_fallback
 from ...kernels.geometry import Spec
-from ...kernels.reassembly import _forward_outputs
 from ...kernels.reference import reassembly_kernels, weighted_sum
 
 Provider = Callable[[Tensor, Tensor], Tensor]
@@ -59,29 +57,6 @@ def definition(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
     return weighted_sum(x, reassembly_kernels(logits, spec, *x.shape[2:]), spec)
 
 
-class _Fallback(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, logits, spec):
-        cells = logits.unflatten(1, (spec.groups * spec.taps, spec.up, spec.up))
-        y, lse = _forward_outputs(x, cells, spec)
-        cpu_fallback.forward(x, cells, y, lse, spec)
-        ctx.save_for_backward(x, cells, lse)
-        ctx.spec = spec
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, cells, lse = ctx.saved_tensors
-        dx, dlogits = torch.empty_like(x), torch.empty_like(cells)
-        cpu_fallback.backward(dy, x, cells, lse, dx, dlogits, ctx.spec)
-        return dx, dlogits.flatten(1, 3), None
-
-
-def fallback(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
-    """The operator on CPU as it runs where there is no compiler."""
-    return _Fallback.apply(x, logits, spec)
-
-
 def providers(spec: Spec, shape: tuple[int, ...], device: str, max_bytes: float) -> dict[str, Provider | str]:
     """Name -> function of (x, logits), or the reason why there is none."""
     kind = torch.device(device).type
@@ -103,7 +78,7 @@ def providers(spec: Spec, shape: tuple[int, ...], device: str, max_bytes: float)
     return {
         "cpu": when(kind == "cpu", lambda x, logits: reassemble(x, logits, **options, backend="cpu"), "needs device=cpu"),
         "triton": when(kind == "cuda", lambda x, logits: reassemble(x, logits, **options, backend="triton"), "needs device=cuda"),
-        "fallback": when(kind == "cpu", functools.partial(fallback, spec=spec), "needs device=cpu"),
+        "fallback": when(kind == "cpu", lambda x, logits: reassemble(x, logits, **options, backend="torch"), "needs device=cpu"),
         "unfold": unfolded(unfold, cells * spec.up**2),
         "unfold_source": unfolded(unfold_source, cells),
         "compiled_definition": functools.partial(torch.compile(definition, dynamic=False), spec=spec),

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from carafepp.kernels import reassemble, reassemble_reference, reassemble_weights
-from carafepp.kernels.cpu import backend as cpu
+from carafepp.kernels import backends, reassemble, reassemble_reference, reassemble_weights, torch_backend
 from carafepp.kernels.geometry import Spec
 from carafepp.kernels.reference import reassembly_kernels
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,7 +25,7 @@ X, LOGITS = inputs()
         (X, LOGITS, dict(down=-1), ValueError, r"down must be at least 1, got -1"),
         (X, LOGITS, dict(groups=3), ValueError, r"groups must divide the channels of x, got groups=3 for 8 channels"),
         (X, LOGITS, dict(normalizer="max"), ValueError, r"normalizer must be one of softmax, .*got 'max'"),
-        (X, LOGITS, dict(backend="cuda"), ValueError, r"backend must be None or one of reference, cpu, triton, got 'cuda'"),
+        (X, LOGITS, dict(backend="cuda"), ValueError, r"backend must be None or one of reference, cpu, torch, triton, got 'cuda'"),
         (X.double(), LOGITS.double(), dict(backend="triton"), TypeError, r"'triton' takes .*got torch\.float64"),
         (X, LOGITS[:, :-1], {}, ValueError, r"logits must have shape \(1, 36, 5, 6\).*got \(1, 35, 5, 6\)"),
         (X, LOGITS[..., :-1], {}, ValueError, r"logits must have shape \(1, 36, 5, 6\)"),
@@ -48,7 +47,7 @@ def test_wrong_weights_are_named():
         reassemble_weights(X, LOGITS, kernel_size=3, up=2)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
 @pytest.mark.parametrize(("up", "down", "size"), [(2, 1, (10, 12)), (1, 2, (3, 3)), (3, 2, (8, 9))])
 def test_output_keeps_shape_dtype_and_memory_format(backend, up, down, size):
     x, logits = inputs(up=up, down=down, n=2)
@@ -67,7 +66,7 @@ def test_gradients_keep_the_layout_of_their_inputs():
         assert tensor.grad.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2), (3, 2), (2, 3)])
 def test_weights_at_output_resolution(backend, up, down):
     groups = 2
@@ -85,9 +84,9 @@ def test_weights_at_output_resolution(backend, up, down):
 def test_weights_at_output_resolution_are_not_copied(monkeypatch):
     x, weights = torch.randn(1, 8, 5, 6), torch.rand(1, 9, 10, 12)
     seen = []
-    forward = cpu.forward
-    monkeypatch.setattr(cpu, "forward", lambda x, logits, *rest: (seen.append(logits.data_ptr()), forward(x, logits, *rest)))
-    reassemble_weights(x, weights, kernel_size=3, up=2)
+    forward = torch_backend.forward
+    monkeypatch.setattr(torch_backend, "forward", lambda x, logits, *rest: (seen.append(logits.data_ptr()), forward(x, logits, *rest)))
+    reassemble_weights(x, weights, kernel_size=3, up=2, backend="torch")
     assert seen == [weights.data_ptr()]
 
 
@@ -101,6 +100,15 @@ def test_autocast_takes_both_inputs_in_its_dtype():
     assert torch.equal(y, mixed)
     expected = reassemble_reference(x.bfloat16().float(), logits.bfloat16().float(), kernel_size=3, up=2)
     torch.testing.assert_close(y.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_an_op_runs_where_the_definition_is_the_default(monkeypatch):
+    """A program that was exported with backend=None may be moved to any device."""
+    x, logits = inputs()
+    expected = reassemble(x, logits, kernel_size=3, up=2, backend="torch")
+    monkeypatch.setattr(backends, "default_backend", lambda *_: "reference")
+    y, _ = torch.ops.carafepp.reassemble(x, logits.unflatten(1, (9, 2, 2)), 3, 2, 1, 1, "softmax", None)
+    assert torch.equal(y, expected)
 
 
 def test_empty_batch_has_empty_results():

@@ -1,6 +1,7 @@
 """carafepp-bench compares like with like, and writes what it printed."""
 
 import csv
+import functools
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ def test_rivals_compute_the_same(spec):
     expected = reassemble_reference(x, logits, **spec._asdict())
     dy = torch.randn_like(expected)
     gradients = torch.autograd.grad(expected, (x, logits), dy)
-    for name in ("unfold", "unfold_source", "definition", "taps", "fallback"):
-        rival = getattr(bench_providers, name)
-        y = rival(x, logits, spec)
+    rivals = [functools.partial(getattr(bench_providers, name), spec=spec) for name in ("unfold", "unfold_source", "definition", "taps")]
+    rivals.append(bench_providers.providers(spec, tuple(x.shape), "cpu", 1e9)["fallback"])
+    for rival in rivals:
+        y = rival(x, logits)
         torch.testing.assert_close(y, expected)
         for actual, gradient in zip(torch.autograd.grad(y, (x, logits), dy), gradients, strict=True):
             torch.testing.assert_close(actual, gradient)

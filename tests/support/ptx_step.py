@@ -4,10 +4,9 @@ import math
 from typing import NamedTuple
 
 import torch
-from carafepp.kernels.geometry import Spec
+from carafepp.kernels.geometry import LSE_NORMALIZERS, Spec
 from carafepp.kernels.gpu import backend as triton_backend
 from carafepp.kernels.gpu.launch import Launch
-from carafepp.kernels.reassembly import LSE_NORMALIZERS
 from carafepp.kernels.reference import reassemble_reference
 from ptx import GPU, dram_microseconds
 from ptx.bounds import GPUS

@@ -3,9 +3,8 @@
 import math
 
 import torch
-from carafepp.kernels.geometry import Spec
+from carafepp.kernels.geometry import LSE_NORMALIZERS, Spec
 from carafepp.kernels.gpu import backend as triton_backend
-from carafepp.kernels.reassembly import LSE_NORMALIZERS
 from carafepp.kernels.reference import reassemble_reference
 
 # largest error over the largest value of the reference, by dtype: a rounding of a weight, of a product, of the result

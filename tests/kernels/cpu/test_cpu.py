@@ -1,4 +1,4 @@
-"""The CPU kernel and its fall-back against the definition in float64."""
+"""The CPU kernel and the PyTorch code that runs without a compiler, against the definition in float64."""
 
 import ctypes
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from carafepp.kernels import reassemble, reassemble_reference, reassembly
+from carafepp.kernels import reassemble, reassemble_reference, registration
 from carafepp.kernels.cpu import backend as cpu
 from carafepp.kernels.cpu import build as cpu_build
 from carafepp.kernels.geometry import NORMALIZERS
@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "expanded")
 NEEDS_COMPILER = pytest.mark.skipif(not any(map(shutil.which, cpu_build.COMPILERS)), reason="no C++ compiler")
+BOTH = pytest.mark.parametrize("backend", [pytest.param("cpu", marks=NEEDS_COMPILER), "torch"])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,18 +35,10 @@ def poisoned():
         return lambda *args: tuple(t.fill_(float("nan")) for t in outputs(*args))
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_forward_outputs", "_backward_outputs"):
-            patch.setattr(reassembly, name, poison(getattr(reassembly, name)))
+        for name in ("empty_outputs", "empty_gradients"):
+            patch.setattr(registration, name, poison(getattr(registration, name)))
         yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def kernel():
-    """The compiled kernel, so that no test passes by falling back in silence."""
-    if not any(map(shutil.which, cpu_build.COMPILERS)):
-        pytest.skip("no C++ compiler")
-    assert cpu._library() is not None
 
 
 def arrange(tensor: torch.Tensor, layout: str) -> torch.Tensor:
@@ -94,12 +87,12 @@ def results(function, x, logits, dy, **options):
     return y.detach(), *torch.autograd.grad(y, (x, logits), dy)
 
 
-def assert_matches_reference(shape, options, dtype, layouts, threads, seed):
+def assert_matches_reference(shape, options, dtype, layouts, threads, seed, backend="cpu"):
     torch.set_num_threads(1)
     inputs = make_inputs(shape, options, dtype, layouts, seed)
     expected = results(reassemble_reference, *(t.double() for t in inputs), **options)
     torch.set_num_threads(threads)
-    actual = results(reassemble, *inputs, backend="cpu", **options)
+    actual = results(reassemble, *inputs, backend=backend, **options)
     for name, a, e in zip(("y", "dx", "dlogits"), actual, expected, strict=True):
         assert a.dtype == dtype
         # dlogits are differences of sums over the channels
@@ -108,14 +101,14 @@ def assert_matches_reference(shape, options, dtype, layouts, threads, seed):
         assert error <= TOLERANCE[dtype] * scale, f"{name} is off by {error:.2e} of {scale:.2e}"
 
 
-@pytest.mark.usefixtures("kernel")
+@NEEDS_COMPILER
 @settings(max_examples=1000, deadline=None, derandomize=True)
 @given(problems())
 def test_kernel_matches_the_reference(problem):
     assert_matches_reference(**problem)
 
 
-@pytest.mark.usefixtures("kernel")
+@NEEDS_COMPILER
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(problems(sizes=st.tuples(st.integers(1, 3), st.integers(20, 310)), channels=(1, 2)))
 def test_kernel_matches_the_reference_on_maps_of_many_tiles(problem):
@@ -136,19 +129,17 @@ def plain_kernel(tmp_path_factory):
 @given(st.one_of(problems(), problems(sizes=st.tuples(st.integers(1, 3), st.integers(20, 310)), channels=(1, 2))))
 def test_kernel_without_the_processors_own_instructions(plain_kernel, problem):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_library", lambda: plain_kernel)
+        patch.setattr(cpu, "library", lambda: plain_kernel)
         assert_matches_reference(**problem)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(problems())
-def test_fallback_matches_the_reference(problem):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_library", lambda: None)
-        assert_matches_reference(**problem)
+def test_torch_matches_the_reference(problem):
+    assert_matches_reference(**problem, backend="torch")
 
 
-@pytest.mark.usefixtures("kernel")
+@NEEDS_COMPILER
 def test_extreme_logits():
     """Scores far beyond the range of exp, and windows masked by minus infinity, give what softmax gives."""
     x = torch.randn(1, 16, 4, 5)
@@ -159,14 +150,14 @@ def test_extreme_logits():
     for normalizer in ("softmax", "sigmoid", "sigmoid_normalized"):
         options = dict(kernel_size=3, normalizer=normalizer)
         expected = reassemble_reference(x.double(), logits.double(), **options).float()
-        torch.testing.assert_close(reassemble(x, logits, **options), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(reassemble(x, logits, backend="cpu", **options), expected, rtol=1e-5, atol=1e-6)
     logits[0, 0, 1, 1] = torch.nan
-    wrong = reassemble(x, logits, kernel_size=3).isnan()
+    wrong = reassemble(x, logits, kernel_size=3, backend="cpu").isnan()
     assert wrong[..., 1, 1].all()
     assert wrong.sum() == wrong[..., 1, 1].sum()
 
 
-@pytest.mark.usefixtures("kernel")
+@NEEDS_COMPILER
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     ("shape", "options"),
@@ -188,18 +179,18 @@ def test_bit_identical_for_any_number_of_threads(shape, options, layout):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.usefixtures("kernel")
+@NEEDS_COMPILER
 def test_own_threads_give_the_same(monkeypatch):
     """Without PyTorch's OpenMP runtime the kernel starts its own threads."""
     torch.set_num_threads(2)
     options = dict(kernel_size=5, up=2, down=1, groups=1, normalizer="softmax")
     inputs = make_inputs((1, 32, 40, 40), options, torch.float32, ("contiguous",) * 3, seed=1)
-    expected = results(reassemble, *inputs, **options)
-    monkeypatch.setattr(cpu, "_parallel", lambda: None)
-    assert all(torch.equal(a, b) for a, b in zip(results(reassemble, *inputs, **options), expected, strict=True))
+    expected = results(reassemble, *inputs, backend="cpu", **options)
+    monkeypatch.setattr(cpu, "openmp_parallel", lambda: None)
+    assert all(torch.equal(a, b) for a, b in zip(results(reassemble, *inputs, backend="cpu", **options), expected, strict=True))
 
 
-@pytest.mark.usefixtures("kernel")
+@NEEDS_COMPILER
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
 def test_forked_workers_do_not_wait_for_threads_of_the_parent():
     torch.set_num_threads(2)
@@ -207,7 +198,7 @@ def test_forked_workers_do_not_wait_for_threads_of_the_parent():
     x, logits = torch.randn(1, 16, 16, 16), torch.randn(1, 196, 16, 16)
 
     def digest() -> str:
-        return hashlib.sha256(reassemble(x, logits, kernel_size=7, up=2).numpy().tobytes()).hexdigest()
+        return hashlib.sha256(reassemble(x, logits, kernel_size=7, up=2, backend="cpu").numpy().tobytes()).hexdigest()
 
     expected = digest()
     context = multiprocessing.get_context("fork")
@@ -278,6 +269,13 @@ with warnings.catch_warnings(record=True) as caught:
 torch.testing.assert_close(y, reassemble_reference(x, logits, kernel_size=5, up=2))
 (warning,) = [w for w in caught if "carafepp" in str(w.message)]
 assert "Install g++" in str(warning.message), warning
+assert torch.equal(y, reassemble(x, logits, kernel_size=5, up=2, backend="torch"))
+try:
+    reassemble(x, logits, kernel_size=5, up=2, backend="cpu")
+except RuntimeError as error:
+    assert "Install g++" in str(error) and "'torch' runs without" in str(error), error
+else:
+    raise SystemExit("the forced kernel must not be replaced")
 """
 
 
@@ -286,26 +284,28 @@ def test_works_without_a_compiler_and_warns_once(tmp_path):
     subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], env=environment, check=True, timeout=300)
 
 
+@BOTH
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_gradients_to_second_order(normalizer):
+def test_gradients_to_second_order(normalizer, backend):
     torch.set_num_threads(1)
     options = dict(kernel_size=3, up=2, down=1, groups=2, normalizer=normalizer)
     inputs = [t.requires_grad_() for t in make_inputs((1, 4, 3, 2), options, torch.float64, ("contiguous",) * 3, seed=2)[:2]]
 
     def function(x, logits):
-        return reassemble(x, logits, backend="cpu", **options)
+        return reassemble(x, logits, backend=backend, **options)
 
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
+@BOTH
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("normalizer", ["softmax", "none"])
-def test_opcheck(layout, normalizer):
+def test_opcheck(layout, normalizer, backend):
     options = dict(kernel_size=3, up=3, down=2, groups=2, normalizer=normalizer)
     x, logits, dy = make_inputs((2, 32, 5, 4), options, torch.float32, (layout,) * 3, seed=3)
     logits = logits.unflatten(1, (18, 3, 3))
-    tail = (3, 3, 2, 2, normalizer, "cpu")
+    tail = (3, 3, 2, 2, normalizer, backend)
     torch.library.opcheck(torch.ops.carafepp.reassemble, (x.requires_grad_(), logits.detach().requires_grad_(), *tail))
     lse = torch.ops.carafepp.reassemble(x, logits, *tail)[1].detach()
     torch.library.opcheck(torch.ops.carafepp.reassemble_backward, (dy, x.detach(), logits, lse, *tail, True, True))

@@ -1,14 +1,23 @@
-"""The operator on CPU without a compiler: one fused multiply-add per tap over shifted views, no unfolded copy."""
+"""The operator in plain PyTorch, on any device: one fused multiply-add per tap over shifted views, without an unfolded copy.
+
+It runs on CPU where there is no compiler for the CPU kernel.
+"""
+
+from collections.abc import Iterator
+from types import EllipsisType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import Spec
-from ..reference import normalize
+from .geometry import Spec
+from .reference import normalize, normalize_backward
+
+Index = tuple[EllipsisType, slice, slice]
 
 
 def _axis(size: int, cells: int, offset: int, sub: int, spec: Spec) -> tuple[slice, slice]:
-    """Cells whose sub-row `sub` sees source row q * down + offset inside [0, size), and those source rows."""
+    """Cells q whose sub-row `sub` has its source row, at `offset` from the centre of its window, inside [0, size), and those rows."""
     shift = sub * spec.down // spec.up + offset
     first = max(0, -(shift // spec.down)) if shift < 0 else 0
     outputs = max(0, -(-(spec.output_size(size) - sub) // spec.up))
@@ -18,12 +27,12 @@ def _axis(size: int, cells: int, offset: int, sub: int, spec: Spec) -> tuple[sli
     return slice(first, last), slice(start, start + max(0, last - first - 1) * spec.down + (last > first), spec.down)
 
 
-def _subs(spec: Spec):
+def _subpixels(spec: Spec) -> Iterator[tuple[int, int]]:
     """Yield the sub-pixels (dy, dx) of a cell."""
     return ((dy, dx) for dy in range(spec.up) for dx in range(spec.up))
 
 
-def _visits(x: Tensor, logits: Tensor, dy: int, dx: int, spec: Spec):
+def _visits(x: Tensor, logits: Tensor, dy: int, dx: int, spec: Spec) -> Iterator[tuple[int, Index, Index]]:
     """Yield (tap, cells, sources) for every weight of a sub-pixel: where it applies and what it reads."""
     radius = spec.kernel_size // 2
     for tap in range(spec.taps):
@@ -37,7 +46,7 @@ def _visits(x: Tensor, logits: Tensor, dy: int, dx: int, spec: Spec):
 def _scores(logits: Tensor, spec: Spec) -> Tensor:
     windows = logits.unflatten(1, (spec.groups, spec.taps))
     windows = windows.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.logsigmoid(windows) if spec.normalizer == "sigmoid_normalized" else windows
+    return F.logsigmoid(windows) if spec.normalizer == "sigmoid_normalized" else windows
 
 
 def _weights(logits: Tensor, lse: Tensor, spec: Spec) -> Tensor:
@@ -53,7 +62,7 @@ def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> No
     source = x.unflatten(1, (spec.groups, -1))
     # sums of one sub-pixel at a time: adding to its strided place in y costs twice the time
     total = weights.new_empty(*source.shape[:3], *logits.shape[4:])  # [N, G, C / G, Hq, Wq]
-    for dy, dx in _subs(spec):
+    for dy, dx in _subpixels(spec):
         total.zero_()
         for tap, cells, sources in _visits(x, logits, dy, dx, spec):
             total[cells].addcmul_(weights[:, :, tap, None, dy, dx][cells], source[sources].to(total.dtype))
@@ -69,7 +78,7 @@ def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | No
     if dx is not None:
         dsource = (dx.zero_() if dx.dtype == weights.dtype else torch.zeros_like(x, dtype=weights.dtype)).unflatten(1, (spec.groups, -1))
     dweights = torch.zeros_like(weights) if dlogits is not None else None
-    for row, column in _subs(spec):
+    for row, column in _subpixels(spec):
         gradient = dy[..., row :: spec.up, column :: spec.up].unflatten(1, (spec.groups, -1)).to(weights.dtype).contiguous()
         for tap, cells, sources in _visits(x, logits, row, column, spec):
             g = gradient[cells]
@@ -80,10 +89,5 @@ def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | No
     if dx is not None and dx.dtype != weights.dtype:
         dx.copy_(dsource.flatten(1, 2))
     if dlogits is not None:
-        if spec.normalizer == "sigmoid":
-            dweights *= weights * (1 - weights)
-        elif spec.normalizer != "none":
-            dweights = weights * (dweights - (weights * dweights).sum(2, keepdim=True))
-            if spec.normalizer == "sigmoid_normalized":
-                dweights *= (-logits.unflatten(1, (spec.groups, spec.taps)).to(weights.dtype)).sigmoid()
-        dlogits.copy_(dweights.flatten(1, 2))
+        windows = logits.unflatten(1, (spec.groups, spec.taps)).to(weights.dtype)
+        dlogits.copy_(normalize_backward(dweights, weights, windows, spec.normalizer).flatten(1, 2))

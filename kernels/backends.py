@@ -1,0 +1,99 @@
+"""The backends by name: what each of them does, and which one runs a call.
+
+"reference" is the definition, differentiated by autograd. The others are modules behind the ops (registration.py).
+"""
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from .geometry import Spec
+
+
+class Backend(Protocol):
+    """What a module behind the ops provides. Both functions fill the outputs that they are given.
+
+    Tensors: x and dx [N, C, H, W], logits and dlogits [N, G * K * K, up, up, Hq, Wq], y and dy [N, C, Ho, Wo], lse [N, G, up, up, Hq, Wq].
+    """
+
+    def forward(self, x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> None:
+        """Fill y, and the log-sum-exp of every window where the normalizer has one (LSE_NORMALIZERS); `lse` is empty otherwise."""
+
+    def backward(self, dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, spec: Spec) -> None:
+        """Fill dx and dlogits; either of them is None where that gradient is not needed."""
+
+
+MODULES = {"cpu": ".cpu.backend", "torch": ".torch_backend", "triton": ".gpu.backend"}
+BACKENDS = ("reference", *MODULES)
+DTYPES = {"triton": (torch.float32, torch.float16, torch.bfloat16)}
+DTYPES["cpu"] = DTYPES["torch"] = (*DTYPES["triton"], torch.float64)
+# a constant, so that torch.compile need not trace the search
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def default_backend(device_type: str, dtype: torch.dtype) -> str:
+    """Name the backend that serves a device: "cpu" on CPU, "triton" on CUDA and ROCm where it is installed, else "reference".
+
+    "reference" also serves float64 on a GPU. Where the CPU kernel cannot be compiled, "torch" runs in its place.
+    """
+    if device_type == "cuda":
+        return "triton" if HAS_TRITON and dtype in DTYPES["triton"] else "reference"
+    # a meta tensor takes the shape function of the op, whatever the backend
+    return "cpu" if device_type in ("cpu", "meta") else "reference"
+
+
+def choose_backend(backend: str | None, x: Tensor) -> str:
+    """Name the backend that runs for `x`.
+
+    Raises:
+        ValueError: `backend` is unknown, or does not run on the device of `x`.
+        TypeError: the backend does not take the dtype of `x`.
+    """
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "cpu" and x.device.type != "cpu":
+        raise ValueError(f"backend 'cpu' takes CPU tensors, got x on {x.device}")
+    if backend == "triton" and not HAS_TRITON:
+        raise ValueError("backend 'triton' needs the triton package, which is not installed; 'reference' runs on any device")
+    chosen = backend or default_backend(x.device.type, x.dtype)
+    if chosen != "reference" and x.dtype not in DTYPES[chosen]:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[chosen])
+        raise TypeError(f"backend {chosen!r} takes {known}, got {x.dtype}; 'reference' takes any floating-point dtype")
+    return chosen
+
+
+def implementation(backend: str | None, x: Tensor) -> Backend:
+    """Return the module that runs an op on `x`.
+
+    An op has no "reference": "torch" runs in its place, for example for a program exported on CPU and moved to another device.
+    """
+    name = backend or default_backend(x.device.type, x.dtype)
+    if name == "cpu":
+        return _cpu(backend is not None)
+    return _module("torch" if name == "reference" else name)
+
+
+@functools.cache
+def _module(name: str) -> Backend:
+    return cast(Backend, importlib.import_module(MODULES[name], __package__))
+
+
+@functools.cache
+def _cpu(forced: bool) -> Backend:
+    """Return the compiled kernel. Where it cannot be compiled, raise if it is forced, else warn once and return PyTorch code."""
+    from .cpu.backend import library
+    from .cpu.build import BuildError
+
+    try:
+        library()
+    except BuildError as error:
+        if forced:
+            raise RuntimeError(f"backend 'cpu' needs its compiled kernel, and 'torch' runs without one: {error}") from error
+        warnings.warn(f"carafepp: slower PyTorch code runs in place of the CPU kernel: {error}", stacklevel=2)
+        return _module("torch")
+    return _module("cpu")

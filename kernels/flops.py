@@ -1,0 +1,80 @@
+"""What torch's FLOP counter counts for the ops: a multiplication and an addition per tap of every sum."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .geometry import Spec
+
+COUNTER = "torch.utils.flop_counter"
+
+
+def forward_flops(
+    x_shape: torch.Size, logits_shape: torch.Size, kernel_size: int, up: int, down: int, *options: Any, out_shape: Any, **kwargs: Any
+) -> int:
+    """FLOPs of `carafepp::reassemble`."""
+    n, c, h, w = x_shape
+    spec = Spec(kernel_size, up, down)
+    return 2 * spec.taps * n * c * spec.output_size(h) * spec.output_size(w)
+
+
+def backward_flops(
+    dy_shape: torch.Size,
+    x_shape: torch.Size,
+    logits_shape: torch.Size,
+    lse_shape: torch.Size,
+    kernel_size: int,
+    *options: Any,
+    out_shape: Any,
+    **kwargs: Any,
+) -> int:
+    """FLOPs of `carafepp::reassemble_backward`, for the gradients that are asked for."""
+    n, c, h, w = dy_shape
+    *_, need_dx, need_dlogits = options
+    return 2 * kernel_size**2 * n * c * h * w * (need_dx + need_dlogits)
+
+
+def _register(counter: ModuleType) -> None:
+    counter.register_flop_formula(torch.ops.carafepp.reassemble)(forward_flops)
+    counter.register_flop_formula(torch.ops.carafepp.reassemble_backward)(backward_flops)
+
+
+class _RegisterOnImport(MetaPathFinder):
+    """Registers the formulas right after the first import of torch's FLOP counter, whoever imports it."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != COUNTER:
+            return None
+        finders = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def load_and_register(module: ModuleType) -> None:
+            load(module)
+            sys.meta_path.remove(self)
+            _register(module)
+
+        spec.loader.exec_module = load_and_register
+        return spec
+
+
+def register_formulas() -> None:
+    """Have torch.utils.flop_counter.FlopCounterMode count the ops, whether it is imported before or after this package.
+
+    The counter imports Triton, which takes longer than everything else here, so this package does not import it. A counter copies the
+    table of formulas when it is made: the formulas must be in it by then, which may be before the first call of an op. What remains is
+    to register when the counter is imported, by a finder that steps in once.
+    """
+    if COUNTER in sys.modules:
+        # waits for another thread that is still importing it
+        _register(importlib.import_module(COUNTER))
+    else:
+        sys.meta_path.insert(0, _RegisterOnImport())
