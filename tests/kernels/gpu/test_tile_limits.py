@@ -1,13 +1,16 @@
-"""The tile of every common problem fits."""
+"""Which tiles fit: every common problem has one, and none takes more than a GPU has."""
 
 import pytest
 from carafepp.kernels.geometry import Spec
-from carafepp.kernels.gpu.tile_geometry import DIRECTIONS, TileProblem, halo
+from carafepp.kernels.gpu.tile_geometry import DIRECTIONS, Tile, TileProblem, halo
+from carafepp.kernels.gpu.tile_limits import SHARED_BYTES, fits_backward, fits_forward, fitting_tiles, source_blocks
 from carafepp.kernels.gpu.tile_ranking import choose_tile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 PROBLEM = TileProblem(Spec(5, up=2), 256, 25, 42, 1, 2, False, 2, 4, (8, 0))
+# of 7 x 7 windows in float32, whose halo leaves no room for the 64 channels that the matrix units from capability 9.0 on multiply
+SCALES_WITHOUT_TILE = {(2, 4), (3, 3), (3, 4), (4, 3), (4, 4)}
 
 
 @settings(deadline=None, derandomize=True, max_examples=60, database=None)
@@ -22,11 +25,12 @@ PROBLEM = TileProblem(Spec(5, up=2), 256, 25, 42, 1, 2, False, 2, 4, (8, 0))
     capability=st.sampled_from([(7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0)]),
     direction=st.sampled_from(DIRECTIONS),
 )
-def test_every_common_problem_has_a_tile_that_fits(
-    kernel_size, up, down, channels, size, element_size, channels_last, capability, direction
-):
+def test_common_problems_have_a_tile_that_fits(kernel_size, up, down, channels, size, element_size, channels_last, capability, direction):
     problem = TileProblem(Spec(kernel_size, up, down), channels, *size, 2, element_size, channels_last, 1, 1, capability)
     tile = choose_tile(direction, problem)
+    if (kernel_size, element_size) == (7, 4) and (up, down) in SCALES_WITHOUT_TILE and capability >= (9, 0):
+        assert tile is None
+        return
     assert tile is not None
     assert tile == choose_tile(direction, problem)
     # a halo and a block of its channels lie in shared memory; the least that any supported device has is 64 KiB
@@ -36,9 +40,18 @@ def test_every_common_problem_has_a_tile_that_fits(
     assert tile.num_warps == 4 or (direction == "forward" and capability < (9, 0))
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_only_the_largest_common_windows_have_no_tile(direction):
+    scales = {(up, down) for up in range(1, 5) for down in range(1, 5)}
+    for capability, expected in (((8, 0), set()), ((9, 0), SCALES_WITHOUT_TILE)):
+        problem = PROBLEM._replace(element_size=4, capability=capability)
+        found = {scale for scale in scales if choose_tile(direction, problem._replace(spec=Spec(7, *scale))) is None}
+        assert found == expected
+
+
 def test_windows_too_large_for_a_tile_have_none():
-    assert choose_tile("forward", PROBLEM._replace(spec=Spec(31, up=2))) is None
-    assert choose_tile("backward", PROBLEM._replace(spec=Spec(31, up=2))) is None
+    for direction in DIRECTIONS:
+        assert list(fitting_tiles(direction, PROBLEM._replace(spec=Spec(31, up=2)))) == []
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
@@ -48,3 +61,60 @@ def test_any_number_of_channels_has_a_tile(capability, element_size):
         problem = PROBLEM._replace(channels=channels, element_size=element_size, capability=capability)
         assert choose_tile("forward", problem)
         assert choose_tile("backward", problem)
+
+
+@pytest.mark.parametrize(
+    ("fits", "problem", "tile"),
+    [
+        # a halo of 128 sources: 128 x 64 accumulators, 256 registers in each of 64 threads
+        (fits_forward, PROBLEM._replace(spec=Spec(5, up=3)), Tile(4, 4, 1, 64, 1, 2, 2)),
+        # 512 sources of 64 float32 channels in two terms are 256 KiB
+        (fits_forward, PROBLEM._replace(spec=Spec(5, down=5), element_size=4), Tile(4, 4, 1, 64, 1, 4, 1)),
+        # a window of 225 taps for 64 targets: 128 logits in each of 128 threads
+        (fits_backward, PROBLEM._replace(spec=Spec(15, up=2)), Tile(4, 4, 1, 64, 1, 4, 2)),
+        # 128 targets of more than one cell
+        (fits_backward, PROBLEM, Tile(2, 16, 1, 64, 1, 4, 2)),
+    ],
+)
+def test_a_tile_beyond_one_limit_does_not_fit(fits, problem, tile):
+    assert not fits(problem, tile)
+    assert fits(PROBLEM, tile._replace(cells_h=1, cells_w=2, block_c=32))
+
+
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_features_and_band_share_the_memory_of_a_program(element_size):
+    problem = PROBLEM._replace(element_size=element_size, spec=Spec(5, down=2))
+    for tile in fitting_tiles("forward", problem):
+        window = halo(problem.spec, tile.cells_h, tile.cells_w, tile.vector)
+        assert window.p * (tile.block_c + window.m) * element_size * (element_size // 2) <= SHARED_BYTES
+
+
+def test_a_single_cell_may_have_more_targets_than_other_tiles():
+    large = PROBLEM._replace(spec=Spec(1, up=11))
+    assert {(tile.cells_h, tile.cells_w) for tile in fitting_tiles("backward", large)} == {(1, 1)}
+
+
+def test_vectors_divide_the_alignment_of_rows():
+    problem = PROBLEM._replace(x_align=1, y_align=2)
+    assert {tile.vector for tile in fitting_tiles("forward", problem)} == {1}
+    assert {tile.vector for tile in fitting_tiles("backward", problem)} == {1, 2}
+    assert {tile.vector for tile in fitting_tiles("backward", problem._replace(channels_last=True))} == {1}
+
+
+@pytest.mark.parametrize(
+    ("channels", "element_size", "capability", "split", "expected"),
+    [
+        (24, 2, (8, 0), 1, (32, 64)),
+        (256, 2, (8, 0), 1, (256, 64)),
+        (256, 4, (8, 0), 1, (256, 32)),
+        (2048, 2, (8, 0), 4, (256, 64)),
+        # four programs share up to 256 float32 channels at capability 9.0, and up to 512 channels of 16 bits at 10.0
+        (256, 4, (9, 0), 4, (64, 32)),
+        (272, 4, (9, 0), 1, (64, 32)),
+        (2048, 2, (9, 0), 1, (256, 64)),
+        (2048, 2, (10, 0), 1, (128, 64)),
+    ],
+)
+def test_the_gradient_to_the_sources_takes_all_channels_that_fit(channels, element_size, capability, split, expected):
+    problem = PROBLEM._replace(channels=channels, element_size=element_size, capability=capability)
+    assert source_blocks(problem, Tile(1, 4, 1, 64, split, 4, 2)) == expected
