@@ -1,1 +1,1 @@
-"""The operator on a GPU: Triton kernels, the tiles they are cut into, and what is compiled of them."""
+"""The operator on a GPU: Triton kernels, the choice of their tiles, and compiling them offline."""

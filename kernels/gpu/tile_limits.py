@@ -2,7 +2,7 @@
 
 A tile outside these limits may spill registers or not launch at all. The registers of a kernel are estimated from the tensors that it holds
 at the same time, in registers of 32 bits per thread. The limits on this estimate were fitted by compiling for capabilities 8.0, 9.0 and
-10.0, so that the tiles that are chosen do not spill; a few tiles of low rank do.
+10.0, so that the tiles that are chosen do not spill; a few of the others do.
 
 M, P, T: targets, halo and taps of a tile, rounded up to a power of two.
 """
