@@ -1,9 +1,10 @@
-"""The folders keep their direction: kernels <- models <- tasks <- scripts, under one import name."""
+"""The folders keep their direction, kernels <- models <- tasks <- scripts, under one import name, and private names stay private."""
 
 import ast
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,19 @@ def package_of(path: Path) -> list[str]:
     return ["carafepp", *path.relative_to(ROOT).parent.parts]
 
 
-def imported(path: Path) -> list[str]:
+def nodes(tree: ast.AST, at_import: bool = False) -> Iterator[ast.AST]:
+    """Yield every node of a tree; with `at_import`, only those that run when the module is imported."""
+    yield tree
+    for child in ast.iter_child_nodes(tree):
+        if not (at_import and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
+            yield from nodes(child, at_import)
+
+
+def imported(path: Path, at_import: bool = False) -> list[str]:
     """Absolute names of everything that a module of the package imports."""
     package = package_of(path)
     names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(ast.parse(path.read_text()), at_import):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -39,13 +48,91 @@ def test_imports_point_downwards(path):
         root, *rest = name.split(".")
         assert root not in [*LAYERS, "conf"], f"bare import of {name}: say carafepp.{name}"
         if root == "carafepp":
+            assert rest[0] in LAYERS, f"{path.relative_to(ROOT)} imports {name} from the public face: say where it is defined"
             assert LAYERS.index(rest[0]) <= layer, f"{path.relative_to(ROOT)} must not import {name}"
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if package_of(p)[1] == "kernels"], ids=lambda p: str(p.relative_to(ROOT)))
+KERNELS = pytest.mark.parametrize("path", [p for p in MODULES if package_of(p)[1] == "kernels"], ids=lambda p: str(p.relative_to(ROOT)))
+
+
+@KERNELS
+def test_implementations_are_loaded_by_choice_only(path):
+    """kernels/ holds what every backend agrees on. The implementations know that and not each other."""
+    rooms = ("carafepp.kernels.cpu", "carafepp.kernels.gpu")
+    room = ".".join(package_of(path))
+    if room in rooms:
+        agreed = ("carafepp.kernels.geometry.", "carafepp.kernels.reference.")
+        for name in imported(path):
+            assert not name.startswith("carafepp.") or name.startswith((f"{room}.", *agreed)), f"{path.relative_to(ROOT)} imports {name}"
+    else:
+        # backends.py imports the one that it has chosen
+        names = imported(path, at_import=path.name == "backends.py")
+        assert not [name for name in names if name.startswith(rooms)]
+
+
+@KERNELS
 def test_kernels_need_only_torch_and_triton(path):
     allowed = {"torch", "triton", "carafepp", "filelock", *sys.stdlib_module_names}
     assert {name.split(".")[0] for name in imported(path)} <= allowed
+
+
+def is_private(name: object) -> bool:
+    # the methods of a NamedTuple are public
+    public = {"_asdict", "_fields", "_make", "_replace"}
+    return isinstance(name, str) and name.startswith("_") and not name.startswith("__") and name not in public
+
+
+def root_of(node: ast.AST) -> str | None:
+    """The name that a chain of attributes starts with: a in a.b.c."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def foreign_private_names(path: Path) -> Iterator[str]:
+    """Yield the private names of other modules of this project that a file imports, reads or patches."""
+    tree = ast.parse(path.read_text())
+    ours = set()  # names that are bound to something of this project
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            ours |= {(alias.asname or alias.name).split(".")[0] for alias in node.names if alias.name.split(".")[0] in OWN}
+        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] in OWN):
+            ours |= {alias.asname or alias.name for alias in node.names}
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if is_private(alias.name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and root_of(node) in ours:
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and len(node.args) > 1 and root_of(node.args[0]) in ours:
+            # getattr, monkeypatch.setattr, mock.patch.object
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and is_private(name.value):
+                yield f"{ast.unparse(node.args[0])}.{name.value}"
+
+
+# modules of tests/support are imported by their bare names
+OWN = {"carafepp", *(path.stem for path in (ROOT / "tests" / "support").iterdir())}
+FILES = [*MODULES, ROOT / "carafepp" / "__init__.py", *sorted((ROOT / "tests").rglob("*.py"))]
+KNOWN = {"tests/tasks/test_scenes.py": {"photographs._package"}}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_private_names_are_used_at_home_only(path):
+    assert set(foreign_private_names(path)) <= KNOWN.get(str(path.relative_to(ROOT)), set())
+
+
+PLANTED = """
+from carafepp.kernels import registration, reference
+from .registration import _forward
+import torch
+registration._backward, reference.normalize._cache, torch._C, registration.Options._fields
+monkeypatch.setattr(registration, "_forward", None)
+"""
+
+
+def test_private_names_are_found(tmp_path):
+    (tmp_path / "planted.py").write_text(PLANTED)
+    expected = {"registration._forward", "registration._backward", "reference.normalize._cache"}
+    assert set(foreign_private_names(tmp_path / "planted.py")) == expected
 
 
 def test_no_bare_module_is_loaded():
