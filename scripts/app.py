@@ -18,6 +18,8 @@ from hydra.errors import HydraException
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from ..tasks.task import Task
+
 
 def app(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make a Hydra application of `carafepp.conf`'s `config_name`; a misspelt key is answered with the keys there are."""
@@ -130,7 +132,7 @@ def trained(config: object) -> object:
     return {key: None if network and key == "weights" else trained(value) for key, value in config.items()}
 
 
-def load_task(path: str | Path, options: DictConfig | None = None):
+def load_task(path: str | Path, options: DictConfig | None = None) -> tuple[Task, DictConfig]:
     """Build the task of a checkpoint, with its weights, in evaluation mode, and return it with the run's configuration.
 
     `options` replace the task's own.

@@ -69,9 +69,9 @@ def main(cfg: DictConfig) -> None:
     if not trainer.is_global_zero:
         return
     write_atomically(folder / "eval.json", json.dumps({"checkpoint": str(cfg.checkpoint), "metrics": scores}, indent=2) + "\n")
-    if rows := getattr(task, "per_class", None):
-        write_csv(folder / "per_class.csv", rows)
-        for row in rows:
+    if task.per_class:
+        write_csv(folder / "per_class.csv", task.per_class)
+        for row in task.per_class:
             print("".join(f"{cell(value):24s}" for value in row.values()).rstrip())
     for name, value in scores.items():
         print(f"{name:24s} {value:.4f}")

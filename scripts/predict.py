@@ -4,19 +4,15 @@ from pathlib import Path
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning import LightningModule
 from omegaconf import DictConfig
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from ..tasks.images import is_image, read_image
-from ..tasks.inpainting import Inpainting
-from ..tasks.masks import read_mask
+from ..tasks.images import is_image
 from ..tasks.pictures import caption, enlarge, grid
-from ..tasks.regions import draw_regions
+from ..tasks.region_pictures import draw_regions
+from ..tasks.task import Task
 from .app import app, load_task
 from .reporting.runs import INCIDENTAL, under
 
@@ -53,31 +49,11 @@ def find_masks(path: Path, images: list[Path]) -> list[Path]:
     return [named[image.stem] for image in images]
 
 
-def read_pixels(path: Path, max_side: int) -> Tensor:
-    """Read a photograph with its longer side at most `max_side` pixels -> [3, H, W] in [0, 1]."""
-    image = read_image(path)
-    image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
-    return pil_to_tensor(image).float() / 255
-
-
-def read_with_hole(path: Path, mask_path: Path) -> tuple[Tensor, Tensor]:
-    """Read a photograph at its own size and its mask -> [3, H, W] in [0, 1], [1, H, W], 1 in the hole.
-
-    Raises:
-        ValueError: photograph and mask differ in size.
-    """
-    image, mask = pil_to_tensor(read_image(path)).float() / 255, torch.from_numpy(read_mask(mask_path))
-    if mask.shape != image.shape[1:]:
-        (height, width), (mask_height, mask_width) = image.shape[1:], mask.shape
-        raise ValueError(f"mask {mask_path} must have the size of {path}, {width} x {height} pixels, got {mask_width} x {mask_height}")
-    return image, mask[None].float()
-
-
-def load_tasks(cfg: DictConfig) -> dict[str, LightningModule]:
+def load_tasks(cfg: DictConfig) -> dict[str, Task]:
     """The tasks of one or several checkpoints, by what their runs were told.
 
     Raises:
-        ValueError: some fill holes and some do not, or masks are given to those that do not, or none to those that do.
+        ValueError: a task takes masks and none are given, or takes none and some are.
     """
     tasks = {}
     for path in [cfg.checkpoint] if isinstance(cfg.checkpoint, str) else cfg.checkpoint:
@@ -88,26 +64,26 @@ def load_tasks(cfg: DictConfig) -> dict[str, LightningModule]:
         label = ", ".join(told) or Path(path).parent.name
         # runs that differ in their seed, or checkpoints of one run
         tasks[f"{label}, {path}" if label in tasks else label] = task.to(cfg.device)
-        if isinstance(task, Inpainting) and cfg.masks is None:
-            raise ValueError(f"{path} fills holes: give masks=")
-        if not isinstance(task, Inpainting) and cfg.masks is not None:
-            raise ValueError(f"masks= is for checkpoints of inpainting alone, got {path}")
+        if task.takes_mask and cfg.masks is None:
+            raise ValueError(f"checkpoint={path} takes a mask for every image: give masks=")
+        if not task.takes_mask and cfg.masks is not None:
+            raise ValueError(f"masks= is for checkpoints that take masks, and checkpoint={path} takes none")
     return tasks
 
 
-def draw(tasks: dict[str, LightningModule], image: Tensor, mask: Tensor | None, cfg: DictConfig) -> Tensor:
-    """What the networks make of an image [3, H, W] and its hole [1, H, W]; if there are several, all in one picture."""
-    seen = (image,) if mask is None else (image, mask, cfg.max_side)
+def draw(tasks: dict[str, Task], inputs: dict[str, tuple], cfg: DictConfig) -> Tensor:
+    """Draw what each network makes of its inputs, as `Task.read` returns them; pictures of several networks stand side by side."""
     if cfg.regions is not None:
-        pictures = {label: draw_regions(task.view(*seen), cfg.regions, cfg.locations) for label, task in tasks.items()}
+        pictures = {label: draw_regions(task.view(*inputs[label]), cfg.regions, cfg.locations) for label, task in tasks.items()}
     else:
-        pictures = {label: task.draw(*seen) if mask is None else task.fill(*seen) for label, task in tasks.items()}
+        pictures = {label: task.draw(*inputs[label]) for label, task in tasks.items()}
     if len(pictures) == 1:
         return next(iter(pictures.values()))
     titled = [caption(picture, label) for label, picture in pictures.items()]
     if cfg.regions is not None:
         return grid([[figure] for figure in titled])
-    first = image if mask is None else torch.where(mask > 0, 1, image)
+    label, task = next(iter(tasks.items()))
+    first = task.show(*inputs[label])
     # pictures may be enlarged, or have a legend below
     factor = titled[0].shape[2] // first.shape[2]
     return grid([[caption(enlarge(first, factor), "image"), *titled]])
@@ -116,7 +92,7 @@ def draw(tasks: dict[str, LightningModule], image: Tensor, mask: Tensor | None, 
 @app("predict")
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
-    """Draw the prediction over every image, or fill its hole, or draw reassembly regions; report and skip what cannot be read."""
+    """Draw the prediction or the reassembly regions of every image; report and skip images that cannot be read."""
     if cfg.max_side < 1:
         raise ValueError(f"max_side must be 1 pixel at least, got {cfg.max_side}")
     tasks = load_tasks(cfg)
@@ -126,11 +102,11 @@ def main(cfg: DictConfig) -> None:
     skipped = []
     for path, mask in tqdm(list(zip(paths, masks, strict=True)), unit="image"):
         try:
-            image, hole = (read_pixels(path, cfg.max_side), None) if mask is None else read_with_hole(path, mask)
+            inputs = {label: task.read(path, mask, cfg.max_side) for label, task in tasks.items()}
         except (OSError, ValueError) as error:
             skipped.append(f"skipped: {error}")
             continue
-        save_image(draw(tasks, image, hole, cfg), folder / f"{path.name}.png")
+        save_image(draw(tasks, inputs, cfg), folder / f"{path.name}.png")
     summary = "\n".join([*skipped, f"{len(paths) - len(skipped)} of {len(paths)} images predicted, pictures in {folder}"])
     if len(skipped) == len(paths):
         raise ValueError(summary)

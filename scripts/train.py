@@ -83,7 +83,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
         RunRecord(folder, cfg.log_every_n_steps, config),
         RandomState(),
         LastCheckpoint(folder, cfg.checkpoint_every_n_steps),
-        ModelCheckpoint(folder, filename="best", monitor=task.monitor, mode="max", enable_version_counter=False),
+        ModelCheckpoint(folder, filename="best", monitor=task.monitor, mode=task.direction, enable_version_counter=False),
         Pictures(folder),
     ]
     trainer = instantiate(

@@ -2,20 +2,16 @@
 
 from collections.abc import Callable, Sequence
 
-import lightning as L
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms.v2.functional import normalize
 
-from .optimization import parameter_groups
 from .pictures import caption
-from .regions import View
+from .task import MakeOptimizer, MakeSchedule, Task, View
 
 
-class Classification(L.LightningModule):
+class Classification(Task):
     """Train and evaluate a network that maps images [N, 3, H, W] to logits [N, classes].
 
     Scores are fractions of the whole validation set: top-1 and top-5 of one crop an image, as the data set cuts it.
@@ -30,21 +26,21 @@ class Classification(L.LightningModule):
     """
 
     monitor = "val/top1"
+    direction = "max"
+    bench_size = (224, 224)
 
     def __init__(
         self,
         model: Callable[..., nn.Module],
         *,
         num_classes: int,
-        optimizer: Callable[[list[dict]], Optimizer],
-        schedule: Callable[..., LRScheduler],
+        optimizer: MakeOptimizer,
+        schedule: MakeSchedule,
         inference_transform: Callable[[Tensor], Tensor] | None = None,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
-        super().__init__()
-        self.model = model(num_classes=num_classes)
-        self.optimizer, self.schedule = optimizer, schedule
+        super().__init__(model(num_classes=num_classes), optimizer=optimizer, schedule=schedule)
         self.inference_transform = inference_transform
         self.mean, self.std = list(mean), list(std)
         # of fewer than five classes, the best of all are right
@@ -73,25 +69,34 @@ class Classification(L.LightningModule):
             self.log(f"val/{name}", accuracy.compute(), prog_bar=True)
             accuracy.reset()
 
-    def configure_optimizers(self) -> dict:
-        optimizer = self.optimizer(parameter_groups(self.model))
-        schedule = self.schedule(optimizer, total_iters=int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def pictures(self, sample: tuple[Tensor, int]) -> dict[str, Tensor]:
-        """Pictures [3, H, W] in [0, 1] of one validation sample: "image", "truth" and "prediction", the number of the class below it."""
-        image, label = sample
-        return {"image": image, "truth": caption(image, f"{label}"), "prediction": self._guess(image, image)}
+    def predict(self, image: Tensor) -> Tensor:
+        """Return the probabilities [classes] of the classes of an image [3, H, W] in [0, 1]."""
+        return self._classify(self._crop(image))
 
     def draw(self, image: Tensor) -> Tensor:
-        """Class and its probability below an image [3, H, W] in [0, 1] -> [3, H + a line, W]."""
-        return self._guess(image, self.inference_transform(image) if self.inference_transform else image)
+        """Draw the likeliest class and its probability below an image [3, H, W] in [0, 1] -> [3, H + a line, W]."""
+        return _caption_class(image, self.predict(image))
 
     def view(self, image: Tensor) -> View:
-        """What the network sees of an image [3, H, W] in [0, 1]."""
-        seen = self.inference_transform(image) if self.inference_transform else image
+        """Return what the network sees of an image [3, H, W] in [0, 1]."""
+        seen = self._crop(image)
         return View(self.model, (normalize(seen[None].to(self.device), self.mean, self.std),), seen)
 
-    def _guess(self, image: Tensor, seen: Tensor) -> Tensor:
-        probability, label = self(seen[None].to(self.device)).float().softmax(1)[0].max(0)
-        return caption(image, f"{label.item()}  {probability.item():.0%}")
+    def pictures(self, sample: tuple[Tensor, int]) -> dict[str, Tensor]:
+        """Draw a validation sample -> "image", "truth" and "prediction", [3, height, W] in [0, 1], the last two with a class below."""
+        image, label = sample
+        return {"image": image, "truth": caption(image, f"{label}"), "prediction": _caption_class(image, self._classify(image))}
+
+    def _crop(self, image: Tensor) -> Tensor:
+        """Cut a photograph [3, H, W] to what the network is validated on."""
+        return self.inference_transform(image) if self.inference_transform else image
+
+    def _classify(self, image: Tensor) -> Tensor:
+        """Return the probabilities [classes] of an image [3, H, W] as it is, on the CPU."""
+        return self(image[None].to(self.device)).float().softmax(1)[0].cpu()
+
+
+def _caption_class(image: Tensor, probabilities: Tensor) -> Tensor:
+    """Write the likeliest class and its probability below an image."""
+    probability, label = probabilities.max(0)
+    return caption(image, f"{label.item()}  {probability.item():.0%}")

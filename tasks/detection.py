@@ -6,19 +6,15 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchvision.ops import box_iou
 
 from .coco_eval import COCO_SIDES, average_precision, ground_truth, results
-from .optimization import parameter_groups
 from .pictures import draw_instances, enlarge, palette
-from .regions import View
 from .runs import write_atomically
+from .task import MakeOptimizer, MakeSchedule, Task, View
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +34,7 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], lis
     return list(images), plain
 
 
-class Detection(L.LightningModule):
+class Detection(Task):
     """Train and evaluate a detector of torchvision's kind (`carafepp.models.detection`), which resizes and normalises images itself.
 
     Scores are pycocotools' AP, AP50, AP75, APs, APm and APl as fractions, `box_` and, of a network with masks, `mask_`. Every validation
@@ -55,21 +51,21 @@ class Detection(L.LightningModule):
     """
 
     monitor = "val/box_AP"
+    direction = "max"
+    bench_size = (800, 1333)
 
     def __init__(
         self,
         model: Callable[..., nn.Module],
         *,
         class_names: Sequence[str],
-        optimizer: Callable[[list[dict]], Optimizer],
-        schedule: Callable[..., LRScheduler],
+        optimizer: MakeOptimizer,
+        schedule: MakeSchedule,
         sides: tuple[float, float] = COCO_SIDES,
         flops_size: tuple[int, int] | None = None,
     ) -> None:
-        super().__init__()
-        self.model = model(num_classes=len(class_names) + 1)
+        super().__init__(model(num_classes=len(class_names) + 1), optimizer=optimizer, schedule=schedule)
         self.class_names = [str(name) for name in class_names]
-        self.optimizer, self.schedule = optimizer, schedule
         self.sides, self.flops_size = sides, flops_size
         self.truth: dict = {}
         self.image_ids: list[int] = []
@@ -97,7 +93,7 @@ class Detection(L.LightningModule):
 
     def on_fit_start(self) -> None:
         body = self.model.backbone.body
-        random = self.trainer.ckpt_path is None and not getattr(body, "pretrained", True)
+        random = self.trainer.ckpt_path is None and not body.pretrained
         if random and not all(parameter.requires_grad for parameter in body.parameters()):
             logger.warning("layers of the backbone stay frozen at random weights: give backbone.weights=FILE, or model.trainable_layers=5")
 
@@ -159,11 +155,6 @@ class Detection(L.LightningModule):
             for kind, entries in found.items()
             for name, score in average_precision(self.truth, entries, kind, image_ids=image_ids, sides=self.sides).items()
         }
-
-    def configure_optimizers(self) -> dict:
-        optimizer = self.optimizer(parameter_groups(self.model))
-        schedule = self.schedule(optimizer, total_iters=int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def pictures(self, sample: tuple[Tensor, Target]) -> dict[str, Tensor]:
         """Pictures [3, H, W] in [0, 1] of one validation sample: "image", "truth" and "prediction" over it, small ones enlarged."""

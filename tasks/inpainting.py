@@ -1,18 +1,18 @@
 """Image inpainting (paper, sections 4.3 and 5.1; Table X)."""
 
-from collections.abc import Callable
+from pathlib import Path
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 from torchmetrics.functional.image import structural_similarity_index_measure
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..models.discriminator import inpainted
-from .regions import View
+from .images import read_image
+from .masks import read_mask
+from .task import MakeOptimizer, MakeSchedule, Task, View
 
 
 def mean_within(values: Tensor, masks: Tensor) -> Tensor:
@@ -25,15 +25,17 @@ def psnr(squared_error: Tensor) -> Tensor:
     return -10 * squared_error.clamp(min=1e-10).log10()
 
 
-def shrink(image: Tensor, mask: Tensor, max_side: int) -> tuple[Tensor, Tensor]:
-    """An image [3, H, W] and its mask [1, H, W] with the longer side at most `max_side` pixels.
+def shrink(image: Tensor, mask: Tensor, max_side: int | None) -> tuple[Tensor, Tensor]:
+    """Shrink an image [3, H, W] and its mask [1, H, W] until the longer side has at most `max_side` pixels; None keeps their size.
 
     Raises:
         ValueError: `max_side` is less than 1.
     """
+    size = image.shape[1:]
+    if max_side is None:
+        return image, mask
     if max_side < 1:
         raise ValueError(f"max_side must be at least 1, got {max_side}")
-    size = image.shape[1:]
     if max(size) <= max_side:
         return image, mask
     small = [max(1, round(side * max_side / max(size))) for side in size]
@@ -41,7 +43,7 @@ def shrink(image: Tensor, mask: Tensor, max_side: int) -> tuple[Tensor, Tensor]:
     return F.adaptive_avg_pool2d(image, small), F.adaptive_max_pool2d(mask, small)
 
 
-class Inpainting(L.LightningModule):
+class Inpainting(Task):
     """Train and evaluate a generator that maps (images [N, 3, H, W] in [-1, 1], masks [N, 1, H, W]) to images in [-1, 1].
 
     The result is the generator's inside the hole and the input's outside. Its loss is the mean absolute error in the hole, that outside,
@@ -63,21 +65,23 @@ class Inpainting(L.LightningModule):
     """
 
     monitor = "val/psnr"
+    direction = "max"
+    takes_mask = True
+    bench_size = (256, 256)
 
     def __init__(
         self,
         model: nn.Module,
         discriminator: nn.Module,
         *,
-        optimizer: Callable[[list[dict]], Optimizer],
-        schedule: Callable[..., LRScheduler] | None = None,
+        optimizer: MakeOptimizer,
+        schedule: MakeSchedule | None = None,
         hole_weight: float = 1.0,
         valid_weight: float = 1.0,
         adversarial_weight: float = 0.1,
     ) -> None:
-        super().__init__()
-        self.model, self.discriminator = model, discriminator
-        self.optimizer, self.schedule = optimizer, schedule
+        super().__init__(model, optimizer=optimizer, schedule=schedule)
+        self.discriminator = discriminator
         self.hole_weight, self.valid_weight, self.adversarial_weight = hole_weight, valid_weight, adversarial_weight
         self.scores = nn.ModuleDict({name: MeanMetric() for name in ("L1", "psnr", "ssim", "L1_hole", "psnr_hole")})
 
@@ -121,38 +125,55 @@ class Inpainting(L.LightningModule):
             self.log(f"val/{name}", score.compute(), prog_bar=name in ("L1", "psnr"))
             score.reset()
 
-    def configure_optimizers(self) -> Optimizer | dict:
-        optimizer = self.optimizer([{"params": list(network.parameters())} for network in (self.model, self.discriminator)])
-        if self.schedule is None:
-            return optimizer
-        schedule = self.schedule(optimizer, total_iters=int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def parameter_groups(self) -> list[dict]:
+        """Return the parameters of the generator and those of the discriminator, all with weight decay."""
+        return [{"params": list(network.parameters())} for network in (self.model, self.discriminator)]
 
-    def pictures(self, sample: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Pictures [3, H, W] in [0, 1] of one validation sample: "image" with a white hole, "mask", "prediction" and "truth" (Figure 8)."""
-        image, mask = sample
-        prediction = self.draw(image, mask)
-        return {"image": torch.where(mask > 0, 1, image), "mask": mask.expand(3, -1, -1), "prediction": prediction, "truth": image}
+    def read(self, path: Path, mask_path: Path | None, max_side: int) -> tuple[Tensor, Tensor, int]:
+        """Read a photograph [3, H, W] in [0, 1] at its own size and its mask [1, H, W], 1 in the hole; `max_side` is handed on.
 
-    def draw(self, image: Tensor, mask: Tensor) -> Tensor:
-        """Fill the hole of an image [3, H, W] in [0, 1], 1 in the mask [1, H, W] -> [3, H, W]; known pixels keep their values."""
-        return self(image[None].to(self.device), mask[None].to(self.device))[0].cpu()
+        Raises:
+            FileNotFoundError, ValueError: a file is missing or cannot be used, or photograph and mask differ in size.
+        """
+        if mask_path is None:
+            raise ValueError(f"{path} needs a mask")
+        image, mask = pil_to_tensor(read_image(path)).float() / 255, torch.from_numpy(read_mask(mask_path))
+        if mask.shape != image.shape[1:]:
+            (height, width), (mask_height, mask_width) = image.shape[1:], mask.shape
+            raise ValueError(f"mask {mask_path} must have the size of {path}, {width} x {height} pixels, got {mask_width} x {mask_height}")
+        return image, mask[None].float(), max_side
 
-    def fill(self, image: Tensor, mask: Tensor, max_side: int) -> Tensor:
-        """Fill the hole of a photograph of any size, see `draw`; what fills it is computed with the longer side at most `max_side` pixels.
+    def predict(self, image: Tensor, mask: Tensor, max_side: int | None = None) -> Tensor:
+        """Fill the hole of an image [3, H, W] in [0, 1], 1 in the mask [1, H, W] -> [3, H, W]; known pixels keep their values.
+
+        The content of the hole is computed on an image whose longer side is at most `max_side` pixels, None for any size.
 
         Raises:
             ValueError: `max_side` is less than 1.
         """
-        size = image.shape[1:]
-        filled = self.draw(*shrink(image, mask, max_side))
-        if filled.shape[1:] == size:
+        small, hole = shrink(image, mask, max_side)
+        filled = self(small[None].to(self.device), hole[None].to(self.device))[0].cpu()
+        if filled.shape == image.shape:
             return filled
-        filled = F.interpolate(filled[None], size, mode="bicubic", align_corners=False)[0].clamp(0, 1)
+        filled = F.interpolate(filled[None], image.shape[1:], mode="bicubic", align_corners=False)[0].clamp(0, 1)
         return torch.where(mask > 0, filled, image)
 
-    def view(self, image: Tensor, mask: Tensor, max_side: int) -> View:
-        """What the generator sees of an image [3, H, W] in [0, 1] with a hole, see `fill`."""
+    def draw(self, image: Tensor, mask: Tensor, max_side: int | None = None) -> Tensor:
+        """Draw the filled image, see `predict`."""
+        return self.predict(image, mask, max_side)
+
+    def view(self, image: Tensor, mask: Tensor, max_side: int | None = None) -> View:
+        """Return what the generator sees of an image [3, H, W] in [0, 1] with a hole, see `predict`."""
         small, hole = shrink(image, mask, max_side)
         inputs = (2 * small[None].to(self.device) - 1, hole[None].to(self.device))
-        return View(self.model, inputs, torch.where(mask > 0, 1, image))
+        return View(self.model, inputs, self.show(image, mask))
+
+    def show(self, image: Tensor, mask: Tensor, max_side: int | None = None) -> Tensor:
+        """Draw an image [3, H, W] in [0, 1] with a white hole."""
+        return torch.where(mask > 0, 1, image)
+
+    def pictures(self, sample: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Draw a validation sample -> "image" with a white hole, "mask", "prediction" and "truth", each [3, H, W] in [0, 1] (Figure 8)."""
+        image, mask = sample
+        prediction = self.draw(image, mask)
+        return {"image": self.show(image, mask), "mask": mask.expand(3, -1, -1), "prediction": prediction, "truth": image}

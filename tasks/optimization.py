@@ -8,10 +8,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def parameter_groups(model: nn.Module) -> list[dict]:
-    """Trainable parameters in two groups: decayed, and not decayed (vectors: norms, biases, DPP's exponents).
+def group_parameters(model: nn.Module) -> list[dict]:
+    """Put the trainable parameters into two groups: matrices with weight decay, vectors (norms, biases, DPP's exponents) without.
 
-    Sections 5.1 of Goyal et al. and of UperNet keep norms and biases; Saeedan et al. keep DPP's exponents.
+    Goyal et al. (section 5.1) and UperNet exempt norms and biases from weight decay, Saeedan et al. DPP's exponents.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed, kept = ([p for p in trainable if (p.ndim > 1) == matrix] for matrix in (True, False))

@@ -13,6 +13,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid, save_image
 
+from .task import Task
+
 # Pictures with something drawn on them are at least this large, and those beside others.
 DRAWN_SIDE, GRID_SIDE = 320, 160
 
@@ -111,6 +113,7 @@ class Pictures(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
+        assert isinstance(pl_module, Task)
         pl_module.eval()
         data = trainer.datamodule.val
         convert = trainer.precision_plugin.convert_input

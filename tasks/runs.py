@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .task import Task
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace the file at once: a reader or a kill never meets half of it."""
@@ -51,11 +53,11 @@ def weights_hash(model: nn.Module) -> str:
 def count_flops(model: nn.Module, image: torch.Tensor) -> int:
     """Floating-point operations (two a multiply-add) of one inference on image [3, H, W].
 
-    Of a detector, it is one with as many proposals and detections as it can have (`Detection.full_load`).
+    A task computes as much as it can be made to (`Task.full_load`).
     """
-    training, load = model.training, getattr(model, "full_load", contextlib.nullcontext)
+    training, load = model.training, model.full_load() if isinstance(model, Task) else contextlib.nullcontext()
     # a compiled network hides its operators from the counter
-    with torch.no_grad(), load(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), load, torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         model.eval()(image[None])
     model.train(training)
     return counter.get_total_flops()
@@ -155,9 +157,10 @@ class RunRecord(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
+            assert isinstance(pl_module, Task)
             self._add(trainer, "val/", {})
-            if trainer.is_global_zero and (rows := getattr(pl_module, "per_class", None)):
-                write_csv(self.folder / "per_class.csv", rows)
+            if trainer.is_global_zero and pl_module.per_class:
+                write_csv(self.folder / "per_class.csv", pl_module.per_class)
 
     def _add(self, trainer: L.Trainer, prefix: str, more: dict) -> None:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
@@ -168,9 +171,10 @@ class RunRecord(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
+        assert isinstance(pl_module, Task)
         image = trainer.precision_plugin.convert_input(trainer.datamodule.val[0][0]).to(pl_module.device)
-        if size := getattr(pl_module, "flops_size", None):
-            image = image.new_zeros(3, *size)
+        if pl_module.flops_size:
+            image = image.new_zeros(3, *pl_module.flops_size)
         result = {
             **self.config["run"],
             "seed": self.config["seed"],

@@ -3,20 +3,16 @@
 import math
 from collections.abc import Callable, Sequence
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms.v2.functional import normalize
 
 from .inference import check_inference, predict_labels
 from .label_maps import IGNORED
-from .optimization import parameter_groups
 from .pictures import legend, overlay
-from .regions import View
+from .task import MakeOptimizer, MakeSchedule, Task, View
 
 
 def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
@@ -53,7 +49,7 @@ class PadToStride:
         return images, padded
 
 
-class Segmentation(L.LightningModule):
+class Segmentation(Task):
     """Train and evaluate a network that maps images [N, 3, H, W] to logits [N, classes, h, w], h and w a fraction of H and W.
 
     The loss is taken at the resolution of the logits, with labels by nearest neighbour, as UperNet's reference implementation does;
@@ -76,14 +72,16 @@ class Segmentation(L.LightningModule):
     """
 
     monitor = "val/mIoU"
+    direction = "max"
+    bench_size = (450, 600)
 
     def __init__(
         self,
         model: Callable[..., nn.Module],
         *,
         class_names: Sequence[str],
-        optimizer: Callable[[list[dict]], Optimizer],
-        schedule: Callable[..., LRScheduler],
+        optimizer: MakeOptimizer,
+        schedule: MakeSchedule,
         auxiliary_weight: float = 0.4,
         inference_resize: Callable[[Tensor], Tensor] | None = None,
         scales: Sequence[float] = (1.0,),
@@ -92,13 +90,11 @@ class Segmentation(L.LightningModule):
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
-        super().__init__()
-        self.model = model(num_classes=len(class_names))
+        super().__init__(model(num_classes=len(class_names)), optimizer=optimizer, schedule=schedule)
         self.class_names = list(class_names)
-        self.optimizer, self.schedule, self.auxiliary_weight = optimizer, schedule, auxiliary_weight
+        self.auxiliary_weight = auxiliary_weight
         check_inference(scales, window)
         self.inference = {"base": inference_resize, "scales": list(scales), "flip": flip, "window": window}
-        self.per_class: list[dict] = []
         self.mean, self.std = list(mean), list(std)
         self.unpainted = [IGNORED, *(label for label, name in enumerate(class_names) if name == "background")]
         self.confusion = MulticlassConfusionMatrix(len(class_names), ignore_index=IGNORED)
@@ -106,10 +102,6 @@ class Segmentation(L.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Map images [N, 3, H, W] in [0, 1] to logits at the network's own resolution (in training also auxiliary ones, as a tuple)."""
         return self.model(normalize(images, self.mean, self.std))
-
-    def predict(self, images: Tensor, size: torch.Size | None = None) -> Tensor:
-        """Map images [N, 3, H, W] in [0, 1] to labels [N, *size], of the images' size if None."""
-        return predict_labels(self, images, size or images.shape[-2:], **self.inference)
 
     def setup(self, stage: str) -> None:
         """See that the network tells as many classes as the data has.
@@ -138,7 +130,7 @@ class Segmentation(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
-        self.confusion.update(self.predict(images, labels.shape[-2:]), labels)
+        self.confusion.update(predict_labels(self, images, labels.shape[-2:], **self.inference), labels)
 
     def on_validation_epoch_end(self) -> None:
         confusion = self.confusion.compute()
@@ -149,25 +141,24 @@ class Segmentation(L.LightningModule):
         self.log("val/mIoU", scores["mIoU"].float(), prog_bar=True)
         self.log("val/pixel_accuracy", scores["pixel_accuracy"].float())
 
-    def configure_optimizers(self) -> dict:
-        optimizer = self.optimizer(parameter_groups(self.model))
-        schedule = self.schedule(optimizer, total_iters=int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def pictures(self, sample: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Pictures [3, H, W] in [0, 1] of one validation sample: "image", "truth" and "prediction" over it, these with a legend below."""
-        image, labels = sample
-        return {"image": image, "truth": self._paint(image, labels), "prediction": self.draw(image)}
+    def predict(self, image: Tensor) -> Tensor:
+        """Return the labels [H, W] of an image [3, H, W] in [0, 1]."""
+        return predict_labels(self, image[None].to(self.device), image.shape[-2:], **self.inference)[0].cpu()
 
     def draw(self, image: Tensor) -> Tensor:
-        """Prediction over an image [3, H, W] in [0, 1], a legend below -> [3, H + its lines, W]."""
-        return self._paint(image, self.predict(image[None].to(self.device))[0].cpu())
+        """Draw the prediction over an image [3, H, W] in [0, 1], with a legend below -> [3, H + its lines, W]."""
+        return self._paint(image, self.predict(image))
 
     def view(self, image: Tensor) -> View:
-        """What the network sees of an image [3, H, W] in [0, 1]: the whole of it, at scale 1."""
+        """Return what the network sees of an image [3, H, W] in [0, 1]: the whole of it, at scale 1."""
         seen = image[None].to(self.device)
         seen = base(seen) if (base := self.inference["base"]) else seen
         return View(self.model, (normalize(seen, self.mean, self.std),), image)
+
+    def pictures(self, sample: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Draw a validation sample -> "image", "truth" and "prediction", [3, height, W] in [0, 1], the last two with a legend below."""
+        image, labels = sample
+        return {"image": image, "truth": self._paint(image, labels), "prediction": self.draw(image)}
 
     def _paint(self, image: Tensor, labels: Tensor) -> Tensor:
         shown = [label for label in labels.unique().tolist() if label not in self.unpainted]

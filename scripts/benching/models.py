@@ -10,18 +10,16 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...tasks.runs import count_flops, write_csv
+from ...tasks.task import Task
 from ..app import app
 from ..reporting.tables import baseline_of, published, published_rows
 from .operator import hardware, keep_freed_memory, timed
 
-# height and width of the images that a network of each task is stated for
-SIZES = {"Classification": (224, 224), "Segmentation": (450, 600), "Detection": (800, 1333), "Inpainting": (256, 256)}
 
-
-def network(table: str, row: str, overrides: Sequence[str]) -> nn.Module:
+def network(table: str, row: str, overrides: Sequence[str]) -> Task:
     """The task of a row, with random weights, in evaluation mode."""
     config = compose("train", overrides=[f"experiment={table}", f"row={table}/{row}", *overrides])
     torch.manual_seed(0)
@@ -58,7 +56,7 @@ def measure(cfg: DictConfig) -> list[dict]:
     found, times = {}, defaultdict(list)
     for row, task in networks.items():
         task.to(cfg.device, memory_format=memory_format)
-        size = cfg.size or SIZES[type(task).__name__]
+        size = cfg.size or task.bench_size
         images[row] = torch.rand(3, *size, generator=torch.Generator().manual_seed(0)).to(cfg.device)
         parameters = sum(parameter.numel() for parameter in task.model.parameters())
         found[row] = {"table": cfg.table, "row": row, "size": list(size), "parameters": parameters, "flops": count_flops(task, images[row])}

@@ -6,7 +6,8 @@ import torch
 from carafepp.models.carafe import CARAFE
 from carafepp.models.regions import reassembly_regions
 from carafepp.models.resnet import tiny
-from carafepp.tasks.regions import View, draw_regions
+from carafepp.tasks.region_pictures import draw_regions
+from carafepp.tasks.task import View
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -176,7 +177,7 @@ def test_predict_sets_networks_side_by_side(runs, photograph, tmp_path, monkeypa
         monkeypatch, tmp_path / "twice", *(f"checkpoint=[{runs['upernet']}/last.ckpt,{runs['upernet']}/best.ckpt]", f"images={photograph}")
     )
     assert Image.open(tmp_path / "twice" / "photograph.png.png").width == figure.width
-    with pytest.raises(ValueError, match="fills holes: give masks="):
+    with pytest.raises(ValueError, match="takes a mask for every image: give masks="):
         predict(
             monkeypatch,
             tmp_path / "out",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from carafepp.tasks.data import EvalIndices, TrainBatches
-from carafepp.tasks.optimization import parameter_groups
+from carafepp.tasks.optimization import group_parameters
 from carafepp.tasks.segmentation import segmentation_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,7 +73,7 @@ def test_scores_equal_a_plain_count():
 
 def test_norms_and_biases_are_not_decayed():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.GroupNorm(2, 4), torch.nn.Linear(4, 2))
-    decayed, kept = parameter_groups(model)
+    decayed, kept = group_parameters(model)
     assert {id(p) for p in decayed["params"]} == {id(model[0].weight), id(model[3].weight)}
     assert len(kept["params"]) == 6
     assert kept["weight_decay"] == 0

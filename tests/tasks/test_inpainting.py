@@ -261,9 +261,9 @@ def test_filling_does_not_look_into_the_hole(photographs):
     painted = torch.where(mask > 0, torch.rand(3, 90, 70), image)
     with torch.no_grad():
         for max_side in (200, 31):
-            assert torch.equal(task.fill(image, mask, max_side), task.fill(painted, mask, max_side))
-        everything = task.fill(image, torch.ones(1, 90, 70), 31)
-        assert torch.equal(task.fill(image, torch.zeros(1, 90, 70), 31), image)
+            assert torch.equal(task.predict(image, mask, max_side), task.predict(painted, mask, max_side))
+        everything = task.predict(image, torch.ones(1, 90, 70), 31)
+        assert torch.equal(task.predict(image, torch.zeros(1, 90, 70), 31), image)
     assert everything.isfinite().all()
 
 
@@ -280,7 +280,7 @@ def test_wrong_masks_are_named(whole, photographs, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             predict(monkeypatch, photographs / "out", checkpoint, f"images={photograph}", f"masks={masks / mask}")
-    with pytest.raises(ValueError, match="fills holes: give masks="):
+    with pytest.raises(ValueError, match="takes a mask for every image: give masks="):
         predict(monkeypatch, photographs / "out", checkpoint, f"images={photograph}")
     with pytest.raises(FileNotFoundError, match=r"masks=.*nowhere does not exist"):
         find_masks(photographs / "nowhere", [photograph])

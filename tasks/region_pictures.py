@@ -1,29 +1,17 @@
 """Pictures of where features are reassembled from (paper, Figures 1 and 9)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.utils import draw_keypoints
 
 from ..models.regions import Region, reassembly_regions
 from .pictures import caption, enlarge, grid
+from .task import View
 
 RED = (1.0, 0.1, 0.1)
-
-
-class View(NamedTuple):
-    """A picture as a task's network sees it."""
-
-    network: nn.Module
-    # arguments of the network, for this picture alone
-    inputs: tuple[Tensor, ...]
-    # [3, H, W] in [0, 1]
-    picture: Tensor
-    # shares of the inputs' height and width that the picture takes; what is left at bottom and right is padding
-    covered: tuple[float, float] = (1.0, 1.0)
 
 
 def draw_regions(view: View, path: str | Sequence[str], locations: Sequence[tuple[float, float]]) -> Tensor:

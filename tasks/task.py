@@ -1,0 +1,132 @@
+"""The contract of a task: what the commands ask of a network, its training, its scores and its pictures."""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import lightning as L
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from .images import read_image
+from .optimization import group_parameters
+
+# Parameter groups -> optimizer.
+MakeOptimizer = Callable[[list[dict]], Optimizer]
+
+# (optimizer, total_iters=steps of the training) -> schedule, which is stepped after every optimizer step.
+MakeSchedule = Callable[..., LRScheduler]
+
+
+class View(NamedTuple):
+    """A picture as a task's network sees it."""
+
+    network: nn.Module
+    # arguments of the network, for this picture alone
+    inputs: tuple[Tensor, ...]
+    # [3, H, W] in [0, 1]
+    picture: Tensor
+    # fractions of the inputs' height and width that the picture covers; the rest, at the bottom and on the right, is padding
+    covered: tuple[float, float] = (1.0, 1.0)
+
+
+class Task(L.LightningModule, ABC):
+    """A network with its training, its scores and its pictures; the commands work with any subclass.
+
+    A subclass names its `monitor` and the monitor's `direction`, implements the abstract methods, and logs its scores as "val/NAME".
+    The items of its data sets begin with an image [3, H, W] in [0, 1].
+
+    A new task takes a module with the subclass, its data sets, and the files conf/task/NAME.yaml and conf/setting/NAME_small.yaml.
+
+    Args:
+        model: the network.
+        optimizer: maps parameter groups (see `parameter_groups`) to an optimizer.
+        schedule: maps (optimizer, total_iters=steps of the training) to a schedule, which is stepped after every optimizer step; None
+            keeps the learning rate constant.
+
+    Attributes:
+        monitor: the score that selects best.ckpt, such as "val/mIoU".
+        direction: whether the "max" or the "min" of the monitor is best.
+        takes_mask: whether `read` needs a mask for every image.
+        bench_size: height and width in pixels of the image that `carafepp-bench models` measures the network on.
+        flops_size: height and width in pixels of the image that the FLOPs of a run are counted for; None is the size of the first
+            validation image.
+        per_class: rows of the last validation, one for each class, which are written to per_class.csv; empty if there are none.
+    """
+
+    monitor: ClassVar[str]
+    direction: ClassVar[Literal["max", "min"]]
+    takes_mask: ClassVar[bool] = False
+    bench_size: ClassVar[tuple[int, int]] = (224, 224)
+
+    def __init__(self, model: nn.Module, *, optimizer: MakeOptimizer, schedule: MakeSchedule | None) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer, self.schedule = optimizer, schedule
+        self.flops_size: tuple[int, int] | None = None
+        self.per_class: list[dict[str, Any]] = []
+
+    @abstractmethod
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a training batch."""
+
+    @abstractmethod
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a validation batch to the scores."""
+
+    def parameter_groups(self) -> list[dict]:
+        """Return the parameter groups of the optimizer: matrices with weight decay, vectors without."""
+        return group_parameters(self.model)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimizer and, if there is one, the schedule."""
+        optimizer = self.optimizer(self.parameter_groups())
+        if self.schedule is None:
+            return optimizer
+        schedule = self.schedule(optimizer, total_iters=int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def full_load(self) -> AbstractContextManager[None]:
+        """Return a context in which the network computes as much as any image can make it compute; FLOPs are counted inside."""
+        return contextlib.nullcontext()
+
+    def read(self, path: Path, mask_path: Path | None, max_side: int) -> tuple[Any, ...]:
+        """Read a photograph and, if the task takes one, its mask.
+
+        Returns:
+            The arguments of `predict`, `draw`, `view` and `show`; here one image [3, H, W] in [0, 1], its longer side at most `max_side`
+            pixels.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing or cannot be used; the message names it.
+        """
+        image = read_image(path)
+        image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+        return (pil_to_tensor(image).float() / 255,)
+
+    @abstractmethod
+    def predict(self, *inputs: Any, **options: Any) -> Any:
+        """Return what the network predicts for the inputs of one photograph, on the CPU."""
+
+    @abstractmethod
+    def draw(self, *inputs: Any, **options: Any) -> Tensor:
+        """Draw the prediction for the inputs of one photograph -> [3, height, width] in [0, 1]."""
+
+    @abstractmethod
+    def view(self, *inputs: Any, **options: Any) -> View:
+        """Return what the network sees of the inputs of one photograph."""
+
+    def show(self, *inputs: Any, **options: Any) -> Tensor:
+        """Draw the inputs of one photograph without a prediction -> [3, height, width] in [0, 1]; here the image itself."""
+        return inputs[0]
+
+    @abstractmethod
+    def pictures(self, sample: Any) -> dict[str, Tensor]:
+        """Draw one validation sample -> pictures [3, H, W] in [0, 1] by name: "image", "truth", "prediction", and what else helps."""
