@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .images import is_image
 from .label_maps import IGNORED, LabelMaps
-from .photographs import check_split
+from .splits import check_split
 
 FOLDERS = {"train": "training", "val": "validation"}
 

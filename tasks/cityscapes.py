@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision.datasets import Cityscapes as Layout
 
 from .label_maps import IGNORED, LabelMaps
-from .photographs import check_split
+from .splits import check_split
 
 SUFFIX = "_leftImg8bit.png"
 

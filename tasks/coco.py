@@ -1,6 +1,5 @@
 """COCO 2017, or any images with annotations in its format."""
 
-import itertools
 import logging
 import pickle
 from collections import defaultdict
@@ -10,44 +9,39 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
 
 from .coco_check import UNUSABLE, check, check_images, clipped, decode_mask, read_annotations, refuse_or_count
+from .image_files import ImageFiles
 from .images import read_image
-from .keyed import keyed_rng, sample_key
 
 logger = logging.getLogger(__name__)
 
-# Damaged files in a row after which the set is taken to be damaged as a whole.
-MOST_DAMAGED = 20
 
+class COCO(ImageFiles):
+    """Images with boxes, labels and masks: item (image [3, H, W] float32 in [0, 1], torchvision's target).
 
-class COCO(Dataset):
-    """Images with boxes, labels and masks: item (image [3, H, W] float32 in 0..1, torchvision's target).
+    The target holds boxes [n, 4] (x1, y1, x2, y2 in pixels), labels [n] in 1..classes in the order of the categories' ids, masks [n, H, W]
+    uint8 if the file has any, area [n], iscrowd [n] and image_id. Targets omit crowds and annotations that are not trained on
+    (`coco_check.RULES`). Evaluation takes the annotations from `ground_truth`.
 
-    The target holds boxes [n, 4] (x1, y1, x2, y2 in pixels), labels [n] in 1..classes, by the categories' ids, masks [n, H, W] uint8 where
-    the file has any, area [n], iscrowd [n] and image_id. It is a training's: crowds and what is not to be trained on (`coco_check.RULES`)
-    are left out. Evaluation takes the annotations from `ground_truth`.
+    A training set omits images without an object and replaces an image that is damaged, or of another size than the file says, by the next
+    one. A validation set decodes all images beforehand.
 
-    In training, images without an object are left out, and one that cannot be read, or has not the size that the file says, is reported and
-    its place taken by the next. For validation all images are decoded beforehand.
-
-    `transforms` maps (tv_tensors.Image uint8, target) to the like, by torchvision.transforms.v2 for instance. Its randomness is a function
-    of (seed, epoch, index): `data[index]` is of epoch 0, `data[epoch, index]` of any.
+    `transforms` maps (tv_tensors.Image uint8, target) to another such pair, for instance by torchvision.transforms.v2. See `ImageFiles`.
 
     Args:
         annotations: JSON file.
         images: folder of the files that it names.
-        class_names: names of its categories in the order of their ids; numbers, as a command line makes them of digits, are names too.
-        train: whether the set is to be trained on.
+        class_names: names of its categories in the order of their ids; numbers are allowed, since a command line makes them of digits.
+        train: whether the set is trained on.
+
+    Attributes:
+        groups: 1 for every image that is upright, 0 for every other, so that batches are of one kind.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the annotations cannot be used, or have other categories; the message names file, image and rule.
-
-    `groups` says of every image whether it is upright (1) or not (0), for batches of one kind.
     """
 
     def __init__(
@@ -59,7 +53,7 @@ class COCO(Dataset):
         train: bool = False,
         transforms: Callable[[Tensor, dict], tuple] | None = None,
         seed: int = 0,
-    ):
+    ) -> None:
         content = read_annotations(annotations)
         problems = check(content, images)
         if not train and not any(problem.rule == "image file missing" for problem in problems):
@@ -70,15 +64,15 @@ class COCO(Dataset):
         if [str(category.get("name")) for category in categories] != names:
             found = ", ".join(f"{category['id']} {category.get('name')}" for category in categories)
             raise ValueError(f"class_names must be the categories of {annotations} by their ids, {found or 'none'}, got {', '.join(names)}")
-        self.annotations, self.images = annotations, Path(images)
-        self.train, self.transforms, self.seed = train, transforms, seed
+        super().__init__(transforms, seed, skip_damaged=train)
+        self.annotations, self.images, self.train = annotations, Path(images), train
         self.unusable = {problem.position for problem in problems if problem.severity == UNUSABLE}
         labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
         self.masks = any(annotation.get("segmentation") for annotation in content["annotations"])
         self._keep(content, labels, {problem.position for problem in problems})
 
     def _keep(self, content: dict, labels: dict[int, int], left_out: set[int | None]) -> None:
-        """Keep what items are made of."""
+        """Keep the records that `read` makes items of."""
         objects = defaultdict(list)
         for position, annotation in enumerate(content["annotations"]):
             if position not in left_out and not annotation["iscrowd"]:
@@ -92,12 +86,12 @@ class COCO(Dataset):
             logger.info("%s: %d images without an object to train on left out", self.annotations, empty)
         self.groups = [int(image["height"] > image["width"]) for image in kept]
         records = [pickle.dumps((image["id"], image["file_name"], image["height"], image["width"], objects[image["id"]])) for image in kept]
-        # one array: objects of Python are copied into every worker as their reference counts change
+        # one array: Python objects are copied into every worker as their reference counts change
         self.ends = np.cumsum([len(record) for record in records])
         self.records = np.frombuffer(b"".join(records), np.uint8)
 
     def ground_truth(self) -> dict:
-        """The annotation file's content without what is unusable, crowds and what is not trained on included."""
+        """Return the content of the annotation file, crowds included, without the annotations that are unusable."""
         content = read_annotations(self.annotations)
         content["annotations"] = [a for position, a in enumerate(content["annotations"]) if position not in self.unusable]
         return content
@@ -105,31 +99,18 @@ class COCO(Dataset):
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict]:
-        epoch, index = sample_key(key, len(self))
-        image, target = self._read(index)
-        if self.transforms is not None:
-            with keyed_rng(self.seed, epoch, index):
-                image, target = self.transforms(image, target)
-        plain = {name: value.as_subclass(Tensor) if isinstance(value, Tensor) else value for name, value in target.items()}
-        return F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), plain
+    def read(self, index: int) -> tuple[tv_tensors.Image, dict]:
+        """Read an image and its target."""
+        image_id, name, height, width, objects = pickle.loads(self.records[self.ends[index - 1] if index else 0 : self.ends[index]])
+        path = self.images / name
+        image = read_image(path)
+        if image.size != (width, height):
+            raise ValueError(f"image {path} is {image.width} x {image.height}, {self.annotations} says {width} x {height}")
+        return tv_tensors.Image(image), self._target(image_id, (height, width), objects)
 
-    def _read(self, index: int) -> tuple[tv_tensors.Image, dict]:
-        for attempt in itertools.count():
-            position = (index + attempt) % len(self)
-            image_id, name, height, width, objects = pickle.loads(
-                self.records[self.ends[position - 1] if position else 0 : self.ends[position]]
-            )
-            path = self.images / name
-            try:
-                image = read_image(path)
-                if image.size != (width, height):
-                    raise ValueError(f"image {path} is {image.width} x {image.height}, {self.annotations} says {width} x {height}")
-                return tv_tensors.Image(image), self._target(image_id, (height, width), objects)
-            except (ValueError, FileNotFoundError) as error:
-                if not self.train or attempt == MOST_DAMAGED:
-                    raise
-                logger.warning("%s; the next image takes its place", error)
+    def transform(self, sample: tuple[tv_tensors.Image, dict]) -> tuple[Tensor, dict]:
+        """Apply the transforms to image and target together."""
+        return self.transforms(*sample)
 
     def _target(self, image_id: int, size: tuple[int, int], objects: list[tuple]) -> dict:
         boxes = torch.tensor([clipped(box, size) for _, box, _, _ in objects], dtype=torch.float32).reshape(-1, 4)

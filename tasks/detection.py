@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from .coco_eval import COCO_SIDES, average_precision, ground_truth, results
+from .image_files import plain
 from .pictures import draw_instances, enlarge, palette
 from .runs import write_atomically
 from .task import MakeOptimizer, MakeSchedule, Task, View
@@ -30,8 +31,7 @@ DRAWN_SCORE = 0.5
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
     """Merge samples of several sizes: a list of images [3, H, W] and a list of targets, of plain tensors."""
     images, targets = zip(*samples, strict=True)
-    plain = [{name: value.as_subclass(Tensor) if isinstance(value, Tensor) else value for name, value in t.items()} for t in targets]
-    return list(images), plain
+    return list(images), [plain(target) for target in targets]
 
 
 class Detection(Task):

@@ -1,6 +1,7 @@
 """Image files of any kind as RGB."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -9,15 +10,22 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def is_image(path: Path) -> bool:
-    """Whether the name of `path` is that of an image file that is not hidden."""
+    """Return whether the name of `path` is that of an image file that is not hidden."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path | BinaryIO, kind: str = "image") -> Image.Image:
     """Read an image file as 8-bit RGB, turned as its EXIF orientation says.
 
     Grey, 16-bit grey, palette and CMYK images are converted; transparent pixels keep the colour that the file gives them.
-    Raises FileNotFoundError where there is no file and ValueError where it cannot be decoded, is truncated for instance; both name it.
+
+    Args:
+        path: the file, or its content as a stream.
+        kind: what error messages call it.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message names it.
+        ValueError: the file cannot be decoded, for instance because it is truncated; the message names it.
     """
     try:
         with Image.open(path) as image:
@@ -26,7 +34,7 @@ def read_image(path: str | Path) -> Image.Image:
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
             return image.convert("RGB")
     except FileNotFoundError:
-        raise FileNotFoundError(f"image {path} does not exist") from None
+        raise FileNotFoundError(f"{kind} {path} does not exist") from None
     # what Pillow raises for damaged files depends on the decoder
     except Exception as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from error
+        raise ValueError(f"{kind} {path} cannot be read: {error}") from error

@@ -1,4 +1,4 @@
-"""Image files with files that give every pixel a label, whatever data set they are of."""
+"""Images with files that give every pixel a label, of any data set."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -7,32 +7,30 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
 
+from .image_files import ImageFiles
 from .images import read_image
-from .keyed import keyed_rng, sample_key
 
 IGNORED = 255
 
 
-class LabelMaps(Dataset):
-    """Images with a map of classes: item (image [3, H, W] float32 in 0..1, map [H, W] int64), 255 where the class is to be ignored.
+class LabelMaps(ImageFiles):
+    """Images with a map of classes: item (image [3, H, W] float32 in [0, 1], map [H, W] int64), 255 where the class is ignored.
 
-    `transforms` maps (tv_tensors.Image uint8, tv_tensors.Mask int64) to the like, by torchvision.transforms.v2 for instance; where it pads,
-    let it fill the mask with 255. Its randomness is a function of (seed, epoch, index): `data[index]` is of epoch 0, `data[epoch, index]`
-    of any.
+    `transforms` maps (tv_tensors.Image uint8, tv_tensors.Mask int64) to another such pair, for instance by torchvision.transforms.v2; a
+    transform that pads must fill the mask with 255. A damaged file is an error in training, too. See `ImageFiles`.
 
     Args:
         images, annotations: the files, in the same order; annotations are 8-bit grey or indexed.
-        classes: class, or 255, of each label that the annotations may hold.
+        classes: maps each label that the annotations may hold to a class, or to 255.
 
-    `num_classes` is the number of classes that these are of.
+    Attributes:
+        num_classes: the number of classes that labels are mapped to.
 
     Raises:
         FileNotFoundError: an image has no annotation.
-        ValueError: on access, naming the file: it cannot be read, image and annotation differ in size, it holds another label.
+        ValueError: on access, naming the file: it cannot be read, image and annotation differ in size, or it holds another label.
     """
 
     def __init__(
@@ -42,12 +40,13 @@ class LabelMaps(Dataset):
         classes: Mapping[int, int],
         transforms: Callable[[Tensor, Tensor], tuple] | None = None,
         seed: int = 0,
-    ):
-        # one listing a folder: asking for every file takes minutes on network file systems
+    ) -> None:
+        # list each folder once: asking for every file takes minutes on network file systems
         present = {path for folder in {path.parent for path in annotations} if folder.is_dir() for path in folder.iterdir()}
         if missing := [path for path in annotations if path not in present]:
             raise FileNotFoundError(f"{len(missing)} of {len(images)} images have no annotation, the first is {missing[0]}")
-        self.images, self.annotations, self.transforms, self.seed = list(images), list(annotations), transforms, seed
+        super().__init__(transforms, seed, skip_damaged=False)
+        self.images, self.annotations = list(images), list(annotations)
         self.num_classes = 1 + max(value for value in classes.values() if value != IGNORED)
         # -1 marks labels that must not occur
         self.table = torch.full([256], -1)
@@ -56,8 +55,8 @@ class LabelMaps(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
-        epoch, index = sample_key(key, len(self))
+    def read(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        """Read an image and its map."""
         image = tv_tensors.Image(read_image(self.images[index]))
         labels = self._labels(self.annotations[index])
         if image.shape[-2:] != labels.shape:
@@ -65,11 +64,11 @@ class LabelMaps(Dataset):
                 f"image and annotation must have the same size, got (height, width) {tuple(image.shape[-2:])} of {self.images[index]} "
                 f"and {tuple(labels.shape)} of {self.annotations[index]}"
             )
-        labels = tv_tensors.Mask(labels)
-        if self.transforms is not None:
-            with keyed_rng(self.seed, epoch, index):
-                image, labels = self.transforms(image, labels)
-        return F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), labels.as_subclass(Tensor)
+        return image, tv_tensors.Mask(labels)
+
+    def transform(self, sample: tuple[tv_tensors.Image, tv_tensors.Mask]) -> tuple[Tensor, Tensor]:
+        """Apply the transforms to image and map together."""
+        return self.transforms(*sample)
 
     def _labels(self, path: Path) -> Tensor:
         try:

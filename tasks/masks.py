@@ -115,10 +115,7 @@ def read_mask(path: str | Path) -> np.ndarray:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, holds other values than black and white, or has no hole.
     """
-    try:
-        pixels = np.asarray(read_image(path))  # [H, W, 3]
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(str(error).replace("image", "mask", 1)) from None
+    pixels = np.asarray(read_image(path, "mask"))  # [H, W, 3]
     odd = pixels[(pixels > 0) & (pixels < 255)]
     if odd.size:
         raise ValueError(

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SPLITS = ("train", "val")
+from .splits import check_split
 
 # Textures, micrographs and sky stay in training; validation has everyday photographs, one night shot, one grey one and one texture.
 PHOTOGRAPHS = {
@@ -49,12 +49,6 @@ VALIDATION_SCANS = 360
 
 # A scan of 8 x 8 pixels gets a border of one empty pixel and is enlarged by this factor.
 ENLARGEMENT = 6
-
-
-def check_split(split: str) -> None:
-    """Raise ValueError unless `split` is one of SPLITS."""
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
 
 
 def _package(name: str) -> Path:

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from .keyed import sample_key
-from .photographs import SPLITS, check_split, digit_scans, photographs
+from .photographs import digit_scans, photographs
+from .splits import SPLITS, check_split
 
 # Class names of the semantic map; instances have labels 1..10, classification counts the digits from 0.
 CLASSES = ("background", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9")

@@ -1,0 +1,85 @@
+"""The base of data sets whose samples are read from image files."""
+
+import itertools
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as F
+
+from .keyed import keyed_rng, sample_key
+
+logger = logging.getLogger(__name__)
+
+# After this many damaged files in a row, the whole data set is taken to be damaged.
+MOST_DAMAGED = 20
+
+
+class ImageFiles(Dataset, ABC):
+    """Samples that are read, transformed and returned as tensors, the image [3, H, W] as float32 in [0, 1].
+
+    A subclass has a length and reads one sample, see `read`. The randomness of the transforms is a function of (seed, epoch, index):
+    `data[index]` is of epoch 0, `data[epoch, index]` of any epoch.
+
+    With `skip_damaged`, a sample that cannot be read is logged as a warning and the next one takes its place, so that one damaged file in a
+    million does not end a training. Without, it is an error: a score would be that of another set.
+
+    Args:
+        transforms: see `transform`; None leaves samples as they are.
+        seed: fixes the randomness of the transforms.
+        skip_damaged: replace samples that cannot be read.
+
+    Raises:
+        FileNotFoundError, ValueError: on access, naming the file: it is missing or cannot be used, or too many in a row cannot.
+    """
+
+    def __init__(self, transforms: Callable | None, seed: int, *, skip_damaged: bool) -> None:
+        self.transforms, self.seed, self.skip_damaged = transforms, seed, skip_damaged
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    @abstractmethod
+    def read(self, index: int) -> tuple[Any, ...]:
+        """Read a sample: an image as PIL or uint8 [3, H, W], and what belongs to it.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing or cannot be used; the message names it.
+        """
+
+    def transform(self, sample: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Apply the transforms to the image alone."""
+        return self.transforms(sample[0]), *sample[1:]
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Any:
+        """Return the sample `index` or `(epoch, index)` as a tuple, or the image where nothing belongs to it."""
+        epoch, index = sample_key(key, len(self))
+        sample = self._read_or_next(index)
+        if self.transforms is not None:
+            with keyed_rng(self.seed, epoch, index):
+                sample = self.transform(sample)
+        image, *rest = sample
+        pixels = image if isinstance(image, Tensor) else F.pil_to_tensor(image)
+        pixels = F.to_dtype(pixels, torch.float32, scale=True).as_subclass(Tensor)
+        return (pixels, *map(plain, rest)) if rest else pixels
+
+    def _read_or_next(self, index: int) -> tuple[Any, ...]:
+        for attempt in itertools.count():
+            try:
+                return self.read((index + attempt) % len(self))
+            except (FileNotFoundError, ValueError) as error:
+                if not self.skip_damaged or attempt == MOST_DAMAGED:
+                    raise
+                logger.warning("%s; the next image takes its place", error)
+
+
+def plain(value: Any) -> Any:
+    """Turn tv_tensors into plain tensors, those of a target {name: value} too."""
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
