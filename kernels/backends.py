@@ -30,7 +30,7 @@ class Backend(Protocol):
 
 MODULES = {"cpu": ".cpu.backend", "torch": ".torch_backend", "triton": ".gpu.backend"}
 BACKENDS = ("reference", *MODULES)
-DTYPES = {"triton": (torch.float32, torch.float16, torch.bfloat16)}
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {"triton": (torch.float32, torch.float16, torch.bfloat16)}
 DTYPES["cpu"] = DTYPES["torch"] = (*DTYPES["triton"], torch.float64)
 # a constant, so that torch.compile need not trace the search
 HAS_TRITON = importlib.util.find_spec("triton") is not None

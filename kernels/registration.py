@@ -11,7 +11,7 @@ resolution are both views of that form, read in place by their strides.
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch import Tensor
 from .backends import implementation
 from .geometry import LSE_NORMALIZERS, Spec, memory_format
 from .reference import normalize, normalize_backward
+
+# The functions that the dispatcher and autograd call take what the schemas say.
+# pyright: reportMissingParameterType=false
 
 # Defined here by hand: what `torch.library.custom_op` wraps around an op costs more host time than everything else in a call on a GPU.
 LIBRARY = torch.library.Library("carafepp", "FRAGMENT")
@@ -61,12 +64,18 @@ def empty_gradients(x: Tensor, logits: Tensor, need_dx: bool, need_dlogits: bool
     )
 
 
-def _untraced(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+Op = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _untraced(function: Op) -> Op:
     """Keep torch.compile out of what `function` calls.
 
     torch.compiler.disable imports the whole compiler, which takes seconds, so it is applied only once something else has imported that.
     """
-    disabled = functools.cache(lambda: torch.compiler.disable(function))
+
+    @functools.cache
+    def disabled() -> Op:
+        return cast(Op, torch.compiler.disable(function))
 
     @functools.wraps(function)
     def run(*arguments: Any) -> tuple[Tensor, Tensor]:

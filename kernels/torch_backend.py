@@ -86,8 +86,8 @@ def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | No
                 dsource[sources].addcmul_(weights[:, :, tap, None, row, column][cells], g)
             if dweights is not None:
                 dweights[:, :, tap, row, column][cells] = (g * source[sources].to(weights.dtype)).sum(2)
-    if dx is not None and dx.dtype != weights.dtype:
+    if dx is not None and dsource is not None and dx.dtype != weights.dtype:
         dx.copy_(dsource.flatten(1, 2))
-    if dlogits is not None:
+    if dlogits is not None and dweights is not None:
         windows = logits.unflatten(1, (spec.groups, spec.taps)).to(weights.dtype)
         dlogits.copy_(normalize_backward(dweights, weights, windows, spec.normalizer).flatten(1, 2))

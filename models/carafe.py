@@ -87,9 +87,10 @@ class CARAFE(nn.Module):
         """Initialise as mmcv does: the encoder's logits start near 0, so the first kernels are near to a box blur."""
         if isinstance(self.channel_compressor, nn.Conv2d):
             nn.init.xavier_uniform_(self.channel_compressor.weight)
-            nn.init.zeros_(self.channel_compressor.bias)
         nn.init.normal_(self.content_encoder.weight, std=0.001)
-        nn.init.zeros_(self.content_encoder.bias)
+        for layer in (self.channel_compressor, self.content_encoder):
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     def logits(self, x: Tensor) -> Tensor:
         """Encode the content of `x` [N, C, H, W] into [N, groups * K * K * up**2, ceil(H / down), ceil(W / down)]."""

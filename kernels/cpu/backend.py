@@ -38,12 +38,17 @@ def library() -> ctypes.CDLL:
         raise BuildError(f"the compiled kernel cannot be loaded ({error}).") from error
 
 
+_forked = False
+
+
 @functools.cache
 def openmp_parallel() -> ctypes.c_void_p | None:
     """Find GOMP_parallel of the OpenMP runtime that PyTorch has loaded; without it (None) the kernel starts its own threads.
 
     A second pool of threads would compete with PyTorch's for the same cores.
     """
+    if _forked:
+        return None
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
     except (AttributeError, OSError, TypeError):
@@ -52,8 +57,9 @@ def openmp_parallel() -> ctypes.c_void_p | None:
 
 def _forget_threads() -> None:
     # the threads of an OpenMP runtime do not survive a fork, and waiting for them would never end
-    global openmp_parallel
-    openmp_parallel = lambda: None  # noqa: E731
+    global _forked
+    _forked = True
+    openmp_parallel.cache_clear()
 
 
 if hasattr(os, "register_at_fork"):

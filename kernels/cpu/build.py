@@ -39,6 +39,7 @@ def _processor() -> str:
 
 def _compile(compiler: str, source: Path, target: Path) -> None:
     """Compile to `target`, whole or not at all."""
+    failure = ""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
         library = Path(folder) / target.name
         for tuning in TUNINGS:
@@ -47,9 +48,8 @@ def _compile(compiler: str, source: Path, target: Path) -> None:
             if result.returncode == 0:
                 os.replace(library, target)
                 return
-    raise BuildError(
-        f"{' '.join(command)} failed with\n{result.stderr.strip()[-2000:]}\nA C++17 compiler is needed, GCC 9 or Clang 12 at least."
-    )
+            failure = f"{' '.join(command)} failed with\n{result.stderr.strip()[-2000:]}"
+    raise BuildError(f"{failure}\nA C++17 compiler is needed, GCC 9 or Clang 12 at least.")
 
 
 def build() -> Path:
