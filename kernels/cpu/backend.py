@@ -10,19 +10,33 @@ from torch import Tensor
 from ..geometry import NORMALIZERS, Spec
 from .build import BuildError, build
 
-# numbered as in kernel.cpp
+# in the order of the enumeration in call.h
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class _Problem(ctypes.Structure):
+class Problem(ctypes.Structure):
+    """Sizes and options of a call, as in call.h."""
+
     _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in ("dtype", "normalizer", "batch", "channels", "height", "width", "kernel", "up", "down", "groups", "threads")
+        (name, ctypes.c_int64) for name in ("dtype", "normalizer", "batch", "channels", "height", "width", "kernel", "up", "down", "groups")
     )
 
 
-class _Tensor(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 6))
+class TensorView(ctypes.Structure):
+    """`Tensor` of call.h: an address and up to six strides in elements."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 6))
+
+
+class Call(ctypes.Structure):
+    """What a function of the kernel takes, as in call.h."""
+
+    _fields_ = (
+        ("problem", Problem),
+        *((name, TensorView) for name in ("x", "logits", "lse", "y", "dy", "dx", "dlogits")),
+        ("threads", ctypes.c_int64),
+        ("parallel", ctypes.c_void_p),
+    )
 
 
 @functools.cache
@@ -66,18 +80,20 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
 
 
-def _call(name: str, x: Tensor, tensors: tuple[Tensor | None, ...], spec: Spec) -> None:
-    problem = _Problem(DTYPES.index(x.dtype), NORMALIZERS.index(spec.normalizer), *x.shape, *spec[:4], torch.get_num_threads())
-    arguments = (_Tensor * len(tensors))(*(() if t is None else (t.data_ptr(), t.stride()) for t in tensors))
-    if getattr(library(), name)(ctypes.byref(problem), arguments, openmp_parallel()):
+def _call(name: str, spec: Spec, x: Tensor, **others: Tensor | None) -> None:
+    """Run a function of the kernel on tensors by their names in call.h; those that are absent or None are not asked for."""
+    problem = (DTYPES.index(x.dtype), NORMALIZERS.index(spec.normalizer), *x.shape, *spec[:4])
+    arguments = {key: (t.data_ptr(), t.stride()) for key, t in {"x": x, **others}.items() if t is not None}
+    call = Call(problem=problem, threads=torch.get_num_threads(), parallel=openmp_parallel(), **arguments)
+    if getattr(library(), name)(ctypes.byref(call)):
         raise MemoryError(f"no memory for the scratch of the CPU kernel for x of shape {tuple(x.shape)}")
 
 
 def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> None:
     """Fill y [N, C, Ho, Wo] and lse [N, G, up, up, Hq, Wq] from x and logits [N, G * K * K, up, up, Hq, Wq]."""
-    _call("carafepp_forward", x, (x, logits, y, lse), spec)
+    _call("carafepp_forward", spec, x, logits=logits, lse=lse, y=y)
 
 
 def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, spec: Spec) -> None:
     """Fill those of dx and dlogits that are asked for."""
-    _call("carafepp_backward", x, (dy, x, logits, lse, dx, dlogits), spec)
+    _call("carafepp_backward", spec, x, logits=logits, lse=lse, dy=dy, dx=dx, dlogits=dlogits)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-SOURCES = ("kernel.cpp", *(f"{part}.h" for part in ("channels_last", "planar", "planes", "tiles", "vectors", "weights")))
+FOLDER = Path(__file__).parent
+SOURCE = FOLDER / "kernel.cpp"
+HEADERS = tuple(sorted(FOLDER.glob("*.h")))
 COMPILERS = ("c++", "g++", "clang++")
 # no -ffast-math: infinities and NaN keep their meaning
 FLAGS = ("-std=c++17", "-O2", "-ftree-vectorize", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-shared", "-pthread")
@@ -58,10 +60,9 @@ def build() -> Path:
     Raises:
         BuildError: there is no compiler, it failed, or the cache folder cannot be written.
     """
-    folder = Path(__file__).parent
     key = hashlib.sha256(repr((FLAGS, TUNINGS, platform.machine(), _processor())).encode())
-    for name in SOURCES:
-        key.update((folder / name).read_bytes())
+    for path in (SOURCE, *HEADERS):
+        key.update(path.read_bytes())
     cache = cache_directory()
     target = cache / f"cpu-{key.hexdigest()[:24]}.so"
     if target.exists():
@@ -75,7 +76,7 @@ def build() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_suffix(".lock")):
             if not target.exists():
-                _compile(compiler, folder / SOURCES[0], target)
+                _compile(compiler, SOURCE, target)
     except OSError as error:
         raise BuildError(f"the folder {cache} cannot be written ({error}). Set XDG_CACHE_HOME to one that can.") from error
     return target

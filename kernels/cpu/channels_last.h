@@ -1,46 +1,62 @@
-// The three sums of tiles.h with channels in the lanes: maps whose channels are adjacent are read and written in place.
+// The three sums of layout.h with channels in the lanes: maps whose channels are adjacent are read and written in place.
 #pragma once
 
+#include <algorithm>
 #include <array>
+#include <cstddef>
+#include <limits>
 #include <map>
+#include <utility>
+#include <vector>
 
-#include "planar.h"
+#include "call.h"
+#include "index.h"
+#include "scratch.h"
+#include "storage.h"
+#include "tiling.h"
+#include "vectors.h"
+#include "windows.h"
 
 namespace carafepp {
 
-// What one output, or one source gradient, sums: a pixel each, under one weight for each of its sub-pixels.
+// Vectors of channels summed together, and taps whose gradients are.
+constexpr int CHANNEL_VECTORS = 4, GRADIENT_TAPS = 5;
+
+// What one output, or one source gradient, sums: pixels, each under one weight for each of the results that are summed together.
 template <class S, class T> struct Terms {
     std::vector<const S*> pixels;
-    std::vector<T> weights;  // [pixel][sub]
+    std::vector<T> weights;  // [pixel][result]
 };
 
-// output[s][c] = sum over terms of weight[term][s] * pixel[term][c], for B vectors of channels from c.
-template <int N, int B, class S, class T> inline void sum_terms(const Terms<S, T>& terms, Index c, S* const* outputs) {
-    Vector<T> total[N][B] = {};
-    const T* w = terms.weights.data();
+// result[s][c] = sum over terms of weight[term][s] * pixel[term][c], for N results and V vectors of channels from c.
+template <int N, int V, class S, class T> inline void sum_terms(const Terms<S, T>& terms, Index c, S* const* results) {
+    Vector<T> total[N][V] = {};
+    const T* weight = terms.weights.data();
     for (const S* pixel : terms.pixels) {
-        Vector<T> v[B];
+        Vector<T> v[V];
 #pragma GCC unroll 8
-        for (int b = 0; b < B; ++b) v[b] = load(pixel + c + b * LANES<T>);
+        for (int i = 0; i < V; ++i) v[i] = load(pixel + c + i * LANES<T>);
 #pragma GCC unroll 8
-        for (int s = 0; s < N; ++s, ++w)
+        for (int s = 0; s < N; ++s, ++weight)
 #pragma GCC unroll 8
-            for (int b = 0; b < B; ++b) total[s][b] += *w * v[b];
+            for (int i = 0; i < V; ++i) total[s][i] += *weight * v[i];
     }
 #pragma GCC unroll 8
     for (int s = 0; s < N; ++s)
 #pragma GCC unroll 8
-        for (int b = 0; b < B; ++b) store(outputs[s] + c + b * LANES<T>, total[s][b]);
+        for (int i = 0; i < V; ++i) store(results[s] + c + i * LANES<T>, total[s][i]);
 }
 
-// The same for the channels in [c, end); the last vector may repeat channels of the one before it.
-template <int N, int B, class S, class T> inline void sum_range(const Terms<S, T>& terms, Index c, Index end, S* const* outputs) {
-    for (; c + B * LANES<T> <= end; c += B * LANES<T>) sum_terms<N, B>(terms, c, outputs);
-    for (; c + LANES<T> <= end; c += LANES<T>) sum_terms<N, 1>(terms, c, outputs);
-    if (c < end) sum_terms<N, 1>(terms, end - LANES<T>, outputs);
+// The same for all channels; the last vector may repeat channels of the one before it.
+template <int N, class S, class T> inline void sum_all_channels(const Terms<S, T>& terms, Index channels, S* const* results) {
+    constexpr Index block = CHANNEL_VECTORS * LANES<T>;
+    Index c = 0;
+    for (; c + block <= channels; c += block) sum_terms<N, CHANNEL_VECTORS>(terms, c, results);
+    for (; c + LANES<T> <= channels; c += LANES<T>) sum_terms<N, 1>(terms, c, results);
+    if (c < channels) sum_terms<N, 1>(terms, channels - LANES<T>, results);
 }
 
-// Sums of the lanes of LANES vectors, one each lane, by halving: neighbours are added and packed, log2(LANES) times.
+// Lane i of the result is the sum of the lanes of v[i]. Neighbours are added and packed, log2(LANES) times; v is overwritten.
 template <class T, std::size_t... I> inline Vector<T> add_neighbours(Vector<T> a, Vector<T> b, std::index_sequence<I...>) {
     return shuffle<T, int(2 * I)...>(a, b) + shuffle<T, int(2 * I + 1)...>(a, b);
 }
@@ -52,16 +68,17 @@ template <class T> inline Vector<T> lane_sums(Vector<T>* v) {
     return v[0];
 }
 
-// total[k][s] = lanes of the sum over channels of doutput[s][c] * source[k][c].
-template <int N, int K, class S, class T> inline void multiply_channels(const S* const* dy, const S* const* x, Index channels, Vector<T>* result) {
+// The lanes of sums[k][s] add up to the sum over channels of doutput[s][c] * source[k][c], for N outputs and K source pixels.
+template <int N, int K, class S, class T>
+inline void multiply_channels(const S* const* doutput, const S* const* source, Index channels, Vector<T>* sums) {
     Vector<T> total[K][N] = {};
     auto add = [&](Index c, auto keep) {
         Vector<T> d[N];
 #pragma GCC unroll 8
-        for (int s = 0; s < N; ++s) d[s] = keep(load(dy[s] + c));
+        for (int s = 0; s < N; ++s) d[s] = keep(load(doutput[s] + c));
 #pragma GCC unroll 8
         for (int k = 0; k < K; ++k) {
-            const Vector<T> v = load(x[k] + c);
+            const Vector<T> v = load(source[k] + c);
 #pragma GCC unroll 8
             for (int s = 0; s < N; ++s) total[k][s] += d[s] * v;
         }
@@ -79,168 +96,189 @@ template <int N, int K, class S, class T> inline void multiply_channels(const S*
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k)
 #pragma GCC unroll 8
-        for (int s = 0; s < N; ++s) result[k * N + s] = total[k][s];
+        for (int s = 0; s < N; ++s) sums[k * N + s] = total[k][s];
 }
 
-// A map of which every cell owns factor * factor pixels, with channels in the lanes.
-template <class S> struct Map {
+// A map of which every cell owns factor * factor pixels; a pixel is the channels of the task's group, adjacent in memory.
+template <class S> struct PixelMap {
     S* data;
-    Index stride_y, stride_x, height, width, factor;
+    Index row_stride, column_stride, height, width, factor;
 
-    Map(const Tensor& t, Index n, Index channel, Index rows, Index columns, Index pixels)
-        : data(at<S>(t, n, channel)), stride_y(t.stride[2]), stride_x(t.stride[3]), height(rows), width(columns), factor(pixels) {}
+    // null outside the map
     S* pixel(Index row, Index column) const {
-        return row < 0 || column < 0 || row >= height || column >= width ? nullptr : data + row * stride_y + column * stride_x;
+        return row < 0 || column < 0 || row >= height || column >= width ? nullptr : data + row * row_stride + column * column_stride;
     }
-    // whether the cells within `halo` of (y, x) own no pixel outside the map
-    bool inside(Index y, Index x, Index halo) const {
-        return y >= halo && x >= halo && (y + halo + 1) * factor <= height && (x + halo + 1) * factor <= width;
+    // whether the cells within `halo` of a cell own no pixel outside the map
+    bool inside(Index row, Index column, Index halo) const {
+        return row >= halo && column >= halo && (row + halo + 1) * factor <= height && (column + halo + 1) * factor <= width;
     }
 };
+template <class S> PixelMap<S> source_pixels(const Task& task, const Tensor& x) {
+    const Problem& problem = task.problem;
+    return {x.at<S>(task.image, task.first_channel()), x.strides[2], x.strides[3], problem.height, problem.width, problem.down};
+}
+template <class S> PixelMap<S> output_pixels(const Task& task, const Tensor& y) {
+    const Problem& problem = task.problem;
+    S* data = y.at<S>(task.image, task.first_channel());
+    return {data, y.strides[2], y.strides[3], problem.output_rows(), problem.output_columns(), problem.up};
+}
 
 // From the first pixel of a cell to one that it sums, and the plane of its weight.
 struct Step {
-    Index y, x, offset, weight;
+    Index rows, columns, offset, weight;
 };
-
-template <class S> Step make_step(const Map<S>& map, Index y, Index x, Index weight) {
-    return {y, x, y * map.stride_y + x * map.stride_x, weight};
+template <class S> Step make_step(const PixelMap<S>& map, Index rows, Index columns, Index weight) {
+    return {rows, columns, rows * map.row_stride + columns * map.column_stride, weight};
 }
 
-// Pixels of cell (y, x); `zeros` stands for those outside.
+// Finds the pixels that a cell sums; `zeros` stands for those outside the map, of which there are none if the cell is `inside`.
 template <class S>
-inline void find_pixels(const std::vector<Step>& steps, const Map<S>& map, Index y, Index x, bool inside, const S* zeros, const S** pixels) {
-    const Index row = y * map.factor, column = x * map.factor;
+inline void find_pixels(const std::vector<Step>& steps, const PixelMap<S>& map, Index cell_row, Index cell_column, bool inside,
+                        S* zeros, S** pixels) {
+    const Index row = cell_row * map.factor, column = cell_column * map.factor;
     if (inside) {
-        const S* first = map.data + row * map.stride_y + column * map.stride_x;
+        S* first = map.data + row * map.row_stride + column * map.column_stride;
         for (const Step& step : steps) *pixels++ = first + step.offset;
         return;
     }
     for (const Step& step : steps) {
-        const S* pixel = map.pixel(row + step.y, column + step.x);
+        S* pixel = map.pixel(row + step.rows, column + step.columns);
         *pixels++ = pixel ? pixel : zeros;
     }
 }
 
-// For every run, the source pixels of its taps.
-template <class S> std::vector<std::vector<Step>> source_steps(const Problem& p, const Grid& g, const Map<S>& map) {
-    std::vector<std::vector<Step>> steps(g.runs.size());
-    for (std::size_t r = 0; r < g.runs.size(); ++r)
-        for (Index tap = 0; tap < p.taps(); ++tap) {
-            const Entry& e = g.entries[g.runs[r].sub * p.taps() + tap];
-            steps[r].push_back(make_step(map, e.move_y * p.down + e.phase / p.down, e.move_x * p.down + e.phase % p.down,
-                                         (tap * p.subs() + e.sub) * g.weight_plane));
+// The source pixels of the taps of every run, and the planes of the weights of its first sub-pixel.
+template <class S, class T>
+std::vector<std::vector<Step>> source_steps(const Task& task, const PixelMap<S>& source, const Planes<T>& weights) {
+    const Index down = task.problem.down;
+    std::vector<std::vector<Step>> steps(task.windows.runs.size());
+    for (std::size_t r = 0; r < steps.size(); ++r)
+        for (Index tap = 0; tap < task.problem.taps(); ++tap) {
+            const TapSource& from = task.windows.source(task.windows.runs[r].first, tap);
+            steps[r].push_back(make_step(source, from.move_rows * down + from.phase / down, from.move_columns * down + from.phase % down,
+                                         tap * weights.set + from.sub * weights.plane));
         }
     return steps;
 }
 
-template <class S, class T>
-void channels_last_forward(const Problem& p, const Grid& g, const Tile& t, const Tensor& x, const Tensor& y, Index n, Index group,
-                           const T* weights) {
-    const Index channels = p.group_channels();
-    const Map<S> source(x, n, group * channels, p.height, p.width, p.down), output(y, n, group * channels, p.output_y(), p.output_x(), p.up);
-    const auto steps = source_steps(p, g, source);
+// Pixels of the sub-pixels of a run; `absent` stands for those that a rational scale cuts off the last cell.
+template <class S>
+inline void find_outputs(const PixelMap<S>& output, Index cell_row, Index cell_column, const SubRun& run, S* absent, S** outputs) {
+    for (Index s = 0; s < run.count; ++s) {
+        const Index sub = run.first + s;
+        outputs[s] = output.pixel(cell_row * output.factor + sub / output.factor, cell_column * output.factor + sub % output.factor);
+        if (!outputs[s]) outputs[s] = absent;
+    }
+}
+
+template <class S, class T> void channels_last_forward(const Task& task, const Scratch<T>& scratch) {
+    const Tile& tile = task.tile;
+    const Planes<T>& weights = scratch.weights;
+    const Index taps = task.problem.taps(), channels = task.problem.group_channels(), halo = task.grid.halo, pitch = task.grid.pitch;
+    const PixelMap<const S> source = source_pixels<const S>(task, task.call.x);
+    const PixelMap<S> output = output_pixels<S>(task, task.call.y);
+    const std::vector<std::vector<Step>> steps = source_steps(task, source, weights);
     const std::vector<S> zeros(channels);
     std::vector<S> unused(channels);
     Terms<S, T> terms;
-    terms.pixels.resize(p.taps());
-    for (Index i = 0; i < t.rows; ++i)
-        for (Index j = 0; j < t.columns; ++j)
-            for (std::size_t r = 0; r < g.runs.size(); ++r) {
-                const Run& run = g.runs[r];
-                find_pixels(steps[r], source, t.y + i, t.x + j, source.inside(t.y + i, t.x + j, g.halo), zeros.data(), terms.pixels.data());
+    terms.pixels.resize(taps);
+    for (Index i = 0; i < tile.rows; ++i)
+        for (Index j = 0; j < tile.columns; ++j)
+            for (std::size_t r = 0; r < steps.size(); ++r) {
+                const Index row = tile.row + i, column = tile.column + j;
+                const SubRun& run = task.windows.runs[r];
+                find_pixels(steps[r], source, row, column, source.inside(row, column, halo), zeros.data(), terms.pixels.data());
                 S* outputs[SUBS];
-                for (Index s = 0; s < run.count; ++s) {
-                    const Index sub = run.sub + s;
-                    outputs[s] = output.pixel((t.y + i) * p.up + sub / p.up, (t.x + j) * p.up + sub % p.up);
-                    // a rational scale may cut the cell
-                    if (!outputs[s]) outputs[s] = unused.data();
-                }
+                find_outputs(output, row, column, run, unused.data(), outputs);
                 with_count(run.count, [&](auto subs) {
                     constexpr int N = decltype(subs)::value;
-                    terms.weights.resize(p.taps() * N);
+                    terms.weights.resize(taps * N);
                     T* to = terms.weights.data();
                     for (const Step& step : steps[r])
-                        for (int s = 0; s < N; ++s) *to++ = weights[step.weight + s * g.weight_plane + i * g.pitch + j];
-                    sum_range<N, 4, S, T>(terms, 0, channels, outputs);
+                        for (int s = 0; s < N; ++s) *to++ = weights.data[step.weight + s * weights.plane + i * pitch + j];
+                    sum_all_channels<N, S, T>(terms, channels, outputs);
                 });
             }
 }
 
-// One output that NEIGHBOURS consecutive cells read for dx, and the planes of their weights, ABSENT for those whose window it is not in.
+// For an output that NEIGHBOURS consecutive cells read, the planes of their weights; ABSENT for a cell that does not read it.
 constexpr int NEIGHBOURS = SUBS;
 constexpr Index ABSENT = std::numeric_limits<Index>::min();
-using Shared = std::map<std::pair<Index, Index>, std::array<Index, NEIGHBOURS>>;
+using WeightPlanes = std::array<Index, NEIGHBOURS>;
 
-template <class S, class T>
-void channels_last_dx(const Problem& p, const Grid& g, const Tile& t, const Tensor& dy, const Tensor& dx, Index n, Index group,
-                      const T* weights) {
-    const Index channels = p.group_channels();
-    const Map<S> output(dy, n, group * channels, p.output_y(), p.output_x(), p.up), source(dx, n, group * channels, p.height, p.width, p.down);
-    std::vector<Shared> shared(p.phases());
-    for (const Entry& e : g.entries)
+template <class S, class T> void channels_last_dx(const Task& task, const Scratch<T>& scratch) {
+    const Problem& problem = task.problem;
+    const Tile& tile = task.tile;
+    const Planes<T>& weights = scratch.weights;
+    const Index channels = problem.group_channels(), halo = task.grid.halo, pitch = task.grid.pitch;
+    const PixelMap<const S> output = output_pixels<const S>(task, task.call.dy);
+    const PixelMap<S> source = source_pixels<S>(task, task.call.dx);
+    // by phase, then by the output's rows and columns from the first output of the first cell
+    std::vector<std::map<std::pair<Index, Index>, WeightPlanes>> shared(problem.phases());
+    for (const TapSource& from : task.windows.sources)
         for (int i = 0; i < NEIGHBOURS; ++i) {
-            std::array<Index, NEIGHBOURS> absent;
+            WeightPlanes absent;
             absent.fill(ABSENT);
-            const std::pair<Index, Index> place(e.sub_y - e.move_y * p.up, e.sub_x - (e.move_x - i) * p.up);
-            shared[e.phase].try_emplace(place, absent).first->second[i] = (e.tap * p.subs() + e.sub) * g.weight_plane - g.shift(e) + i;
+            const std::pair<Index, Index> place(from.sub_row - from.move_rows * problem.up,
+                                                from.sub_column - (from.move_columns - i) * problem.up);
+            WeightPlanes& planes = shared[from.phase].try_emplace(place, absent).first->second;
+            planes[i] = from.tap * weights.set + from.sub * weights.plane - task.grid.shift(from) + i;
         }
     const std::vector<S> zeros(channels);
     std::vector<S> unused(channels);
     std::vector<Step> steps;
     Terms<S, T> terms;
-    for (Index phase = 0; phase < p.phases(); ++phase) {
+    for (Index phase = 0; phase < problem.phases(); ++phase) {
         steps.clear();
         for (const auto& [place, planes] : shared[phase]) steps.push_back(make_step(output, place.first, place.second, 0));
-        terms.pixels.resize(steps.size()), terms.weights.resize(steps.size() * NEIGHBOURS);
-        for (Index i = 0; i < t.rows; ++i)
-            for (Index j = 0; j < t.columns; j += NEIGHBOURS) {
-                const bool inside = output.inside(t.y + i, t.x + j, g.halo) && output.inside(t.y + i, t.x + j + NEIGHBOURS - 1, g.halo);
-                find_pixels(steps, output, t.y + i, t.x + j, inside, zeros.data(), terms.pixels.data());
+        terms.pixels.resize(steps.size());
+        terms.weights.resize(steps.size() * NEIGHBOURS);
+        for (Index i = 0; i < tile.rows; ++i)
+            for (Index j = 0; j < tile.columns; j += NEIGHBOURS) {
+                const Index row = tile.row + i, column = tile.column + j;
+                const bool inside = output.inside(row, column, halo) && output.inside(row, column + NEIGHBOURS - 1, halo);
+                find_pixels(steps, output, row, column, inside, zeros.data(), terms.pixels.data());
                 T* to = terms.weights.data();
                 for (const auto& [place, planes] : shared[phase])
-                    for (Index plane : planes) *to++ = plane == ABSENT ? T(0) : weights[plane + i * g.pitch + j];
+                    for (Index plane : planes) *to++ = plane == ABSENT ? T(0) : weights.data[plane + i * pitch + j];
                 S* pixels[NEIGHBOURS];
                 for (int k = 0; k < NEIGHBOURS; ++k) {
-                    pixels[k] = source.pixel((t.y + i) * p.down + phase / p.down, (t.x + j + k) * p.down + phase % p.down);
-                    if (!pixels[k] || j + k >= t.columns) pixels[k] = unused.data();
+                    pixels[k] = source.pixel(row * problem.down + phase / problem.down, (column + k) * problem.down + phase % problem.down);
+                    if (!pixels[k] || j + k >= tile.columns) pixels[k] = unused.data();
                 }
-                sum_range<NEIGHBOURS, 4, S, T>(terms, 0, channels, pixels);
+                sum_all_channels<NEIGHBOURS, S, T>(terms, channels, pixels);
             }
     }
 }
 
-template <class S, class T>
-void channels_last_gradients(const Problem& p, const Grid& g, const Tile& t, const Tensor& dy, const Tensor& x, Index n, Index group,
-                             T* gradients) {
-    const Index channels = p.group_channels(), taps = p.taps();
-    const Map<S> source(x, n, group * channels, p.height, p.width, p.down), output(dy, n, group * channels, p.output_y(), p.output_x(), p.up);
-    const auto steps = source_steps(p, g, source);
+template <class S, class T> void channels_last_dweights(const Task& task, const Scratch<T>& scratch) {
+    const Tile& tile = task.tile;
+    const Planes<T>& dweights = scratch.dweights;
+    const Index taps = task.problem.taps(), channels = task.problem.group_channels(), halo = task.grid.halo, pitch = task.grid.pitch;
+    const PixelMap<const S> source = source_pixels<const S>(task, task.call.x), output = output_pixels<const S>(task, task.call.dy);
+    const std::vector<std::vector<Step>> steps = source_steps(task, source, scratch.weights);
     const std::vector<S> zeros(channels);
     std::vector<const S*> pixels(taps);
     std::vector<Vector<T>> sums(taps * SUBS + LANES<T>);
-    for (Index i = 0; i < t.rows; ++i)
-        for (Index j = 0; j < t.columns; ++j)
-            for (std::size_t r = 0; r < g.runs.size(); ++r) {
-                const Run& run = g.runs[r];
-                find_pixels(steps[r], source, t.y + i, t.x + j, source.inside(t.y + i, t.x + j, g.halo), zeros.data(), pixels.data());
+    for (Index i = 0; i < tile.rows; ++i)
+        for (Index j = 0; j < tile.columns; ++j)
+            for (std::size_t r = 0; r < steps.size(); ++r) {
+                const Index row = tile.row + i, column = tile.column + j;
+                const SubRun& run = task.windows.runs[r];
+                find_pixels(steps[r], source, row, column, source.inside(row, column, halo), zeros.data(), pixels.data());
                 const S* outputs[SUBS];
-                for (Index s = 0; s < run.count; ++s) {
-                    const Index sub = run.sub + s;
-                    outputs[s] = output.pixel((t.y + i) * p.up + sub / p.up, (t.x + j) * p.up + sub % p.up);
-                    if (!outputs[s]) outputs[s] = zeros.data();
-                }
+                find_outputs(output, row, column, run, zeros.data(), outputs);
                 with_count(run.count, [&](auto subs) {
                     constexpr int N = decltype(subs)::value;
                     Index tap = 0;
-                    for (; tap + BACKWARD_TAPS <= taps; tap += BACKWARD_TAPS)
-                        multiply_channels<N, BACKWARD_TAPS, S, T>(outputs, &pixels[tap], channels, &sums[tap * N]);
+                    for (; tap + GRADIENT_TAPS <= taps; tap += GRADIENT_TAPS)
+                        multiply_channels<N, GRADIENT_TAPS, S, T>(outputs, &pixels[tap], channels, &sums[tap * N]);
                     for (; tap < taps; ++tap) multiply_channels<N, 1, S, T>(outputs, &pixels[tap], channels, &sums[tap * N]);
                     for (Index first = 0; first < taps * N; first += LANES<T>) {
                         T lanes[LANES<T>];
                         store(lanes, lane_sums<T>(&sums[first]));
                         for (Index k = first; k < std::min<Index>(first + LANES<T>, taps * N); ++k)
-                            gradients[(k / N * p.subs() + run.sub + k % N) * g.inner + i * g.pitch + j] = lanes[k - first];
+                            dweights.at(k / N, run.first + k % N)[i * pitch + j] = lanes[k - first];
                     }
                 });
             }

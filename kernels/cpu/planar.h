@@ -1,7 +1,18 @@
-// The three sums of tiles.h with cells in the lanes: any layout, read and written through planes.
+// The three sums of layout.h with cells in the lanes: any memory layout, read and written through planes.
 #pragma once
 
-#include "planes.h"
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "call.h"
+#include "index.h"
+#include "layout.h"
+#include "scratch.h"
+#include "tiling.h"
+#include "transfer.h"
+#include "vectors.h"
+#include "windows.h"
 
 namespace carafepp {
 
@@ -11,157 +22,159 @@ constexpr Index CHUNK = 16;
 constexpr int forward_channels(int subs) { return VECTOR_BYTES == 64 && subs < 4 ? 8 : 4; }
 constexpr int BACKWARD_CHANNELS = 8, BACKWARD_TAPS = 5;
 
-// one copy for all storage types
-#define NOINLINE __attribute__((noinline))
-
-// output[b][s] = sum over taps of weight[tap][s] * source[b][shift[tap]]; `w`, `x`, `y` point at the first of the cells in the lanes.
-template <int S, int B, class T>
-NOINLINE void sum_taps(const T* w, Index sub_stride, Index tap_stride, const T* x, Index x_stride, const Index* shift, Index taps, T* y,
-                     Index y_stride) {
-    Vector<T> total[S][B] = {};
-    for (Index tap = 0; tap < taps; ++tap, w += tap_stride) {
-        const T* source = x + shift[tap];
-        Vector<T> v[B];
-#pragma GCC unroll 8
-        for (int b = 0; b < B; ++b) v[b] = load(source + b * x_stride);
-#pragma GCC unroll 8
-        for (int s = 0; s < S; ++s) {
-            const Vector<T> weight = load_once(w + s * sub_stride);
-#pragma GCC unroll 8
-            for (int b = 0; b < B; ++b) total[s][b] += weight * v[b];
-        }
-    }
-#pragma GCC unroll 8
-    for (int s = 0; s < S; ++s)
-#pragma GCC unroll 8
-        for (int b = 0; b < B; ++b) store(y + b * y_stride + s * sub_stride, total[s][b]);
-}
-
-// gradient[tap][s] += sum over channels of doutput[c][s] * source[c][shift[tap]].
-template <int S, int K, class T>
-NOINLINE void sum_channels(const T* dy, Index dy_stride, Index dy_sub, const T* x, Index x_stride, const Index* shift, Index channels, T* dw,
-                           Index tap_stride, Index dw_sub) {
-    Vector<T> total[K][S];
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-        for (int s = 0; s < S; ++s) total[k][s] = load(dw + k * tap_stride + s * dw_sub);
-    for (Index c = 0; c < channels; ++c, x += x_stride, dy += dy_stride) {
-        Vector<T> d[S];
-#pragma GCC unroll 8
-        for (int s = 0; s < S; ++s) d[s] = load(dy + s * dy_sub);
-#pragma GCC unroll 8
-        for (int k = 0; k < K; ++k) {
-            const Vector<T> v = load_once(x + shift[k]);
-#pragma GCC unroll 8
-            for (int s = 0; s < S; ++s) total[k][s] += d[s] * v;
-        }
-    }
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 8
-        for (int s = 0; s < S; ++s) store(dw + k * tap_stride + s * dw_sub, total[k][s]);
-}
-
-// Where dsource finds the weights and output gradients that it sums.
-struct Visit {
-    Index weight, doutput;
-};
-
-// dsource[b] = sum over visits of weight * doutput[b].
-template <int B, class T>
-NOINLINE void sum_visits(const T* w, const T* dy, Index dy_stride, const std::vector<Visit>& visits, T* dx, Index dx_stride) {
-    Vector<T> total[B] = {};
-    for (const Visit& visit : visits) {
-        const Vector<T> weight = load_once(w + visit.weight);
-#pragma GCC unroll 8
-        for (int b = 0; b < B; ++b) total[b] += weight * load(dy + visit.doutput + b * dy_stride);
-    }
-#pragma GCC unroll 8
-    for (int b = 0; b < B; ++b) store(dx + b * dx_stride, total[b]);
-}
-
+// Where the sums find their factors, relative to the cell in the first lane.
 struct PlanarTables {
-    std::vector<Index> shifts;                // [sub][tap]
+    // from a weight of a cell to the output gradient that it multiplies, for dsource
+    struct Visit {
+        Index weight, doutput;
+    };
+    std::vector<Index> shifts;               // [sub][tap], into the planes of a channel's source
     std::vector<std::vector<Visit>> visits;  // [phase]
 
-    PlanarTables(const Problem& p, const Grid& g) : visits(p.phases()) {
-        for (const Entry& e : g.entries) {
-            shifts.push_back(e.phase * g.plane + g.shift(e));
-            visits[e.phase].push_back({(e.tap * p.subs() + e.sub) * g.weight_plane - g.shift(e), e.sub * g.weight_plane - g.shift(e)});
+    PlanarTables(const Problem& problem, const Windows& windows, const Layout& layout, const Grid& grid) : visits(problem.phases()) {
+        const Index plane = grid.plane(layout.weights.halo);
+        for (const TapSource& source : windows.sources) {
+            const Index shift = grid.shift(source);
+            shifts.push_back(source.phase * grid.haloed_plane + shift);
+            visits[source.phase].push_back({(source.tap * problem.subs() + source.sub) * plane - shift, source.sub * plane - shift});
         }
     }
 };
 
-template <class S, class T>
-void planar_forward(const Problem& p, const Grid& g, const PlanarTables& tables, const Tile& t, const Tensor& x, const Tensor& y, Index n,
-                    Index group, const T* weights, T* source, T* output) {
-    const Index source_stride = p.phases() * g.plane, output_stride = p.subs() * g.weight_plane, channels = p.group_channels();
+// The inner loops take pointers to the cell in the first lane and the strides of `scratch`; they are compiled once for all storage types.
+#define NOINLINE __attribute__((noinline))
+
+// output[c][s] = sum over taps of weight[tap][s] * source[c][shift[tap]] for C channels and N sub-pixels.
+template <int N, int C, class T>
+NOINLINE void sum_taps(const Scratch<T>& scratch, const T* weight, const T* source, const Index* shifts, Index taps, T* output) {
+    const Index weight_tap = scratch.weights.set, weight_sub = scratch.weights.plane, source_channel = scratch.source.set;
+    const Index output_channel = scratch.output.set, output_sub = scratch.output.plane;
+    Vector<T> total[N][C] = {};
+    for (Index tap = 0; tap < taps; ++tap, weight += weight_tap) {
+        const T* shifted = source + shifts[tap];
+        Vector<T> v[C];
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) v[c] = load(shifted + c * source_channel);
+#pragma GCC unroll 8
+        for (int s = 0; s < N; ++s) {
+            const Vector<T> w = load_once(weight + s * weight_sub);
+#pragma GCC unroll 8
+            for (int c = 0; c < C; ++c) total[s][c] += w * v[c];
+        }
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < N; ++s)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) store(output + c * output_channel + s * output_sub, total[s][c]);
+}
+
+// dweight[tap][s] += sum over channels of doutput[channel][s] * source[channel][shift[tap]] for K taps and N sub-pixels.
+template <int N, int K, class T>
+NOINLINE void sum_channels(const Scratch<T>& scratch, const T* doutput, const T* source, const Index* shifts, Index channels, T* dweight) {
+    const Index doutput_channel = scratch.doutput.set, doutput_sub = scratch.doutput.plane, source_channel = scratch.source.set;
+    const Index dweight_tap = scratch.dweights.set, dweight_sub = scratch.dweights.plane;
+    Vector<T> total[K][N];
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k)
+#pragma GCC unroll 8
+        for (int s = 0; s < N; ++s) total[k][s] = load(dweight + k * dweight_tap + s * dweight_sub);
+    for (Index channel = 0; channel < channels; ++channel, source += source_channel, doutput += doutput_channel) {
+        Vector<T> d[N];
+#pragma GCC unroll 8
+        for (int s = 0; s < N; ++s) d[s] = load(doutput + s * doutput_sub);
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k) {
+            const Vector<T> v = load_once(source + shifts[k]);
+#pragma GCC unroll 8
+            for (int s = 0; s < N; ++s) total[k][s] += d[s] * v;
+        }
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k)
+#pragma GCC unroll 8
+        for (int s = 0; s < N; ++s) store(dweight + k * dweight_tap + s * dweight_sub, total[k][s]);
+}
+
+// dsource[c] = sum over visits of weight * doutput[c] for C channels.
+template <int C, class T>
+NOINLINE void sum_visits(const Scratch<T>& scratch, const T* weight, const T* doutput, const std::vector<PlanarTables::Visit>& visits,
+                         T* dsource) {
+    const Index doutput_channel = scratch.doutput.set, dsource_channel = scratch.dsource.set;
+    Vector<T> total[C] = {};
+    for (const PlanarTables::Visit& visit : visits) {
+        const Vector<T> w = load_once(weight + visit.weight);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) total[c] += w * load(doutput + visit.doutput + c * doutput_channel);
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) store(dsource + c * dsource_channel, total[c]);
+}
+
+// Calls f(std::integral_constant<int, STEP>, i) for i in steps of STEP below `count`, then f(std::integral_constant<int, 1>, i) for the rest.
+template <int STEP, class F> inline void in_steps(Index count, F&& f) {
+    Index i = 0;
+    for (; i + STEP <= count; i += STEP) f(std::integral_constant<int, STEP>{}, i);
+    for (; i < count; ++i) f(std::integral_constant<int, 1>{}, i);
+}
+
+// Reads the source planes of `count` channels from `first`.
+template <class S, class T> void read_source(const Task& task, const Planes<T>& source, Index first, Index count) {
+    const Reach reach = task.reach(task.layout.source);
+    for (Index c = 0; c < count; ++c)
+        read_map(task, view_source<const S>(task, task.call.x, first + c), reach, T(0), source.at(c, 0), source.plane);
+}
+
+template <class S, class T> void planar_forward(const Task& task, const PlanarTables& tables, const Scratch<T>& scratch) {
+    const Index taps = task.problem.taps(), channels = task.problem.group_channels(), end = task.tile.end;
+    const Planes<T>&weights = scratch.weights, &source = scratch.source, &output = scratch.output;
     for (Index first = 0; first < channels; first += CHUNK) {
-        const Index count = std::min(CHUNK, channels - first), base = group * channels + first;
-        for (Index c = 0; c < count; ++c)
-            read_planes(source_plane<const S>(p, x, n, base + c), g, t, g.around(), T(0), source + c * source_stride, g.plane);
-        for (Index f = 0; f < t.end(g); f += LANES<T>)
-            for (const Run& run : g.runs)
+        const Index count = std::min(CHUNK, channels - first);
+        read_source<S>(task, source, first, count);
+        for (Index f = 0; f < end; f += LANES<T>)
+            for (const SubRun& run : task.windows.runs)
                 with_count(run.count, [&](auto subs) {
-                    constexpr int S_COUNT = decltype(subs)::value;
-                    auto sum = [&](auto width, Index c) {
-                        sum_taps<S_COUNT, decltype(width)::value>(
-                            weights + run.sub * g.weight_plane + f, g.weight_plane, p.subs() * g.weight_plane,
-                            source + c * source_stride + f, source_stride, &tables.shifts[run.sub * p.taps()], p.taps(),
-                            output + c * output_stride + run.sub * g.weight_plane + f, output_stride);
-                    };
-                    constexpr int CHANNELS = forward_channels(S_COUNT);
-                    Index c = 0;
-                    for (; c + CHANNELS <= count; c += CHANNELS) sum(std::integral_constant<int, CHANNELS>{}, c);
-                    for (; c < count; ++c) sum(std::integral_constant<int, 1>{}, c);
+                    constexpr int N = decltype(subs)::value;
+                    in_steps<forward_channels(N)>(count, [&](auto width, Index c) {
+                        sum_taps<N, decltype(width)::value>(scratch, weights.at(0, run.first) + f, source.at(c, 0) + f,
+                                                            &tables.shifts[run.first * taps], taps, output.at(c, run.first) + f);
+                    });
                 });
         for (Index c = 0; c < count; ++c)
-            write_planes(output + c * output_stride, g.weight_plane, g, t, output_plane<S>(p, y, n, base + c));
+            write_map(task, output.at(c, 0), output.plane, view_output<S>(task, task.call.y, first + c));
     }
 }
 
-// Either of dx (null data: not asked for) and `gradients` (null) is filled, in one pass over dy.
-template <class S, class T>
-void planar_backward(const Problem& p, const Grid& g, const PlanarTables& tables, const Tile& t, const Tensor& dy, const Tensor& x,
-                     const Tensor& dx, Index n, Index group, const T* weights, T* gradients, T* source, T* doutput, T* dsource) {
-    const Index source_stride = p.phases() * g.plane, output_stride = p.subs() * g.weight_plane;
-    const Index dsource_stride = p.phases() * g.inner, channels = p.group_channels();
-    const Reach reach = dx.data ? g.around() : Reach{};
+// Fills dx, the planes of dweights, or both, in one pass over dy.
+template <class S, class T> void planar_backward(const Task& task, const PlanarTables& tables, const Scratch<T>& scratch) {
+    const Call& call = task.call;
+    const Index taps = task.problem.taps(), phases = task.problem.phases(), channels = task.problem.group_channels(), end = task.tile.end;
+    const Planes<T>&weights = scratch.weights, &source = scratch.source, &doutput = scratch.doutput;
+    const Planes<T>&dweights = scratch.dweights, &dsource = scratch.dsource;
+    const Reach reach = task.reach(task.layout.doutput);
     for (Index first = 0; first < channels; first += CHUNK) {
-        const Index count = std::min(CHUNK, channels - first), base = group * channels + first;
+        const Index count = std::min(CHUNK, channels - first);
         for (Index c = 0; c < count; ++c)
-            read_planes(output_plane<const S>(p, dy, n, base + c), g, t, reach, T(0), doutput + c * output_stride, g.weight_plane);
-        if (gradients) {
-            for (Index c = 0; c < count; ++c)
-                read_planes(source_plane<const S>(p, x, n, base + c), g, t, g.around(), T(0), source + c * source_stride, g.plane);
-            for (Index f = 0; f < t.end(g); f += LANES<T>)
-                for (const Run& run : g.runs)
+            read_map(task, view_output<const S>(task, call.dy, first + c), reach, T(0), doutput.at(c, 0), doutput.plane);
+        if (call.dlogits) {
+            read_source<S>(task, source, first, count);
+            for (Index f = 0; f < end; f += LANES<T>)
+                for (const SubRun& run : task.windows.runs)
                     with_count(run.count, [&](auto subs) {
-                        auto sum = [&](auto taps, Index tap) {
-                            sum_channels<decltype(subs)::value, decltype(taps)::value>(
-                                doutput + run.sub * g.weight_plane + f, output_stride, g.weight_plane, source + f, source_stride,
-                                &tables.shifts[run.sub * p.taps() + tap], count, gradients + (tap * p.subs() + run.sub) * g.inner + f,
-                                p.subs() * g.inner, g.inner);
-                        };
-                        Index tap = 0;
-                        for (; tap + BACKWARD_TAPS <= p.taps(); tap += BACKWARD_TAPS) sum(std::integral_constant<int, BACKWARD_TAPS>{}, tap);
-                        for (; tap < p.taps(); ++tap) sum(std::integral_constant<int, 1>{}, tap);
+                        in_steps<BACKWARD_TAPS>(taps, [&](auto width, Index tap) {
+                            sum_channels<decltype(subs)::value, decltype(width)::value>(
+                                scratch, doutput.at(0, run.first) + f, source.data + f, &tables.shifts[run.first * taps + tap], count,
+                                dweights.at(tap, run.first) + f);
+                        });
                     });
         }
-        if (!dx.data) continue;
-        for (Index f = 0; f < t.end(g); f += LANES<T>)
-            for (Index phase = 0; phase < p.phases(); ++phase) {
-                auto sum = [&](auto width, Index c) {
-                    sum_visits<decltype(width)::value>(weights + f, doutput + c * output_stride + f, output_stride, tables.visits[phase],
-                                                       dsource + c * dsource_stride + phase * g.inner + f, dsource_stride);
-                };
-                Index c = 0;
-                for (; c + BACKWARD_CHANNELS <= count; c += BACKWARD_CHANNELS) sum(std::integral_constant<int, BACKWARD_CHANNELS>{}, c);
-                for (; c < count; ++c) sum(std::integral_constant<int, 1>{}, c);
-            }
-        for (Index c = 0; c < count; ++c)
-            write_planes(dsource + c * dsource_stride, g.inner, g, t, source_plane<S>(p, dx, n, base + c));
+        if (!call.dx) continue;
+        for (Index f = 0; f < end; f += LANES<T>)
+            for (Index phase = 0; phase < phases; ++phase)
+                in_steps<BACKWARD_CHANNELS>(count, [&](auto width, Index c) {
+                    sum_visits<decltype(width)::value>(scratch, weights.data + f, doutput.at(c, 0) + f, tables.visits[phase],
+                                                       dsource.at(c, phase) + f);
+                });
+        for (Index c = 0; c < count; ++c) write_map(task, dsource.at(c, 0), dsource.plane, view_source<S>(task, call.dx, first + c));
     }
 }
 

@@ -1,0 +1,69 @@
+// Which source pixel each tap of each sub-pixel reads: the same for every cell, relative to that cell.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <type_traits>
+#include <vector>
+
+#include "call.h"
+#include "index.h"
+#include "vectors.h"
+
+namespace carafepp {
+
+// What tap `tap` of sub-pixel `sub` reads: pixel `phase` of a cell `move_rows` below and `move_columns` right of the output's own.
+struct TapSource {
+    Index tap, sub, sub_row, sub_column, phase, move_rows, move_columns;
+};
+
+// Consecutive sub-pixels that share their window, at most SUBS.
+struct SubRun {
+    Index first, count;
+};
+
+// Calls f(std::integral_constant<int, N>) with N = count, a number from 1 to MOST known at run time.
+template <int MOST = SUBS, class F> inline void with_count(Index count, F&& f) {
+    if constexpr (MOST > 1)
+        if (count < MOST) return with_count<MOST - 1>(count, f);
+    f(std::integral_constant<int, MOST>{});
+}
+
+struct Windows {
+    Index taps;
+    Index halo = 0;  // cells, in any direction, from an output's own cell to the farthest that it reads
+    std::vector<TapSource> sources;  // [sub][tap]
+    std::vector<SubRun> runs;
+
+    explicit Windows(const Problem& problem) : taps(problem.taps()) {
+        const Index radius = problem.kernel / 2, up = problem.up, down = problem.down;
+        for (Index sub = 0; sub < problem.subs(); ++sub) {
+            const Index sub_row = sub / up, sub_column = sub % up;
+            const Index first_row = sub_row * down / up - radius, first_column = sub_column * down / up - radius;
+            for (Index tap = 0; tap < taps; ++tap) {
+                const Index row = first_row + tap / problem.kernel, column = first_column + tap % problem.kernel;
+                const Index move_rows = floor_div(row, down), move_columns = floor_div(column, down);
+                const Index phase = (row - move_rows * down) * down + column - move_columns * down;
+                sources.push_back({tap, sub, sub_row, sub_column, phase, move_rows, move_columns});
+                halo = std::max({halo, std::abs(move_rows), std::abs(move_columns)});
+            }
+        }
+        for (Index sub = 0, end; sub < problem.subs(); sub = end) {
+            for (end = sub + 1; end < problem.subs() && shares_window(sub, end);) ++end;
+            // runs of equal length: a short one has few sums for its loads
+            for (Index left = ceil_div(end - sub, SUBS); left; --left) {
+                runs.push_back({sub, ceil_div(end - sub, left)});
+                sub += runs.back().count;
+            }
+        }
+    }
+    const TapSource& source(Index sub, Index tap) const { return sources[sub * taps + tap]; }
+
+private:
+    bool shares_window(Index a, Index b) const {
+        const TapSource &first = source(a, 0), &second = source(b, 0);
+        return first.phase == second.phase && first.move_rows == second.move_rows && first.move_columns == second.move_columns;
+    }
+};
+
+}  // namespace carafepp
