@@ -10,7 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..tasks.runs import write_atomically, write_csv
-from .app import app, load_task, quiet
+from .common.app import app
+from .common.checkpoints import data_of_run, load_task
+from .common.lightning_output import silence_lightning
 
 
 def cell(value: object) -> str:
@@ -30,33 +32,10 @@ def load_published(experiment: str, weights: str | Path, options: DictConfig) ->
     return instantiate(run.task).eval(), run
 
 
-def moved(config: object, root: str, new: str) -> object:
-    """A resolved configuration whose paths in the folder `root` are in `new`."""
-    if isinstance(config, list):
-        return [moved(value, root, new) for value in config]
-    if isinstance(config, dict):
-        return {key: moved(value, root, new) for key, value in config.items()}
-    inside = isinstance(config, str) and f"{config}/".startswith(f"{root.rstrip('/')}/")
-    return f"{new.rstrip('/')}{config[len(root.rstrip('/')) :]}" if inside else config
-
-
-def data_of_run(run: DictConfig, options: DictConfig) -> DictConfig:
-    """The data of a run, with options; `root` is where its files are now.
-
-    Raises:
-        ValueError: there is a `root`, and the run's data is in no folder.
-    """
-    if "root" in options:
-        if run.data.get("root") is None:
-            raise ValueError(f"data.root={options.root}: the run's data is in no folder, {run.data.val._target_} makes it")
-        run.data = moved(OmegaConf.to_container(run.data, resolve=True), run.data.root, options.root)
-    return OmegaConf.merge(run.data, options)
-
-
 @app("eval")
 def main(cfg: DictConfig) -> None:
     """Validate a checkpoint and write its scores to eval.json, those of single classes to per_class.csv where the task has them."""
-    quiet()
+    silence_lightning()
     if cfg.published:
         task, run = load_published(cfg.published, cfg.checkpoint, OmegaConf.masked_copy(cfg, ["task", "data"]))
     else:

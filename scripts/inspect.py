@@ -8,27 +8,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from ..kernels.geometry import Spec, check_spec
-from .app import app
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-def chosen(name: str, values: list, choices: dict) -> list:
-    """Look the values of an option up.
-
-    Raises:
-        ValueError: one of them is no choice.
-    """
-    for value in values:
-        if value not in choices:
-            raise ValueError(f"{name} must be among {', '.join(choices)}, got {value!r}")
-    return [choices[value] for value in values]
+from .common.app import app
+from .common.choices import DTYPES, MEMORY_FORMATS, look_up
 
 
 def variants(cfg: dict, capability: int) -> Iterator[tuple[dict, object]]:
@@ -37,8 +22,8 @@ def variants(cfg: dict, capability: int) -> Iterator[tuple[dict, object]]:
     from ..kernels.gpu.training_step import build_training_step
 
     seen = set()
-    dtypes = chosen("dtypes", cfg["dtypes"], DTYPES)
-    formats = chosen("memory_formats", cfg["memory_formats"], MEMORY_FORMATS)
+    dtypes = look_up("dtypes", cfg["dtypes"], DTYPES)
+    formats = look_up("memory_formats", cfg["memory_formats"], MEMORY_FORMATS)
     for (site, options), dtype, memory_format, normalizer in itertools.product(cfg["sites"].items(), dtypes, formats, cfg["normalizers"]):
         size = [options[name] for name in ("n", "channels", "height", "width")]
         spec = Spec(**{name: value for name, value in options.items() if name in Spec._fields}, normalizer=normalizer)
@@ -75,7 +60,7 @@ def main(cfg: DictConfig) -> None:
     from ..kernels.gpu.assembly import RESIDENCY_LIMITS, compile_launch, read_assembly
 
     options = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    capabilities = chosen("architectures", options["architectures"], {f"sm_{number}": number for number in RESIDENCY_LIMITS})
+    capabilities = look_up("architectures", options["architectures"], {f"sm_{number}": number for number in RESIDENCY_LIMITS})
     work = [(capability, *variant) for capability in capabilities for variant in variants(options, capability)]
 
     def assemble(job) -> dict:

@@ -13,8 +13,9 @@ from ..tasks.images import is_image
 from ..tasks.pictures import caption, enlarge, grid
 from ..tasks.region_pictures import draw_regions
 from ..tasks.task import Task
-from .app import app, load_task
-from .reporting.runs import INCIDENTAL, under
+from .common.app import app
+from .common.checkpoints import load_task
+from .common.overrides import INCIDENTAL, is_under
 
 
 def find_images(path: Path) -> list[Path]:
@@ -59,7 +60,7 @@ def load_tasks(cfg: DictConfig) -> dict[str, Task]:
     for path in [cfg.checkpoint] if isinstance(cfg.checkpoint, str) else cfg.checkpoint:
         task, config = load_task(path, cfg.task)
         told = [
-            override for override in config.run.overrides if not under(override.partition("=")[0], [*INCIDENTAL, "scale", "experiment"])
+            override for override in config.run.overrides if not is_under(override.partition("=")[0], [*INCIDENTAL, "scale", "experiment"])
         ]
         label = ", ".join(told) or Path(path).parent.name
         # runs that differ in their seed, or checkpoints of one run

@@ -3,7 +3,7 @@
 from omegaconf import DictConfig, OmegaConf
 
 from ..tasks.layouts import write_scenes
-from .app import app
+from .common.app import app
 
 
 @app("scenes")

@@ -14,8 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..tasks.pictures import Pictures
 from ..tasks.runs import LastCheckpoint, RandomState, RunRecord, write_atomically
-from .app import app, owned, quiet, trained
-from .jobs import failures_marked, is_job, repeated_job, shares_process, train_apart
+from .common.app import app
+from .common.checkpoints import drop_weight_paths
+from .common.jobs import is_job, repeated_job, shares_process, train_apart
+from .common.lightning_output import silence_lightning
+from .common.run_folders import lock_folder, mark_failures
 
 
 def missing_keys(node: object, key: str = "") -> list[str]:
@@ -30,7 +33,7 @@ def new_run(cfg: DictConfig, folder: Path) -> DictConfig:
     first = rank_zero_only.rank == 0
     if first and (folder / "config.yaml").exists():
         raise RuntimeError(f"{folder} already holds a run: continue it with resume={folder}, or choose another folder")
-    with failures_marked(folder):
+    with mark_failures(folder):
         OmegaConf.set_struct(cfg, False)
         del cfg.resume
         if missing := missing_keys(OmegaConf.to_container(cfg)):
@@ -70,11 +73,11 @@ def new_logger(cfg: DictConfig, folder: Path) -> object:
 
 def train(cfg: DictConfig, folder: Path) -> None:
     """Run one resolved configuration to its end in `folder`, from its last checkpoint if it has one."""
-    quiet()
+    silence_lightning()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     config = OmegaConf.to_container(cfg)
     last = folder / "last.ckpt"
-    data, task = instantiate(cfg.data), instantiate(trained(config["task"]) if last.exists() else cfg.task)
+    data, task = instantiate(cfg.data), instantiate(drop_weight_paths(config["task"]) if last.exists() else cfg.task)
     if cfg.channels_last:
         task.model.to(memory_format=torch.channels_last)
     if cfg.compile:
@@ -101,7 +104,7 @@ def main(cfg: DictConfig) -> None:
     if rank_zero_only.rank > 0:
         # the first process tells what happens; warnings and errors are everyone's
         logging.disable(logging.INFO)
-    with owned(folder):
+    with lock_folder(folder):
         if not OmegaConf.is_missing(cfg, "resume"):
             cfg = resumed_run(folder)
         elif is_job() and (folder / "config.yaml").exists():
@@ -112,7 +115,7 @@ def main(cfg: DictConfig) -> None:
             rank_zero_only(print)(f"{folder} is finished: see result.json")
             return
         if not shares_process():
-            with failures_marked(folder):
+            with mark_failures(folder):
                 train(cfg, folder)
             rank_zero_only(print)(f"run folder: {folder}")
             return

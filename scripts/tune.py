@@ -11,8 +11,8 @@ from tqdm import tqdm
 from ..kernels.geometry import Spec, check_spec
 from ..kernels.gpu.tile_geometry import DIRECTIONS
 from ..kernels.gpu.tile_tables import read_table, table_key, table_path, write_table
-from .app import app
-from .inspect import DTYPES, MEMORY_FORMATS, chosen
+from .common.app import app
+from .common.choices import DTYPES, MEMORY_FORMATS, look_up
 
 
 @app("tune")
@@ -24,9 +24,9 @@ def main(cfg: DictConfig) -> None:
     from ..kernels.gpu.training_step import build_training_step
 
     options = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    dtypes = chosen("dtypes", options["dtypes"], DTYPES)
-    formats = chosen("memory_formats", options["memory_formats"], MEMORY_FORMATS)
-    (capability,) = chosen("architecture", [options["architecture"]], {f"sm_{number}": number for number in tuning_architectures()})
+    dtypes = look_up("dtypes", options["dtypes"], DTYPES)
+    formats = look_up("memory_formats", options["memory_formats"], MEMORY_FORMATS)
+    (capability,) = look_up("architecture", [options["architecture"]], {f"sm_{number}": number for number in tuning_architectures()})
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else None
     path = table_path()

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ..tasks.coco_check import FATAL, RULES, UNUSABLE, Problem, check, check_images, read_annotations
-from .app import app
+from .common.app import app
 
 # What `carafepp-train` does about a problem.
 CONSEQUENCES = {FATAL: "training does not begin", UNUSABLE: "annotation is not used"}

@@ -10,8 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from ...kernels.geometry import Spec, check_spec
 from ...tasks.runs import write_csv
-from ..app import app
-from .operator import OURS, hardware, keep_freed_memory, measure
+from ..common.app import app
+from .hardware import describe_hardware
+from .memory import keep_freed_memory
+from .operator import OURS, measure_operator
+from .plots import plot_growth
 
 # of the shape that is asked for
 CHANNEL_FACTORS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)
@@ -34,49 +37,21 @@ def variants(cfg: DictConfig) -> Iterator[tuple[str, int, dict, int]]:
             yield "threads", count, {}, count
 
 
-def plot(rows: list[dict], title: str, path: Path) -> None:
-    """A panel for each of what varies; dotted: in proportion to the work."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"font.size": 8, "svg.fonttype": "none"}):
-        panels = list(dict.fromkeys(row["varies"] for row in rows))
-        figure = Figure(figsize=(2.5 * len(panels), 2.8), layout="constrained")
-        for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            for mode, label in (("forward", "forward"), ("both", "forward + backward")):
-                chosen = sorted((row["value"], row["ms"]) for row in rows if row["varies"] == panel and row["mode"] == mode)
-                axis.plot(*zip(*chosen, strict=True), "o-", markersize=3, label=label)
-                # through the largest, where what does not grow weighs least; from one thread on
-                at, ms = chosen[0 if panel == "threads" else -1]
-                axis.plot(
-                    [v for v, _ in chosen],
-                    [ms * (at / v if panel == "threads" else v / at) for v, _ in chosen],
-                    ":",
-                    color="gray",
-                    linewidth=1,
-                )
-            axis.set(xscale="log", yscale="log", xlabel=panel)
-        figure.axes[0].set(ylabel="ms")
-        figure.axes[0].legend()
-        figure.suptitle(title)
-        figure.savefig(path)
-
-
 @app("bench")
-def growth(cfg: DictConfig) -> None:
+def bench_growth(cfg: DictConfig) -> None:
     """Print the times and leave them in the run folder."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     keep_freed_memory()
     rows = []
     ours = OURS[torch.device(cfg.device).type == "cuda"]
-    print(hardware(cfg.device), f"{'':<15}{'':>10}{'forward':>10}{'both':>10}  ms", sep="\n")
+    print(describe_hardware(cfg.device), f"{'':<15}{'':>10}{'forward':>10}{'both':>10}  ms", sep="\n")
     for varies, value, changes, threads in variants(cfg):
         chosen = OmegaConf.merge(cfg, {"op": changes, "providers": [ours]})
         spec = Spec(**{name: chosen.op[name] for name in Spec._fields})
         check_spec(spec)
         torch.set_num_threads(threads)
-        found = [{"varies": varies, "value": value, "threads": threads} | row for row in measure(chosen, spec)]
+        found = [{"varies": varies, "value": value, "threads": threads} | row for row in measure_operator(chosen, spec)]
         times = {row["mode"]: row["ms"] for row in found}
         print(f"{varies:<15}{value:>10}{times['forward']:>10.2f}{times['both']:>10.2f}", flush=True)
         rows += found
@@ -84,11 +59,6 @@ def growth(cfg: DictConfig) -> None:
     write_csv(folder / "growth.csv", rows)
     if importlib.util.find_spec("matplotlib"):
         op = cfg.op
-        title = f"{list(op.shape)}, up {op.up}, down {op.down}, k {op.kernel_size}, {hardware(cfg.device)}"
-        plot(rows, title, folder / "growth.svg")
+        title = f"{list(op.shape)}, up {op.up}, down {op.down}, k {op.kernel_size}, {describe_hardware(cfg.device)}"
+        plot_growth(rows, title, folder / "growth.svg")
     print(f"written to {folder}")
-
-
-def main() -> None:
-    """Run carafepp-bench growth."""
-    growth()

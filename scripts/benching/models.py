@@ -1,6 +1,6 @@
 """carafepp-bench models: parameters, FLOPs and inference time of the networks of one of the paper's tables."""
 
-from collections import defaultdict
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -14,55 +14,54 @@ from torch import Tensor
 
 from ...tasks.runs import count_flops, write_csv
 from ...tasks.task import Task
-from ..app import app
-from ..reporting.tables import baseline_of, published, published_rows
-from .operator import hardware, keep_freed_memory, timed
+from ..common.app import app
+from ..common.choices import look_up
+from ..common.paper import baseline_of, list_rows, read_paper
+from .hardware import describe_hardware
+from .memory import keep_freed_memory
+from .timing import time_in_turns
 
 
-def network(table: str, row: str, overrides: Sequence[str]) -> Task:
+def build_network(table: str, row: str, overrides: Sequence[str]) -> Task:
     """The task of a row, with random weights, in evaluation mode."""
     config = compose("train", overrides=[f"experiment={table}", f"row={table}/{row}", *overrides])
     torch.manual_seed(0)
     return instantiate(config.task).eval()
 
 
-def chosen_rows(tables: dict, table: str, rows: Sequence[str] | None) -> dict[str, float | None]:
+def choose_rows(tables: dict, table: str, rows: Sequence[str] | None) -> dict[str, float | None]:
     """The rows to measure with the paper's frames per second, their baselines included.
 
     Raises:
         ValueError: a table or a row that the paper does not have.
     """
-    if table not in tables:
-        raise ValueError(f"table must be among {', '.join(tables)}, got {table!r}")
+    look_up("table", [table], tables)
     known: dict[str, float | None] = {}
-    for figures in published_rows(tables, table):
+    for figures in list_rows(tables, table):
         known.setdefault(figures["row"], figures.get("fps"))
-    for row in rows or ():
-        if row not in known:
-            raise ValueError(f"rows must be among {', '.join(known)}, got {row!r}")
+    look_up("rows", rows or (), known)
     wanted = set(rows or known)
     wanted |= {baseline_of(tables[table], row) for row in wanted}
     return {row: fps for row, fps in known.items() if row in wanted}
 
 
 @torch.no_grad()
-def measure(cfg: DictConfig) -> list[dict]:
+def measure_networks(cfg: DictConfig) -> list[dict]:
     """One row per network; "relative" is its time over that of its baseline."""
-    tables, _ = published()
-    fps = chosen_rows(tables, cfg.table, cfg.rows)
-    networks = {row: network(cfg.table, row, cfg.overrides) for row in fps}
+    tables, _ = read_paper()
+    fps = choose_rows(tables, cfg.table, cfg.rows)
+    networks = {row: build_network(cfg.table, row, cfg.overrides) for row in fps}
     memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
     images: dict[str, Tensor] = {}
-    found, times = {}, defaultdict(list)
+    found = {}
     for row, task in networks.items():
         task.to(cfg.device, memory_format=memory_format)
         size = cfg.size or task.bench_size
         images[row] = torch.rand(3, *size, generator=torch.Generator().manual_seed(0)).to(cfg.device)
         parameters = sum(parameter.numel() for parameter in task.model.parameters())
         found[row] = {"table": cfg.table, "row": row, "size": list(size), "parameters": parameters, "flops": count_flops(task, images[row])}
-    for _ in range(cfg.rounds):
-        for row, task in networks.items():
-            times[row].append(timed(lambda task=task, row=row: task(images[row][None]), cfg.device))
+    calls = {row: functools.partial(task, images[row][None]) for row, task in networks.items()}
+    times = time_in_turns(calls, cfg.device, cfg.rounds)
     for row, figures in found.items():
         baseline = baseline_of(tables[cfg.table], row) or row
         figures["ms"] = median(times[row]) if times else None
@@ -71,7 +70,7 @@ def measure(cfg: DictConfig) -> list[dict]:
     return list(found.values())
 
 
-def line(row: dict) -> str:
+def format_row(row: dict) -> str:
     """A row as it is printed."""
     ratios = "".join(f"{'' if row[name] is None else f'{row[name]:.3f}':>10}" for name in ("relative", "paper_relative"))
     ms = "" if row["ms"] is None else f"{row['ms']:.1f}"
@@ -79,19 +78,15 @@ def line(row: dict) -> str:
 
 
 @app("bench_models")
-def main(cfg: DictConfig) -> None:
+def bench_models(cfg: DictConfig) -> None:
     """Print the table and leave its rows in the run folder."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     keep_freed_memory()
-    rows = measure(cfg)
+    rows = measure_networks(cfg)
     height, width = rows[0]["size"]
-    print(f"{cfg.table}, one image of {height} x {width}, {hardware(cfg.device)}, torch {torch.__version__}")
-    print(f"{'':<36}{'parameters':>14}{'GFLOPs':>12}{'ms':>10}{'/ base':>10}{'paper':>10}", *map(line, rows), sep="\n")
+    print(f"{cfg.table}, one image of {height} x {width}, {describe_hardware(cfg.device)}, torch {torch.__version__}")
+    print(f"{'':<36}{'parameters':>14}{'GFLOPs':>12}{'ms':>10}{'/ base':>10}{'paper':>10}", *map(format_row, rows), sep="\n")
     path = Path(HydraConfig.get().runtime.output_dir) / "models.csv"
     write_csv(path, rows)
     print(f"written to {path}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,6 @@
 """carafepp-bench samplers: what every sampler costs, beside what was published."""
 
 import math
-import weakref
-from collections import defaultdict
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -13,13 +11,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...tasks.runs import write_csv
-from ..app import app
-from .operator import hardware, timed
+from ..common.app import app
+from ..common.choices import look_up
+from .hardware import describe_hardware
+from .memory import measure_peak_bytes
+from .timing import time_in_turns
 
 GROUPS = files("carafepp.conf")
 
@@ -63,66 +62,29 @@ FLOPS = {
 }
 
 
-class PeakMemory(TorchDispatchMode):
-    """Count the bytes of the tensors that are created inside and alive at the same time, at most: `peak`."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = set()
-        self.bytes = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.live:
-                storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                self.live.add(key)
-                weakref.finalize(storage, self._free, key, size)
-                self.bytes += size
-                self.peak = max(self.peak, self.bytes)
-        return out
-
-    def _free(self, key: int, size: int) -> None:
-        self.live.discard(key)
-        self.bytes -= size
-
-
-def peak_memory(run: Callable[[], None], device: str) -> int:
-    """Bytes that `run` needs at most beyond those in use before; on a GPU with the workspaces of libraries."""
-    if torch.device(device).type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with PeakMemory() as memory:
-        run()
-    return memory.peak
-
-
-def slots(group: str) -> dict[str, Callable[[int], nn.Module]]:
+def load_slots(group: str) -> dict[str, Callable[[int], nn.Module]]:
     """Every occupant that the configuration has for the slots of `group`, the baseline first."""
     paths = sorted((Path(path.name).stem, path) for path in (GROUPS / group).iterdir())
     slots = {name: instantiate(OmegaConf.create(path.read_text())) for name, path in paths if name not in ("published", "shared")}
     return {BASELINES[group]: slots.pop(BASELINES[group]), **slots}
 
 
-def inputs(module: nn.Module, shape: tuple[int, ...], memory_format=torch.contiguous_format, **options) -> list[Tensor]:
+def make_inputs(module: nn.Module, shape: tuple[int, ...], memory_format=torch.contiguous_format, **options) -> list[Tensor]:
     """x [N, C, H, W], and for a sampler that needs one a guide [N, C, 2H, 2W]."""
     n, c, h, w = shape
     sizes = [(h, w), (2 * h, 2 * w)] if getattr(module, "needs_guide", False) else [(h, w)]
     return [torch.randn(n, c, *size, **options).contiguous(memory_format=memory_format).requires_grad_() for size in sizes]
 
 
-def flops_per_pixel(slot: Callable[[int], nn.Module], shape: tuple[int, ...]) -> float:
+def count_flops_per_pixel(slot: Callable[[int], nn.Module], shape: tuple[int, ...]) -> float:
     """FLOPs of one forward, 2 for a multiply-add, over the pixels of the output [N, C, Ho, Wo]; normalisation layers are left out."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         module = slot(shape[1])
-        y = module(*(x.detach() for x in inputs(module, shape)))
+        y = module(*(x.detach() for x in make_inputs(module, shape)))
     return counter.get_total_flops() / (y.shape[0] * y.shape[2] * y.shape[3])
 
 
-class Run:
+class SamplerCalls:
     """One sampler on its inputs: what each mode calls."""
 
     def __init__(self, module: nn.Module, arguments: list[Tensor]):
@@ -138,23 +100,18 @@ class Run:
         return torch.autograd.grad(self.module(*self.arguments), self.leaves, self.dy)
 
 
-def measure(group: str, shape: tuple[int, ...], cfg: DictConfig) -> list[dict]:
+def measure_site(group: str, shape: tuple[int, ...], cfg: DictConfig) -> list[dict]:
     """Parameters, FLOPs, median times (ms), in turns, and peak memory (MB) of the chosen samplers at one site."""
-    chosen = {name: slot for name, slot in slots(group).items() if cfg.names is None or name in (*cfg.names, BASELINES[group])}
+    chosen = {name: slot for name, slot in load_slots(group).items() if cfg.names is None or name in (*cfg.names, BASELINES[group])}
     options = {"device": cfg.device, "dtype": getattr(torch, cfg.dtype)}
     memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
     runs = {}
     for name, slot in chosen.items():
         module = slot(shape[1]).to(**options, memory_format=memory_format)
-        runs[name] = Run(module, inputs(module, shape, memory_format=memory_format, **options))
-    peaks = {name: peak_memory(run.step, cfg.device) for name, run in runs.items()}
-    times = defaultdict(list)
-    for _ in range(cfg.rounds):
-        for mode in ("forward", "step"):
-            for name, run in runs.items():
-                taken = times[name, mode]
-                if sum(taken) < cfg.seconds * 1e3:
-                    taken.append(timed(getattr(run, mode), cfg.device))
+        runs[name] = SamplerCalls(module, make_inputs(module, shape, memory_format=memory_format, **options))
+    peaks = {name: measure_peak_bytes(run.step, cfg.device) for name, run in runs.items()}
+    calls = {(name, mode): getattr(run, mode) for mode in ("forward", "step") for name, run in runs.items()}
+    times = time_in_turns(calls, cfg.device, cfg.rounds, seconds=cfg.seconds)
     rows = []
     for name, slot in chosen.items():
         forward, step = (median(times[name, mode]) for mode in ("forward", "step"))
@@ -165,7 +122,7 @@ def measure(group: str, shape: tuple[int, ...], cfg: DictConfig) -> list[dict]:
                 "sampler": name,
                 "parameters": sum(parameter.numel() for parameter in runs[name].module.parameters()),
                 "published_parameters": PUBLISHED.get(name, "") if group == "upsampler" and shape[1] == 256 else "",
-                "flops_per_pixel": flops_per_pixel(slot, shape),
+                "flops_per_pixel": count_flops_per_pixel(slot, shape),
                 "forward_ms": forward,
                 "forward_relative": forward / median(times[BASELINES[group], "forward"]),
                 "step_ms": step,
@@ -181,28 +138,23 @@ LINE = "{sampler:<18}{parameters:>12,}{published_parameters:>12}{flops_per_pixel
 LINE += "{step_ms:>12.2f}{step_relative:>8.1f}{peak_mb:>10.1f}"
 
 
-def tables(cfg: DictConfig) -> list[dict]:
+def measure_samplers(cfg: DictConfig) -> list[dict]:
     """Print one table a site and return all rows.
 
     Raises:
         ValueError: a group that is none, or a sampler that no configuration file has.
     """
-    for group in cfg.groups:
-        if group not in SITES:
-            raise ValueError(f"groups must be among {', '.join(SITES)}, got {group!r}")
-    known = {name for group in SITES for name in slots(group)}
-    for name in cfg.names or ():
-        if name not in known:
-            raise ValueError(f"names must be among {', '.join(sorted(known))}, got {name!r}")
+    look_up("groups", cfg.groups, SITES)
+    look_up("names", cfg.names or (), dict.fromkeys(sorted({name for group in SITES for name in load_slots(group)})))
     layout = "channels_last" if cfg.channels_last else "contiguous"
-    print(f"batch {cfg.batch}, {cfg.dtype}, {layout}, {hardware(cfg.device)}, torch {torch.__version__}")
+    print(f"batch {cfg.batch}, {cfg.dtype}, {layout}, {describe_hardware(cfg.device)}, torch {torch.__version__}")
     print("FLOPs of a forward per output pixel; median ms of a forward, and of a forward and backward; peak MB of the latter")
     rows = []
     for group in cfg.groups:
         relative = f"/ {BASELINES[group].split('_')[-1]}"
         for c, h, w in SITES[group]:
             print(f"\n{group}s at C = {c}, {h} x {w}", flush=True)
-            site = measure(group, (cfg.batch, c, h, w), cfg)
+            site = measure_site(group, (cfg.batch, c, h, w), cfg)
             print(HEADER.format("", "parameters", "published", "FLOPs/pixel", "forward", relative, "+ backward", relative, "peak MB"))
             print(*(LINE.format(**row) for row in site), sep="\n", flush=True)
             rows += site
@@ -210,16 +162,12 @@ def tables(cfg: DictConfig) -> list[dict]:
 
 
 @app("bench_samplers")
-def main(cfg: DictConfig) -> None:
+def bench_samplers(cfg: DictConfig) -> None:
     """Print the tables and leave their rows in the run folder."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    rows = tables(cfg)
+    rows = measure_samplers(cfg)
     path = Path(HydraConfig.get().runtime.output_dir) / "samplers.csv"
-    settings = {"dtype": cfg.dtype, "channels_last": cfg.channels_last, "device": hardware(cfg.device), "torch": torch.__version__}
+    settings = {"dtype": cfg.dtype, "channels_last": cfg.channels_last, "device": describe_hardware(cfg.device), "torch": torch.__version__}
     write_csv(path, [row | settings for row in rows])
     print(f"\nwritten to {path}")
-
-
-if __name__ == "__main__":
-    main()

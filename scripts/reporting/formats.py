@@ -14,13 +14,13 @@ COLUMNS = ["table", "protocol", "row", "task", "metric", "paper", "runs", "mean"
 COLUMNS += ["common_seeds", "parameters", "flops", "seconds", "cpu_seconds"]
 
 
-def printed(table: Table) -> Rows:
+def format_table(table: Table) -> Rows:
     """The lines of a table as text, by heading."""
     names = [
         name for name in dict.fromkeys(name for line in table.lines for name in line.cells) if table.shown is None or name in table.shown
     ]
     published = {name: [line.cells[name].paper for line in table.lines if name in line.cells] for name in names}
-    places = {name: decimals(figures) for name, figures in published.items() if any(figure is not None for figure in figures)}
+    places = {name: count_decimals(figures) for name, figures in published.items() if any(figure is not None for figure in figures)}
     # where nothing of the paper stands beside them, a difference of single runs says no more than the two figures
     cells = [(name, cell) for line in table.lines for name, cell in line.cells.items()]
     differing = {name for name, cell in cells if cell.difference and (name in places or cell.difference.half is not None)}
@@ -34,9 +34,9 @@ def printed(table: Table) -> Rows:
             cell = line.cells.get(name, Cell())
             if name in places:
                 row[f"{name} paper"] = "" if cell.paper is None else f"{cell.paper:.{places[name]}f}"
-            row[name] = scores_text(cell.scores, table.digits)
+            row[name] = format_scores(cell.scores, table.digits)
             if name in differing:
-                row[f"{name} vs {table.baseline}"] = difference_text(cell.difference, table.digits, runs)
+                row[f"{name} vs {table.baseline}"] = format_difference(cell.difference, table.digits, runs)
         if line.setting:
             run = next(iter(line.setting.runs.values()))
             row |= {"parameters": f"{run.parameters:,}", "GFLOPs": f"{run.flops / 1e9:.3f}"}
@@ -45,7 +45,7 @@ def printed(table: Table) -> Rows:
     return rows
 
 
-def time_taken(tables: list[Table]) -> str:
+def format_time_taken(tables: list[Table]) -> str:
     """How many runs the tables have, and how long they took in all."""
     # one that is its table's row and another's baseline counts once
     runs = {run.folder: run for table in tables for line in table.lines if line.setting for run in line.setting.runs.values()}.values()
@@ -57,19 +57,19 @@ def time_taken(tables: list[Table]) -> str:
     return f"{len(runs)} run{'s' * (len(runs) > 1)}: {' and '.join(parts)}"
 
 
-def decimals(figures: Iterable[float | None]) -> int:
+def count_decimals(figures: Iterable[float | None]) -> int:
     """Decimal places that the paper gives a column's figures with."""
     return max((len(str(figure).partition(".")[2]) for figure in figures if figure is not None), default=0)
 
 
-def scores_text(scores: Scores | None, digits: int) -> str:
+def format_scores(scores: Scores | None, digits: int) -> str:
     """Mean ± standard deviation."""
     if scores is None:
         return ""
     return f"{scores.mean:.{digits}f}" + ("" if scores.deviation is None else f" ± {scores.deviation:.{digits}f}")
 
 
-def difference_text(difference: Difference | None, digits: int, runs: int) -> str:
+def format_difference(difference: Difference | None, digits: int, runs: int) -> str:
     """Mean [interval], and the number of seeds where it is less than that of the runs."""
     if difference is None:
         return ""
@@ -86,20 +86,20 @@ def _aligned(rows: Rows) -> tuple[list[str], list[list[str]]]:
     return ["-" * width for width in widths], lines
 
 
-def terminal(title: str, rows: Rows) -> str:
+def format_terminal(title: str, rows: Rows) -> str:
     """Columns under their headings."""
     rule, (head, *lines) = _aligned(rows)
     return "\n".join([*([title, ""] if title else []), *("  ".join(cells).rstrip() for cells in (head, rule, *lines)), ""])
 
 
-def markdown(title: str, rows: Rows) -> str:
+def format_markdown(title: str, rows: Rows) -> str:
     """A heading and a pipe table."""
     escaped = [{key.replace("|", "\\|"): value.replace("|", "\\|") for key, value in row.items()} for row in rows]
     rule, (head, *lines) = _aligned(escaped)
     return "\n".join([*([f"## {title}", ""] if title else []), *(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines)), ""])
 
 
-def latex(title: str, rows: Rows) -> str:
+def format_latex(title: str, rows: Rows) -> str:
     """A table environment in the style of the booktabs package."""
     _, lines = _aligned([{_tex(key): _tex(value) for key, value in row.items()} for row in rows])
     head, *body = (f"{' & '.join(cells)} \\\\" for cells in lines)
@@ -109,10 +109,10 @@ def latex(title: str, rows: Rows) -> str:
     return "\n".join([*begin, *body, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
 
 
-FORMATS = {"terminal": terminal, "markdown": markdown, "latex": latex}
+FORMATS = {"terminal": format_terminal, "markdown": format_markdown, "latex": format_latex}
 
 
-def written(tables: list[tuple[str, Rows]], name: str) -> str:
+def format_titled(tables: list[tuple[str, Rows]], name: str) -> str:
     """Titles and rows, one below the other, in one of FORMATS."""
     if name not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, or csv for runs, got {name!r}")
@@ -126,7 +126,7 @@ def _tex(text: str) -> str:
     return "".join(marks.get(character, character) for character in text)
 
 
-def comma_separated(tables: list[Table]) -> str:
+def format_csv(tables: list[Table]) -> str:
     """One line a metric of a table's row, for other programs."""
     lines = []
     for table in tables:

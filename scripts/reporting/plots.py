@@ -6,27 +6,27 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-from .formats import decimals
+from .formats import count_decimals
 from .statistics import scores
 from .tables import Cell, Line, Table
 
 
-def plots(table: Table, folder: Path, stem: str) -> list[Path]:
+def plot_table(table: Table, folder: Path, stem: str) -> list[Path]:
     """Write the plots that a table allows, of its lines' first metrics, to `stem`_curves.png and `stem`_ablation.png."""
-    made = [curves(table, folder / f"{stem}_curves.png")]
-    points = {numbers: cell for line in table.lines if (cell := main(line)) and (numbers := coordinates(line, table.axes))}
+    made = [plot_curves(table, folder / f"{stem}_curves.png")]
+    points = {numbers: cell for line in table.lines if (cell := first_cell(line)) and (numbers := find_coordinates(line, table.axes))}
     if len(points) > 1 and len(table.axes) in (1, 2):
-        draw = ablation if len(table.axes) == 1 else heat_map
+        draw = plot_ablation if len(table.axes) == 1 else plot_heat_map
         made.append(draw(points, table, folder / f"{stem}_ablation.png"))
     return [path for path in made if path]
 
 
-def main(line: Line) -> Cell | None:
+def first_cell(line: Line) -> Cell | None:
     """The line's first metric."""
     return next(iter(line.cells.values()), None)
 
 
-def coordinates(line: Line, axes: list[str]) -> tuple[str, ...] | None:
+def find_coordinates(line: Line, axes: list[str]) -> tuple[str, ...] | None:
     """The line's place on the axes: the overrides of those names, or the numbers in the row's name; "none" is a place too."""
     if all(axis in line.labels for axis in axes):
         found = [line.labels[axis].lower().replace("null", "none") for axis in axes]
@@ -40,7 +40,7 @@ def _label(line: Line) -> str:
     return line.labels.get("row") or ", ".join(f"{key}={value}" for key, value in line.labels.items() if value) or "default"
 
 
-def place(text: str) -> float:
+def place_order(text: str) -> float:
     """Sort by: none comes last."""
     return float("inf") if text == "none" else float(text)
 
@@ -61,7 +61,7 @@ def _series(points: dict[tuple[str, ...], Cell], table: Table) -> list[Series]:
         at: (cell.scores.mean, cell.scores.deviation or 0) for at, cell in points.items() if cell.scores and math.isfinite(cell.scores.mean)
     }
     paper = {at: (cell.paper, 0.0) for at, cell in points.items() if cell.paper is not None}
-    found = [Series("ours", ours, table.digits), Series("paper", paper, decimals(figure for figure, _ in paper.values()))]
+    found = [Series("ours", ours, table.digits), Series("paper", paper, count_decimals(figure for figure, _ in paper.values()))]
     return [series for series in found if series.values]
 
 
@@ -73,13 +73,13 @@ def _figure(count: int, table: Table):
     return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
-def ablation(points: dict[tuple[str, ...], Cell], table: Table, path: Path) -> Path:
+def plot_ablation(points: dict[tuple[str, ...], Cell], table: Table, path: Path) -> Path:
     """The metric over one number, its standard deviation over seeds as bars."""
     series = _series(points, table)
     # in other settings than the paper's the two have scales of their own
     panels = [series] if table.protocol.startswith("scale=paper") else [[one] for one in series]
     figure, axes = _figure(len(panels), table)
-    order = sorted(points, key=lambda at: place(at[0]))
+    order = sorted(points, key=lambda at: place_order(at[0]))
     for axis, panel in zip(axes, panels, strict=True):
         for name, values, _ in panel:
             drawn = [at for at in order if at in values]
@@ -98,11 +98,11 @@ def ablation(points: dict[tuple[str, ...], Cell], table: Table, path: Path) -> P
     return path
 
 
-def heat_map(points: dict[tuple[str, ...], Cell], table: Table, path: Path) -> Path:
+def plot_heat_map(points: dict[tuple[str, ...], Cell], table: Table, path: Path) -> Path:
     """The metric over two numbers; combinations without a figure are hatched."""
     panels = _series(points, table)
     figure, axes = _figure(len(panels), table)
-    rows, columns = (sorted({at[i] for at in points}, key=place) for i in (0, 1))
+    rows, columns = (sorted({at[i] for at in points}, key=place_order) for i in (0, 1))
     for axis, (name, values, digits) in zip(axes, panels, strict=True):
         means = [mean for mean, _ in values.values()]
         # the darkest colours would hide the figures
@@ -120,11 +120,11 @@ def heat_map(points: dict[tuple[str, ...], Cell], table: Table, path: Path) -> P
     return path
 
 
-def curves(table: Table, path: Path) -> Path | None:
+def plot_curves(table: Table, path: Path) -> Path | None:
     """The metric over the training, mean and standard deviation over the seeds that a line has."""
     panels: dict[str, list[tuple[Line, Cell]]] = {}
     for line in table.lines:
-        if (cell := main(line)) and line.setting and any(len(run.curve) > 1 for run in line.setting.runs.values()):
+        if (cell := first_cell(line)) and line.setting and any(len(run.curve) > 1 for run in line.setting.runs.values()):
             panels.setdefault(cell.metric, []).append((line, cell))
     if not panels:
         return None

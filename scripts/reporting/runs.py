@@ -6,12 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# overrides that choose where and how a run computes, not what
-INCIDENTAL = ["seed", "resume", "hydra", "logger", "log_every_n_steps", "checkpoint_every_n_steps", "data.root", "data.workers"]
-INCIDENTAL += ["channels_last", "compile"]
-INCIDENTAL += [
-    f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches", "enable_progress_bar")
-]
+from ..common.overrides import INCIDENTAL, is_under
+
 # what a network is trained on, and how: runs that differ in these do not stand in one table
 PROTOCOL = ["scale", "setting", "data", "optimizer", "schedule", "trainer"]
 # what differs with a network's downsamplers: that there are some is what counts
@@ -19,7 +15,7 @@ WEIGHTS = "backbone.weights"
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """One finished run: what its result.json says, in the types that are needed.
 
     Raises (`read`):
@@ -39,7 +35,7 @@ class Run:
     curve: list[dict[str, float]]
 
     @classmethod
-    def read(cls, path: Path) -> "Run":
+    def read(cls, path: Path) -> "FinishedRun":
         found = json.loads(path.read_text())
         if unknown := {type(choice).__name__ for choice in found["choices"].values()} - {"str", "NoneType"}:
             raise TypeError(f"choices must be names, got {', '.join(sorted(unknown))}")
@@ -70,7 +66,7 @@ class Setting:
     protocol: dict[str, str]
     # the others
     options: dict[str, str]
-    runs: dict[int, Run] = field(default_factory=dict)
+    runs: dict[int, FinishedRun] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -92,18 +88,12 @@ class Setting:
         return statistics.fmean(found) if found else None
 
 
-def under(key: str, names: Iterable[str]) -> bool:
-    """Whether an override's key is one of the names or below it; `data.root`, `+data.root` and `~data.root` are the same."""
-    key = key.lstrip("~").split("@")[0]
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def natural(path: Path) -> list[tuple[bool, int, str]]:
+def natural_order(path: Path) -> list[tuple[bool, int, str]]:
     """Sort by: run 10 after run 9."""
     return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.parts]
 
 
-def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
+def read_runs(folders: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
     """Read the finished runs below the folders, and name those that are broken, failed or unfinished.
 
     Raises:
@@ -114,11 +104,11 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
         if not folder.is_dir():
             raise FileNotFoundError(f"runs={folder} is not a folder")
         marked |= {path.parent for name in ("result.json", "config.yaml", "error.txt") for path in folder.rglob(name)}
-    for folder in sorted(marked, key=natural):
+    for folder in sorted(marked, key=natural_order):
         path, error = folder / "result.json", folder / "error.txt"
         if path.exists():
             try:
-                runs.append(Run.read(path))
+                runs.append(FinishedRun.read(path))
             except (ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
                 problems.append(f"{path}: broken ({type(problem).__name__}: {problem})")
         elif error.exists():
@@ -128,7 +118,7 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
     return runs, problems
 
 
-def gather(runs: Iterable[Run], tables: dict) -> tuple[list[Setting], list[str]]:
+def group_runs(runs: Iterable[FinishedRun], tables: dict) -> tuple[list[Setting], list[str]]:
     """Put runs together that differ in their seed only, in the order of their folders, and name those that repeat one.
 
     `tables` are the experiments of the paper, as in conf/paper.yaml.
@@ -137,7 +127,7 @@ def gather(runs: Iterable[Run], tables: dict) -> tuple[list[Setting], list[str]]
     repeated = []
     for run in runs:
         table = run.choices.get("experiment") or ""
-        options = {key: value for key, value in run.overrides.items() if not under(key, INCIDENTAL)}
+        options = {key: value for key, value in run.overrides.items() if not is_under(key, INCIDENTAL)}
         protocol, row = {}, ""
         if table in tables:
             options.pop("experiment", None)
@@ -146,7 +136,7 @@ def gather(runs: Iterable[Run], tables: dict) -> tuple[list[Setting], list[str]]
                 options.pop("row", None)
             else:
                 row = ""
-            protocol = {key: options.pop(key) for key in sorted(options) if under(key, PROTOCOL)}
+            protocol = {key: options.pop(key) for key in sorted(options) if is_under(key, PROTOCOL)}
             if options.pop(WEIGHTS, "null") != "null":
                 protocol[WEIGHTS] = "FILE"
             protocol = {"scale": run.choices.get("scale") or "paper"} | protocol

@@ -48,7 +48,7 @@ class Difference(NamedTuple):
     seeds: int
 
 
-def paired(values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = 0.95) -> Difference | None:
+def compare_paired(values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = 0.95) -> Difference | None:
     """Compare the values by seed with those of a baseline; None if they have no seed in common.
 
     The interval is Student's: it takes the differences as draws from one normal distribution.

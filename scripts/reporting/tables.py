@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 
-from omegaconf import OmegaConf
-
+from ..common.paper import baseline_of, list_rows, read_paper, unit_factor
 from .runs import Setting
-from .statistics import Difference, Scores, paired, scores
+from .statistics import Difference, Scores, compare_paired, scores
 
 
 @dataclass
@@ -56,46 +54,18 @@ class Table:
         return f"{self.name}: {self.caption}" + (f" ({self.protocol})" if self.protocol else "")
 
 
-def published() -> tuple[dict, dict]:
-    """The tables of conf/paper.yaml by name, and the names of their metrics by task and column."""
-    tables = OmegaConf.to_container(OmegaConf.create(files("carafepp.conf").joinpath("paper.yaml").read_text()))
-    return tables, tables.pop("metrics")
-
-
-def published_rows(tables: dict, name: str) -> list[dict]:
-    """The rows of one table as {column: figure}, each with its "row" and "task", those whose figures another table gives first."""
-    table = tables[name]
-    rows = []
-    for row, place in table.get("elsewhere", {}).items():
-        other, _, same = place.partition("/")
-        rows += [figures | {"row": row} for figures in published_rows(tables, other) if figures["row"] == same]
-    own = ({"task": table.get("task"), **dict(zip(table["columns"], row, strict=True))} for row in table["rows"])
-    return [*rows, *own]
-
-
-def baseline_of(table: dict, row: str) -> str | None:
-    """The row that differences of `row` are taken to."""
-    baseline = table["baseline"]
-    return baseline if isinstance(baseline, str) else baseline.get(row)
-
-
-def factor(column: str) -> int:
-    """What makes the paper's unit of a metric in result.json: per cent of a fraction, but dB stay."""
-    return 1 if column.endswith("_db") else 100
-
-
-class Finder:
+class SettingFinder:
     """Settings by table, row, protocol and options.
 
     Rows for which the paper gives the same figures in two tables are the same configuration, and runs of one are those of the other.
     """
 
     def __init__(self, settings: Sequence[Setting]) -> None:
-        tables, metrics = published()
+        tables, metrics = read_paper()
         self.settings = {self._key(s.table, s.row, s.protocol, s.options): s for s in settings}
         self.figures: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
         for name in tables:
-            for row in published_rows(tables, name):
+            for row in list_rows(tables, name):
                 scores = {(row["task"], column): row[column] for column in metrics[row["task"]] if column in row}
                 self.figures.setdefault((name, row["row"]), {}).update(scores)
 
@@ -124,7 +94,7 @@ class Finder:
         return next((other for other in found if other and other is not setting), None)
 
 
-def paper_tables(settings: Sequence[Setting], columns: Sequence[str], digits: int, baseline: str | None) -> list[Table]:
+def tabulate_paper(settings: Sequence[Setting], columns: Sequence[str], digits: int, baseline: str | None) -> list[Table]:
     """One table for each experiment of the paper and each protocol that its runs have, rows in the paper's order.
 
     Args:
@@ -132,13 +102,13 @@ def paper_tables(settings: Sequence[Setting], columns: Sequence[str], digits: in
         digits: decimal places of fractions; per cent and dB have two less.
         baseline: the row that differences are taken to, instead of the table's own.
     """
-    tables, metrics = published()
-    finder = Finder(settings)
+    tables, metrics = read_paper()
+    finder = SettingFinder(settings)
     found = {(s.table, tuple(s.protocol.items())): s.protocol for s in settings if s.table}
     result = []
     for name in tables:
         for protocol in (protocol for (table, _), protocol in found.items() if table == name):
-            rows = published_rows(tables, name)
+            rows = list_rows(tables, name)
             lines = [(row["row"], row["row"], row["task"], finder.find(name, row["row"], protocol, {}), row) for row in rows]
             taken = [setting for *_, setting, _ in lines]
             more = [s for s in settings if s.table == name and s.protocol == protocol and s not in taken]
@@ -160,13 +130,13 @@ def paper_tables(settings: Sequence[Setting], columns: Sequence[str], digits: in
                 labels = {"row": label} | ({"task": task} if len(tasks) > 1 else {})
                 line = Line(labels, setting, finder.against(setting, name, to) if setting and to else None)
                 for column, metric in metrics[task].items():
-                    line.cells[column] = compare(line, metric, factor(column), figures.get(column))
+                    line.cells[column] = fill_cell(line, metric, unit_factor(column), figures.get(column))
                 table.lines.append(line)
             result.append(table)
     return result
 
 
-def other_table(settings: Sequence[Setting], digits: int, baseline: str | None) -> Table:
+def tabulate_others(settings: Sequence[Setting], digits: int, baseline: str | None) -> Table:
     """One table of settings that are of no experiment of the paper: what distinguishes them, and all their metrics.
 
     The baseline is the one labelled so, or the first.
@@ -178,13 +148,13 @@ def other_table(settings: Sequence[Setting], digits: int, baseline: str | None) 
     for setting in settings:
         line = Line({key: setting.options.get(key, "") for key in varying}, setting, against if setting is not against else None)
         for metric in dict.fromkeys(name for run in setting.runs.values() for name in run.metrics):
-            line.cells[metric.removeprefix("val/")] = compare(line, metric, 1, None)
+            line.cells[metric.removeprefix("val/")] = fill_cell(line, metric, 1, None)
         table.lines.append(line)
     return table
 
 
-def compare(line: Line, metric: str, scale: float, figure: float | None) -> Cell:
+def fill_cell(line: Line, metric: str, scale: float, figure: float | None) -> Cell:
     """Fill one cell, in the unit that `scale` makes."""
     values = {seed: scale * value for seed, value in line.setting.values(metric).items()} if line.setting else {}
     others = {seed: scale * value for seed, value in line.baseline.values(metric).items()} if line.baseline else {}
-    return Cell(metric, scale, figure, scores(values), paired(values, others))
+    return Cell(metric, scale, figure, scores(values), compare_paired(values, others))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from carafepp.models.carafe import CARAFE
 from carafepp.models.samplers import Bilinear
-from carafepp.scripts.app import hints
+from carafepp.scripts.common.hints import find_hints
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
@@ -52,18 +52,18 @@ def test_one_slot_can_differ_from_the_others(config):
     ],
 )
 def test_misspelt_key_is_answered_with_the_valid_ones(override, answers):
-    text = "\n".join(hints("train", ["scale=small", "seed=1,2", override, "-m"]))
+    text = "\n".join(find_hints("train", ["scale=small", "seed=1,2", override, "-m"]))
     for answer in answers:
         assert answer in text
 
 
 def test_valid_overrides_give_no_hint():
-    assert hints("train", ["scale=small", "seed=1", "upsampler=carafe,bilinear", "data.train.size=32", "-m"]) == []
-    assert hints("train", ["data.root=FOLDER", "data.train.transforms.transforms.0.min_size=[40]"]) == []
+    assert find_hints("train", ["scale=small", "seed=1", "upsampler=carafe,bilinear", "data.train.size=32", "-m"]) == []
+    assert find_hints("train", ["data.root=FOLDER", "data.train.transforms.transforms.0.min_size=[40]"]) == []
 
 
 def test_option_that_must_be_added_is_answered_with_how():
-    assert "'task' has none; add it: +task.window=512" in "\n".join(hints("predict", ["task.window=512"]))
+    assert "'task' has none; add it: +task.window=512" in "\n".join(find_hints("predict", ["task.window=512"]))
 
 
 def test_misspelt_choice_is_answered_with_the_valid_ones():

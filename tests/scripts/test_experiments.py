@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from carafepp.scripts.reporting.tables import published, published_rows
+from carafepp.scripts.common.paper import list_rows, read_paper
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 CONF = Path(__file__).parents[2] / "conf"
-TABLES, METRICS = published()
-ROWS = [f"{table}/{row}" for table in TABLES for row in dict.fromkeys(row["row"] for row in published_rows(TABLES, table))]
+TABLES, METRICS = read_paper()
+ROWS = [f"{table}/{row}" for table in TABLES for row in dict.fromkeys(row["row"] for row in list_rows(TABLES, table))]
 
 # by the names that rows begin with: class, and slots for samplers
 NETWORKS = {
@@ -57,7 +57,7 @@ def configs():
 def figures(place: str) -> dict[tuple[str, str], float]:
     """The paper's accuracy of a row, by task and column."""
     table, row = place.split("/")
-    found = [f for f in published_rows(TABLES, table) if f["row"] == row]
+    found = [f for f in list_rows(TABLES, table) if f["row"] == row]
     return {(f["task"], column): f[column] for f in found for column in METRICS[f["task"]] if column in f}
 
 

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 from carafepp.scripts import bench
-from carafepp.scripts.benching.models import measure
+from carafepp.scripts.benching.models import measure_networks
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 
@@ -16,7 +16,7 @@ def hydra():
 
 
 def rows(*overrides: str) -> dict[str, dict]:
-    found = measure(compose("bench_models", overrides=["overrides=['scale=small']", "rounds=1", *overrides]))
+    found = measure_networks(compose("bench_models", overrides=["overrides=['scale=small']", "rounds=1", *overrides]))
     return {row["row"]: row for row in found}
 
 

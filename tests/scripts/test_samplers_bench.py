@@ -7,13 +7,14 @@ import torch
 from carafepp.models.samplers import Nearest
 from carafepp.scripts import bench
 from carafepp.scripts.benching import samplers as bench_samplers
-from carafepp.scripts.benching.samplers import PeakMemory, flops_per_pixel, slots
+from carafepp.scripts.benching.memory import PeakMemory
+from carafepp.scripts.benching.samplers import count_flops_per_pixel, load_slots
 from omegaconf import OmegaConf
 
 
 def test_flops_of_carafe_are_the_published_ones():
     """199 K per source pixel at C = 256: compressor, encoder and reassembly, 2 for a multiply-add (biases left out)."""
-    assert 4 * flops_per_pixel(slots("upsampler")["carafe"], (1, 256, 6, 5)) == 2 * (256 * 64 + 64 * 9 * 100 + 100 * 256)
+    assert 4 * count_flops_per_pixel(load_slots("upsampler")["carafe"], (1, 256, 6, 5)) == 2 * (256 * 64 + 64 * 9 * 100 + 100 * 256)
 
 
 def test_flops_of_the_rivals_are_those_of_the_table():
@@ -26,14 +27,14 @@ def test_flops_of_the_rivals_are_those_of_the_table():
         "bilinear": 0.008,
         "spatial_attention": 0.028,
     }.items():
-        flops = 4 * flops_per_pixel(slots("upsampler")[name], (1, 256, 6, 5)) / 1e6
+        flops = 4 * count_flops_per_pixel(load_slots("upsampler")[name], (1, 256, 6, 5)) / 1e6
         assert flops == pytest.approx(millions, abs=0.05 if millions > 1 else 0.0005), name
 
 
 def test_flops_of_pools_are_their_windows():
-    assert flops_per_pixel(slots("downsampler")["avg_pool"], (1, 8, 6, 6)) == 8 * 9
+    assert count_flops_per_pixel(load_slots("downsampler")["avg_pool"], (1, 8, 6, 6)) == 8 * 9
     # per pixel of a block a difference, an exponential and a product, then two pools and a quotient; indices are arithmetic too
-    soft_pool = flops_per_pixel(slots("downsampler")["soft_pool"], (1, 8, 6, 6))
+    soft_pool = count_flops_per_pixel(load_slots("downsampler")["soft_pool"], (1, 8, 6, 6))
     assert soft_pool == pytest.approx(8 * (4 * 3 + 4 + 4 + 1), rel=0.02)
 
 
@@ -58,7 +59,7 @@ def cfg(monkeypatch):
 
 
 def test_tables(cfg, capsys):
-    rows = bench_samplers.tables(cfg)
+    rows = bench_samplers.measure_samplers(cfg)
     assert [row["sampler"] for row in rows if row["group"] == "upsampler"] == ["nearest", "carafe", "gum"]
     assert [row["sampler"] for row in rows if row["group"] == "downsampler"] == ["strided_conv", "carafe"]
     assert [row["forward_relative"] for row in rows if row["sampler"] in ("nearest", "strided_conv")] == [1, 1]
@@ -88,4 +89,4 @@ def test_command_leaves_its_rows_in_the_run_folder(cfg, monkeypatch, tmp_path):
 def test_unknown_name_is_answered_with_the_known_ones(cfg, key, message):
     cfg[key] = ["karafe"]
     with pytest.raises(ValueError, match=message):
-        bench_samplers.tables(cfg)
+        bench_samplers.measure_samplers(cfg)

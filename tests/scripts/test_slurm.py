@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from carafepp.scripts.reporting.runs import read_runs
+from carafepp.scripts.reporting import read_runs
 from slurm_cluster import available, cluster
 from training import TINY, processes, rows
 

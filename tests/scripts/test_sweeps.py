@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from carafepp.scripts import train
-from carafepp.scripts.reporting.runs import read_runs
+from carafepp.scripts.reporting import read_runs
 from omegaconf import OmegaConf
 from training import TINY, processes, rows
 

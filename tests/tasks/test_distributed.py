@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from carafepp.scripts.app import load_task
+from carafepp.scripts.common.checkpoints import load_task
 from training import result, run, weights
 
 SMALL = ["scale=small", "data.train.length=16", "data.val.length=6", "data.val_batch_size=2", "data.batch_size=8", "data.epochs=2"]

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from carafepp.scripts.app import load_task
-from carafepp.scripts.eval import data_of_run
+from carafepp.scripts.common.checkpoints import data_of_run, load_task
 from carafepp.tasks.ade20k import ADE20K
 from carafepp.tasks.data import Data, TrainBatches
 from carafepp.tasks.layouts import write_scenes

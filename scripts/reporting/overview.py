@@ -5,11 +5,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ..app import app
-from .formats import Rows, decimals, difference_text, scores_text, written
-from .runs import Setting, gather, read_runs
-from .statistics import paired, scores
-from .tables import Finder, baseline_of, factor, published, published_rows
+from ..common.app import app
+from ..common.paper import baseline_of, list_rows, read_paper, unit_factor
+from .formats import Rows, count_decimals, format_difference, format_scores, format_titled
+from .runs import Setting, group_runs, read_runs
+from .statistics import compare_paired, scores
+from .tables import SettingFinder
 
 
 def overview(settings: Sequence[Setting], digits: int) -> list[tuple[str, Rows]]:
@@ -18,12 +19,12 @@ def overview(settings: Sequence[Setting], digits: int) -> list[tuple[str, Rows]]
     `gain` is the paper's first figure less that of the table's baseline, `ours` that figure from runs in the paper's settings, `difference`
     what it is above the paper's, `small` that of runs at `scale=small`, `small gain` its paired difference to the baseline's runs.
     """
-    tables, metrics = published()
-    finder = Finder(settings)
+    tables, metrics = read_paper()
+    finder = SettingFinder(settings)
     result = []
     for name, table in tables.items():
-        given = published_rows(tables, name)
-        places = {column: decimals(f.get(column) for f in given) for column in table["columns"] if column not in ("row", "task")}
+        given = list_rows(tables, name)
+        places = {column: count_decimals(f.get(column) for f in given) for column in table["columns"] if column not in ("row", "task")}
         rows = []
         for figures in given:
             row, task = figures["row"], figures["task"]
@@ -36,10 +37,10 @@ def overview(settings: Sequence[Setting], digits: int) -> list[tuple[str, Rows]]
             text = {"row": row, "task": task if "task" in table["columns"] else ""}
             text |= {c: "" if figures.get(c) is None else f"{figures[c]:.{n}f}" for c, n in places.items()}
             text[f"{column} gain"] = f"{figures[column] - base[column]:+.{places[column]}f}" if base else ""
-            text[f"{column} ours"] = scores_text(scores(ours), digits)
-            text["difference"] = difference_text(paired(ours, dict.fromkeys(ours, figures[column])), digits, len(ours))
-            text[f"{column} small"] = scores_text(scores(small), digits)
-            text["small gain"] = difference_text(paired(small, others), digits, len(small))
+            text[f"{column} ours"] = format_scores(scores(ours), digits)
+            text["difference"] = format_difference(compare_paired(ours, dict.fromkeys(ours, figures[column])), digits, len(ours))
+            text[f"{column} small"] = format_scores(scores(small), digits)
+            text["small gain"] = format_difference(compare_paired(small, others), digits, len(small))
             text["command"] = f"carafepp-train experiment={name} row={name}/{row}"
             rows.append(text)
         empty = {heading for heading in rows[0] if not any(row[heading] for row in rows)}
@@ -48,18 +49,18 @@ def overview(settings: Sequence[Setting], digits: int) -> list[tuple[str, Rows]]
     return result
 
 
-def _values(finder: Finder, table: str, row: str | None, scale: str, metric: str, column: str) -> dict[int, float]:
+def _values(finder: SettingFinder, table: str, row: str | None, scale: str, metric: str, column: str) -> dict[int, float]:
     """The metric by seed, of runs that were told nothing but the row, the scale and what weights to start from."""
     for more in ({"backbone.weights": "FILE"}, {}):
         if row and (setting := finder.find(table, row, {"scale": scale} | more, {})):
-            return {seed: factor(column) * value for seed, value in setting.values(metric).items()}
+            return {seed: unit_factor(column) * value for seed, value in setting.values(metric).items()}
     return {}
 
 
 @app("report_paper")
-def main(cfg: DictConfig) -> None:
+def report_paper(cfg: DictConfig) -> None:
     """Print the tables."""
     runs = cfg.runs if cfg.runs is not None else "runs" if Path("runs").is_dir() else []
     found, _ = read_runs([Path(folder) for folder in ([runs] if isinstance(runs, str) else runs)])
-    settings, _ = gather(found, published()[0])
-    print(written(overview(settings, max(cfg.digits - 2, 0)), cfg.format))
+    settings, _ = group_runs(found, read_paper()[0])
+    print(format_titled(overview(settings, max(cfg.digits - 2, 0)), cfg.format))

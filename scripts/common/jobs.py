@@ -1,20 +1,16 @@
 """Jobs of a sweep: each continues what its folder holds, fails alone, and leaves a mark if it does."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from ..tasks.runs import write_atomically
+from ...tasks.runs import write_atomically
 
 
 def is_job() -> bool:
@@ -37,21 +33,6 @@ def repeated_job(folder: Path) -> DictConfig:
     if sorted(cfg.run.overrides) != sorted(HydraConfig.get().overrides.task):
         raise RuntimeError(f"{folder} holds a run of {' '.join(cfg.run.overrides)}: choose another folder with hydra.sweep.dir=")
     return cfg
-
-
-@contextlib.contextmanager
-def failures_marked(folder: Path) -> Iterator[None]:
-    """Leave an error in `folder`/error.txt, its message in the first line."""
-    mark = folder / "error.txt"
-    if rank_zero_only.rank == 0:
-        mark.unlink(missing_ok=True)
-    try:
-        yield
-    except Exception as error:
-        # of several processes the first to fail knows the cause
-        if not mark.exists():
-            write_atomically(mark, f"{type(error).__name__}: {' '.join(str(error).split())}\n\n{traceback.format_exc()}")
-        raise
 
 
 def train_apart(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""What several commands use: the Hydra application, checkpoints, jobs of a sweep, overrides and choices of options."""

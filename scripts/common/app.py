@@ -1,0 +1,64 @@
+"""Hydra applications: commands and sub-commands that read their configuration from `carafepp.conf`."""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import hydra
+from omegaconf import DictConfig
+
+from .hints import find_hints
+
+
+class Command(Protocol):
+    """A command line program: its `arguments`, those of the process by default."""
+
+    def __call__(self, arguments: Sequence[str] | None = None) -> None: ...
+
+
+def app(config_name: str) -> Callable[[Callable[[DictConfig], None]], Command]:
+    """Make a command of a function that takes the configuration `config_name`; a misspelt key is answered with the keys that exist."""
+
+    def decorate(task: Callable[[DictConfig], None]) -> Command:
+        run = hydra.main(version_base="1.3", config_path="pkg://carafepp.conf", config_name=config_name)(task)
+
+        @functools.wraps(task)
+        def main(arguments: Sequence[str] | None = None) -> None:
+            given = list(sys.argv[1:] if arguments is None else arguments)
+            try:
+                with replace_arguments(given):
+                    run()
+            except SystemExit as stop:
+                if stop.code:
+                    print(*find_hints(config_name, given), sep="\n", file=sys.stderr)
+                raise
+
+        return main
+
+    return decorate
+
+
+def dispatch(default: Command, **subcommands: Command) -> Command:
+    """Make a command whose first argument may name one of the sub-commands; without one it is `default`."""
+
+    def main(arguments: Sequence[str] | None = None) -> None:
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        if given and given[0] in subcommands:
+            subcommands[given[0]](given[1:])
+        else:
+            default(given)
+
+    return main
+
+
+@contextlib.contextmanager
+def replace_arguments(arguments: Sequence[str]) -> Iterator[None]:
+    """Give the process other arguments for a while: Hydra reads them nowhere else."""
+    before = sys.argv
+    sys.argv = [before[0], *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,26 @@
+"""Pictures of the runs of a table, side by side."""
+
+from torchvision.io import ImageReadMode, decode_image
+
+from ...tasks.pictures import GRID_SIDE, caption, enlarge
+from .tables import Table
+
+
+def compare_pictures(table: Table) -> list[list]:
+    """Rows of image, mask of inpainting, truth and the prediction of one run of each line, for the validation samples that all pictured."""
+    lines = {id(line.setting): line for line in table.lines if line.setting}.values()
+    folders = [next(iter(line.setting.runs.values())).folder / "pictures" for line in lines]
+    labels = ["image", "truth", *(line.labels.get("row") or line.setting.label for line in lines)]
+    rows = []
+    for index in range(100):
+        mask = folders[0] / f"{index}_mask.png"
+        paths = [folders[0] / f"{index}_image.png", *[mask] * mask.exists(), folders[0] / f"{index}_truth.png"]
+        paths += [folder / f"{index}_prediction.png" for folder in folders]
+        if not all(path.exists() for path in paths):
+            break
+        pictures = [decode_image(str(path), ImageReadMode.RGB).float() / 255 for path in paths]
+        # wide enough to write below
+        pictures = [enlarge(picture, -(-GRID_SIDE // picture.shape[2])) for picture in pictures]
+        names = [labels[0], *["hole"] * mask.exists(), *labels[1:]]
+        rows.append([caption(picture, name) for picture, name in zip(pictures, names, strict=True)])
+    return rows
