@@ -8,6 +8,7 @@ import torch
 
 
 def describe_hardware(device: str) -> str:
+    """Return the name of the GPU, or of the processor with the number of threads that PyTorch uses."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError, StopIteration):

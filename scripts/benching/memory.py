@@ -43,6 +43,7 @@ def measure_extra_bytes(function: Callable[[], tuple[Tensor | None, ...]], devic
 
 
 def read_resident_bytes(status: Path, name: str) -> int:
+    """Read an entry of a process's status file that counts resident memory (VmRSS, VmHWM)."""
     (line,) = (line for line in status.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 

@@ -15,7 +15,8 @@ from .hints import find_hints
 class Command(Protocol):
     """A command line program: its `arguments`, those of the process by default."""
 
-    def __call__(self, arguments: Sequence[str] | None = None) -> None: ...
+    def __call__(self, arguments: Sequence[str] | None = None) -> None:
+        """Run the program."""
 
 
 def app(config_name: str) -> Callable[[Callable[[DictConfig], None]], Command]:
