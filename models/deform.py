@@ -1,5 +1,7 @@
 """Modulated deformable convolution (DCNv2: Zhu et al., 2019; the stronger backbone of Table I)."""
 
+from typing import Any, cast
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -19,15 +21,16 @@ class DeformConv(nn.Conv2d):
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
         self.conv_offset = nn.Conv2d(inputs, 27, 3, stride, padding=dilation, dilation=dilation)
         nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
+        nn.init.zeros_(self.conv_offset.get_parameter("bias"))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs, H, W] -> [N, outputs, ceil(H / stride), ceil(W / stride)]."""
         offset, mask = self.conv_offset(x).split([18, 9], dim=1)
-        return deform_conv2d(x, offset, self.weight, stride=self.stride, padding=self.padding, dilation=self.dilation, mask=mask.sigmoid())
+        stride, padding, dilation = (cast(tuple[int, int], pair) for pair in (self.stride, self.padding, self.dilation))
+        return deform_conv2d(x, offset, self.weight, stride=stride, padding=padding, dilation=dilation, mask=mask.sigmoid())
 
 
 @register_flop_formula(torch.ops.torchvision.deform_conv2d)
-def _deform_conv_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    # that of the plain convolution: the bilinear sampling, which grows with the inputs alone, is small beside it
-    return conv_flop_count(x_shape, weight_shape, out_shape)
+def _deform_conv_flops(x_shape: torch.Size, weight_shape: torch.Size, *args: Any, out_shape: torch.Size, **kwargs: Any) -> int:
+    # as the plain convolution: the bilinear sampling grows with the inputs alone, and is small beside it
+    return conv_flop_count(list(x_shape), list(weight_shape), list(out_shape))

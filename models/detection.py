@@ -6,12 +6,16 @@ load where the slots are empty.
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import detection
+from torchvision.models.detection._utils import BoxCoder as TorchvisionBoxCoder
 from torchvision.models.detection.faster_rcnn import AnchorGenerator, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
@@ -48,7 +52,7 @@ def freeze_layers(backbone: ResNet, trainable_layers: int) -> None:
         parameter.requires_grad_(trainable_layers == 5 or name.startswith(trained))
 
 
-class BoxCoder(detection._utils.BoxCoder):
+class BoxCoder(TorchvisionBoxCoder):
     """torchvision's, in the precision of the boxes, not in that of the deltas, which mixed precision lowers."""
 
     def decode(self, rel_codes: Tensor, boxes: list[Tensor]) -> Tensor:
@@ -59,7 +63,7 @@ class BoxCoder(detection._utils.BoxCoder):
 class Pyramid(nn.Module):
     """Backbone and feature pyramid: image [N, 3, H, W] -> levels "0" to "3" of strides 4 to 32, and "pool" of stride 64."""
 
-    def __init__(self, body: nn.Module, fpn: FPN, out_channels: int):
+    def __init__(self, body: ResNet, fpn: FPN, out_channels: int):
         super().__init__()
         self.body, self.fpn = body, fpn
         self.out_channels = out_channels
@@ -102,6 +106,10 @@ class FasterRCNN(detection.FasterRCNN):
         ValueError: `trainable_layers` is not in 0..5.
     """
 
+    backbone: Pyramid
+    rpn: RegionProposalNetwork
+    roi_heads: RoIHeads
+
     def __init__(
         self,
         num_classes: int,
@@ -113,7 +121,7 @@ class FasterRCNN(detection.FasterRCNN):
         frozen_norm: bool = False,
         anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
         head_dim: int = 1024,
-        **options,
+        **options: Any,
     ):
         # torchvision swallows what it does not know
         known = {*inspect.signature(detection.FasterRCNN).parameters, *inspect.signature(GeneralizedRCNNTransform).parameters}
@@ -142,7 +150,7 @@ class MaskRCNN(FasterRCNN):
         others: see `FasterRCNN`.
     """
 
-    def __init__(self, num_classes: int, *, mask_head: Sampler | None = None, mask_dim: int = 256, mask_convs: int = 4, **options):
+    def __init__(self, num_classes: int, *, mask_head: Sampler | None = None, mask_dim: int = 256, mask_convs: int = 4, **options: Any):
         super().__init__(num_classes, **options)
         heads = self.roi_heads
         heads.mask_roi_pool = MultiScaleRoIAlign(heads.box_roi_pool.featmap_names, output_size=14, sampling_ratio=2)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from .samplers import Sampler, make_sampler, resize
+from .samplers import Sampler, make_samplers, resize
 
 
 class FPN(FeaturePyramidNetwork):
@@ -30,9 +30,7 @@ class FPN(FeaturePyramidNetwork):
         extra_blocks: ExtraFPNBlock | None = None,
     ):
         super().__init__(list(in_channels_list), out_channels, extra_blocks)
-        self.upsample = nn.ModuleList(
-            make_sampler(upsample, out_channels, out_channels) if upsample else None for _ in in_channels_list[1:]
-        )
+        self.upsample = make_samplers(upsample, out_channels, out_channels, len(in_channels_list) - 1)
 
     def forward(self, levels: dict[str, Tensor]) -> dict[str, Tensor]:
         """Name -> [N, in_channels_list[i], H_i, W_i], finest first -> the same names and sizes, and the extra ones, of `out_channels`."""

@@ -83,7 +83,7 @@ class GUM(_Guided):
         self.offset = nn.Conv2d(channels, 2, 1)
         # starts as bilinear interpolation
         nn.init.normal_(self.offset.weight, std=0.001)
-        nn.init.zeros_(self.offset.bias)
+        nn.init.zeros_(self.offset.get_parameter("bias"))
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """x [N, C, H, W], guide [N, guide_channels, h, w] -> [N, C, h, w]."""
@@ -177,7 +177,7 @@ class SAPA(_Guided):
         coarse = self.norm(x.movedim(1, -1))
         keys = self.key(coarse).movedim(-1, 1)  # [N, E, H, W]
         queries = _to_even(self.query(self.norm_guide(guide.movedim(1, -1))).movedim(-1, 1))  # [N, E, 2H, 2W]
-        if self.gate is not None:
+        if self.gate is not None and self.query_coarse is not None:
             gate = self.gate(coarse).movedim(-1, 1).sigmoid()  # [N, 1, H, W]
             mixed = (1 - gate) * self.query_coarse(x.movedim(1, -1)).movedim(-1, 1)
             queries = nearest(gate) * queries + nearest(mixed)

@@ -70,7 +70,7 @@ class PixelShuffle(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.weight)
-        nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.get_parameter("bias"))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, 2H, 2W]."""

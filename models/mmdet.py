@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from .resnet import resnet50
 from .weights import Loaded, load_weights, read_state
 
 logger = logging.getLogger(__name__)
+
+Detector = TypeVar("Detector", bound=FasterRCNN)
 
 # channels in RGB order, of pixels in 0..255
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -70,7 +73,7 @@ class Transform(GeneralizedRCNNTransform):
     """Images [3, H, W] in [0, 1], resized, normalised, padded at the bottom and right; boxes and masks back to their sizes."""
 
     def __init__(self, min_size: int = 800, max_size: int = 1333):
-        super().__init__(min_size, max_size, image_mean=MEAN, image_std=STD, size_divisible=64)
+        super().__init__(min_size, max_size, image_mean=list(MEAN), image_std=list(STD), size_divisible=64)
 
     def normalize(self, image: Tensor) -> Tensor:
         """In 8 bits: resized images are of 8 bits again, and then normalised."""
@@ -79,7 +82,8 @@ class Transform(GeneralizedRCNNTransform):
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """To the largest size that fits both limits, at the same aspect ratio but for rounding."""
         height, width = image.shape[1:]
-        scale = min(self.min_size[-1] / min(height, width), self.max_size / max(height, width))
+        *_, side = cast(tuple[int, ...], self.min_size)
+        scale = min(side / min(height, width), self.max_size / max(height, width))
         self.fixed_size = int(width * scale + 0.5), int(height * scale + 0.5)
         image, target = super().resize(image, target)
         return super().normalize(image.round()), target
@@ -100,7 +104,13 @@ class Transform(GeneralizedRCNNTransform):
 class Anchors(AnchorGenerator):
     """Anchors whose corners are not rounded."""
 
-    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu") -> Tensor:
+    def generate_anchors(
+        self,
+        scales: Sequence[int],
+        aspect_ratios: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
         """Corners [ratios * scales, 4] of the anchors around 0; ratios are heights over widths."""
         ratios, sides = (torch.as_tensor(values, dtype=dtype, device=device) for values in (aspect_ratios, scales))
         heights = (ratios.sqrt()[:, None] * sides).flatten()
@@ -189,7 +199,7 @@ def load(model: FasterRCNN, path: str | Path) -> Loaded:
     return report._replace(unused=report.unused + counts)
 
 
-def _as_mmdet(model: FasterRCNN, weights: str | Path | None) -> FasterRCNN:
+def _as_mmdet(model: Detector, weights: str | Path | None) -> Detector:
     """Replace the parts in which mmdetection differs, and load the weights."""
     levels = ["0", "1", "2", "3"]
     model.transform = Transform()

@@ -75,24 +75,25 @@ class PartialSampler(nn.Module):
         """Features [N, C, H, W] and known [N, 1, H, W] -> the same at the output's size."""
         x = x * known
         if isinstance(self.sampler, CARAFE):
-            return self._reassemble(x, known)
+            return _reassemble_known(self.sampler, x, known)
         share = self.sampler(known).float()
         y = self.sampler(x)
         return y * (1 / share).masked_fill(share == 0, 0).to(y.dtype), (share > 0).to(y.dtype)
 
-    def _reassemble(self, x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        spec, logits = self.sampler.spec, self.sampler.logits(x)
-        size, margin = spec.kernel_size, spec.kernel_size // 2
-        taps = F.unfold(known, size, padding=margin, stride=spec.down)  # [N, K * K, Hq * Wq]
-        taps = taps.unflatten(2, logits.shape[2:])[:, None, :, None]  # [N, 1, K * K, 1, Hq, Wq]
-        cells = logits.unflatten(1, (spec.groups, spec.taps, spec.up**2))
-        # finite, so that a window without any known tap is not NaN: it sums zeros
-        masked = cells.masked_fill(taps == 0, torch.finfo(logits.dtype).min / 2).flatten(1, 3)
-        y = reassemble(x, masked, **spec._asdict())
-        inside = reassemble(x.new_ones(x.shape[0], spec.groups, *x.shape[2:]), logits, **spec._asdict())
-        y = (y.unflatten(1, (spec.groups, -1)) * inside[:, :, None]).flatten(1, 2)
-        known = F.max_pool2d(known, size, spec.down, margin)
-        return y, F.interpolate(known, scale_factor=spec.up, mode="nearest").to(y.dtype)
+
+def _reassemble_known(sampler: CARAFE, x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    spec, logits = sampler.spec, sampler.logits(x)
+    size, margin = spec.kernel_size, spec.kernel_size // 2
+    taps = F.unfold(known, size, padding=margin, stride=spec.down)  # [N, K * K, Hq * Wq]
+    taps = taps.unflatten(2, logits.shape[2:])[:, None, :, None]  # [N, 1, K * K, 1, Hq, Wq]
+    cells = logits.unflatten(1, (spec.groups, spec.taps, spec.up**2))
+    # finite, so that a window without any known tap is not NaN: it sums zeros
+    masked = cells.masked_fill(taps == 0, torch.finfo(logits.dtype).min / 2).flatten(1, 3)
+    y = reassemble(x, masked, **spec._asdict())
+    inside = reassemble(x.new_ones(x.shape[0], spec.groups, *x.shape[2:]), logits, **spec._asdict())
+    y = (y.unflatten(1, (spec.groups, -1)) * inside[:, :, None]).flatten(1, 2)
+    known = F.max_pool2d(known, size, spec.down, margin)
+    return y, F.interpolate(known, scale_factor=spec.up, mode="nearest").to(y.dtype)
 
 
 class PartialStage(nn.Module):

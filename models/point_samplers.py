@@ -65,9 +65,9 @@ class DySample(nn.Module):
         inputs, outputs = (channels, 8 * groups) if style == "lp" else (channels // 4, 2 * groups)
         self.offset = nn.Conv2d(inputs, outputs, 1)
         nn.init.normal_(self.offset.weight, std=0.001)
-        nn.init.zeros_(self.offset.bias)
+        nn.init.zeros_(self.offset.get_parameter("bias"))
         self.scope = nn.Conv2d(inputs, outputs, 1, bias=False) if dynamic_scope else None
-        if dynamic_scope:
+        if self.scope is not None:
             nn.init.zeros_(self.scope.weight)
 
     def forward(self, x: Tensor) -> Tensor:

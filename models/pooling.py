@@ -32,6 +32,8 @@ class BlurPool(nn.Module):
     16 multiply-adds per output element.
     """
 
+    kernel: Tensor
+
     def __init__(self, channels: int, kernel_size: int = 4):
         super().__init__()
         row = torch.ones(1)

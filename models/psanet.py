@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .decoding import classifier, conv_bn_relu, stretch
+from .decoding import Backbone, classifier, conv_bn_relu, stretch
 
 
 def align_masks(masks: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class PSANet(nn.Module):
         shrink: the attention works on a map that is smaller than C5 by so much.
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int, *, dim: int = 512, mask_size: int = 59, shrink: int = 2):
+    def __init__(self, backbone: Backbone, num_classes: int, *, dim: int = 512, mask_size: int = 59, shrink: int = 2):
         super().__init__()
         *_, middle, top = backbone.out_channels
         self.backbone = backbone

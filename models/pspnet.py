@@ -7,8 +7,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .decoding import classifier, conv_bn_relu, enlarge_cells, stretch
-from .samplers import Sampler, make_sampler
+from .decoding import Backbone, classifier, conv_bn_relu, enlarge_cells, stretch
+from .samplers import Sampler, make_samplers
 
 
 class PyramidPooling(nn.Module):
@@ -17,7 +17,7 @@ class PyramidPooling(nn.Module):
     def __init__(self, channels: int, dim: int, scales: tuple[int, ...], sampler: Sampler | None):
         super().__init__()
         self.features = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(scale), *conv_bn_relu(channels, dim, 1)) for scale in scales)
-        self.up = nn.ModuleList(make_sampler(sampler, dim, channels) if sampler else None for _ in scales)
+        self.up = make_samplers(sampler, dim, channels, len(scales))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, channels, H, W] -> [N, channels + len(scales) * dim, H, W]."""
@@ -42,7 +42,7 @@ class PSPNet(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         num_classes: int,
         *,
         ppm: Sampler | None = None,

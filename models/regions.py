@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -75,10 +76,11 @@ def _run(network: nn.Module, inputs: Sequence[Tensor], path: list[str]) -> list[
     if not chosen:
         raise ValueError(f"the network has nothing named {', '.join(path)}: {there_are}")
     calls: list[_Call] = []
-    handles = [
-        modules[name].register_forward_hook(lambda module, args, y, name=name: calls.append(_Call(name, module, args[0], y)))
-        for name in chosen
-    ]
+
+    def record(module: CARAFE, args: tuple[Tensor], y: Tensor, name: str) -> None:
+        calls.append(_Call(name, module, args[0], y))
+
+    handles = [modules[name].register_forward_hook(partial(record, name=name)) for name in chosen]
     try:
         network(*inputs)
     finally:

@@ -5,6 +5,7 @@ State-dict keys are torchvision's where the layers are, so that published ImageN
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch.nn as nn
 from torch import Tensor
@@ -144,7 +145,7 @@ class ResNet(nn.Module):
         if zero_init_residual:
             for module in self.modules():
                 if isinstance(module, Bottleneck):
-                    nn.init.zeros_(module.bn3.weight)
+                    nn.init.zeros_(cast(Tensor, module.bn3.weight))
         self.pretrained = weights is not None
         if weights is not None:
             load_weights(self, weights)
@@ -172,16 +173,16 @@ class ResNet(nn.Module):
         return levels if self.fc is None else self.fc(self.avgpool(levels[-1]).flatten(1))
 
 
-def resnet50(**options) -> ResNet:
+def resnet50(**options: Any) -> ResNet:
     """ResNet-50: 25.6 M parameters with 1000 classes."""
     return ResNet((3, 4, 6, 3), **options)
 
 
-def resnet101(**options) -> ResNet:
+def resnet101(**options: Any) -> ResNet:
     """ResNet-101: 44.5 M parameters with 1000 classes."""
     return ResNet((3, 4, 23, 3), **options)
 
 
-def tiny(**options) -> ResNet:
+def tiny(**options: Any) -> ResNet:
     """A quarter of ResNet's width and one block a layer, for CPUs: 0.5 M parameters."""
     return ResNet((1, 1, 1, 1), width=16, **options)

@@ -11,7 +11,7 @@ x [N, C, H, W] and guide [N, guide_channels, h, w], h in (2H - 1, 2H) and w like
 (`make_sampler`, `resize`). Without one, as in a mask head, x upsampled bilinearly guides itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch.nn as nn
 import torch.nn.functional as F
@@ -37,13 +37,20 @@ def make_sampler(slot: Sampler, channels: int, guide_channels: int) -> nn.Module
     return slot(channels)
 
 
-def resize(x: Tensor, size: tuple[int, int], sampler: nn.Module | None, guide: Tensor | None = None) -> Tensor:
+def make_samplers(slot: Sampler | None, channels: int, guide_channels: int, count: int) -> nn.ModuleList:
+    """Fill a slot `count` times, as `make_sampler` does; an empty slot gives a list of None."""
+    samplers = (make_sampler(slot, channels, guide_channels) if slot else None for _ in range(count))
+    # torch allows None in a list of modules, its type hints do not
+    return nn.ModuleList(samplers)  # pyright: ignore[reportArgumentType]
+
+
+def resize(x: Tensor, size: Sequence[int], sampler: nn.Module | None, guide: Tensor | None = None) -> Tensor:
     """Bring `x` [N, C, H, W] to `size`: bilinearly in one step without a sampler, otherwise by 2 and cropped at the bottom and right.
 
     `guide` [N, guide_channels, *size] goes to a sampler that needs one.
     """
     if sampler is None:
-        return F.interpolate(x, size, mode="bilinear", align_corners=False)
+        return F.interpolate(x, list(size), mode="bilinear", align_corners=False)
     y = sampler(x, guide) if getattr(sampler, "needs_guide", False) else sampler(x)
     return y[..., : size[0], : size[1]]
 

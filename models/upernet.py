@@ -7,14 +7,14 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .decoding import conv_bn_relu, enlarge_cells
-from .samplers import Sampler, make_sampler, resize
+from .decoding import Backbone, conv_bn_relu, enlarge_cells
+from .samplers import Sampler, make_sampler, make_samplers, resize
 
 
 def _layer(inputs: int, outputs: int, kernel_size: int) -> nn.Sequential:
     layer = conv_bn_relu(inputs, outputs, kernel_size)
-    nn.init.kaiming_normal_(layer[0].weight)
-    nn.init.constant_(layer[1].bias, 1e-4)
+    nn.init.kaiming_normal_(layer[0].get_parameter("weight"))
+    nn.init.constant_(layer[1].get_parameter("bias"), 1e-4)
     return layer
 
 
@@ -39,7 +39,7 @@ class UperNet(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         num_classes: int,
         *,
         ppm: Sampler | None = None,
@@ -53,11 +53,11 @@ class UperNet(nn.Module):
         *laterals, top = backbone.out_channels
         self.backbone = backbone
         self.ppm_pooling = nn.ModuleList(nn.AdaptiveAvgPool2d(scale) for scale in pool_scales)
-        self.ppm_up = nn.ModuleList(make_sampler(ppm, top, top) if ppm else None for _ in pool_scales)
+        self.ppm_up = make_samplers(ppm, top, top, len(pool_scales))
         self.ppm_conv = nn.ModuleList(_layer(top, ppm_dim, 1) for _ in pool_scales)
         self.ppm_last_conv = _layer(top + len(pool_scales) * ppm_dim, fpn_dim, 3)
         self.fpn_in = nn.ModuleList(_layer(channels, fpn_dim, 1) for channels in laterals)
-        self.fpn_up = nn.ModuleList(make_sampler(fpn, fpn_dim, fpn_dim) if fpn else None for _ in laterals)
+        self.fpn_up = make_samplers(fpn, fpn_dim, fpn_dim, len(laterals))
         # one level deeper than need be, so that the keys are the published ones
         self.fpn_out = nn.ModuleList(nn.Sequential(_layer(fpn_dim, fpn_dim, 3)) for _ in laterals)
         self.fuse_up = nn.ModuleList(make_sampler(fuse, (i + 1) * fpn_dim, fpn_dim) for i in range(len(laterals))) if fuse else None
