@@ -53,18 +53,21 @@ class Classification(Task):
         return self.model(normalize(images, self.mean, self.std))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the cross-entropy of images [N, 3, H, W] in [0, 1] with labels [N]."""
         images, labels = batch  # [N, 3, H, W], [N]
         loss = F.cross_entropy(self(images).float(), labels)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add a batch, as in training, to the accuracies."""
         images, labels = batch
         logits = self(images).float()
         for accuracy in self.accuracies.values():
             accuracy.update(logits, labels)
 
     def on_validation_epoch_end(self) -> None:
+        """Log the accuracies over the whole validation set."""
         for name, accuracy in self.accuracies.items():
             self.log(f"val/{name}", accuracy.compute(), prog_bar=True)
             accuracy.reset()

@@ -92,12 +92,14 @@ class Detection(Task):
             rpn.nms_thresh, rpn.score_thresh, heads.nms_thresh, heads.score_thresh = before
 
     def on_fit_start(self) -> None:
+        """Warn about layers that are frozen although their weights are random."""
         body = self.model.backbone.body
         random = self.trainer.ckpt_path is None and not body.pretrained
         if random and not all(parameter.requires_grad for parameter in body.parameters()):
             logger.warning("layers of the backbone stay frozen at random weights: give backbone.weights=FILE, or model.trainable_layers=5")
 
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
+        """Return the sum of the detector's losses for images [3, H, W] of any sizes and their targets."""
         images, targets = batch
         # masks would be resized for nothing
         unused = set() if self.has_masks else {"masks"}
@@ -123,10 +125,12 @@ class Detection(Task):
             raise ValueError("the network predicts masks, and the annotations have none: model=faster_rcnn needs boxes only")
 
     def on_validation_epoch_start(self) -> None:
+        """Start to collect detections."""
         self.category_ids = sorted(category["id"] for category in self.truth["categories"])
         self.image_ids, self.found = [], {kind: [] for kind in KINDS if kind == "bbox" or self.has_masks}
 
     def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> None:
+        """Collect the detections in a batch, in COCO's results format."""
         images, targets = batch
         for found, target in zip(self(images), targets, strict=True):
             self.image_ids.append(int(target["image_id"]))
@@ -134,6 +138,7 @@ class Detection(Task):
                 self.found[kind] += entries
 
     def on_validation_epoch_end(self) -> None:
+        """Evaluate the detections of all processes and log the average precisions."""
         image_ids = _gather(self.image_ids)
         found = {kind: _gather(entries) for kind, entries in self.found.items()}
         # one process evaluates: the others would take as much memory and time for the same scores

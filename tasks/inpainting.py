@@ -92,6 +92,7 @@ class Inpainting(Task):
         return torch.where(masks > 0, (generated + 1) / 2, images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the sum of all losses for images [N, 3, H, W] in [0, 1] and masks [N, 1, H, W], 1 in the hole."""
         images, masks = batch  # [N, 3, H, W], [N, 1, H, W]
         truth = 2 * images - 1
         generated = self.model(truth, masks).to(truth.dtype)
@@ -112,6 +113,7 @@ class Inpainting(Task):
         return self.hole_weight * hole + self.valid_weight * valid + self.adversarial_weight * adversarial + discriminator
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add a batch, as in training, to the scores."""
         images, masks = batch
         completed = self(images, masks)
         error = completed - images
@@ -121,6 +123,7 @@ class Inpainting(Task):
         self.scores["ssim"].update(structural_similarity_index_measure(completed, images, data_range=1.0, reduction="none"))
 
     def on_validation_epoch_end(self) -> None:
+        """Log the scores over the whole validation set."""
         for name, score in self.scores.items():
             self.log(f"val/{name}", score.compute(), prog_bar=name in ("L1", "psnr"))
             score.reset()

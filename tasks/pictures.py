@@ -111,6 +111,7 @@ class Pictures(L.Callback):
 
     @torch.no_grad()
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the pictures."""
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, Task)

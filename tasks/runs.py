@@ -73,6 +73,7 @@ class LastCheckpoint(L.Callback):
         self.path, self.every_n_steps = Path(folder) / "last.ckpt", every_n_steps
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        """Write the checkpoint at every `every_n_steps`-th optimizer step, unless a validation follows."""
         done = batch_idx + 1
         at_step = done % trainer.accumulate_grad_batches == 0
         validates = done % trainer.val_check_batch == 0
@@ -80,6 +81,7 @@ class LastCheckpoint(L.Callback):
             trainer.save_checkpoint(self.path, weights_only=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the checkpoint after a validation during training."""
         if trainer.state.fn == "fit":
             trainer.save_checkpoint(self.path, weights_only=False)
 
@@ -91,6 +93,7 @@ class RandomState(L.Callback):
         self.restored = None
 
     def state_dict(self) -> dict:
+        """Return the states of the random generators as tensors and primitives."""
         kind, keys, position, has_gauss, gauss = np.random.get_state()
         return {
             "python": random.getstate(),
@@ -100,9 +103,11 @@ class RandomState(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
+        """Keep the states until the training starts."""
         self.restored = state_dict
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restore the random generators of an interrupted run."""
         if self.restored is None:
             return
         state, self.restored = self.restored, None
@@ -139,23 +144,29 @@ class RunRecord(L.Callback):
         return {name: round(self.spent[name] + now - self.started[name], 1) for name, now in self._clocks().items()}
 
     def state_dict(self) -> dict:
+        """Return the rows of metrics.csv and the time spent."""
         return {"rows": self.rows, "spent": self._spent()}
 
     def load_state_dict(self, state_dict: dict) -> None:
+        """Continue the rows and the time of an interrupted run."""
         self.rows, self.spent = state_dict["rows"], state_dict["spent"]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
+        """Add the configuration of the run to its checkpoint."""
         checkpoint["config"] = self.config
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clocks."""
         self.started = self._clocks()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        """Add the training's metrics to metrics.csv at every `log_every_n_steps`-th optimizer step."""
         at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if at_step and trainer.global_step % self.log_every_n_steps == 0:
             self._add(trainer, "train/", {"lr": trainer.optimizers[0].param_groups[0]["lr"]})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add the validation's metrics to metrics.csv, and write the scores of the classes."""
         if trainer.state.fn == "fit":
             assert isinstance(pl_module, Task)
             self._add(trainer, "val/", {})
@@ -169,6 +180,7 @@ class RunRecord(L.Callback):
             write_csv(self.folder / "metrics.csv", self.rows)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write result.json."""
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, Task)

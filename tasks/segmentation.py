@@ -39,6 +39,7 @@ class PadToStride:
         self.stride = stride
 
     def __call__(self, samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Pad samples of images [3, H, W] and labels [H, W] to one size -> [N, 3, h, w], [N, h, w]; padded labels are ignored."""
         height, width = (-(-max(labels.shape[axis] for _, labels in samples) // self.stride) * self.stride for axis in (0, 1))
         images = samples[0][0].new_zeros(len(samples), 3, height, width)
         padded = samples[0][1].new_full((len(samples), height, width), IGNORED)
@@ -118,6 +119,7 @@ class Segmentation(Task):
                 )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the cross-entropy of images [N, 3, H, W] in [0, 1] with labels [N, H, W], auxiliary classifiers included."""
         images, labels = batch  # [N, 3, H, W], [N, H, W]
         outputs = self(images)
         logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -129,10 +131,12 @@ class Segmentation(Task):
         return F.cross_entropy(logits.float(), reduce_labels(labels, logits.shape[-2:]), ignore_index=IGNORED)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add a batch, as in training, to the confusion matrix."""
         images, labels = batch
         self.confusion.update(predict_labels(self, images, labels.shape[-2:], **self.inference), labels)
 
     def on_validation_epoch_end(self) -> None:
+        """Log the scores over the whole validation set, and keep those of the classes."""
         confusion = self.confusion.compute()
         scores = segmentation_scores(confusion)
         self.confusion.reset()
