@@ -1,11 +1,11 @@
-"""Trainings, and predictions of them, inside the test's process."""
+"""Trainings, and what follows them, inside the test's process."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
 
 import torch
-from carafepp.scripts.predict import main as predict_app
 from carafepp.scripts.train import train
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
@@ -24,7 +24,7 @@ def rows(folder: Path) -> int:
 
 
 def processes(*words: str) -> list[int]:
-    """Living processes whose command line has all the words."""
+    """List the living processes whose command line has all the words."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -37,7 +37,7 @@ def processes(*words: str) -> list[int]:
 
 
 def run(folder: Path, *overrides: str) -> Path:
-    """What `carafepp-train` does with these overrides, without a process of its own."""
+    """Do what `carafepp-train` does with these overrides, without a process of its own."""
     folder.mkdir()
     with initialize_config_module("carafepp.conf", version_base="1.3"):
         cfg = compose("train", overrides=list(overrides))
@@ -58,8 +58,13 @@ def weights(folder: Path) -> dict:
     return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
 
 
-def predict(monkeypatch, out: Path, *arguments: object) -> None:
-    """What `carafepp-predict` does with these overrides, without a process of its own."""
-    monkeypatch.setattr(sys, "argv", ["carafepp-predict", *map(str, arguments), f"hydra.run.dir={out}"])
+def call(monkeypatch, name: str, *arguments: object) -> None:
+    """Do what `carafepp-NAME` does with these arguments, without a process of its own."""
+    monkeypatch.setattr(sys, "argv", [f"carafepp-{name}", *map(str, arguments)])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    predict_app()
+    importlib.import_module(f"carafepp.scripts.{name}").main()
+
+
+def predict(monkeypatch, out: Path, *arguments: object) -> None:
+    """Do what `carafepp-predict` does with these overrides, without a process of its own."""
+    call(monkeypatch, "predict", *arguments, f"hydra.run.dir={out}")
