@@ -7,23 +7,26 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from ..tasks.runs import write_atomically, write_csv
+from ..tasks.task import Task
 from .common.app import app
-from .common.checkpoints import data_of_run, load_task
-from .common.lightning_output import silence_lightning
+from .common.checkpoints import configure_data, load_task
+from .common.lightning_messages import silence_lightning
 
 
-def cell(value: object) -> str:
-    """A value of a printed table."""
+def format_value(value: object) -> str:
+    """Format a value for the printed table."""
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def load_published(experiment: str, weights: str | Path, options: DictConfig) -> tuple[nn.Module, DictConfig]:
-    """Build the task of an experiment around weights that others publish, in evaluation mode, and return it with the configuration.
+def load_published(experiment: str, weights: str | Path, options: DictConfig) -> tuple[Task, DictConfig]:
+    """Build the task of an experiment with published weights, and return it, in evaluation mode, with its configuration.
 
-    `options` are of "task" and "data".
+    Args:
+        experiment: name of the experiment whose network has these weights.
+        weights: file of the weights.
+        options: options of "task" and "data" that replace those of the experiment.
     """
     run = compose("train", overrides=[f"experiment={experiment}"])
     OmegaConf.set_struct(run, False)
@@ -34,15 +37,15 @@ def load_published(experiment: str, weights: str | Path, options: DictConfig) ->
 
 @app("eval")
 def main(cfg: DictConfig) -> None:
-    """Validate a checkpoint and write its scores to eval.json, those of single classes to per_class.csv where the task has them."""
+    """Validate a checkpoint; write its scores to eval.json and, for tasks that have them, the scores of each class to per_class.csv."""
     silence_lightning()
     if cfg.published:
         task, run = load_published(cfg.published, cfg.checkpoint, OmegaConf.masked_copy(cfg, ["task", "data"]))
     else:
         task, run = load_task(cfg.checkpoint, cfg.task)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    # training data is not needed, and need not be there any more
-    data = instantiate(data_of_run(run, cfg.data), train=None)
+    # training data may no longer exist, and is not needed
+    data = instantiate(configure_data(run, cfg.data), train=None)
     trainer = instantiate(cfg.trainer, enable_checkpointing=False, default_root_dir=folder)
     scores = trainer.validate(task, data, verbose=False)[0]
     if not trainer.is_global_zero:
@@ -51,7 +54,7 @@ def main(cfg: DictConfig) -> None:
     if task.per_class:
         write_csv(folder / "per_class.csv", task.per_class)
         for row in task.per_class:
-            print("".join(f"{cell(value):24s}" for value in row.values()).rstrip())
+            print("".join(f"{format_value(value):24s}" for value in row.values()).rstrip())
     for name, value in scores.items():
         print(f"{name:24s} {value:.4f}")
     print(f"written to {folder / 'eval.json'}")

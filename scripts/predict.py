@@ -1,4 +1,4 @@
-"""carafepp-predict: trained networks on one's own photographs, side by side, and where their features come from."""
+"""carafepp-predict: predictions of trained networks for given photographs, side by side, or their reassembly regions."""
 
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from .common.overrides import INCIDENTAL, is_under
 
 
 def find_images(path: Path) -> list[Path]:
-    """List the image files of a folder, or the one file.
+    """List the image files of a folder, or the single file.
 
     Raises:
-        FileNotFoundError: there is no such path, or no image in the folder.
+        FileNotFoundError: the path does not exist, or the folder holds no image.
     """
     if path.is_file():
         return [path]
@@ -35,10 +35,10 @@ def find_images(path: Path) -> list[Path]:
 
 
 def find_masks(path: Path, images: list[Path]) -> list[Path]:
-    """List a mask for every image: of a folder the file with the image's name, whatever its suffix, or the one file for all.
+    """List a mask for every image: the same file for all, or the file in the folder with the name of the image and any suffix.
 
     Raises:
-        FileNotFoundError: there is no such path, or an image has no mask.
+        FileNotFoundError: the path does not exist, or an image has no mask.
     """
     if path.is_file():
         return [path] * len(images)
@@ -51,7 +51,7 @@ def find_masks(path: Path, images: list[Path]) -> list[Path]:
 
 
 def load_tasks(cfg: DictConfig) -> dict[str, Task]:
-    """The tasks of one or several checkpoints, by what their runs were told.
+    """Load the tasks of one or several checkpoints, each labelled with the overrides of its run.
 
     Raises:
         ValueError: a task takes masks and none are given, or takes none and some are.
@@ -59,11 +59,9 @@ def load_tasks(cfg: DictConfig) -> dict[str, Task]:
     tasks = {}
     for path in [cfg.checkpoint] if isinstance(cfg.checkpoint, str) else cfg.checkpoint:
         task, config = load_task(path, cfg.task)
-        told = [
-            override for override in config.run.overrides if not is_under(override.partition("=")[0], [*INCIDENTAL, "scale", "experiment"])
-        ]
-        label = ", ".join(told) or Path(path).parent.name
-        # runs that differ in their seed, or checkpoints of one run
+        omitted = [*INCIDENTAL, "scale", "experiment"]
+        label = ", ".join(o for o in config.run.overrides if not is_under(o.partition("=")[0], omitted)) or Path(path).parent.name
+        # runs that differ only in their seed have the same label, as have checkpoints of one run
         tasks[f"{label}, {path}" if label in tasks else label] = task.to(cfg.device)
         if task.takes_mask and cfg.masks is None:
             raise ValueError(f"checkpoint={path} takes a mask for every image: give masks=")
@@ -95,7 +93,7 @@ def draw(tasks: dict[str, Task], inputs: dict[str, tuple], cfg: DictConfig) -> T
 def main(cfg: DictConfig) -> None:
     """Draw the prediction or the reassembly regions of every image; report and skip images that cannot be read."""
     if cfg.max_side < 1:
-        raise ValueError(f"max_side must be 1 pixel at least, got {cfg.max_side}")
+        raise ValueError(f"max_side must be at least 1 pixel, got {cfg.max_side}")
     tasks = load_tasks(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     paths = find_images(Path(cfg.images))

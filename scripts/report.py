@@ -1,4 +1,4 @@
-"""carafepp-report: tables from finished runs, the paper's figures beside ours."""
+"""carafepp-report: tables, plots and pictures of finished runs beside the figures of the paper; `carafepp-report paper` lists its rows."""
 
 import importlib.util
 import sys
@@ -13,13 +13,10 @@ from .common.paper import read_paper
 from .reporting import (
     Table,
     compare_pictures,
-    format_csv,
-    format_table,
-    format_time_taken,
-    format_titled,
     group_runs,
     plot_table,
     read_runs,
+    render_tables,
     report_paper,
     tabulate_others,
     tabulate_paper,
@@ -28,21 +25,11 @@ from .reporting import (
 FILES = {"report.md": "markdown", "report.tex": "latex", "report.csv": "csv"}
 
 
-def format_tables(tables: list[Table], name: str) -> str:
-    """All tables in one of the formats."""
-    if name == "csv":
-        return format_csv(tables)
-    # that of an ordinary sweep stands alone and needs no title
-    alone = len(tables) == 1 and tables[0].name == "others"
-    text = format_titled([("" if alone else table.title, format_table(table)) for table in tables], name)
-    return f"{text}\n{'% ' * (name == 'latex')}{format_time_taken(tables)}\n"
-
-
 def check_options(cfg: DictConfig, tables: list[Table]) -> None:
-    """Refuse columns and rows that do not exist.
+    """Check that the chosen metrics and baseline exist.
 
     Raises:
-        ValueError: names the key and what there is.
+        ValueError: the paper has no such metric, or the tables no such row.
     """
     columns = {column: None for task in read_paper()[1].values() for column in task}
     if unknown := [column for column in cfg.metrics if column not in columns]:
@@ -55,11 +42,11 @@ def check_options(cfg: DictConfig, tables: list[Table]) -> None:
 
 @app("report")
 def report_runs(cfg: DictConfig) -> None:
-    """Print the tables, write them below the first of `runs`, and the runs' pictures side by side."""
+    """Print the tables of finished runs, and write tables, plots and pictures to the first folder of `runs`."""
     folders = [Path(folder) for folder in ([cfg.runs] if isinstance(cfg.runs, str) else cfg.runs)]
     runs, problems = read_runs(folders)
     settings, repeated = group_runs(runs, read_paper()[0])
-    # what is printed in another format goes into a file
+    # output in another format than terminal goes into a file, without messages
     notes = sys.stdout if cfg.format == "terminal" else sys.stderr
     print(*problems, *repeated, sep="\n", end="\n" if problems or repeated else "", file=notes)
     if not settings:
@@ -68,16 +55,16 @@ def report_runs(cfg: DictConfig) -> None:
     if others := [setting for setting in settings if not setting.table]:
         tables.append(tabulate_others(others, cfg.digits, cfg.baseline))
     check_options(cfg, tables)
-    print(format_tables(tables, cfg.format))
+    print(render_tables(tables, cfg.format))
     if borrowed := [line for table in tables for line in table.lines if line.setting and line.setting.table not in ("", table.name)]:
         rows = dict.fromkeys(f"{line.labels['row']}: runs of {line.setting.table}/{line.setting.row}" for line in borrowed)
         print("one configuration in two tables:", *rows, sep="\n  ", file=notes)
     for file, name in FILES.items():
-        (folders[0] / file).write_text(format_tables(tables, name))
+        (folders[0] / file).write_text(render_tables(tables, name))
     print(f"tables: {folders[0] / 'report.md'}, report.tex, report.csv", file=notes)
     names: list[str] = []
     for table in tables:
-        # one table may have several protocols
+        # a table may occur with several protocols
         names.append(table.name)
         stem = table.name if names.count(table.name) == 1 else f"{table.name}_{names.count(table.name)}"
         if importlib.util.find_spec("matplotlib"):

@@ -1,4 +1,4 @@
-"""carafepp-scenes: write scenes of digits on photographs to disk in the layout of a public data set."""
+"""carafepp-scenes: write scenes of digits on photographs in the layout of a public data set."""
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -8,7 +8,7 @@ from .common.app import app
 
 @app("scenes")
 def main(cfg: DictConfig) -> None:
-    """Write the scenes that the configuration describes; called again, write those that are missing."""
+    """Write the scenes of the configuration that do not exist yet."""
     write_scenes(**OmegaConf.to_container(cfg, throw_on_missing=True))
 
 

@@ -1,4 +1,4 @@
-"""carafepp-train: train and evaluate one configuration, or resume a run that was cut off."""
+"""carafepp-train: train and evaluate one configuration, or resume an interrupted run."""
 
 import logging
 from pathlib import Path
@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,27 +17,32 @@ from ..tasks.pictures import Pictures
 from ..tasks.runs import LastCheckpoint, RandomState, RunRecord, write_atomically
 from .common.app import app
 from .common.checkpoints import drop_weight_paths
-from .common.jobs import is_job, repeated_job, shares_process, train_apart
-from .common.lightning_output import silence_lightning
-from .common.run_folders import lock_folder, mark_failures
+from .common.jobs import is_job, read_repeated_job, shares_process, train_in_subprocess
+from .common.lightning_messages import silence_lightning
+from .common.run_folders import lock_folder, record_failure
 
 
-def missing_keys(node: object, key: str = "") -> list[str]:
-    """List the keys of an unresolved configuration that have no value; OmegaConf's own list stops at interpolations of them."""
+def find_missing_keys(node: object, key: str = "") -> list[str]:
+    """List the keys of an unresolved configuration that have no value, including those that only interpolations refer to."""
     if isinstance(node, dict):
-        return [missing for name, child in node.items() for missing in missing_keys(child, f"{key}.{name}".lstrip("."))]
+        return [missing for name, child in node.items() for missing in find_missing_keys(child, f"{key}.{name}".lstrip("."))]
     return [key] if node == "???" else []
 
 
-def new_run(cfg: DictConfig, folder: Path) -> DictConfig:
-    """Resolve the configuration of a run that starts, and keep it in the run folder."""
+def start_run(cfg: DictConfig, folder: Path) -> DictConfig:
+    """Resolve the configuration of a new run and write it to the run folder.
+
+    Raises:
+        RuntimeError: the folder already holds a run.
+        ValueError: a mandatory key has no value.
+    """
     first = rank_zero_only.rank == 0
     if first and (folder / "config.yaml").exists():
         raise RuntimeError(f"{folder} already holds a run: continue it with resume={folder}, or choose another folder")
-    with mark_failures(folder):
+    with record_failure(folder):
         OmegaConf.set_struct(cfg, False)
         del cfg.resume
-        if missing := missing_keys(OmegaConf.to_container(cfg)):
+        if missing := find_missing_keys(OmegaConf.to_container(cfg)):
             raise ValueError(f"this configuration needs {', '.join(f'{key}=...' for key in missing)}; scale=small needs no data set")
         choices = {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra/")}
         cfg.run = {"choices": choices, "overrides": list(HydraConfig.get().overrides.task)}
@@ -46,8 +52,13 @@ def new_run(cfg: DictConfig, folder: Path) -> DictConfig:
     return cfg
 
 
-def resumed_run(folder: Path) -> DictConfig:
-    """Read the configuration of a run that continues."""
+def resume_run(folder: Path) -> DictConfig:
+    """Read the configuration of a run to continue.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: the command line has other overrides.
+    """
     if not (folder / "config.yaml").is_file():
         raise FileNotFoundError(f"resume={folder} is not a run folder: it has no config.yaml")
     if others := [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]:
@@ -55,11 +66,11 @@ def resumed_run(folder: Path) -> DictConfig:
     return OmegaConf.load(folder / "config.yaml")
 
 
-def new_logger(cfg: DictConfig, folder: Path) -> object:
-    """Build the logger beside metrics.csv, or False if there is none.
+def build_logger(cfg: DictConfig, folder: Path) -> Logger | bool:
+    """Build the logger that runs beside metrics.csv, or return False if the configuration has none.
 
     Raises:
-        ModuleNotFoundError: its package is not installed.
+        ModuleNotFoundError: the package of the logger is not installed.
     """
     if not cfg.get("logger"):
         return False
@@ -72,7 +83,7 @@ def new_logger(cfg: DictConfig, folder: Path) -> object:
 
 
 def train(cfg: DictConfig, folder: Path) -> None:
-    """Run one resolved configuration to its end in `folder`, from its last checkpoint if it has one."""
+    """Train one resolved configuration to its end in `folder`, from the last checkpoint there if there is one."""
     silence_lightning()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     config = OmegaConf.to_container(cfg)
@@ -90,7 +101,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
         Pictures(folder),
     ]
     trainer = instantiate(
-        cfg.trainer, callbacks=callbacks, logger=new_logger(cfg, folder), log_every_n_steps=cfg.log_every_n_steps, default_root_dir=folder
+        cfg.trainer, callbacks=callbacks, logger=build_logger(cfg, folder), log_every_n_steps=cfg.log_every_n_steps, default_root_dir=folder
     )
     for logger in trainer.loggers:
         logger.log_hyperparams(config)
@@ -99,27 +110,30 @@ def train(cfg: DictConfig, folder: Path) -> None:
 
 @app("train")
 def main(cfg: DictConfig) -> None:
-    """Train in Hydra's output folder, which `resume=FOLDER` makes the folder of an earlier run; a sweep continues what its folder holds."""
+    """Train in Hydra's output folder.
+
+    `resume=FOLDER` continues the run of that folder; a repeated sweep continues the unfinished runs of its own.
+    """
     folder = Path(HydraConfig.get().runtime.output_dir)
     if rank_zero_only.rank > 0:
-        # the first process tells what happens; warnings and errors are everyone's
+        # only the first process reports progress; every process reports warnings and errors
         logging.disable(logging.INFO)
     with lock_folder(folder):
         if not OmegaConf.is_missing(cfg, "resume"):
-            cfg = resumed_run(folder)
+            cfg = resume_run(folder)
         elif is_job() and (folder / "config.yaml").exists():
-            cfg = repeated_job(folder)
+            cfg = read_repeated_job(folder)
         else:
-            cfg = new_run(cfg, folder)
+            cfg = start_run(cfg, folder)
         if (folder / "result.json").exists():
             rank_zero_only(print)(f"{folder} is finished: see result.json")
             return
         if not shares_process():
-            with mark_failures(folder):
+            with record_failure(folder):
                 train(cfg, folder)
             rank_zero_only(print)(f"run folder: {folder}")
             return
-    train_apart(folder)
+    train_in_subprocess(folder)
 
 
 if __name__ == "__main__":

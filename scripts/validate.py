@@ -1,4 +1,4 @@
-"""carafepp-validate: what is wrong with annotations in COCO's format, by image, annotation and rule."""
+"""carafepp-validate: problems of annotations in COCO format, by image, annotation and rule."""
 
 from collections import Counter
 from pathlib import Path
@@ -8,16 +8,16 @@ from omegaconf import DictConfig
 from ..tasks.coco_check import FATAL, RULES, UNUSABLE, Problem, check, check_images, read_annotations
 from .common.app import app
 
-# What `carafepp-train` does about a problem.
+# what `carafepp-train` does about a problem
 CONSEQUENCES = {FATAL: "training does not begin", UNUSABLE: "annotation is not used"}
 
 
 def find_files(cfg: DictConfig) -> list[tuple[Path, Path]]:
-    """Annotation files and the folders of their images.
+    """List the annotation files to check, each with the folder of its images.
 
     Raises:
-        ValueError: neither `data` nor `annotations` and `images` are given, or both.
-        FileNotFoundError: the folder `data` has no annotations.
+        ValueError: the configuration has neither `data` nor the pair `annotations` and `images`, or it has both.
+        FileNotFoundError: the folder `data` holds no annotations.
     """
     if (cfg.data is None) == (cfg.annotations is None) or (cfg.annotations is None) != (cfg.images is None):
         raise ValueError("give data=FOLDER in COCO's layout, or annotations=FILE and images=FOLDER")
@@ -31,7 +31,7 @@ def find_files(cfg: DictConfig) -> list[tuple[Path, Path]]:
 
 
 def find_problems(annotations: Path, images: Path, decode: bool) -> list[Problem]:
-    """Problems of one annotation file, and of its images if `decode`."""
+    """Find the problems of one annotation file and, with `decode`, of its image files."""
     content = read_annotations(annotations)
     problems = check(content, images)
     if decode:
@@ -42,7 +42,7 @@ def find_problems(annotations: Path, images: Path, decode: bool) -> list[Problem
 
 @app("validate")
 def main(cfg: DictConfig) -> None:
-    """List every problem and count them by rule; the exit status is 1 if there is any."""
+    """Print every problem and their number by rule; exit with status 1 if there are any."""
     problems = []
     for annotations, images in find_files(cfg):
         found = find_problems(annotations, images, cfg.decode)

@@ -15,8 +15,8 @@ from torch import Tensor
 from ...tasks.runs import count_flops, write_csv
 from ...tasks.task import Task
 from ..common.app import app
-from ..common.choices import look_up
-from ..common.paper import baseline_of, list_rows, read_paper
+from ..common.options import look_up
+from ..common.paper import find_baseline, list_rows, read_paper
 from .hardware import describe_hardware
 from .memory import keep_freed_memory
 from .timing import time_in_turns
@@ -41,7 +41,7 @@ def choose_rows(tables: dict, table: str, rows: Sequence[str] | None) -> dict[st
         known.setdefault(figures["row"], figures.get("fps"))
     look_up("rows", rows or (), known)
     wanted = set(rows or known)
-    wanted |= {baseline_of(tables[table], row) for row in wanted}
+    wanted |= {find_baseline(tables[table], row) for row in wanted}
     return {row: fps for row, fps in known.items() if row in wanted}
 
 
@@ -63,7 +63,7 @@ def measure_networks(cfg: DictConfig) -> list[dict]:
     calls = {row: functools.partial(task, images[row][None]) for row, task in networks.items()}
     times = time_in_turns(calls, cfg.device, cfg.rounds)
     for row, figures in found.items():
-        baseline = baseline_of(tables[cfg.table], row) or row
+        baseline = find_baseline(tables[cfg.table], row) or row
         figures["ms"] = median(times[row]) if times else None
         figures["relative"] = median(times[row]) / median(times[baseline]) if times else None
         figures["paper_relative"] = fps[baseline] / fps[row] if fps[row] and fps[baseline] else None

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...kernels.geometry import Spec, check_spec
 from ...tasks.runs import write_csv
 from ..common.app import app
-from ..common.choices import look_up
+from ..common.options import look_up
 from .hardware import describe_hardware
 from .memory import keep_freed_memory, measure_extra_bytes
 from .plots import plot_times

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...tasks.runs import write_csv
 from ..common.app import app
-from ..common.choices import look_up
+from ..common.options import look_up
 from .hardware import describe_hardware
 from .memory import measure_peak_bytes
 from .timing import time_in_turns

@@ -1,1 +1,1 @@
-"""What several commands use: the Hydra application, checkpoints, jobs of a sweep, overrides and choices of options."""
+"""Modules that several commands share: the Hydra application, checkpoints, run folders, sweeps, and options."""

@@ -13,14 +13,14 @@ from .hints import find_hints
 
 
 class Command(Protocol):
-    """A command line program: its `arguments`, those of the process by default."""
+    """A command-line program. Its `arguments` default to those of the process."""
 
     def __call__(self, arguments: Sequence[str] | None = None) -> None:
         """Run the program."""
 
 
 def app(config_name: str) -> Callable[[Callable[[DictConfig], None]], Command]:
-    """Make a command of a function that takes the configuration `config_name`; a misspelt key is answered with the keys that exist."""
+    """Turn a function of the configuration `config_name` into a command, which answers a misspelt key with the valid ones."""
 
     def decorate(task: Callable[[DictConfig], None]) -> Command:
         run = hydra.main(version_base="1.3", config_path="pkg://carafepp.conf", config_name=config_name)(task)
@@ -42,7 +42,7 @@ def app(config_name: str) -> Callable[[Callable[[DictConfig], None]], Command]:
 
 
 def dispatch(default: Command, **subcommands: Command) -> Command:
-    """Make a command whose first argument may name one of the sub-commands; without one it is `default`."""
+    """Make a command that runs the sub-command named by its first argument, or `default` if the first argument names none."""
 
     def main(arguments: Sequence[str] | None = None) -> None:
         given = list(sys.argv[1:] if arguments is None else arguments)
@@ -56,7 +56,7 @@ def dispatch(default: Command, **subcommands: Command) -> Command:
 
 @contextlib.contextmanager
 def replace_arguments(arguments: Sequence[str]) -> Iterator[None]:
-    """Give the process other arguments for a while: Hydra reads them nowhere else."""
+    """Replace the arguments of the process, the only place that Hydra reads them from, and restore them at the end."""
     before = sys.argv
     sys.argv = [before[0], *arguments]
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints of `carafepp-train`: read as they are, or as the task that they hold."""
+"""Checkpoints of `carafepp-train`: reading them, and building the task and the data of their run."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint of carafepp-train, or damaged.
+        ValueError: the file is damaged, or not a checkpoint of carafepp-train.
     """
     path, wanted = Path(path), "give the last.ckpt or best.ckpt of a run folder"
     if not path.is_file():
@@ -24,12 +24,12 @@ def load_checkpoint(path: str | Path) -> dict:
     except Exception as error:
         raise ValueError(f"checkpoint={path} cannot be read ({error}); {wanted}") from error
     if not isinstance(checkpoint, dict) or "config" not in checkpoint:
-        raise ValueError(f"checkpoint={path} was not written by carafepp-train, it holds no configuration; {wanted}")
+        raise ValueError(f"checkpoint={path} was not written by carafepp-train: it holds no configuration; {wanted}")
     return checkpoint
 
 
 def drop_weight_paths(config: object) -> object:
-    """A resolved configuration whose networks read no weights to start from: a checkpoint brings all of them."""
+    """Copy a resolved configuration without the files of initial weights of its networks, which a checkpoint replaces anyway."""
     if isinstance(config, list):
         return [drop_weight_paths(value) for value in config]
     if not isinstance(config, dict):
@@ -39,12 +39,14 @@ def drop_weight_paths(config: object) -> object:
 
 
 def load_task(path: str | Path, options: DictConfig | None = None) -> tuple[Task, DictConfig]:
-    """Build the task of a checkpoint, with its weights, in evaluation mode, and return it with the run's configuration.
+    """Build the task of a checkpoint with its weights, and return it, in evaluation mode, with the configuration of the run.
 
-    `options` replace the task's own.
+    Args:
+        options: options of the task that replace those of the run.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such checkpoint (see `load_checkpoint`), or it does not fit the options.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a checkpoint (see `load_checkpoint`), or its weights do not fit a task with these options.
     """
     checkpoint = load_checkpoint(path)
     config = OmegaConf.create(drop_weight_paths(checkpoint["config"]))
@@ -57,24 +59,24 @@ def load_task(path: str | Path, options: DictConfig | None = None) -> tuple[Task
     return task.eval(), config
 
 
-def relocate(config: object, root: str, new: str) -> object:
-    """A resolved configuration whose paths in the folder `root` are in `new`."""
+def relocate_paths(config: object, root: str, new: str) -> object:
+    """Copy a resolved configuration, with every path in the folder `root` moved to the folder `new`."""
     if isinstance(config, list):
-        return [relocate(value, root, new) for value in config]
+        return [relocate_paths(value, root, new) for value in config]
     if isinstance(config, dict):
-        return {key: relocate(value, root, new) for key, value in config.items()}
+        return {key: relocate_paths(value, root, new) for key, value in config.items()}
     inside = isinstance(config, str) and f"{config}/".startswith(f"{root.rstrip('/')}/")
     return f"{new.rstrip('/')}{config[len(root.rstrip('/')) :]}" if inside else config
 
 
-def data_of_run(run: DictConfig, options: DictConfig) -> DictConfig:
-    """The data of a run, with options; `root` is where its files are now.
+def configure_data(run: DictConfig, options: DictConfig) -> DictConfig:
+    """Return the configuration of a run's data with other options; the option `root` is the present folder of its files.
 
     Raises:
-        ValueError: there is a `root`, and the run's data is in no folder.
+        ValueError: `root` is given, and the data of the run is not read from a folder.
     """
     if "root" in options:
         if run.data.get("root") is None:
-            raise ValueError(f"data.root={options.root}: the run's data is in no folder, {run.data.val._target_} makes it")
-        run.data = relocate(OmegaConf.to_container(run.data, resolve=True), run.data.root, options.root)
+            raise ValueError(f"data.root={options.root}: the data of the run is not in a folder, {run.data.val._target_} makes it")
+        run.data = relocate_paths(OmegaConf.to_container(run.data, resolve=True), run.data.root, options.root)
     return OmegaConf.merge(run.data, options)

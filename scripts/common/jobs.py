@@ -1,4 +1,4 @@
-"""Jobs of a sweep: each continues what its folder holds, fails alone, and leaves a mark if it does."""
+"""Jobs of a sweep: a repeated sweep continues each of them in its folder, and a job that fails or is killed does not stop the others."""
 
 import os
 import signal
@@ -14,20 +14,20 @@ from ...tasks.runs import write_atomically
 
 
 def is_job() -> bool:
-    """Whether this run is one of a sweep."""
+    """Whether this run is a job of a sweep."""
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def shares_process() -> bool:
-    """Whether this process runs other jobs too: Hydra's launchers do so, but submitit's."""
+    """Whether this process also runs other jobs, as it does under every Hydra launcher except submitit's."""
     return is_job() and "SUBMITIT_EXECUTOR" not in os.environ
 
 
-def repeated_job(folder: Path) -> DictConfig:
-    """Read the configuration that a job left in its folder when the sweep ran before.
+def read_repeated_job(folder: Path) -> DictConfig:
+    """Read the configuration that an earlier run of the same sweep left in a job's folder.
 
     Raises:
-        RuntimeError: the folder holds something else.
+        RuntimeError: the folder holds a run with other overrides.
     """
     cfg = OmegaConf.load(folder / "config.yaml")
     if sorted(cfg.run.overrides) != sorted(HydraConfig.get().overrides.task):
@@ -35,18 +35,18 @@ def repeated_job(folder: Path) -> DictConfig:
     return cfg
 
 
-def train_apart(folder: Path) -> None:
-    """Train in a process of its own: if it is killed, the sweep goes on, and no job meets what another has set.
+def train_in_subprocess(folder: Path) -> None:
+    """Train the run of a folder in a process of its own, so that a kill does not end the sweep and jobs share no global state.
 
     Raises:
-        RuntimeError: it did not come to its end.
+        RuntimeError: the training failed or was killed.
     """
-    mark = folder / "error.txt"
-    mark.unlink(missing_ok=True)
+    record = folder / "error.txt"
+    record.unlink(missing_ok=True)
     path = str(folder).replace("'", "\\'")
     status = subprocess.run([sys.executable, "-P", "-m", "carafepp.scripts.train", f"resume='{path}'"]).returncode
-    if status and not mark.exists():
+    if status and not record.exists():
         end = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-        write_atomically(mark, f"{end}, continue it with carafepp-train resume={folder}\n")
+        write_atomically(record, f"{end}, continue it with carafepp-train resume={folder}\n")
     if status:
-        raise RuntimeError(f"{folder}: {mark.read_text().splitlines()[0]}")
+        raise RuntimeError(f"{folder}: {record.read_text().splitlines()[0]}")

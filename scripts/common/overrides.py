@@ -1,7 +1,8 @@
-"""Overrides of a run that say where and how it computes, not what."""
+"""Overrides of a run, sorted by what they affect."""
 
 from collections.abc import Iterable
 
+# affect where and how a run computes, not what it computes
 INCIDENTAL = ["seed", "resume", "hydra", "logger", "log_every_n_steps", "checkpoint_every_n_steps", "data.root", "data.workers"]
 INCIDENTAL += ["channels_last", "compile"]
 INCIDENTAL += [
@@ -10,6 +11,6 @@ INCIDENTAL += [
 
 
 def is_under(key: str, names: Iterable[str]) -> bool:
-    """Whether an override's key is one of the names or below it; `data.root`, `+data.root` and `~data.root` are the same."""
+    """Whether the key of an override is one of the names or below one; the prefix ~ and the package after @ are ignored."""
     key = key.lstrip("~").split("@")[0]
     return any(key == name or key.startswith(f"{name}.") for name in names)

@@ -1,4 +1,4 @@
-"""Run folders: one process holds each, and a failure leaves its mark there."""
+"""Run folders: one run holds a folder at a time, and a failure is recorded there."""
 
 import contextlib
 import traceback
@@ -13,10 +13,10 @@ from ...tasks.runs import write_atomically
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the run folder for the first process of a run, and with it for the others.
+    """Lock a run folder in the first process of a run; the other processes of the run rely on that lock.
 
     Raises:
-        RuntimeError: another process holds it.
+        RuntimeError: another run has locked the folder.
     """
     if rank_zero_only.rank > 0:
         yield
@@ -29,15 +29,15 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def mark_failures(folder: Path) -> Iterator[None]:
-    """Leave an error in `folder`/error.txt, its message in the first line."""
-    mark = folder / "error.txt"
+def record_failure(folder: Path) -> Iterator[None]:
+    """Write an exception to `folder`/error.txt, with its message in the first line, and raise it again."""
+    record = folder / "error.txt"
     if rank_zero_only.rank == 0:
-        mark.unlink(missing_ok=True)
+        record.unlink(missing_ok=True)
     try:
         yield
     except Exception as error:
-        # of several processes the first to fail knows the cause
-        if not mark.exists():
-            write_atomically(mark, f"{type(error).__name__}: {' '.join(str(error).split())}\n\n{traceback.format_exc()}")
+        # among several processes, the first to fail knows the cause
+        if not record.exists():
+            write_atomically(record, f"{type(error).__name__}: {' '.join(str(error).split())}\n\n{traceback.format_exc()}")
         raise

@@ -1,9 +1,10 @@
-"""Reports: finished runs below folders, gathered into tables beside the paper's figures, as text, plots and pictures."""
+"""Reports: finished runs below folders, grouped into tables beside the figures of the paper, as text, plots and pictures."""
 
-from .formats import format_csv, format_table, format_time_taken, format_titled
+from .cells import format_rows, format_time_taken
 from .overview import report_paper
 from .pictures import compare_pictures
 from .plots import plot_table
+from .renderers import render_csv, render_tables
 from .runs import FinishedRun, Setting, group_runs, read_runs
 from .tables import Cell, Line, Table, tabulate_others, tabulate_paper
 
@@ -14,13 +15,13 @@ __all__ = [
     "Setting",
     "Table",
     "compare_pictures",
-    "format_csv",
-    "format_table",
+    "format_rows",
     "format_time_taken",
-    "format_titled",
     "group_runs",
     "plot_table",
     "read_runs",
+    "render_csv",
+    "render_tables",
     "report_paper",
     "tabulate_others",
     "tabulate_paper",

@@ -1,4 +1,4 @@
-"""carafepp-report paper: every row of the paper's tables, its command, the paper's figures, and ours at each scale if there are runs."""
+"""carafepp-report paper: every row of the paper's tables with its command, the figures of the paper, and ours at each scale."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,18 +6,19 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ..common.app import app
-from ..common.paper import baseline_of, list_rows, read_paper, unit_factor
-from .formats import Rows, count_decimals, format_difference, format_scores, format_titled
+from ..common.paper import find_baseline, list_rows, read_paper, unit_factor
+from .cells import Rows, count_decimals, format_difference, format_scores
+from .renderers import render_rows
 from .runs import Setting, group_runs, read_runs
-from .statistics import compare_paired, scores
+from .statistics import compare_paired, summarize
 from .tables import SettingFinder
 
 
-def overview(settings: Sequence[Setting], digits: int) -> list[tuple[str, Rows]]:
-    """A title and rows for each table of the paper.
+def tabulate_overview(settings: Sequence[Setting], digits: int) -> list[tuple[str, Rows]]:
+    """Make a title and the text of the rows for each table of the paper.
 
-    `gain` is the paper's first figure less that of the table's baseline, `ours` that figure from runs in the paper's settings, `difference`
-    what it is above the paper's, `small` that of runs at `scale=small`, `small gain` its paired difference to the baseline's runs.
+    `gain` is the first figure of a row less that of the baseline, `ours` our score in the settings of the paper, `difference` our score
+    less the figure of the paper, `small` our score at `scale=small`, and `small gain` its paired difference from the baseline there.
     """
     tables, metrics = read_paper()
     finder = SettingFinder(settings)
@@ -29,17 +30,17 @@ def overview(settings: Sequence[Setting], digits: int) -> list[tuple[str, Rows]]
         for figures in given:
             row, task = figures["row"], figures["task"]
             column, metric = next(iter(metrics[task].items()))
-            against = baseline_of(table, row)
+            against = find_baseline(table, row)
             base = next((f for f in given if f["row"] == against != row and f["task"] == task), None)
-            ours = _values(finder, name, row, "paper", metric, column)
-            small = _values(finder, name, row, "small", metric, column)
-            others = _values(finder, name, against, "small", metric, column) if base else {}
+            ours = find_values(finder, name, row, "paper", metric, column)
+            small = find_values(finder, name, row, "small", metric, column)
+            others = find_values(finder, name, against, "small", metric, column) if base else {}
             text = {"row": row, "task": task if "task" in table["columns"] else ""}
             text |= {c: "" if figures.get(c) is None else f"{figures[c]:.{n}f}" for c, n in places.items()}
             text[f"{column} gain"] = f"{figures[column] - base[column]:+.{places[column]}f}" if base else ""
-            text[f"{column} ours"] = format_scores(scores(ours), digits)
+            text[f"{column} ours"] = format_scores(summarize(ours), digits)
             text["difference"] = format_difference(compare_paired(ours, dict.fromkeys(ours, figures[column])), digits, len(ours))
-            text[f"{column} small"] = format_scores(scores(small), digits)
+            text[f"{column} small"] = format_scores(summarize(small), digits)
             text["small gain"] = format_difference(compare_paired(small, others), digits, len(small))
             text["command"] = f"carafepp-train experiment={name} row={name}/{row}"
             rows.append(text)
@@ -49,8 +50,8 @@ def overview(settings: Sequence[Setting], digits: int) -> list[tuple[str, Rows]]
     return result
 
 
-def _values(finder: SettingFinder, table: str, row: str | None, scale: str, metric: str, column: str) -> dict[int, float]:
-    """The metric by seed, of runs that were told nothing but the row, the scale and what weights to start from."""
+def find_values(finder: SettingFinder, table: str, row: str | None, scale: str, metric: str, column: str) -> dict[int, float]:
+    """Return the metric by seed of the runs with no overrides except the row, the scale and the initial weights."""
     for more in ({"backbone.weights": "FILE"}, {}):
         if row and (setting := finder.find(table, row, {"scale": scale} | more, {})):
             return {seed: unit_factor(column) * value for seed, value in setting.values(metric).items()}
@@ -59,8 +60,8 @@ def _values(finder: SettingFinder, table: str, row: str | None, scale: str, metr
 
 @app("report_paper")
 def report_paper(cfg: DictConfig) -> None:
-    """Print the tables."""
+    """Print every table of the paper."""
     runs = cfg.runs if cfg.runs is not None else "runs" if Path("runs").is_dir() else []
     found, _ = read_runs([Path(folder) for folder in ([runs] if isinstance(runs, str) else runs)])
     settings, _ = group_runs(found, read_paper()[0])
-    print(format_titled(overview(settings, max(cfg.digits - 2, 0)), cfg.format))
+    print(render_rows(tabulate_overview(settings, max(cfg.digits - 2, 0)), cfg.format))

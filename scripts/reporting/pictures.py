@@ -1,13 +1,18 @@
 """Pictures of the runs of a table, side by side."""
 
+from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from ...tasks.pictures import GRID_SIDE, caption, enlarge
 from .tables import Table
 
 
-def compare_pictures(table: Table) -> list[list]:
-    """Rows of image, mask of inpainting, truth and the prediction of one run of each line, for the validation samples that all pictured."""
+def compare_pictures(table: Table) -> list[list[Tensor]]:
+    """List the pictures of each validation sample that one run of every line has drawn.
+
+    Returns:
+        For each sample the image, the hole if there is one, the truth, and a prediction for each line; pictures are [3, H, W] in [0, 1].
+    """
     lines = {id(line.setting): line for line in table.lines if line.setting}.values()
     folders = [next(iter(line.setting.runs.values())).folder / "pictures" for line in lines]
     labels = ["image", "truth", *(line.labels.get("row") or line.setting.label for line in lines)]
@@ -19,7 +24,7 @@ def compare_pictures(table: Table) -> list[list]:
         if not all(path.exists() for path in paths):
             break
         pictures = [decode_image(str(path), ImageReadMode.RGB).float() / 255 for path in paths]
-        # wide enough to write below
+        # a caption needs this width
         pictures = [enlarge(picture, -(-GRID_SIDE // picture.shape[2])) for picture in pictures]
         names = [labels[0], *["hole"] * mask.exists(), *labels[1:]]
         rows.append([caption(picture, name) for picture, name in zip(pictures, names, strict=True)])

@@ -1,18 +1,23 @@
-"""Plots of a table: learning curves with bands, ablations of one number with error bars, of two as a heat map."""
+"""Plots of a table: learning curves, ablations of one number as a curve, and ablations of two numbers as a heat map."""
 
 import math
 import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from .formats import count_decimals
-from .statistics import scores
+from .cells import count_decimals
+from .statistics import summarize
 from .tables import Cell, Line, Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def plot_table(table: Table, folder: Path, stem: str) -> list[Path]:
-    """Write the plots that a table allows, of its lines' first metrics, to `stem`_curves.png and `stem`_ablation.png."""
+    """Plot the first metric of a table to `stem`_curves.png and, if its rows are an ablation, `stem`_ablation.png; return the files."""
     made = [plot_curves(table, folder / f"{stem}_curves.png")]
     points = {numbers: cell for line in table.lines if (cell := first_cell(line)) and (numbers := find_coordinates(line, table.axes))}
     if len(points) > 1 and len(table.axes) in (1, 2):
@@ -22,12 +27,15 @@ def plot_table(table: Table, folder: Path, stem: str) -> list[Path]:
 
 
 def first_cell(line: Line) -> Cell | None:
-    """The line's first metric."""
+    """Return the cell of the first metric of a line, if there is one."""
     return next(iter(line.cells.values()), None)
 
 
 def find_coordinates(line: Line, axes: list[str]) -> tuple[str, ...] | None:
-    """The line's place on the axes: the overrides of those names, or the numbers in the row's name; "none" is a place too."""
+    """Return the values of a line on the axes of an ablation, or None if it has none.
+
+    The values are those of the overrides of these names, or the numbers in the name of the row; "none" is a value too.
+    """
     if all(axis in line.labels for axis in axes):
         found = [line.labels[axis].lower().replace("null", "none") for axis in axes]
     else:
@@ -36,27 +44,28 @@ def find_coordinates(line: Line, axes: list[str]) -> tuple[str, ...] | None:
     return tuple(numbers) if len(numbers) == len(found) == len(axes) > 0 else None
 
 
-def _label(line: Line) -> str:
+def label_line(line: Line) -> str:
+    """Return the label of a line in a legend."""
     return line.labels.get("row") or ", ".join(f"{key}={value}" for key, value in line.labels.items() if value) or "default"
 
 
-def place_order(text: str) -> float:
-    """Sort by: none comes last."""
+def none_last(text: str) -> float:
+    """Sort key of numbers in which none comes last."""
     return float("inf") if text == "none" else float(text)
 
 
 class Series(NamedTuple):
-    """One of the curves or maps of an ablation."""
+    """One curve or heat map of an ablation."""
 
     name: str
-    # mean and deviation by place
+    # mean and standard deviation by coordinates
     values: dict[tuple[str, ...], tuple[float, float]]
-    # decimal places
+    # decimal places of the means
     digits: int
 
 
-def _series(points: dict[tuple[str, ...], Cell], table: Table) -> list[Series]:
-    """Ours and the paper's."""
+def list_series(points: dict[tuple[str, ...], Cell], table: Table) -> list[Series]:
+    """List the series of our scores and that of the figures of the paper, as far as there are any."""
     ours = {
         at: (cell.scores.mean, cell.scores.deviation or 0) for at, cell in points.items() if cell.scores and math.isfinite(cell.scores.mean)
     }
@@ -65,7 +74,8 @@ def _series(points: dict[tuple[str, ...], Cell], table: Table) -> list[Series]:
     return [series for series in found if series.values]
 
 
-def _figure(count: int, table: Table):
+def make_figure(count: int, table: Table) -> tuple["Figure", Sequence["Axes"]]:
+    """Make a figure with `count` panels beside each other and the title of the table."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * count, 4.5), layout="constrained")
@@ -74,12 +84,12 @@ def _figure(count: int, table: Table):
 
 
 def plot_ablation(points: dict[tuple[str, ...], Cell], table: Table, path: Path) -> Path:
-    """The metric over one number, its standard deviation over seeds as bars."""
-    series = _series(points, table)
-    # in other settings than the paper's the two have scales of their own
+    """Plot the metric over one number, with bars of its standard deviation over seeds."""
+    series = list_series(points, table)
+    # outside the settings of the paper, our scores and its figures need different scales
     panels = [series] if table.protocol.startswith("scale=paper") else [[one] for one in series]
-    figure, axes = _figure(len(panels), table)
-    order = sorted(points, key=lambda at: place_order(at[0]))
+    figure, axes = make_figure(len(panels), table)
+    order = sorted(points, key=lambda at: none_last(at[0]))
     for axis, panel in zip(axes, panels, strict=True):
         for name, values, _ in panel:
             drawn = [at for at in order if at in values]
@@ -90,7 +100,7 @@ def plot_ablation(points: dict[tuple[str, ...], Cell], table: Table, path: Path)
         axis.set_xticks(range(len(order)), [at[0] for at in order])
         axis.set(xlabel=table.axes[0], ylabel=next(iter(table.lines[0].cells)))
         axis.legend()
-        # rounded figures that are all but the same are a flat line
+        # differences below the rounding shall look flat
         (low, high), least = axis.get_ylim(), 10 * 10.0 ** -min(digits for *_, digits in panel)
         if high - low < least:
             axis.set_ylim((low + high - least) / 2, (low + high + least) / 2)
@@ -99,13 +109,13 @@ def plot_ablation(points: dict[tuple[str, ...], Cell], table: Table, path: Path)
 
 
 def plot_heat_map(points: dict[tuple[str, ...], Cell], table: Table, path: Path) -> Path:
-    """The metric over two numbers; combinations without a figure are hatched."""
-    panels = _series(points, table)
-    figure, axes = _figure(len(panels), table)
-    rows, columns = (sorted({at[i] for at in points}, key=place_order) for i in (0, 1))
+    """Plot the metric over two numbers; combinations without a figure are hatched."""
+    panels = list_series(points, table)
+    figure, axes = make_figure(len(panels), table)
+    rows, columns = (sorted({at[i] for at in points}, key=none_last) for i in (0, 1))
     for axis, (name, values, digits) in zip(axes, panels, strict=True):
         means = [mean for mean, _ in values.values()]
-        # the darkest colours would hide the figures
+        # the darkest colours would hide the text
         most = min(means) + 2 * (max(means) - min(means))
         colors = [[values.get((row, column), (math.nan,))[0] for column in columns] for row in rows]
         axis.pcolormesh(colors, vmin=min(means), vmax=most, cmap="YlGnBu", edgecolors="white", linewidth=2)
@@ -121,15 +131,15 @@ def plot_heat_map(points: dict[tuple[str, ...], Cell], table: Table, path: Path)
 
 
 def plot_curves(table: Table, path: Path) -> Path | None:
-    """The metric over the training, mean and standard deviation over the seeds that a line has."""
+    """Plot the metric over training steps, with mean and standard deviation over seeds; return None if no run has a curve."""
     panels: dict[str, list[tuple[Line, Cell]]] = {}
     for line in table.lines:
         if (cell := first_cell(line)) and line.setting and any(len(run.curve) > 1 for run in line.setting.runs.values()):
             panels.setdefault(cell.metric, []).append((line, cell))
     if not panels:
         return None
-    figure, axes = _figure(len(panels), table)
-    handles = dict.fromkeys(_label(line) for lines in panels.values() for line, _ in lines)
+    figure, axes = make_figure(len(panels), table)
+    handles = dict.fromkeys(label_line(line) for lines in panels.values() for line, _ in lines)
     for axis, lines in zip(axes, panels.values(), strict=True):
         for line, cell in lines:
             runs = [
@@ -139,16 +149,16 @@ def plot_curves(table: Table, path: Path) -> Path | None:
             steps = sorted(set.intersection(*map(set, runs)))
             if not steps:
                 continue
-            means, deviations = zip(*(scores({seed: run[step] for seed, run in enumerate(runs)}) for step in steps), strict=True)
-            number = list(handles).index(_label(line))
-            # there are ten colours
+            means, deviations = zip(*(summarize({seed: run[step] for seed, run in enumerate(runs)}) for step in steps), strict=True)
+            number = list(handles).index(label_line(line))
+            # a colour cycle has ten colours; line styles distinguish its repetitions
             (drawn,) = axis.plot(steps, means, color=f"C{number % 10}", linestyle=("-", "--", ":", "-.")[number // 10 % 4])
-            handles[_label(line)] = drawn
+            handles[label_line(line)] = drawn
             if len(runs) > 1:
                 low, high = ([mean + sign * band for mean, band in zip(means, deviations, strict=True)] for sign in (-1, 1))
                 axis.fill_between(steps, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
         axis.set(xlabel="step", ylabel=" ".join([lines[0][0].labels.get("task", ""), next(iter(lines[0][0].cells))]).strip())
-    # lines that cross leave no room for it between them
+    # crossing lines leave no room for a legend inside the panels
     drawn = {label: handle for label, handle in handles.items() if handle}
     figure.set_size_inches(6 * len(panels) + 0.08 * max(map(len, handles)), max(4.5, 0.2 * len(handles)))
     figure.legend(drawn.values(), drawn.keys(), loc="outside right center", fontsize="small")

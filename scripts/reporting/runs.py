@@ -1,4 +1,4 @@
-"""Finished runs below folders, gathered by what they were told; figures come from result.json files only."""
+"""Finished runs below folders, read from their result.json files and grouped by their overrides."""
 
 import json
 import statistics
@@ -8,19 +8,15 @@ from pathlib import Path
 
 from ..common.overrides import INCIDENTAL, is_under
 
-# what a network is trained on, and how: runs that differ in these do not stand in one table
+# affect the data and the training: runs that differ in these are in different tables
 PROTOCOL = ["scale", "setting", "data", "optimizer", "schedule", "trainer"]
-# what differs with a network's downsamplers: that there are some is what counts
+# the file of initial weights depends on the downsamplers of the network, so only its presence is compared
 WEIGHTS = "backbone.weights"
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One finished run: what its result.json says, in the types that are needed.
-
-    Raises (`read`):
-        ValueError, KeyError, TypeError, AttributeError, OSError: the file is not what carafepp-train writes.
-    """
+    """The content of the result.json of a finished run."""
 
     folder: Path
     seed: int
@@ -30,12 +26,17 @@ class FinishedRun:
     parameters: int
     flops: int
     seconds: float
-    # of the processor; None in runs from before it was recorded
+    # of the processor; None if the run did not record it
     cpu_seconds: float | None
     curve: list[dict[str, float]]
 
     @classmethod
     def read(cls, path: Path) -> "FinishedRun":
+        """Read a result.json file.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError, OSError: the file is not one that carafepp-train writes.
+        """
         found = json.loads(path.read_text())
         if unknown := {type(choice).__name__ for choice in found["choices"].values()} - {"str", "NoneType"}:
             raise TypeError(f"choices must be names, got {', '.join(sorted(unknown))}")
@@ -56,55 +57,56 @@ class FinishedRun:
 
 @dataclass
 class Setting:
-    """Runs that differ in their seed only."""
+    """Runs that differ only in their seed."""
 
-    # the paper's table that the run's experiment is, or ""
+    # the table of the paper that is their experiment, or ""
     table: str
-    # of that table, or ""
+    # the row of that table, or ""
     row: str
-    # overrides that runs of one table share
+    # overrides that all runs of one table share
     protocol: dict[str, str]
-    # the others
+    # their other overrides
     options: dict[str, str]
     runs: dict[int, FinishedRun] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
-        """The row, and what else the runs were told."""
+        """The row and the other overrides of the runs."""
         return ", ".join([*([self.row] if self.row else []), *(f"{key}={value}" for key, value in self.options.items())]) or "default"
 
     def values(self, metric: str) -> dict[int, float]:
-        """The metric by seed."""
+        """Return a metric by seed, for the runs that have it."""
         return {seed: run.metrics[metric] for seed, run in self.runs.items() if metric in run.metrics}
 
     @property
     def seconds(self) -> float:
+        """Mean wall-clock time of the runs."""
         return statistics.fmean(run.seconds for run in self.runs.values())
 
     @property
     def cpu_seconds(self) -> float | None:
-        """Of the processor, over the runs that recorded it; None if none did."""
+        """Mean processor time of the runs that recorded it, or None if none did."""
         found = [run.cpu_seconds for run in self.runs.values() if run.cpu_seconds is not None]
         return statistics.fmean(found) if found else None
 
 
-def natural_order(path: Path) -> list[tuple[bool, int, str]]:
-    """Sort by: run 10 after run 9."""
+def numeric_order(path: Path) -> list[tuple[bool, int, str]]:
+    """Sort key that puts run 10 after run 9."""
     return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.parts]
 
 
 def read_runs(folders: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
-    """Read the finished runs below the folders, and name those that are broken, failed or unfinished.
+    """Read the finished runs below the folders, and describe the runs that are broken, failed or unfinished.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: a folder does not exist.
     """
     runs, problems, marked = [], [], set()
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"runs={folder} is not a folder")
         marked |= {path.parent for name in ("result.json", "config.yaml", "error.txt") for path in folder.rglob(name)}
-    for folder in sorted(marked, key=natural_order):
+    for folder in sorted(marked, key=numeric_order):
         path, error = folder / "result.json", folder / "error.txt"
         if path.exists():
             try:
@@ -119,9 +121,11 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
 
 
 def group_runs(runs: Iterable[FinishedRun], tables: dict) -> tuple[list[Setting], list[str]]:
-    """Put runs together that differ in their seed only, in the order of their folders, and name those that repeat one.
+    """Group runs that differ only in their seed, in the order of their folders, and describe the runs that repeat another.
 
-    `tables` are the experiments of the paper, as in conf/paper.yaml.
+    Args:
+        runs: finished runs.
+        tables: the tables of the paper (see `read_paper`).
     """
     settings: dict[tuple, Setting] = {}
     repeated = []
@@ -131,8 +135,8 @@ def group_runs(runs: Iterable[FinishedRun], tables: dict) -> tuple[list[Setting]
         protocol, row = {}, ""
         if table in tables:
             options.pop("experiment", None)
-            place, _, row = (run.choices.get("row") or f"{table}/").partition("/")
-            if place == table:
+            other, _, row = (run.choices.get("row") or f"{table}/").partition("/")
+            if other == table:
                 options.pop("row", None)
             else:
                 row = ""
@@ -140,7 +144,7 @@ def group_runs(runs: Iterable[FinishedRun], tables: dict) -> tuple[list[Setting]
             if options.pop(WEIGHTS, "null") != "null":
                 protocol[WEIGHTS] = "FILE"
             protocol = {"scale": run.choices.get("scale") or "paper"} | protocol
-            # an experiment alone is its table's baseline
+            # an experiment without a row is the baseline of its table
             if not row and not options and isinstance(baseline := tables[table]["baseline"], str):
                 row = baseline
         else:

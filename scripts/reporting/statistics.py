@@ -1,4 +1,4 @@
-"""Mean and deviation over seeds, and paired differences with a confidence interval."""
+"""Mean and standard deviation over seeds, and paired differences with a confidence interval."""
 
 import math
 import statistics
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 def t_quantile(degrees: int, confidence: float = 0.95) -> float:
-    """The t for which Student's distribution with `degrees` of freedom has `confidence` of its mass between -t and t."""
+    """Return the t between whose negative and itself lies the share `confidence` of Student's distribution with `degrees` of freedom."""
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2
@@ -26,14 +26,14 @@ def _mass(angle: float, degrees: int) -> float:
 
 
 class Scores(NamedTuple):
-    """Mean and standard deviation (None for one run) over seeds."""
+    """Mean over seeds and standard deviation, which is None for one seed."""
 
     mean: float
     deviation: float | None
 
 
-def scores(values: Mapping[int, float]) -> Scores | None:
-    """Summarize the values by seed; None if there are none."""
+def summarize(values: Mapping[int, float]) -> Scores | None:
+    """Return the mean and standard deviation of values by seed, or None if there are no values."""
     if not values:
         return None
     found = list(values.values())
@@ -41,7 +41,7 @@ def scores(values: Mapping[int, float]) -> Scores | None:
 
 
 class Difference(NamedTuple):
-    """Mean of the differences over the seeds that both have, and half the width of its interval (None for one seed)."""
+    """Mean difference over the common seeds, and half the width of its confidence interval, which is None for one seed."""
 
     mean: float
     half: float | None
@@ -49,9 +49,9 @@ class Difference(NamedTuple):
 
 
 def compare_paired(values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = 0.95) -> Difference | None:
-    """Compare the values by seed with those of a baseline; None if they have no seed in common.
+    """Compare values by seed with those of a baseline; return None if they have no common seed.
 
-    The interval is Student's: it takes the differences as draws from one normal distribution.
+    The confidence interval is Student's, for differences that are drawn independently from one normal distribution.
     """
     differences = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
     if not differences:
@@ -65,5 +65,5 @@ def compare_paired(values: Mapping[int, float], baseline: Mapping[int, float], c
 def _deviation(values: list[float]) -> float | None:
     if len(values) < 2:
         return None
-    # a metric that is not defined, such as the AP of sizes that do not occur, is not a number and stays so
+    # an undefined metric, such as the AP of object sizes that do not occur, is not a number
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan

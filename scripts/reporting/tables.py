@@ -1,18 +1,18 @@
-"""Tables of settings: the paper's, with ours beside its figures, and one of all other runs."""
+"""Tables of settings: those of the paper, with its figures beside ours, and one of all other runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..common.paper import baseline_of, list_rows, read_paper, unit_factor
+from ..common.paper import find_baseline, list_rows, read_paper, unit_factor
 from .runs import Setting
-from .statistics import Difference, Scores, compare_paired, scores
+from .statistics import Difference, Scores, compare_paired, summarize
 
 
 @dataclass
 class Cell:
-    """One metric of one line: the paper's figure, ours, and the difference to the baseline."""
+    """One metric of one line: the figure of the paper, our scores, and our difference from the baseline."""
 
-    # its name in result.json, and what makes the unit of the table of it
+    # name of the metric in result.json, and the factor from there to the unit of the table
     metric: str = ""
     scale: float = 1
     paper: float | None = None
@@ -22,7 +22,7 @@ class Cell:
 
 @dataclass
 class Line:
-    """One row of a table; without a setting there is no run of it."""
+    """One row of a table; `setting` is None if the row has no run."""
 
     labels: dict[str, str]
     setting: Setting | None
@@ -32,32 +32,33 @@ class Line:
 
 @dataclass
 class Table:
-    """What is printed, before it is formatted."""
+    """A table before it is formatted."""
 
-    # the experiment, or "others"
+    # name of the experiment, or "others"
     name: str
     caption: str
-    # what its runs share
+    # overrides that its runs share
     protocol: str
-    # of metrics
+    # decimal places of the metrics
     digits: int
-    # heading of the differences
+    # name of the baseline in the heading of the differences
     baseline: str
-    # metrics that are printed; None for all
+    # printed metrics; None for all
     shown: Sequence[str] | None
-    # what the numbers in its rows' names are, if they are an ablation's
+    # of an ablation: the options whose values are the numbers in the names of the rows
     axes: list[str]
     lines: list[Line]
 
     @property
     def title(self) -> str:
+        """Name, caption and protocol."""
         return f"{self.name}: {self.caption}" + (f" ({self.protocol})" if self.protocol else "")
 
 
 class SettingFinder:
-    """Settings by table, row, protocol and options.
+    """Finds settings by table, row, protocol and options.
 
-    Rows for which the paper gives the same figures in two tables are the same configuration, and runs of one are those of the other.
+    Rows that have the same figures in two tables of the paper are the same configuration, so that runs of one serve as runs of the other.
     """
 
     def __init__(self, settings: Sequence[Setting]) -> None:
@@ -66,15 +67,15 @@ class SettingFinder:
         self.figures: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
         for name in tables:
             for row in list_rows(tables, name):
-                scores = {(row["task"], column): row[column] for column in metrics[row["task"]] if column in row}
-                self.figures.setdefault((name, row["row"]), {}).update(scores)
+                published = {(row["task"], column): row[column] for column in metrics[row["task"]] if column in row}
+                self.figures.setdefault((name, row["row"]), {}).update(published)
 
     @staticmethod
     def _key(table: str, row: str, protocol: Mapping[str, str], options: Mapping[str, str]) -> tuple:
         return table, row, frozenset(protocol.items()), frozenset(options.items())
 
-    def same(self, table: str, row: str) -> list[tuple[str, str]]:
-        """The row and those of other tables that are the same configuration, as (table, row)."""
+    def list_equal_rows(self, table: str, row: str) -> list[tuple[str, str]]:
+        """List the row and the rows of other tables with the same configuration, as (table, row)."""
         own = self.figures.get((table, row), {})
         others = [
             place
@@ -84,23 +85,23 @@ class SettingFinder:
         return [(table, row), *(place for place in others if place != (table, row))]
 
     def find(self, table: str, row: str, protocol: Mapping[str, str], options: Mapping[str, str]) -> Setting | None:
-        """The setting, or that of the same row in another table."""
-        keys = (self._key(*place, protocol, options) for place in self.same(table, row))
+        """Return the setting of a row, or of an equal row in another table, if there is one."""
+        keys = (self._key(*place, protocol, options) for place in self.list_equal_rows(table, row))
         return next((self.settings[key] for key in keys if key in self.settings), None)
 
-    def against(self, setting: Setting, table: str, row: str) -> Setting | None:
-        """What a setting is compared with: the table's row told the same otherwise, or else the row itself."""
+    def find_reference(self, setting: Setting, table: str, row: str) -> Setting | None:
+        """Return the setting of the given row to compare a setting with: the one with the same options, or else the one without options."""
         found = (self.find(table, row, setting.protocol, options) for options in (setting.options, {}))
         return next((other for other in found if other and other is not setting), None)
 
 
 def tabulate_paper(settings: Sequence[Setting], columns: Sequence[str], digits: int, baseline: str | None) -> list[Table]:
-    """One table for each experiment of the paper and each protocol that its runs have, rows in the paper's order.
+    """Make one table for each experiment of the paper and each protocol of its runs, with the rows in the order of the paper.
 
     Args:
-        columns: of the paper's figures, those that are printed.
-        digits: decimal places of fractions; per cent and dB have two less.
-        baseline: the row that differences are taken to, instead of the table's own.
+        columns: names of the figures of the paper to print.
+        digits: decimal places of fractions; per cent and dB have two fewer.
+        baseline: the row to compare with instead of the baseline of the table.
     """
     tables, metrics = read_paper()
     finder = SettingFinder(settings)
@@ -126,35 +127,38 @@ def tabulate_paper(settings: Sequence[Setting], columns: Sequence[str], digits: 
                 [],
             )
             for row, label, task, setting, figures in lines:
-                to = baseline or baseline_of(tables[name], row)
+                to = baseline or find_baseline(tables[name], row)
                 labels = {"row": label} | ({"task": task} if len(tasks) > 1 else {})
-                line = Line(labels, setting, finder.against(setting, name, to) if setting and to else None)
+                line = Line(labels, setting, finder.find_reference(setting, name, to) if setting and to else None)
                 for column, metric in metrics[task].items():
-                    line.cells[column] = fill_cell(line, metric, unit_factor(column), figures.get(column))
+                    line.cells[column] = make_cell(line, metric, unit_factor(column), figures.get(column))
                 table.lines.append(line)
             result.append(table)
     return result
 
 
 def tabulate_others(settings: Sequence[Setting], digits: int, baseline: str | None) -> Table:
-    """One table of settings that are of no experiment of the paper: what distinguishes them, and all their metrics.
+    """Make one table of settings outside the experiments of the paper, with the overrides that distinguish them and all metrics.
 
-    The baseline is the one labelled so, or the first.
+    Args:
+        settings: the rows.
+        digits: decimal places of the metrics.
+        baseline: label of the setting to compare with; the first setting if there is none with this label.
     """
-    told = dict.fromkeys(key for setting in settings for key in setting.options)
-    varying = [key for key in told if len({setting.options.get(key, "") for setting in settings}) > 1]
+    keys = dict.fromkeys(key for setting in settings for key in setting.options)
+    varying = [key for key in keys if len({setting.options.get(key, "") for setting in settings}) > 1]
     against = next((setting for setting in settings if setting.label == baseline), settings[0])
     table = Table("others", "runs outside the paper's tables", "", digits, "baseline" if baseline else "first", None, varying, [])
     for setting in settings:
         line = Line({key: setting.options.get(key, "") for key in varying}, setting, against if setting is not against else None)
         for metric in dict.fromkeys(name for run in setting.runs.values() for name in run.metrics):
-            line.cells[metric.removeprefix("val/")] = fill_cell(line, metric, 1, None)
+            line.cells[metric.removeprefix("val/")] = make_cell(line, metric, 1, None)
         table.lines.append(line)
     return table
 
 
-def fill_cell(line: Line, metric: str, scale: float, figure: float | None) -> Cell:
-    """Fill one cell, in the unit that `scale` makes."""
+def make_cell(line: Line, metric: str, scale: float, figure: float | None) -> Cell:
+    """Make the cell of a metric, whose values in result.json are multiplied by `scale`."""
     values = {seed: scale * value for seed, value in line.setting.values(metric).items()} if line.setting else {}
     others = {seed: scale * value for seed, value in line.baseline.values(metric).items()} if line.baseline else {}
-    return Cell(metric, scale, figure, scores(values), compare_paired(values, others))
+    return Cell(metric, scale, figure, summarize(values), compare_paired(values, others))

@@ -63,7 +63,7 @@ def test_valid_overrides_give_no_hint():
 
 
 def test_option_that_must_be_added_is_answered_with_how():
-    assert "'task' has none; add it: +task.window=512" in "\n".join(find_hints("predict", ["task.window=512"]))
+    assert "'task' has no keys; add it: +task.window=512" in "\n".join(find_hints("predict", ["task.window=512"]))
 
 
 def test_misspelt_choice_is_answered_with_the_valid_ones():

@@ -12,16 +12,17 @@ from carafepp.scripts import report
 from carafepp.scripts.common.paper import read_paper
 from carafepp.scripts.reporting import (
     compare_pictures,
-    format_csv,
-    format_table,
+    format_rows,
     format_time_taken,
     group_runs,
     read_runs,
+    render_csv,
+    render_tables,
     tabulate_others,
     tabulate_paper,
 )
 from carafepp.scripts.reporting.plots import find_coordinates
-from carafepp.scripts.reporting.statistics import compare_paired, scores, t_quantile
+from carafepp.scripts.reporting.statistics import compare_paired, summarize, t_quantile
 from omegaconf import OmegaConf
 from torchvision.utils import save_image
 
@@ -63,8 +64,8 @@ def test_differences_are_paired_over_common_seeds():
     assert difference.half == pytest.approx(4.3027 * 1.5275 / 3**0.5, rel=1e-4)
     assert compare_paired({0: 2.0, 1: 5.0}, {1: 4.0, 2: 0.0}) == (1.0, None, 1)
     assert compare_paired({0: 2.0}, {1: 4.0}) is None
-    assert scores({0: 2.0}) == (2.0, None)
-    assert scores({}) is None
+    assert summarize({0: 2.0}) == (2.0, None)
+    assert summarize({}) is None
 
 
 def test_experiment_of_the_paper_is_its_table(tmp_path):
@@ -78,7 +79,7 @@ def test_experiment_of_the_paper_is_its_table(tmp_path):
     write_run(tmp_path / "c3", 3, {"val/box_AP": 0.31, "val/box_AP50": 0.5}, "data.workers=2", "logger=tensorboard", row="table4/carafe")
     found = {table.protocol: table for table in tables(tmp_path)}
     assert set(found) == {"scale=small", "scale=paper", "scale=small data.epochs=99"}
-    rows = format_table(found["scale=small"])
+    rows = format_rows(found["scale=small"])
     assert [row["row"] for row in rows][:2] == ["nearest", "bilinear"]
     assert len(rows) == 9
     nearest, carafe = rows[0], rows[-1]
@@ -91,7 +92,7 @@ def test_experiment_of_the_paper_is_its_table(tmp_path):
     assert (carafe["parameters"], carafe["GFLOPs"], carafe["clock seconds"]) == ("1,234,567", "2.500", "60")
     assert rows[1]["AP"] == "", "no run of bilinear"
     (chosen,) = (table for table in tables(tmp_path, baseline="carafe") if table.protocol == "scale=small")
-    assert format_table(chosen)[0]["AP vs carafe"] == "-2.00 [-4.48, +0.48]"
+    assert format_rows(chosen)[0]["AP vs carafe"] == "-2.00 [-4.48, +0.48]"
 
 
 def test_own_method_joins_the_table_and_its_baseline(tmp_path):
@@ -106,7 +107,7 @@ def test_own_method_joins_the_table_and_its_baseline(tmp_path):
             (tmp_path / f"{name}{seed}").mkdir()
             (tmp_path / f"{name}{seed}" / "result.json").write_text(json.dumps(found))
         write_run(tmp_path / f"wide{seed}", seed, {"val/box_AP": 0.35}, "model.fpn_dim=9", row="table4/carafe")
-    rows = {row["row"]: row for row in format_table(tables(tmp_path)[0])}
+    rows = {row["row"]: row for row in format_rows(tables(tmp_path)[0])}
     assert list(rows)[9:] == ["upsampler@model.fpn=mine", "carafe, model.fpn_dim=9", "upsampler@model.fpn=yours"]
     assert rows["nearest"]["AP"] == "30.00 ± 0.00"
     assert rows["upsampler@model.fpn=mine"]["AP vs nearest"].startswith("+10.50 [")
@@ -116,7 +117,7 @@ def test_own_method_joins_the_table_and_its_baseline(tmp_path):
 def test_boxes_and_masks_are_lines_of_their_own(tmp_path):
     write_run(tmp_path / "0", 0, {"val/box_AP": 0.2, "val/mask_AP": 0.1}, row="table7/published")
     write_run(tmp_path / "1", 0, {"val/box_AP": 0.25, "val/mask_AP": 0.12}, row="table7/fpn")
-    rows = format_table(tables(tmp_path)[0])
+    rows = format_rows(tables(tmp_path)[0])
     assert [(row["row"], row["task"], row["AP paper"], row["AP"], row["AP vs published"]) for row in rows[:4]] == [
         ("published", "bbox", "37.4", "20.00", ""),
         ("published", "segm", "34.2", "10.00", ""),
@@ -129,7 +130,7 @@ def test_row_of_another_table_serves_as_baseline(tmp_path):
     write_run(tmp_path / "0", 0, {"val/mIoU": 0.4}, row="table8/upernet_resnet50")
     write_run(tmp_path / "1", 0, {"val/mIoU": 0.5}, row="table9/ppm")
     nine = next(table for table in tables(tmp_path) if table.name == "table9")
-    first, second = format_table(nine)[:2]
+    first, second = format_rows(nine)[:2]
     assert (first["row"], first["mIoU paper"], first["mIoU"]) == ("published", "40.44", "40.00")
     assert second["mIoU vs published"] == "+10.00"
 
@@ -140,7 +141,7 @@ def test_runs_serve_every_table_that_has_their_configuration(tmp_path, monkeypat
         write_run(tmp_path / f"b{seed}", seed, {"val/box_AP": 0.4 + seed / 100}, row="table4/carafe")
         write_run(tmp_path / f"c{seed}", seed, {"val/box_AP": 0.35}, row="table11/cm16")
         write_run(tmp_path / f"d{seed}", seed, {"val/box_AP": 0.45}, row="table5/backbone")
-    found = {table.name: {row["row"]: row for row in format_table(table)} for table in tables(tmp_path)}
+    found = {table.name: {row["row"]: row for row in format_rows(table)} for table in tables(tmp_path)}
     assert list(found) == ["table4", "table5", "table11"]
     assert found["table11"]["cm64"]["AP"] == "40.50 ± 0.71"
     assert found["table11"]["cm16"]["AP vs cm64"].startswith("-5.50 [")
@@ -150,8 +151,8 @@ def test_runs_serve_every_table_that_has_their_configuration(tmp_path, monkeypat
     # a run of the table's own comes first
     write_run(tmp_path / "own", 0, {"val/box_AP": 0.1}, row="table11/cm64")
     eleven = next(table for table in tables(tmp_path) if table.name == "table11")
-    assert {row["row"]: row["AP"] for row in format_table(eleven)}["cm64"] == "10.00"
-    lines = csv.DictReader(format_csv(tables(tmp_path)).splitlines())
+    assert {row["row"]: row["AP"] for row in format_rows(eleven)}["cm64"] == "10.00"
+    lines = csv.DictReader(render_csv(tables(tmp_path)).splitlines())
     fpn = next(line for line in lines if (line["table"], line["row"], line["metric"]) == ("table5", "fpn", "AP"))
     assert (float(fpn["mean"]), fpn["baseline"]) == (pytest.approx(40.5), "nearest")
     shown = call(monkeypatch, capsys, f"runs={tmp_path}")
@@ -162,7 +163,7 @@ def test_runs_serve_every_table_that_has_their_configuration(tmp_path, monkeypat
 def test_other_runs_are_told_apart_by_their_overrides(tmp_path):
     for job, (sampler, seed, score) in enumerate([("published", 0, 0.4), ("published", 1, 0.5), ("carafe", 0, 0.5), ("carafe", 1, 0.7)]):
         write_run(tmp_path / str(job), seed, {"val/mIoU": score}, f"samplers={sampler}")
-    first, second = format_table(tables(tmp_path)[0])
+    first, second = format_rows(tables(tmp_path)[0])
     assert (first["samplers"], first["runs"], first["mIoU"]) == ("published", "2", "0.4500 ± 0.0707")
     assert second["mIoU vs first"] == "+0.1500 [-0.4853, +0.7853]"
 
@@ -175,13 +176,13 @@ def test_time_is_of_the_processor_where_every_line_has_it(tmp_path):
     # Table IX has the row of Table VIII as its baseline, one run
     write_run(tmp_path / "ppm", 0, {"val/mIoU": 0.4}, row="table9/ppm")
     two, eight, nine = found = tables(tmp_path)
-    assert [row.get("CPU seconds") for row in format_table(two)] == ["40", "50", None, None]
-    assert next(row for row in format_table(eight) if row["runs"])["CPU seconds"] == "1800"
-    assert not any("CPU seconds" in row for row in format_table(nine))
+    assert [row.get("CPU seconds") for row in format_rows(two)] == ["40", "50", None, None]
+    assert next(row for row in format_rows(eight) if row["runs"])["CPU seconds"] == "1800"
+    assert not any("CPU seconds" in row for row in format_rows(nine))
     assert format_time_taken([eight]) == "1 run: 0.50 hours of processor time"
     assert format_time_taken(found) == "5 runs: 0.53 hours of processor time and 0.03 hours by the clock of the 2 that lack it"
-    assert report.format_tables(found, "latex").endswith(f"\n% {format_time_taken(found)}\n")
-    times = {(line["row"], line["seconds"], line["cpu_seconds"]) for line in csv.DictReader(format_csv([two]).splitlines())}
+    assert render_tables(found, "latex").endswith(f"\n% {format_time_taken(found)}\n")
+    times = {(line["row"], line["seconds"], line["cpu_seconds"]) for line in csv.DictReader(render_csv([two]).splitlines())}
     assert {("resnet50", "60.0", "40.0"), ("resnet50_carafe", "60.0", "50.0")} < times
 
 
@@ -258,19 +259,19 @@ def test_command_prints_and_writes_every_format(tmp_path, monkeypatch, capsys):
     )
     assert (line["baseline"], line["common_seeds"], line["parameters"]) == ("resnet50", "2", "1234567")
     # every figure of the paper is there, printed or not
-    assert format_csv(tables(tmp_path)).count(",top5,") == 4
+    assert render_csv(tables(tmp_path)).count(",top5,") == 4
 
 
 def test_names_that_mean_something_in_a_format_are_escaped(tmp_path):
     for job, name in enumerate(["[a|b]", "50%_a&b#c$d~e^f{g}<h\\i"]):
         write_run(tmp_path / str(job), 0, {"val/mIoU": 0.4}, f"note={name}")
     found = tables(tmp_path)
-    pipes = [line.replace("\\|", "") for line in report.format_tables(found, "markdown").splitlines() if line.startswith("|")]
+    pipes = [line.replace("\\|", "") for line in render_tables(found, "markdown").splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in pipes}) == 1
-    lines = [line.split(" & ")[0].strip() for line in report.format_tables(found, "latex").splitlines()]
+    lines = [line.split(" & ")[0].strip() for line in render_tables(found, "latex").splitlines()]
     assert "{[}a\\textbar{}b]" in lines
     assert "50\\%\\_a\\&b\\#c\\$d\\textasciitilde{}e\\textasciicircum{}f\\{g\\}\\textless{}h\\textbackslash{}i" in lines
-    assert "note=[a|b]" in format_csv(found)
+    assert "note=[a|b]" in render_csv(found)
 
 
 def test_scores_that_are_no_number_stay_so(tmp_path, monkeypatch, capsys):
@@ -353,4 +354,4 @@ def test_results_page_has_the_tables_of_its_runs():
     settings, repeated = group_runs(runs, read_paper()[0])
     assert problems + repeated == []
     tables = tabulate_paper(settings, cfg.metrics, cfg.digits, cfg.baseline)
-    assert report.format_tables(tables, "markdown") in (docs / "results.md").read_text()
+    assert render_tables(tables, "markdown") in (docs / "results.md").read_text()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from carafepp.scripts.common.checkpoints import data_of_run, load_task
+from carafepp.scripts.common.checkpoints import configure_data, load_task
 from carafepp.tasks.ade20k import ADE20K
 from carafepp.tasks.data import Data, TrainBatches
 from carafepp.tasks.layouts import write_scenes
@@ -239,10 +239,10 @@ def test_a_checkpoint_is_evaluated_where_its_data_is_now(trained):
     )
     options = OmegaConf.create({"root": "/new", "workers": 0})
     moved = {"_target_": "X", "root": "/new", "file": "/new/b.txt", "other": "old/adequate"}
-    assert data_of_run(run, options) == {"root": "/new", "workers": 0, "val": moved}
+    assert configure_data(run, options) == {"root": "/new", "workers": 0, "val": moved}
     _, run = load_task(trained / "last.ckpt")
-    with pytest.raises(ValueError, match=r"data\.root=/new: the run's data is in no folder, .*Scenes makes it"):
-        data_of_run(run, options)
+    with pytest.raises(ValueError, match=r"data\.root=/new: the data of the run is not in a folder, .*Scenes makes it"):
+        configure_data(run, options)
 
 
 def test_every_class_of_the_data_has_a_name(tmp_path):

@@ -1,15 +1,15 @@
-"""What Lightning says during a run."""
+"""Messages of Lightning that a run does not show."""
 
 import logging
 import warnings
 
 
 def silence_lightning() -> None:
-    """Leave out what Lightning says of hardware, tips and its own internals; its warnings about the run stay."""
+    """Hide Lightning's messages about hardware, tips and its own internals; its warnings about the run still appear."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
-    # it is: the data module's state is the position in the stream
+    # the state of the data module, the position in the stream, makes such a run resumable
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
     warnings.filterwarnings("ignore", message="The `srun` command is available")
