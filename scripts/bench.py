@@ -1,5 +1,4 @@
-"""carafepp-bench: the operator beside its rivals, in one process and in turns; `carafepp-bench samplers` measures the samplers,
-`carafepp-bench models` the networks of the paper's tables."""
+"""carafepp-bench: the operator beside its rivals; with a first argument `samplers`, `models` or `growth`, another bench."""
 
 from .benching import bench_growth, bench_models, bench_operator, bench_samplers
 from .common.app import dispatch

@@ -1,4 +1,4 @@
-"""What `carafepp-bench` measures: the operator, its growth, the samplers, the networks."""
+"""Benches: the operator beside its rivals, the growth of its time, the samplers, and the networks of the paper's tables."""
 
 from .growth import bench_growth
 from .models import bench_models

@@ -1,4 +1,4 @@
-"""carafepp-bench growth: how the operator's time grows with channels, pixels, taps and threads, one of them varied at a time."""
+"""carafepp-bench growth: the time of the operator over channels, pixels, taps and threads, one varied at a time."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ from .memory import keep_freed_memory
 from .operator import OURS, measure_operator
 from .plots import plot_growth
 
-# of the shape that is asked for
+# factors of the given shape
 CHANNEL_FACTORS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)
 SIZE_FACTORS = (1 / 4, 1 / 2, 1, 2)
 KERNEL_SIZES = (1, 3, 5, 7, 9)
 
 
-def variants(cfg: DictConfig) -> Iterator[tuple[str, int, dict, int]]:
-    """Yield (what varies, its value, changes of the op, threads)."""
+def list_variants(cfg: DictConfig) -> Iterator[tuple[str, int, dict, int]]:
+    """Yield what varies, its value, the changes of the configuration `op`, and the number of threads."""
     n, c, h, w = cfg.op.shape
     threads = torch.get_num_threads()
     for channels in sorted({max(1, round(c * factor / cfg.op.groups)) * cfg.op.groups for factor in CHANNEL_FACTORS}):
@@ -39,14 +39,14 @@ def variants(cfg: DictConfig) -> Iterator[tuple[str, int, dict, int]]:
 
 @app("bench")
 def bench_growth(cfg: DictConfig) -> None:
-    """Print the times and leave them in the run folder."""
+    """Print the times and write them to the run folder."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     keep_freed_memory()
     rows = []
     ours = OURS[torch.device(cfg.device).type == "cuda"]
     print(describe_hardware(cfg.device), f"{'':<15}{'':>10}{'forward':>10}{'both':>10}  ms", sep="\n")
-    for varies, value, changes, threads in variants(cfg):
+    for varies, value, changes, threads in list_variants(cfg):
         chosen = OmegaConf.merge(cfg, {"op": changes, "providers": [ours]})
         spec = Spec(**{name: chosen.op[name] for name in Spec._fields})
         check_spec(spec)

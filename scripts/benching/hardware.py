@@ -1,4 +1,4 @@
-"""The device that figures were measured on."""
+"""Description of the device that a bench runs on."""
 
 import contextlib
 import platform

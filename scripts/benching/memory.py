@@ -1,4 +1,4 @@
-"""Memory that a call takes beyond what it is given."""
+"""Memory that a call takes in addition to its inputs."""
 
 import contextlib
 import ctypes
@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 
 def keep_freed_memory() -> None:
-    """Have the C library (glibc) keep what is freed, as a training process has it after some steps.
+    """Make the C library (glibc) keep freed memory, as in a training process after some steps.
 
-    Else whether the pages of an output are new, which costs as much as filling them, depends on what other providers have freed.
+    Otherwise the time of a call depends on whether earlier calls have freed pages for its output: new pages cost as much as filling them.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         library = ctypes.CDLL(None)
@@ -24,7 +24,10 @@ def keep_freed_memory() -> None:
 
 
 def measure_extra_bytes(function: Callable[[], tuple[Tensor | None, ...]], device: str) -> int | None:
-    """Peak memory of a call beyond what was held before and what it returns; of the whole process on CPU, known on Linux only."""
+    """Measure the peak memory of a call in addition to the memory in use before it and to its results.
+
+    On a CPU this is the resident memory of the process; the result is None on systems other than Linux.
+    """
     if torch.device(device).type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -32,7 +35,7 @@ def measure_extra_bytes(function: Callable[[], tuple[Tensor | None, ...]], devic
         return torch.cuda.max_memory_allocated() - before - sum(t.nbytes for t in results if t is not None)
     status = Path("/proc/self/status")
     try:
-        # freed memory goes back first, so that what the call takes is seen
+        # freed memory is returned to the system first, so that memory which the call takes is new
         ctypes.CDLL(None).malloc_trim(0)
         before = read_resident_bytes(status, "VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
@@ -49,9 +52,9 @@ def read_resident_bytes(status: Path, name: str) -> int:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Count the bytes of the tensors that are created inside and alive at the same time, at most: `peak`."""
+    """Within this context, track the bytes of the live tensors that were created in it; `peak` is their maximum."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.live = set()
         self.bytes = self.peak = 0
@@ -73,8 +76,8 @@ class PeakMemory(TorchDispatchMode):
         self.bytes -= size
 
 
-def measure_peak_bytes(run: Callable[[], None], device: str) -> int:
-    """Bytes that `run` needs at most beyond those in use before; on a GPU with the workspaces of libraries."""
+def measure_peak_bytes(run: Callable[[], object], device: str) -> int:
+    """Measure the peak bytes of a call in addition to those in use before it; on a GPU, library workspaces are included."""
     if torch.device(device).type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

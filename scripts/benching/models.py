@@ -1,4 +1,4 @@
-"""carafepp-bench models: parameters, FLOPs and inference time of the networks of one of the paper's tables."""
+"""carafepp-bench models: parameters, FLOPs and inference time of the networks of a table of the paper."""
 
 import functools
 from collections.abc import Sequence
@@ -23,17 +23,17 @@ from .timing import time_in_turns
 
 
 def build_network(table: str, row: str, overrides: Sequence[str]) -> Task:
-    """The task of a row, with random weights, in evaluation mode."""
+    """Build the task of a row with random weights, in evaluation mode."""
     config = compose("train", overrides=[f"experiment={table}", f"row={table}/{row}", *overrides])
     torch.manual_seed(0)
     return instantiate(config.task).eval()
 
 
 def choose_rows(tables: dict, table: str, rows: Sequence[str] | None) -> dict[str, float | None]:
-    """The rows to measure with the paper's frames per second, their baselines included.
+    """Return the chosen rows (all for None) and their baselines, each with the frames per second of the paper if it gives them.
 
     Raises:
-        ValueError: a table or a row that the paper does not have.
+        ValueError: the paper has no such table, or the table no such row.
     """
     look_up("table", [table], tables)
     known: dict[str, float | None] = {}
@@ -47,7 +47,11 @@ def choose_rows(tables: dict, table: str, rows: Sequence[str] | None) -> dict[st
 
 @torch.no_grad()
 def measure_networks(cfg: DictConfig) -> list[dict]:
-    """One row per network; "relative" is its time over that of its baseline."""
+    """Measure the networks of a table in turns and return a row of figures for each.
+
+    "ms" is the median time of an inference on one image, "relative" its ratio to that of the baseline, "paper_relative" the same ratio from
+    the frames per second of the paper; figures that are not available are None.
+    """
     tables, _ = read_paper()
     fps = choose_rows(tables, cfg.table, cfg.rows)
     networks = {row: build_network(cfg.table, row, cfg.overrides) for row in fps}
@@ -71,7 +75,7 @@ def measure_networks(cfg: DictConfig) -> list[dict]:
 
 
 def format_row(row: dict) -> str:
-    """A row as it is printed."""
+    """Format a row of the table."""
     ratios = "".join(f"{'' if row[name] is None else f'{row[name]:.3f}':>10}" for name in ("relative", "paper_relative"))
     ms = "" if row["ms"] is None else f"{row['ms']:.1f}"
     return f"{row['row']:<36}{row['parameters']:>14,}{row['flops'] / 1e9:>12.2f}{ms:>10}{ratios}"
@@ -79,7 +83,7 @@ def format_row(row: dict) -> str:
 
 @app("bench_models")
 def bench_models(cfg: DictConfig) -> None:
-    """Print the table and leave its rows in the run folder."""
+    """Print the table and write its rows to the run folder."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     keep_freed_memory()

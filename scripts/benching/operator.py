@@ -1,4 +1,4 @@
-"""The operator beside its rivals, in one process and in turns."""
+"""carafepp-bench: the operator beside its rivals, timed in turns in one process."""
 
 import importlib.util
 import platform
@@ -17,17 +17,17 @@ from ..common.options import look_up
 from .hardware import describe_hardware
 from .memory import keep_freed_memory, measure_extra_bytes
 from .plots import plot_times
-from .providers import providers
+from .providers import list_providers
 from .timing import quantile, time_in_turns
 
 MODES = ("forward", "backward", "both")
 OURS = ("cpu", "triton")
-# calls that take less are warmed
+# a call that took less is warmed before it is timed
 WARM_MS = 100
 
 
 class ProviderCalls:
-    """One provider on its inputs: what each mode calls."""
+    """The calls of one provider on fixed inputs: x [N, C, H, W] and logits [N, G * K * K * up * up, Hq, Wq], by mode."""
 
     def __init__(self, provider: Callable[[Tensor, Tensor], Tensor], x: Tensor, logits: Tensor):
         self.provider = provider
@@ -37,33 +37,41 @@ class ProviderCalls:
         # interpolation and pooling do not use the logits
         self.gradients(retain_graph=True)
 
-    def gradients(self, y: Tensor | None = None, **options) -> tuple[Tensor, ...]:
+    def gradients(self, y: Tensor | None = None, **options: bool) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and logits from an output, that of the constructor by default."""
         return torch.autograd.grad(self.y if y is None else y, (self.x, self.logits), self.dy, allow_unused=True, **options)
 
     def forward(self) -> tuple[Tensor, ...]:
+        """Compute the output without a graph."""
         with torch.no_grad():
             return (self.provider(self.x, self.logits),)
 
-    def backward(self) -> tuple[Tensor, ...]:
+    def backward(self) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of an output that is at hand."""
         return self.gradients(retain_graph=True)
 
-    def both(self) -> tuple[Tensor, ...]:
+    def both(self) -> tuple[Tensor | None, ...]:
+        """Compute the output and the gradients."""
         y = self.provider(self.x, self.logits)
         return y, *self.gradients(y)
 
     def least_bytes(self, mode: str) -> int:
-        """What the mode must read and write at least."""
+        """Count the bytes that a mode must read and write at least."""
         inputs, outputs = self.x.nbytes + self.logits.nbytes, self.dy.nbytes
         return {"forward": inputs + outputs, "backward": 2 * inputs + outputs, "both": 3 * inputs + 2 * outputs}[mode]
 
     def held_bytes(self, mode: str) -> int:
-        """Inputs, outputs and gradients together."""
+        """Count the bytes of the inputs, outputs and gradients of a mode."""
         inputs, outputs = self.x.nbytes + self.logits.nbytes, self.dy.nbytes
         return {"forward": inputs + outputs, "backward": 2 * inputs + outputs, "both": 2 * (inputs + outputs)}[mode]
 
 
 def measure_operator(cfg: DictConfig, spec: Spec) -> Iterator[dict]:
-    """Time every provider that applies, in turns, and yield a row for each provider and mode."""
+    """Time every applicable provider in turns, and yield a row of figures for each provider and mode.
+
+    Raises:
+        ValueError: a chosen provider does not exist.
+    """
     n, c, h, w = cfg.op.shape
     options = {"device": cfg.device, "dtype": getattr(torch, cfg.dtype)}
     memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
@@ -71,7 +79,7 @@ def measure_operator(cfg: DictConfig, spec: Spec) -> Iterator[dict]:
     logits = torch.randn(n, spec.groups * spec.taps * spec.up**2, spec.cells(h), spec.cells(w), **options)
     logits = logits.contiguous(memory_format=memory_format).requires_grad_()
 
-    found = providers(spec, (n, c, h, w), cfg.device, cfg.max_unfold_gb * 1e9)
+    found = list_providers(spec, (n, c, h, w), cfg.device, cfg.max_unfold_gb * 1e9)
     look_up("providers", cfg.providers or (), found)
     runs = {}
     for name in cfg.providers or found:
@@ -106,6 +114,7 @@ HEADER = f"{'':<20}{'mode':<10}{'ms':>10}{'20 %':>10}{'80 %':>10}{'GB/s':>8}{'ex
 
 
 def format_row(row: dict) -> str:
+    """Format a row below HEADER."""
     extra = " " * 16 if row["extra_mb"] is None else f"{row['extra_mb']:>10.1f}{row['extra_share']:>6.0%}"
     relative = "" if row["relative"] is None else f"{row['relative']:.2f}"
     times = f"{row['ms']:>10.3f}{row['ms_20']:>10.3f}{row['ms_80']:>10.3f}"
@@ -114,7 +123,7 @@ def format_row(row: dict) -> str:
 
 @app("bench")
 def bench_operator(cfg: DictConfig) -> None:
-    """Print the table and leave it in the run folder."""
+    """Print the table and write it to the run folder."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     keep_freed_memory()

@@ -1,10 +1,10 @@
-"""Plots of times."""
+"""Plots of the times of the operator."""
 
 from pathlib import Path
 
 
 def plot_times(rows: list[dict], title: str, path: Path) -> None:
-    """One bar a provider and mode, on a logarithmic axis."""
+    """Plot one bar for each provider and mode on a logarithmic axis."""
     from matplotlib.figure import Figure
 
     modes = list(dict.fromkeys(row["mode"] for row in rows))
@@ -20,7 +20,7 @@ def plot_times(rows: list[dict], title: str, path: Path) -> None:
 
 
 def plot_growth(rows: list[dict], title: str, path: Path) -> None:
-    """A panel for each of what varies; dotted: in proportion to the work."""
+    """Plot one panel for each varied quantity; dotted lines are proportional to the work."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -31,7 +31,7 @@ def plot_growth(rows: list[dict], title: str, path: Path) -> None:
             for mode, label in (("forward", "forward"), ("both", "forward + backward")):
                 chosen = sorted((row["value"], row["ms"]) for row in rows if row["varies"] == panel and row["mode"] == mode)
                 axis.plot(*zip(*chosen, strict=True), "o-", markersize=3, label=label)
-                # through the largest, where what does not grow weighs least; from one thread on
+                # the line passes through the largest value, where constant costs weigh least; for threads, through one thread
                 at, ms = chosen[0 if panel == "threads" else -1]
                 axis.plot(
                     [v for v, _ in chosen],

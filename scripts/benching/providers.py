@@ -1,4 +1,4 @@
-"""What carafepp-bench compares: the operator, other ways to the same result in plain PyTorch, and interpolation or pooling."""
+"""The providers that carafepp-bench compares: the operator, the same result in plain PyTorch, and interpolation or pooling."""
 
 import functools
 import importlib
@@ -13,11 +13,12 @@ from ...kernels import reassemble
 from ...kernels.geometry import Spec
 from ...kernels.reference import reassembly_kernels, weighted_sum
 
+# output of features x [N, C, H, W] and logits [N, G * K * K * up * up, Hq, Wq]
 Provider = Callable[[Tensor, Tensor], Tensor]
 
 
-def unfold(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
-    """Every window at output resolution: unfold of the nearest-upsampled map, then einsum."""
+def unfold_output(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
+    """Unfold the nearest-upsampled map into every window at output resolution, then sum by einsum."""
     n, c, _, _ = x.shape
     kernels = reassembly_kernels(logits, spec, *x.shape[2:])  # [N, G, K * K, Ho, Wo]
     larger = F.interpolate(x, scale_factor=spec.up, mode="nearest") if spec.up > 1 else x
@@ -28,7 +29,7 @@ def unfold(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
 
 
 def unfold_source(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
-    """Every window at source resolution, then one matrix product a cell."""
+    """Unfold the map into every window at source resolution, then multiply matrices, one for each cell."""
     n, c, _, _ = x.shape
     cells = logits.shape[2:]
     windows = F.unfold(x, spec.kernel_size, padding=spec.kernel_size // 2, stride=spec.down)
@@ -38,8 +39,8 @@ def unfold_source(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
     return F.pixel_shuffle(y, spec.up)
 
 
-def taps(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
-    """A sum over shifted maps at source resolution, the form that torch.compile makes the fastest code of."""
+def sum_shifted_maps(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
+    """Sum shifted maps at source resolution; of the forms tried, torch.compile makes the fastest code from this one."""
     n, c, _, _ = x.shape
     rows, columns = logits.shape[2:]
     kernels = logits.view(n, spec.groups, spec.taps, spec.up, spec.up, rows, columns).softmax(2).permute(0, 1, 2, 5, 3, 6, 4)
@@ -52,13 +53,20 @@ def taps(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
     return y.reshape(n, c, rows * spec.up, columns * spec.up)
 
 
-def definition(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
-    """A sum over taps at output resolution, as one would write it down, for torch.compile to fuse."""
+def sum_taps(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
+    """Sum over taps at output resolution, as the definition does, for torch.compile to fuse."""
     return weighted_sum(x, reassembly_kernels(logits, spec, *x.shape[2:]), spec)
 
 
-def providers(spec: Spec, shape: tuple[int, ...], device: str, max_bytes: float) -> dict[str, Provider | str]:
-    """Name -> function of (x, logits), or the reason why there is none."""
+def list_providers(spec: Spec, shape: tuple[int, ...], device: str, max_bytes: float) -> dict[str, Provider | str]:
+    """Return every provider by name, or the reason why it does not apply.
+
+    Args:
+        spec: the specification of the operator.
+        shape: N, C, H, W of the features.
+        device: the device of the tensors.
+        max_bytes: the largest unfolded copy to make.
+    """
     kind = torch.device(device).type
     n, c, h, w = shape
     options = spec._asdict()
@@ -69,7 +77,7 @@ def providers(spec: Spec, shape: tuple[int, ...], device: str, max_bytes: float)
     def when(condition: bool, provider: Provider, reason: str) -> Provider | str:
         return provider if condition else reason
 
-    def unfolded(provider, size: float) -> Provider | str:
+    def unfolded(provider: Callable[[Tensor, Tensor, Spec], Tensor], size: float) -> Provider | str:
         if not integer or spec.normalizer != "softmax":
             return "written for integer scales and softmax"
         return when(size <= max_bytes, functools.partial(provider, spec=spec), f"its unfolded copy takes {size / 1e9:.1f} GB")
@@ -79,22 +87,23 @@ def providers(spec: Spec, shape: tuple[int, ...], device: str, max_bytes: float)
         "cpu": when(kind == "cpu", lambda x, logits: reassemble(x, logits, **options, backend="cpu"), "needs device=cpu"),
         "triton": when(kind == "cuda", lambda x, logits: reassemble(x, logits, **options, backend="triton"), "needs device=cuda"),
         "fallback": when(kind == "cpu", lambda x, logits: reassemble(x, logits, **options, backend="torch"), "needs device=cpu"),
-        "unfold": unfolded(unfold, cells * spec.up**2),
+        "unfold": unfolded(unfold_output, cells * spec.up**2),
         "unfold_source": unfolded(unfold_source, cells),
-        "compiled_definition": functools.partial(torch.compile(definition, dynamic=False), spec=spec),
-        "compiled_taps": unfolded(torch.compile(taps, dynamic=False), 0),
+        "compiled_definition": functools.partial(torch.compile(sum_taps, dynamic=False), spec=spec),
+        "compiled_taps": unfolded(torch.compile(sum_shifted_maps, dynamic=False), 0),
         "nearest": when(only_up, lambda x, _: interpolation(x, mode="nearest"), "needs op.down=1"),
         "bilinear": when(only_up, lambda x, _: interpolation(x, mode="bilinear"), "needs op.down=1"),
         "avg_pool": when(only_down, lambda x, _: F.avg_pool2d(x, spec.kernel_size, spec.down, spec.kernel_size // 2), "needs op.up=1"),
-        "mmcv": _mmcv(spec, kind),
+        "mmcv": find_mmcv(spec, kind),
     }
 
 
-def _mmcv(spec: Spec, kind: str) -> Provider | str:
+def find_mmcv(spec: Spec, kind: str) -> Provider | str:
+    """Return the operator of mmcv, or the reason why it does not apply on a device of this kind."""
     if kind != "cuda" or not importlib.util.find_spec("mmcv"):
         return "needs mmcv and device=cuda"
     if spec.down > 1 or spec.normalizer != "softmax":
-        return "upsamples with softmax only"
+        return "upsamples only, and with softmax only"
     carafe = importlib.import_module("mmcv.ops").carafe
 
     def run(x: Tensor, logits: Tensor) -> Tensor:

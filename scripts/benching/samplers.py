@@ -1,4 +1,4 @@
-"""carafepp-bench samplers: what every sampler costs, beside what was published."""
+"""carafepp-bench samplers: parameters, FLOPs, time and memory of every sampler, beside published figures."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ SITES = {
     "upsampler": [(256, 25, 42), (256, 50, 84), (256, 100, 168)],
     "downsampler": [(64, 112, 112), (128, 56, 56), (256, 56, 56), (256, 28, 28), (512, 28, 28), (512, 14, 14), (1024, 14, 14)],
 }
-# what times are relative to
+# the sampler that times are divided by
 BASELINES = {"upsampler": "nearest", "downsampler": "strided_conv"}
 # parameters at C = 256: CARAFE (Wang et al., 2019), Table 2, the convolutions and CARAFE exactly; DySample (Liu et al., 2023)
 PUBLISHED = {
@@ -46,38 +46,39 @@ PUBLISHED = {
 aten = torch.ops.aten
 
 
-def _per_output(flops: int) -> Callable[..., int]:
+def flops_per_output(flops: int) -> Callable[..., int]:
+    """Make a FLOP formula that counts `flops` for every element of the output."""
     return lambda *args, out_shape, **kwargs: flops * torch.Size(out_shape).numel()
 
 
-# what FlopCounterMode leaves out, per output element: interpolation (as Table 2 of CARAFE counts it), pools, elementwise functions
+# operations without a formula in FlopCounterMode: interpolation (as Table 2 of CARAFE counts it), pools, elementwise functions
 FLOPS = {
-    aten.upsample_bilinear2d: _per_output(8),
-    aten.grid_sampler_2d: _per_output(8),
+    aten.upsample_bilinear2d: flops_per_output(8),
+    aten.grid_sampler_2d: flops_per_output(8),
     aten.avg_pool2d: lambda x, kernel_size, *args, out_shape, **kwargs: math.prod(kernel_size) * torch.Size(out_shape).numel(),
     **{
-        op: _per_output(1)
+        op: flops_per_output(1)
         for op in (aten.add, aten.sub, aten.mul, aten.div, aten.exp, aten.pow, aten.sigmoid, aten.relu, aten.relu_, aten.leaky_relu)
     },
 }
 
 
 def load_slots(group: str) -> dict[str, Callable[[int], nn.Module]]:
-    """Every occupant that the configuration has for the slots of `group`, the baseline first."""
+    """Load every sampler of a configuration group (conf/upsampler, conf/downsampler) by name, the baseline first."""
     paths = sorted((Path(path.name).stem, path) for path in (GROUPS / group).iterdir())
     slots = {name: instantiate(OmegaConf.create(path.read_text())) for name, path in paths if name not in ("published", "shared")}
     return {BASELINES[group]: slots.pop(BASELINES[group]), **slots}
 
 
 def make_inputs(module: nn.Module, shape: tuple[int, ...], memory_format=torch.contiguous_format, **options) -> list[Tensor]:
-    """x [N, C, H, W], and for a sampler that needs one a guide [N, C, 2H, 2W]."""
+    """Make random features [N, C, H, W], followed by a guide [N, C, 2H, 2W] for a sampler that needs one."""
     n, c, h, w = shape
     sizes = [(h, w), (2 * h, 2 * w)] if getattr(module, "needs_guide", False) else [(h, w)]
     return [torch.randn(n, c, *size, **options).contiguous(memory_format=memory_format).requires_grad_() for size in sizes]
 
 
 def count_flops_per_pixel(slot: Callable[[int], nn.Module], shape: tuple[int, ...]) -> float:
-    """FLOPs of one forward, 2 for a multiply-add, over the pixels of the output [N, C, Ho, Wo]; normalisation layers are left out."""
+    """Count the FLOPs of a forward (2 for a multiply-add, none for normalisation layers) per pixel of the output [N, C, Ho, Wo]."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         module = slot(shape[1])
         y = module(*(x.detach() for x in make_inputs(module, shape)))
@@ -85,7 +86,7 @@ def count_flops_per_pixel(slot: Callable[[int], nn.Module], shape: tuple[int, ..
 
 
 class SamplerCalls:
-    """One sampler on its inputs: what each mode calls."""
+    """The calls of one sampler on fixed inputs, by mode."""
 
     def __init__(self, module: nn.Module, arguments: list[Tensor]):
         self.module, self.arguments = module, arguments
@@ -93,15 +94,17 @@ class SamplerCalls:
         self.dy = torch.randn_like(self.forward())
 
     def forward(self) -> Tensor:
+        """Compute the output without a graph."""
         with torch.no_grad():
             return self.module(*self.arguments)
 
     def step(self) -> tuple[Tensor, ...]:
+        """Compute the output and the gradients of inputs and parameters."""
         return torch.autograd.grad(self.module(*self.arguments), self.leaves, self.dy)
 
 
 def measure_site(group: str, shape: tuple[int, ...], cfg: DictConfig) -> list[dict]:
-    """Parameters, FLOPs, median times (ms), in turns, and peak memory (MB) of the chosen samplers at one site."""
+    """Measure the chosen samplers of a group and its baseline at one site, features [N, C, H, W]; return a row of figures for each."""
     chosen = {name: slot for name, slot in load_slots(group).items() if cfg.names is None or name in (*cfg.names, BASELINES[group])}
     options = {"device": cfg.device, "dtype": getattr(torch, cfg.dtype)}
     memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
@@ -139,10 +142,10 @@ LINE += "{step_ms:>12.2f}{step_relative:>8.1f}{peak_mb:>10.1f}"
 
 
 def measure_samplers(cfg: DictConfig) -> list[dict]:
-    """Print one table a site and return all rows.
+    """Measure the chosen samplers at every site of their groups, print a table for each site, and return all rows.
 
     Raises:
-        ValueError: a group that is none, or a sampler that no configuration file has.
+        ValueError: a group or a sampler does not exist.
     """
     look_up("groups", cfg.groups, SITES)
     look_up("names", cfg.names or (), dict.fromkeys(sorted({name for group in SITES for name in load_slots(group)})))
@@ -163,7 +166,7 @@ def measure_samplers(cfg: DictConfig) -> list[dict]:
 
 @app("bench_samplers")
 def bench_samplers(cfg: DictConfig) -> None:
-    """Print the tables and leave their rows in the run folder."""
+    """Print the tables and write their rows to the run folder."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     rows = measure_samplers(cfg)

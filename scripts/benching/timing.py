@@ -1,4 +1,4 @@
-"""Times of calls, measured in turns, so that a disturbance of the machine reaches all of them alike."""
+"""Timing of calls in turns, so that a disturbance of the machine affects all of them alike."""
 
 import math
 import time
@@ -14,7 +14,7 @@ Key = TypeVar("Key")
 
 
 def time_call(function: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call; on a GPU those of its kernels alone."""
+    """Measure the milliseconds of one call; on a GPU those of its kernels alone."""
     if torch.device(device).type == "cuda":
         return measure_milliseconds(function, device)
     start = time.perf_counter()
@@ -31,13 +31,16 @@ def time_in_turns(
     at_least: int = 0,
     warm_below_ms: float = 0,
 ) -> dict[Key, list[float]]:
-    """Time every call once a round.
+    """Time every call once in each round.
 
     Args:
-        rounds: upper bound of the times of each call.
-        seconds: a call that has taken longer in all is timed no more, after `at_least` times.
-        warm_below_ms: a call whose last time is below this is called once more before it is timed, because the call before it in turn
-            has emptied the caches.
+        calls: functions by key.
+        device: the device of their tensors.
+        rounds: the largest number of times that each call is timed.
+        seconds: a call is not timed again once its times exceed this sum and it was timed `at_least` times.
+        at_least: see `seconds`.
+        warm_below_ms: a call whose last time is below this is repeated before it is timed, because the previous call in turn has
+            replaced the content of the caches.
 
     Returns:
         Milliseconds by key, in the order of the rounds.
@@ -55,5 +58,5 @@ def time_in_turns(
 
 
 def quantile(times: Sequence[float], share: float) -> float:
-    """The time that `share` of the times do not exceed; 0.5 is the median (of an even number, the one above or below the middle)."""
+    """Return the time that a share of the times does not exceed, without interpolation: a share of 0.5 gives the median."""
     return sorted(times)[round(share * (len(times) - 1))]

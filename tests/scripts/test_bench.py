@@ -2,14 +2,15 @@
 
 import csv
 import functools
+import sys
 
 import pytest
 import torch
 from carafepp.kernels import reassemble_reference
 from carafepp.kernels.geometry import Spec
 from carafepp.scripts import bench
-from carafepp.scripts.benching import operator as bench_operator
-from carafepp.scripts.benching import providers as bench_providers
+from carafepp.scripts.benching import providers
+from carafepp.scripts.benching.operator import MODES
 
 
 @pytest.mark.parametrize("spec", [Spec(5, 2), Spec(3, 3, groups=2), Spec(5, 1, 2), Spec(3)], ids=str)
@@ -20,8 +21,9 @@ def test_rivals_compute_the_same(spec):
     expected = reassemble_reference(x, logits, **spec._asdict())
     dy = torch.randn_like(expected)
     gradients = torch.autograd.grad(expected, (x, logits), dy)
-    rivals = [functools.partial(getattr(bench_providers, name), spec=spec) for name in ("unfold", "unfold_source", "definition", "taps")]
-    rivals.append(bench_providers.providers(spec, tuple(x.shape), "cpu", 1e9)["fallback"])
+    functions = (providers.unfold_output, providers.unfold_source, providers.sum_taps, providers.sum_shifted_maps)
+    rivals = [functools.partial(function, spec=spec) for function in functions]
+    rivals.append(providers.list_providers(spec, tuple(x.shape), "cpu", 1e9)["fallback"])
     for rival in rivals:
         y = rival(x, logits)
         torch.testing.assert_close(y, expected)
@@ -30,10 +32,10 @@ def test_rivals_compute_the_same(spec):
 
 
 def test_every_provider_is_offered_or_says_why_not():
-    rational = bench_providers.providers(Spec(5, 3, 2), (1, 4, 6, 7), "cpu", 1e9)
+    rational = providers.list_providers(Spec(5, 3, 2), (1, 4, 6, 7), "cpu", 1e9)
     assert callable(rational["cpu"])
     assert rational["unfold"] == "written for integer scales and softmax"
-    large = bench_providers.providers(Spec(5, 2), (512, 256, 14, 14), "cpu", 4e9)
+    large = providers.list_providers(Spec(5, 2), (512, 256, 14, 14), "cpu", 4e9)
     assert large["unfold"] == "its unfolded copy takes 10.3 GB"
     assert callable(large["unfold_source"])
     assert large["avg_pool"] == "needs op.up=1"
@@ -46,20 +48,19 @@ def test_table_and_file_tell_the_same(tmp_path, monkeypatch, capsys):
     bench.main()
     printed = capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "times.csv").open()))
-    assert [(row["provider"], row["mode"]) for row in rows] == [
-        (name, mode) for mode in bench_operator.MODES for name in ("cpu", "avg_pool")
-    ]
+    assert [(row["provider"], row["mode"]) for row in rows] == [(name, mode) for mode in MODES for name in ("cpu", "avg_pool")]
     for row in rows:
         assert float(row["ms_20"]) <= float(row["ms"]) <= float(row["ms_80"])
         assert f"{float(row['ms']):.3f}" in printed
     assert float(rows[0]["relative"]) == 1
 
 
-def test_growth_varies_one_thing_at_a_time(tmp_path, monkeypatch):
+def test_growth_varies_one_thing_at_a_time(tmp_path):
     arguments = ["growth", "op.shape=[1,8,4,4]", "threads=2", "rounds=1", f"hydra.run.dir={tmp_path}"]
-    monkeypatch.setattr("sys.argv", ["carafepp-bench", *arguments])
+    before = list(sys.argv)
     threads = torch.get_num_threads()
-    bench.main()
+    bench.main(arguments)
+    assert sys.argv == before
     torch.set_num_threads(threads)
     rows = [row for row in csv.DictReader((tmp_path / "growth.csv").open()) if row["mode"] == "forward"]
     assert [(row["varies"], int(row["value"])) for row in rows] == [
@@ -73,7 +74,6 @@ def test_growth_varies_one_thing_at_a_time(tmp_path, monkeypatch):
 
 
 def test_unknown_provider_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["carafepp-bench", "op=up2", "providers=[gpu]", f"hydra.run.dir={tmp_path}"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ValueError, match=r"providers must be among cpu, triton.*got 'gpu'"):
-        bench.main()
+        bench.main(["op=up2", "providers=[gpu]", f"hydra.run.dir={tmp_path}"])
