@@ -14,23 +14,24 @@ class CARAFE(nn.Module):
     """Resize features by `up` / `down` under kernels predicted from the features themselves.
 
     A 1x1 convolution compresses the channels, a convolution of stride `down` encodes their content into groups * K * K * up**2 logits,
-    and `carafepp.kernels.reassemble` normalises them and sums the K x K windows of the input (Eqn. 1 to 3). State-dict keys
-    and initialisation are those of mmcv's CARAFEPack, whose weights load. `CARAFE(256, up=2)` has 74,148 parameters and takes 199 K FLOPs
+    and `carafepp.kernels.reassemble` normalises the logits and sums the K x K windows of the input (Eqn. 1 to 3). State-dict keys and
+    initialisation are those of mmcv's CARAFEPack, so that its weights load. `CARAFE(256, up=2)` has 74,148 parameters and takes 199 K FLOPs
     per source pixel.
 
     Args:
-        channels: C, of input and output.
-        up, down: output size is ceil(H * up / down) x ceil(W * up / down).
-        kernel_size: K, side of the reassembly window, odd.
-        encoder_kernel: side of the content encoder, odd; the paper's rule is K - 2 (section 3.2).
-        compressed_channels: C_m; "auto" is the paper's 64 for upsampling and 16 for downsampling, None leaves the compressor out.
-        groups: groups of channels that share a kernel; divides C.
+        channels: C, the channels of input and output.
+        up, down: the output has ceil(H * up / down) x ceil(W * up / down) pixels.
+        kernel_size: K, the side of the reassembly window; odd.
+        encoder_kernel: side of the content encoder's kernel, odd; the paper's rule is K - 2 (section 3.2).
+        compressed_channels: C_m. "auto" is the paper's choice, 64 for upsampling and 16 for downsampling; None leaves the compressor out.
+        groups: number of channel groups, each with kernels of its own; must divide C.
         encoder_dilation: dilation of the content encoder.
-        compressor_norm: batch normalisation and ReLU after the compressor, as the paper has them in classification backbones (section 5.1).
+        compressor_norm: whether batch normalisation and ReLU follow the compressor, as in the paper's classification backbones
+            (section 5.1).
         normalizer: "softmax", "sigmoid", "sigmoid_normalized" or "none" (Table XIV).
 
     Raises:
-        TypeError, ValueError: an argument of a wrong type or value, named with what would be right.
+        TypeError, ValueError: an argument has a wrong type or value. The message names it and says what would be right.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class CARAFE(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as mmcv does: the encoder's logits start near 0, so the first kernels are near to a box blur."""
+        """Initialise as mmcv does: the encoder's logits start near 0, so that the first kernels are close to a box blur."""
         if isinstance(self.channel_compressor, nn.Conv2d):
             nn.init.xavier_uniform_(self.channel_compressor.weight)
         nn.init.normal_(self.content_encoder.weight, std=0.001)
@@ -93,17 +94,18 @@ class CARAFE(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Encode the content of `x` [N, C, H, W] into [N, groups * K * K * up**2, ceil(H / down), ceil(W / down)]."""
+        """Encode the content of x [N, C, H, W] into logits [N, groups * K * K * up**2, ceil(H / down), ceil(W / down)]."""
         return self.content_encoder(self.compressor_norm(self.channel_compressor(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, ceil(H * up / down), ceil(W * up / down)]."""
+        """Resample x [N, C, H, W] to [N, C, ceil(H * up / down), ceil(W * up / down)]."""
         return reassemble(x, self.logits(x), **self.spec._asdict())
 
     def kernels(self, x: Tensor) -> Tensor:
-        """Return the normalised kernels of `x` [N, C, H, W] for study and pictures: [N, groups, K, K, Ho, Wo]."""
+        """Compute the normalised kernels [N, groups, K, K, Ho, Wo] of x [N, C, H, W], for study and for pictures."""
         kernels = reassembly_kernels(self.logits(x), self.spec, *x.shape[2:])
         return kernels.unflatten(2, (self.spec.kernel_size,) * 2)
 
     def extra_repr(self) -> str:
+        """Show the options in the representation of the module."""
         return ", ".join(f"{name}={value!r}" for name, value in self.spec._asdict().items())

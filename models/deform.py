@@ -1,4 +1,4 @@
-"""Modulated deformable convolution (DCNv2: Zhu et al., 2019; the stronger backbone of Table I)."""
+"""Modulated deformable convolution (DCNv2, Zhu et al., 2019), used in the stronger backbone of Table I."""
 
 from typing import Any, cast
 
@@ -10,10 +10,15 @@ from torchvision.ops import deform_conv2d
 
 
 class DeformConv(nn.Conv2d):
-    """3x3 convolution that samples each of its nine points at a predicted offset and weighs it by a predicted mask in 0..1.
+    """3x3 convolution that samples each of its nine points at a predicted offset and weights it by a predicted mask in 0..1.
 
-    State-dict keys and initialisation are those of mmcv's ModulatedDeformConv2dPack: `conv_offset` starts at 0, so the layer starts as
-    the plain convolution with half its weights, and weights of the plain convolution load.
+    State-dict keys and initialisation are those of mmcv's ModulatedDeformConv2dPack. `conv_offset` starts at 0, so that the layer starts
+    as the plain convolution with half its weights. Weights of the plain convolution load.
+
+    Args:
+        inputs, outputs: channels of the input and of the output.
+        stride: stride of the convolution.
+        dilation: dilation of the convolution.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, dilation: int = 1):
@@ -24,7 +29,7 @@ class DeformConv(nn.Conv2d):
         nn.init.zeros_(self.conv_offset.get_parameter("bias"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, inputs, H, W] -> [N, outputs, ceil(H / stride), ceil(W / stride)]."""
+        """Convolve x [N, inputs, H, W] to [N, outputs, ceil(H / stride), ceil(W / stride)]."""
         offset, mask = self.conv_offset(x).split([18, 9], dim=1)
         stride, padding, dilation = (cast(tuple[int, int], pair) for pair in (self.stride, self.padding, self.dilation))
         return deform_conv2d(x, offset, self.weight, stride=stride, padding=padding, dilation=dilation, mask=mask.sigmoid())
@@ -32,5 +37,5 @@ class DeformConv(nn.Conv2d):
 
 @register_flop_formula(torch.ops.torchvision.deform_conv2d)
 def _deform_conv_flops(x_shape: torch.Size, weight_shape: torch.Size, *args: Any, out_shape: torch.Size, **kwargs: Any) -> int:
-    # as the plain convolution: the bilinear sampling grows with the inputs alone, and is small beside it
+    # as for the plain convolution: the bilinear sampling grows only with the inputs and is small in comparison
     return conv_flop_count(list(x_shape), list(weight_shape), list(out_shape))

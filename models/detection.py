@@ -1,7 +1,7 @@
 """Faster R-CNN and Mask R-CNN with sampler slots in backbone, feature pyramid and mask head (paper, section 4.1).
 
-Proposals, RoI heads, losses and the transform of the images are torchvision's; so are the state-dict keys, so that its published weights
-load where the slots are empty.
+Proposals, RoI heads, losses and the image transform are torchvision's. State-dict keys are torchvision's too, so that its published
+weights load where slots are empty.
 """
 
 import inspect
@@ -24,12 +24,12 @@ from .fpn import FPN
 from .resnet import ResNet
 from .samplers import Sampler
 
-# side of the box head's RoI features
+# side of the RoI features of the box head
 ROI_SIZE = 7
 
 
 def freeze_norms(module: nn.Module) -> None:
-    """Replace every batch normalisation inside by one that keeps its statistics, scale and shift, samplers' own included."""
+    """Replace every batch normalisation in `module`, including those of samplers, by one with fixed statistics, scale and shift."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(child.num_features, child.eps).to(child.weight.device)
@@ -40,7 +40,7 @@ def freeze_norms(module: nn.Module) -> None:
 
 
 def freeze_layers(backbone: ResNet, trainable_layers: int) -> None:
-    """Train only the last `trainable_layers` of layer1 to layer4; 5 trains the stem too, and its sampler, which is frozen with it.
+    """Train only the last `trainable_layers` of layer1 to layer4; 5 also trains the stem and its sampler.
 
     Raises:
         ValueError: `trainable_layers` is not in 0..5.
@@ -53,15 +53,15 @@ def freeze_layers(backbone: ResNet, trainable_layers: int) -> None:
 
 
 class BoxCoder(TorchvisionBoxCoder):
-    """torchvision's, in the precision of the boxes, not in that of the deltas, which mixed precision lowers."""
+    """torchvision's box coder in the precision of the boxes; mixed precision lowers that of the deltas."""
 
     def decode(self, rel_codes: Tensor, boxes: list[Tensor]) -> Tensor:
-        """Deltas [n, 4 * classes] to the boxes of all images, n in sum -> [n, classes, 4]."""
+        """Apply deltas rel_codes [n, 4 * classes] to the n boxes of all images together; return boxes [n, classes, 4]."""
         return super().decode(rel_codes.to(boxes[0].dtype), boxes)
 
 
 class Pyramid(nn.Module):
-    """Backbone and feature pyramid: image [N, 3, H, W] -> levels "0" to "3" of strides 4 to 32, and "pool" of stride 64."""
+    """Backbone and feature pyramid, with levels "0" to "3" of strides 4 to 32 and "pool" of stride 64."""
 
     def __init__(self, body: ResNet, fpn: FPN, out_channels: int):
         super().__init__()
@@ -69,15 +69,15 @@ class Pyramid(nn.Module):
         self.out_channels = out_channels
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """[N, 3, H, W] -> name -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        """Compute the levels by name, [N, out_channels, ceil(H / stride), ceil(W / stride)], of images x [N, 3, H, W]."""
         levels = self.fpn({str(i): level for i, level in enumerate(self.body(x))})
         if torch.is_autocast_enabled(x.device.type):
-            # anchors take the dtype of the features, and bfloat16 has 8 pixels between 1024 and its next number
+            # anchors take the dtype of the features, and between 1024 and 2048 the numbers of bfloat16 are 8 apart
             levels = {name: level.float() for name, level in levels.items()}
         return levels
 
 
-def _pyramid(backbone: ResNet, fpn: Sampler | None, fpn_dim: int, trainable_layers: int, frozen_norm: bool) -> Pyramid:
+def _make_pyramid(backbone: ResNet, fpn: Sampler | None, fpn_dim: int, trainable_layers: int, frozen_norm: bool) -> Pyramid:
     if frozen_norm:
         freeze_norms(backbone)
     freeze_layers(backbone, trainable_layers)
@@ -87,22 +87,23 @@ def _pyramid(backbone: ResNet, fpn: Sampler | None, fpn_dim: int, trainable_laye
 class FasterRCNN(detection.FasterRCNN):
     """Faster R-CNN (Ren et al., 2015) on a feature pyramid.
 
-    Takes a list of images [3, H, W] in [0, 1] of any sizes and, in training, a list of targets {"boxes" [n, 4] as x1, y1, x2, y2 in pixels,
-    "labels" [n]}, and returns losses by name; in evaluation a list of {"boxes", "labels", "scores"}, best first. Labels begin at 1.
+    The input is a list of images [3, H, W] in [0, 1] of any sizes. In training a list of targets {"boxes" [n, 4] as x1, y1, x2, y2 in
+    pixels, "labels" [n]} follows, and the output is the losses by name. In evaluation the output is a list of {"boxes", "labels",
+    "scores"}, best first. Labels start at 1.
 
     Args:
-        num_classes: classes, the background (0) counted.
-        backbone: image -> features of strides 4, 8, 16, 32; `out_channels` lists their channels.
-        fpn: the sampler of the pyramid; None is nearest-neighbour interpolation.
+        num_classes: number of classes, including the background (0).
+        backbone: maps an image to features of strides 4, 8, 16, 32; `out_channels` lists their channels.
+        fpn: sampler of the pyramid; None is nearest-neighbour interpolation.
         fpn_dim: channels of the pyramid.
-        trainable_layers: how many of the backbone's layers, counted from the last, are trained: 3 freezes the stem and layer1.
-        frozen_norm: keep the backbone's batch statistics, scales and shifts, as pretrained.
+        trainable_layers: number of layers of the backbone, counted from the last, that are trained: 3 freezes the stem and layer1.
+        frozen_norm: whether the backbone keeps the batch statistics, scales and shifts of its pretraining.
         anchor_sizes: side in pixels of the anchors on each of the five levels; height / width is 0.5, 1 and 2.
         head_dim: channels of the box head.
-        options: what torchvision's FasterRCNN takes besides (`min_size`, `rpn_post_nms_top_n_train`, ...).
+        options: further arguments of torchvision's FasterRCNN (`min_size`, `rpn_post_nms_top_n_train`, ...).
 
     Raises:
-        TypeError: an option that torchvision does not know.
+        TypeError: torchvision does not know an option.
         ValueError: `trainable_layers` is not in 0..5.
     """
 
@@ -123,12 +124,12 @@ class FasterRCNN(detection.FasterRCNN):
         head_dim: int = 1024,
         **options: Any,
     ):
-        # torchvision swallows what it does not know
+        # torchvision ignores unknown options
         known = {*inspect.signature(detection.FasterRCNN).parameters, *inspect.signature(GeneralizedRCNNTransform).parameters}
         if unknown := sorted(set(options) - known):
-            raise TypeError(f"{type(self).__name__} takes no {', '.join(unknown)}")
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}")
         super().__init__(
-            _pyramid(backbone, fpn, fpn_dim, trainable_layers, frozen_norm),
+            _make_pyramid(backbone, fpn, fpn_dim, trainable_layers, frozen_norm),
             rpn_anchor_generator=AnchorGenerator(tuple((size,) for size in anchor_sizes), ((0.5, 1.0, 2.0),) * len(anchor_sizes)),
             box_head=TwoMLPHead(fpn_dim * ROI_SIZE**2, head_dim),
             box_predictor=FastRCNNPredictor(head_dim, num_classes),
@@ -141,13 +142,14 @@ class FasterRCNN(detection.FasterRCNN):
 class MaskRCNN(FasterRCNN):
     """Mask R-CNN (He et al., 2017): Faster R-CNN with a mask of 28 x 28 cells for every detection.
 
-    Targets need "masks" [n, H, W] in {0, 1} besides, and predictions have "masks" [n, 1, H, W], probabilities at the size of the image.
+    Targets also hold "masks" [n, H, W] in {0, 1}, and predictions "masks" [n, 1, H, W], probabilities at the size of the image.
 
     Args:
-        mask_head: upsampler of the RoI features, 14 x 14 to 28 x 28. None is the published 2x2 deconvolution of stride 2 and ReLU; a
-            sampler stands without the ReLU, as in public code of the paper's detectors, and has no guide.
-        mask_dim, mask_convs: channels and number of the 3x3 convolutions before it.
-        others: see `FasterRCNN`.
+        num_classes: number of classes, including the background (0).
+        mask_head: upsampler of the RoI features, 14 x 14 to 28 x 28. None is the published 2x2 deconvolution of stride 2 with ReLU. A
+            sampler has no ReLU after it, as in public code of the paper's detectors, and no guide.
+        mask_dim, mask_convs: channels and number of the 3x3 convolutions before the upsampler.
+        options: arguments of `FasterRCNN`.
     """
 
     def __init__(self, num_classes: int, *, mask_head: Sampler | None = None, mask_dim: int = 256, mask_convs: int = 4, **options: Any):

@@ -8,13 +8,13 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 
 class PatchGAN(nn.Module):
-    """Judge each patch of a completed image: three 4x4 convolutions of stride 2, two of stride 1, leaky ReLU; 2.8 M parameters.
+    """Score each patch of a completed image: three 4x4 convolutions of stride 2, two of stride 1, leaky ReLU; 2.8 M parameters.
 
-    Spectral normalisation instead of pix2pix's batch normalisation, and the mask as a fourth channel, as in the work that the free-form
-    masks come from (Yu et al., 2018).
+    Two things differ from pix2pix, as in the source of the free-form masks (Yu et al., 2018): spectral normalisation takes the place of
+    batch normalisation, and the mask is a fourth input channel.
 
     Args:
-        width: channels of the first layer; 8 times as many in the last.
+        width: channels of the first layer; the last hidden layer has 8 times as many.
     """
 
     def __init__(self, width: int = 64):
@@ -26,14 +26,18 @@ class PatchGAN(nn.Module):
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, images: Tensor, masks: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [-1, 1] and masks [N, 1, H, W] -> a score a patch, [N, 1, h, w], the larger the more real.
+        """Score images [N, 3, H, W] in [-1, 1] with masks [N, 1, H, W]: one score per patch, [N, 1, h, w], higher for real images.
 
-        One cell is about 8 pixels, its patch 70. H and W of 24 pixels or more.
+        A cell has a side of about 8 pixels, and its patch one of 70. H and W must be at least 24.
         """
         return self.layers(torch.cat([images, masks], dim=1))
 
 
-def inpainted(scores: Tensor, masks: Tensor) -> Tensor:
-    """Average the scores [N, 1, h, w] of those cells that the hole of masks [N, 1, H, W] touches -> [N], 0 without a hole."""
+def average_over_hole(scores: Tensor, masks: Tensor) -> Tensor:
+    """Average the scores [N, 1, h, w] over the cells that the hole of masks [N, 1, H, W] touches.
+
+    Returns:
+        [N], 0 for an image without a hole.
+    """
     cells = F.adaptive_max_pool2d(masks, scores.shape[2:])
     return (scores * cells).sum((1, 2, 3)) / cells.sum((1, 2, 3)).clamp(min=1)

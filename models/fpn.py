@@ -11,14 +11,14 @@ from .samplers import Sampler, make_samplers, resize
 
 
 class FPN(FeaturePyramidNetwork):
-    """torchvision's feature pyramid, whose parameter names it has, with a sampler between levels.
+    """torchvision's feature pyramid with a sampler between levels; parameter names are torchvision's.
 
     Args:
         in_channels_list: channels of the backbone's levels, finest first.
         out_channels: channels of every level of the pyramid.
-        upsample: None is nearest-neighbour interpolation to the size of the lateral. A sampler, one per pair of levels, upsamples by 2 with
-            `out_channels` channels and is cropped to that size; the lateral guides it if it needs a guide.
-        extra_blocks: makes levels beyond the backbone's from the outputs, `LastLevelMaxPool()` the fifth of detectors.
+        upsample: None is nearest-neighbour interpolation to the size of the lateral. Otherwise each pair of levels has a sampler with
+            `out_channels` channels that upsamples by 2; its output is cropped to the size of the lateral, which is also its guide.
+        extra_blocks: makes further levels from the outputs; `LastLevelMaxPool()` makes the fifth level of detectors.
     """
 
     def __init__(
@@ -32,10 +32,17 @@ class FPN(FeaturePyramidNetwork):
         super().__init__(list(in_channels_list), out_channels, extra_blocks)
         self.upsample = make_samplers(upsample, out_channels, out_channels, len(in_channels_list) - 1)
 
-    def forward(self, levels: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Name -> [N, in_channels_list[i], H_i, W_i], finest first -> the same names and sizes, and the extra ones, of `out_channels`."""
-        names, inputs = list(levels), list(levels.values())
-        laterals = [block(x) for block, x in zip(self.inner_blocks, inputs, strict=True)]
+    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Build the pyramid.
+
+        Args:
+            x: [N, in_channels_list[i], H_i, W_i] by name, finest first.
+
+        Returns:
+            [N, out_channels, H_i, W_i] under the same names, followed by the extra levels.
+        """
+        names, inputs = list(x), list(x.values())
+        laterals = [block(level) for block, level in zip(self.inner_blocks, inputs, strict=True)]
         for i in reversed(range(len(self.upsample))):
             fine, coarse, sampler = laterals[i], laterals[i + 1], self.upsample[i]
             size = fine.shape[2:]

@@ -13,12 +13,19 @@ Norm = Callable[[int], nn.Module]
 
 
 class Layer(NamedTuple):
-    """One convolution of the generator."""
+    """One convolution of the generator.
 
-    channels: float  # of the output, as a multiple of the width
+    Attributes:
+        channels: channels of the output, as a multiple of the width.
+        kernel_size: side of the kernel.
+        dilation: dilation of the convolution.
+        resize: "down" or "up" by 2, or "" for none.
+    """
+
+    channels: float
     kernel_size: int = 3
     dilation: int = 1
-    resize: str = ""  # "down" or "up" by 2
+    resize: str = ""
 
 
 LAYERS = (
@@ -28,8 +35,11 @@ LAYERS = (
 )
 
 
-def stage(layer: Layer, inputs: int, outputs: int, sampler: Sampler | None, norm_layer: Norm) -> nn.Sequential:
-    """Convolution, normalisation, ReLU; where the layer resizes, a sampler and a convolution of stride 1, or a strided one without it."""
+def make_stage(layer: Layer, inputs: int, outputs: int, sampler: Sampler | None, norm_layer: Norm) -> nn.Sequential:
+    """Build a layer: convolution, normalisation, ReLU.
+
+    Where the layer resizes, a sampler comes before a convolution of stride 1; without a sampler the convolution is strided.
+    """
     padding = layer.dilation * (layer.kernel_size // 2)
     if layer.resize and sampler:
         convolution = [sampler(inputs), nn.Conv2d(inputs, outputs, layer.kernel_size, padding=padding, bias=False)]
@@ -45,12 +55,12 @@ class GlobalLocal(nn.Module):
     """Fill the hole of an image: an encoder of stride 4, four dilated convolutions, a decoder; 6.1 M parameters at full width.
 
     Args:
-        width: channels of the first layer; 4 times as many in the middle.
-        downsample: None is the published network (two 3x3 convolutions of stride 2). A sampler stands instead of each stride, with
-            width and 2 * width channels, and the convolution behind it has stride 1.
-        upsample: None is the published network (two 4x4 deconvolutions). A sampler stands instead, with 4 * width and 2 * width
-            channels, and a 3x3 convolution behind it brings the channels to the next layer's.
-        norm_layer: channels in, normalisation out.
+        width: channels of the first layer; the middle has 4 times as many.
+        downsample: None is the published network (two 3x3 convolutions of stride 2). A sampler, with width and 2 * width channels,
+            takes the place of each stride, and the convolution after it has stride 1.
+        upsample: None is the published network (two 4x4 deconvolutions). A sampler, with 4 * width and 2 * width channels, takes the
+            place of each, and a 3x3 convolution after it changes the channels to those of the next layer.
+        norm_layer: makes the normalisation of a number of channels.
     """
 
     def __init__(
@@ -60,15 +70,18 @@ class GlobalLocal(nn.Module):
         samplers = {"down": downsample, "up": upsample, "": None}
         channels = [4, *(int(layer.channels * width) for layer in LAYERS)]
         self.stages = nn.ModuleList(
-            stage(layer, inputs, outputs, samplers[layer.resize], norm_layer)
+            make_stage(layer, inputs, outputs, samplers[layer.resize], norm_layer)
             for layer, inputs, outputs in zip(LAYERS, channels, channels[1:], strict=False)
         )
         self.output = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, images: Tensor, masks: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [-1, 1] and masks [N, 1, H, W], 1 in the hole and 0 elsewhere -> images in [-1, 1], known pixels too.
+        """Complete images [N, 3, H, W] in [-1, 1] whose holes are given by masks [N, 1, H, W], 1 in the hole and 0 elsewhere.
 
-        What the images hold in the hole makes no difference. Any H, W >= 1.
+        The content of the hole makes no difference. H and W are at least 1.
+
+        Returns:
+            Images [N, 3, H, W] in [-1, 1]. The network also predicts the known pixels.
         """
         y = torch.cat([images * (1 - masks), masks], dim=1)
         sizes = []

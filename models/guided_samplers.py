@@ -1,7 +1,7 @@
-"""Upsamplers that look at the finer map: IndexNet, A2U, SAPA and FADE predict kernels from it, GUM predicts where to sample.
+"""Upsamplers that are guided by the finer map: IndexNet, A2U, SAPA and FADE predict kernels from it, GUM predicts where to sample.
 
-Where the kernels of one location serve all channels (A2U, SAPA, FADE) the sum is CARAFE's own: `carafepp.kernels.reassemble` normalises
-their logits and sums the windows, and SAPA's similarities are a derivative of it.
+In A2U, SAPA and FADE the kernel of a location serves all channels, so that the sum is the same as CARAFE's:
+`carafepp.kernels.reassemble` normalises the logits and sums the windows. SAPA's similarities are a derivative of that sum.
 """
 
 import math
@@ -14,11 +14,11 @@ from torch import Tensor
 from ..kernels import reassemble
 from ..kernels.backends import default_backend
 from .point_samplers import sample
-from .samplers import bilinear, nearest
+from .samplers import upsample_bilinear, upsample_nearest
 
 
 class _Guided(nn.Module):
-    """What the guided samplers share: the channels of the guide and the checks on it."""
+    """Base of the guided samplers: holds the channels of the guide and checks it."""
 
     needs_guide = True
 
@@ -26,41 +26,48 @@ class _Guided(nn.Module):
         super().__init__()
         self.guide_channels = guide_channels or channels
 
-    def guided(self, x: Tensor, guide: Tensor | None) -> Tensor:
-        """Return the guide, x itself if there is none; raise ValueError unless it fits."""
+    def prepare_guide(self, x: Tensor, guide: Tensor | None) -> Tensor:
+        """Return the guide, or x upsampled bilinearly if there is none; raise ValueError if it does not fit."""
         if guide is None:
-            guide = bilinear(x)
+            guide = upsample_bilinear(x)
         rows, columns = guide.shape[2:]
         if guide.shape[1] != self.guide_channels or -(-rows // 2) != x.shape[2] or -(-columns // 2) != x.shape[3]:
             raise ValueError(
-                f"guide must have {self.guide_channels} channels and twice the size of x, or 1 less, "
+                f"guide must have {self.guide_channels} channels and twice the size of x, or 1 pixel less, "
                 f"got {tuple(guide.shape)} for x of shape {tuple(x.shape)}"
             )
         return guide
 
 
-def _to_even(x: Tensor) -> Tensor:
-    """Pad odd maps with zeros at the bottom and right."""
+def _pad_to_even(x: Tensor) -> Tensor:
+    """Pad odd sides of x with zeros, at the bottom and right."""
     return F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
 
 
-def _depth(x: Tensor) -> Tensor:
-    """[N, M, h, w] at the fine size -> [N, M * 4, ceil(h / 2), ceil(w / 2)], the layout of `reassemble`'s logits."""
-    # not F.pixel_unshuffle, which leaves empty batches at their size
-    return _to_even(x).unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+def _space_to_depth(x: Tensor) -> Tensor:
+    """Rearrange a fine map [N, M, h, w] to [N, M * 4, ceil(h / 2), ceil(w / 2)], the layout of `reassemble`'s logits."""
+    # F.pixel_unshuffle does not change the size of empty batches
+    return _pad_to_even(x).unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
 
 
-def _window_products(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
-    """Inner products of every fine query with the keys of its window, 0 outside the map.
+def _multiply_windows(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
+    """Compute the inner products of every fine query with the keys of its window; keys outside the map give 0.
 
-    queries [N, E, 2H, 2W], keys [N, E, H, W] -> [N, K * K * 4, H, W], the layout of `reassemble`'s logits. Reassembling keys under
-    weights is linear in the weights, and these products are its derivative by them, so that its backward computes them directly: 60
-    times faster on a CPU than unfolding the keys.
+    Reassembling keys under weights is linear in the weights, and these products are its derivative with respect to the weights.
+    The backward pass of the operator therefore computes them directly, on a CPU 60 times faster than unfolding the keys.
+
+    Args:
+        queries: [N, E, 2H, 2W].
+        keys: [N, E, H, W].
+        kernel_size: K, side of the window.
+
+    Returns:
+        [N, K * K * 4, H, W], the layout of `reassemble`'s logits.
     """
     n, _, h, w = keys.shape
     if default_backend(keys.device.type, keys.dtype) == "reference":
         windows = F.unfold(keys, kernel_size, padding=kernel_size // 2).unflatten(1, (-1, kernel_size**2)).unflatten(3, (h, w))
-        return torch.einsum("nephw,nemhw->nmphw", _depth(queries).unflatten(1, (-1, 4)), windows).flatten(1, 2)
+        return torch.einsum("nephw,nemhw->nmphw", _space_to_depth(queries).unflatten(1, (-1, 4)), windows).flatten(1, 2)
     weights = keys.new_zeros(1).expand(n, kernel_size**2, 2, 2, h, w)
     lse = keys.new_empty(0)
     backward = torch.ops.carafepp.reassemble_backward
@@ -71,34 +78,34 @@ def _window_products(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
 class GUM(_Guided):
     """Guided upsampling (Mazzini, 2018): bilinear sampling at the regular positions plus a predicted offset per output pixel.
 
-    The upsampled features and the guide, concatenated, give the offsets (in source pixels) through a 1x1 convolution to C channels,
-    ReLU and a 1x1 convolution to 2. C (C + C_guide + 1) + 2 (C + 1) parameters, 131,842 for C = C_guide = 256, and as many multiply-adds
-    per output pixel. The paper gives no formula; this form has the 132 K parameters and 1.1 M FLOPs per source pixel that CARAFE was
-    compared with.
+    A 1x1 convolution to C channels, ReLU and a 1x1 convolution to 2 predict the offsets, in source pixels, from the concatenation of the
+    upsampled features and the guide. C (C + C_guide + 1) + 2 (C + 1) parameters, 131,842 for C = C_guide = 256, and as many multiply-adds
+    per output pixel. The paper gives no formula. This form has the 132 K parameters and 1.1 M FLOPs per source pixel that the paper
+    compares CARAFE with.
     """
 
     def __init__(self, channels: int, guide_channels: int | None = None):
         super().__init__(channels, guide_channels)
         self.mix = nn.Conv2d(channels + self.guide_channels, channels, 1)
         self.offset = nn.Conv2d(channels, 2, 1)
-        # starts as bilinear interpolation
+        # the layer starts as bilinear interpolation
         nn.init.normal_(self.offset.weight, std=0.001)
         nn.init.zeros_(self.offset.get_parameter("bias"))
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
-        """x [N, C, H, W], guide [N, guide_channels, h, w] -> [N, C, h, w]."""
-        guide = self.guided(x, guide)
-        coarse = bilinear(x)[..., : guide.shape[2], : guide.shape[3]]
+        """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
+        guide = self.prepare_guide(x, guide)
+        coarse = upsample_bilinear(x)[..., : guide.shape[2], : guide.shape[3]]
         offsets = self.offset(self.mix(torch.cat([coarse, guide], dim=1)).relu())
         return sample(x, offsets[:, :, None])
 
 
 class IndexNet(_Guided):
-    """IndexNet (Lu et al., 2019), its decoder side: nearest interpolation times an index map in (0, 1) per element.
+    """Decoder side of IndexNet (Lu et al., 2019): nearest-neighbour interpolation times an index map in (0, 1) per element.
 
-    The map is the sigmoid of a 4x4 convolution of stride 2 over the guide to 4 C channels, whose depth becomes space ("many-to-one",
-    linear, with context: what the later upsamplers compare with). 64 C C_guide parameters, 4.2 M for 256; 16 C C_guide multiply-adds per
-    output pixel.
+    The index map is the sigmoid of a 4x4 convolution of stride 2 from the guide to 4 C channels, rearranged from depth to space. This is
+    the "many-to-one", linear form with context, with which the later upsamplers are compared. 64 C C_guide parameters, 4.2 M for 256;
+    16 C C_guide multiply-adds per output pixel.
     """
 
     def __init__(self, channels: int, guide_channels: int | None = None):
@@ -106,19 +113,19 @@ class IndexNet(_Guided):
         self.index = nn.Conv2d(self.guide_channels, 4 * channels, 4, stride=2, padding=1, bias=False)
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
-        """x [N, C, H, W], guide [N, guide_channels, h, w] -> [N, C, h, w]."""
-        guide = self.guided(x, guide)
-        y = nearest(x) * F.pixel_shuffle(self.index(_to_even(guide)).sigmoid(), 2)
+        """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
+        guide = self.prepare_guide(x, guide)
+        y = upsample_nearest(x) * F.pixel_shuffle(self.index(_pad_to_even(guide)).sigmoid(), 2)
         return y[..., : guide.shape[2], : guide.shape[3]]
 
 
 class A2U(_Guided):
     """Affinity-aware upsampling (Dai et al., 2021): 3x3 kernels from second-order features of the guide.
 
-    Two 6x6 filters predicted from the pooled guide slide over all of its channels at stride 2; after group normalisation and leaky ReLU
-    their product, summed over channels, is one affinity per source pixel. It is spread over the 36 weights of the pixel by a vector
-    predicted from the guide's mean; the kernels are the softmax of the sigmoid of that. 42 C_guide + 38 parameters; 18 C_guide
-    + 9 C multiply-adds per output pixel.
+    Two 6x6 filters, predicted from the pooled guide, filter all of its channels at stride 2. After group normalisation and leaky ReLU,
+    the product of the two results, summed over channels, is one affinity per source pixel. A vector predicted from the mean of the guide
+    spreads the affinity over the 36 weights of the pixel, and the kernels are the softmax of the sigmoid of these. 42 C_guide + 38
+    parameters; 18 C_guide + 9 C multiply-adds per output pixel.
     """
 
     kernel_size = 3
@@ -133,14 +140,14 @@ class A2U(_Guided):
         self.spread = nn.Conv2d(width, 4 * self.kernel_size**2, 1)
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
-        """x [N, C, H, W], guide [N, guide_channels, h, w] -> [N, C, h, w]."""
-        guide = self.guided(x, guide)
+        """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
+        guide = self.prepare_guide(x, guide)
         if x.shape[0] == 0:
             # a convolution cannot have 0 groups
-            return bilinear(x)[..., : guide.shape[2], : guide.shape[3]]
+            return upsample_bilinear(x)[..., : guide.shape[2], : guide.shape[3]]
         filters = self.filters(F.adaptive_avg_pool2d(guide, self.filter_size))  # [N, 2, 6, 6]
-        # images have filters of their own and become groups, channels share them and become the batch
-        images = _to_even(guide).transpose(0, 1)  # [guide_channels, N, h, w]
+        # every image has its own filters, shared by its channels: images become groups, and channels the batch
+        images = _pad_to_even(guide).transpose(0, 1)  # [guide_channels, N, h, w]
         filtered = F.conv2d(images, filters.flatten(0, 1)[:, None], stride=2, padding=2, groups=images.shape[1])
         u, v = filtered.transpose(0, 1).unflatten(0, (-1, 2)).unbind(1)  # [N, guide_channels, H, W]
         affinity = (self.norm_u(u) * self.norm_v(v)).sum(1, keepdim=True) / math.sqrt(self.guide_channels)
@@ -149,12 +156,17 @@ class A2U(_Guided):
 
 
 class SAPA(_Guided):
-    """Similarity-aware point affiliation (Lu et al., 2022): kernels are similarities between a fine pixel and the coarse pixels around it.
+    """Similarity-aware point affiliation (Lu et al., 2022): kernels are similarities of a fine pixel to the coarse pixels around it.
 
-    Both maps are normalised over channels and embedded in `embedding` dimensions; the kernel is the softmax of the inner products of the
-    fine pixel's embedding with those of its 5x5 window, where pixels outside the map have similarity 0. About
-    (C + C_guide + 2) E parameters for an embedding of E, E (C / 4 + C_guide + 25) + 25 C multiply-adds per output pixel. Gated (SAPA-G),
-    the query is a mixture of both maps' embeddings, weighed per source pixel.
+    Both maps are normalised over channels and embedded. The kernel is the softmax of the inner products of the fine pixel's embedding
+    with those of its 5x5 window; pixels outside the map have similarity 0. About (C + C_guide + 2) E parameters for an embedding of E
+    dimensions, and E (C / 4 + C_guide + 25) + 25 C multiply-adds per output pixel.
+
+    Args:
+        channels: C, the channels of x.
+        guide_channels: channels of the guide; None means C.
+        embedding: E, the dimensions of the embeddings.
+        gated: whether the query is a mixture of both maps' embeddings with a weight per source pixel (SAPA-G).
     """
 
     kernel_size = 5
@@ -173,31 +185,35 @@ class SAPA(_Guided):
                 nn.init.zeros_(layer.bias)
 
     def logits(self, x: Tensor, guide: Tensor) -> Tensor:
-        """Inner products of fine and coarse embeddings, [N, 25 * 4, H, W] in the layout of `reassemble`'s logits."""
+        """Compute the inner products of fine and coarse embeddings, [N, 25 * 4, H, W] in the layout of `reassemble`'s logits."""
         coarse = self.norm(x.movedim(1, -1))
         keys = self.key(coarse).movedim(-1, 1)  # [N, E, H, W]
-        queries = _to_even(self.query(self.norm_guide(guide.movedim(1, -1))).movedim(-1, 1))  # [N, E, 2H, 2W]
+        queries = _pad_to_even(self.query(self.norm_guide(guide.movedim(1, -1))).movedim(-1, 1))  # [N, E, 2H, 2W]
         if self.gate is not None and self.query_coarse is not None:
             gate = self.gate(coarse).movedim(-1, 1).sigmoid()  # [N, 1, H, W]
             mixed = (1 - gate) * self.query_coarse(x.movedim(1, -1)).movedim(-1, 1)
-            queries = nearest(gate) * queries + nearest(mixed)
-        return _window_products(queries.to(keys.dtype), keys, self.kernel_size)
+            queries = upsample_nearest(gate) * queries + upsample_nearest(mixed)
+        return _multiply_windows(queries.to(keys.dtype), keys, self.kernel_size)
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
-        """x [N, C, H, W], guide [N, guide_channels, h, w] -> [N, C, h, w]."""
-        guide = self.guided(x, guide)
+        """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
+        guide = self.prepare_guide(x, guide)
         y = reassemble(x, self.logits(x, guide).to(x.dtype), kernel_size=self.kernel_size, up=2)
         return y[..., : guide.shape[2], : guide.shape[3]]
 
 
 class FADE(_Guided):
-    """FADE (Lu et al., 2022): CARAFE kernels from both maps, and a gate that lets the guide through.
+    """FADE (Lu et al., 2022): CARAFE kernels predicted from both maps, and a gate that mixes in the guide.
 
-    Compressed to 64 channels, guide and x go through the same 3x3 encoder, each at its own resolution; the sum, x's part repeated, is
-    the logits of 5x5 kernels. out = g * guide + (1 - g) * reassembled, with one gate g = sigmoid(conv1x1(x)) per source pixel.
-    64 (C + C_guide) + C + 14,490 parameters, 47,514 for 256; 64 (C / 4 + C_guide) + 25 C + 18,000 multiply-adds per output
-    pixel. The lite version compresses to the 25 logits and encodes depthwise.
-    A guide of other channels than x is brought to them by a 1x1 convolution.
+    Guide and x, compressed to 64 channels, go through the same 3x3 encoder, each at its own resolution. The result for x is repeated to
+    the fine resolution, and the sum of both is the logits of 5x5 kernels. out = g * guide + (1 - g) * reassembled, with one gate
+    g = sigmoid(conv1x1(x)) per source pixel. 64 (C + C_guide) + C + 14,490 parameters, 47,514 for 256; 64 (C / 4 + C_guide) + 25 C + 18,000
+    multiply-adds per output pixel. If the channels of guide and x differ, a 1x1 convolution changes those of the guide.
+
+    Args:
+        channels: C, the channels of x.
+        guide_channels: channels of the guide; None means C.
+        lite: whether to compress to the 25 logits and encode depthwise.
     """
 
     kernel_size = 5
@@ -218,12 +234,12 @@ class FADE(_Guided):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
-        """x [N, C, H, W], guide [N, guide_channels, h, w] -> [N, C, h, w]."""
-        guide = self.guided(x, guide)
+        """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
+        guide = self.prepare_guide(x, guide)
         h, w = guide.shape[2:]
         fine = self.encoder(self.compress_guide(guide))  # [N, 25, h, w]
         coarse = self.encoder(self.compress(x))  # [N, 25, H, W]
-        logits = _depth(fine) + coarse.repeat_interleave(4, dim=1)
+        logits = _space_to_depth(fine) + coarse.repeat_interleave(4, dim=1)
         y = reassemble(x, logits.to(x.dtype), kernel_size=self.kernel_size, up=2)[..., :h, :w]
-        gate = nearest(self.gate(x).sigmoid())[..., :h, :w]
+        gate = upsample_nearest(self.gate(x).sigmoid())[..., :h, :w]
         return gate * self.align(guide) + (1 - gate) * y

@@ -1,18 +1,17 @@
-"""Samplers with learned but fixed kernels, and spatial attention: the paper's rivals that convolve (Tables III, IV and VI)."""
+"""Samplers with learned kernels that are the same everywhere, and spatial attention (Tables III, IV and VI)."""
 
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .samplers import bilinear, nearest
+from .samplers import upsample_bilinear, upsample_nearest
 
 
 class StridedConv(nn.Conv2d):
-    """3x3 convolution of stride 2, C to C channels: learned downsampling with the same kernel everywhere. 9 C^2 + C parameters,
-    9 C^2 multiply-adds per output pixel.
+    """3x3 convolution of stride 2, C to C channels: learned downsampling with the same kernel everywhere.
 
-    As a sampler it stands before the network's own convolution. The strided convolution of the paper's Table III is the published
-    network, an empty slot, where that own convolution has the stride.
+    9 C^2 + C parameters, 9 C^2 multiply-adds per output pixel. This sampler comes before the network's own convolution. The strided
+    convolution of the paper's Table III is a different case: the published network (an empty slot), whose own convolution has the stride.
     """
 
     def __init__(self, channels: int):
@@ -20,7 +19,7 @@ class StridedConv(nn.Conv2d):
 
 
 class NearestConv(nn.Conv2d):
-    """Nearest-neighbour interpolation and a 3x3 convolution at the high resolution ("N.C.").
+    """Nearest-neighbour interpolation followed by a 3x3 convolution at the high resolution ("N.C.").
 
     9 C^2 + C parameters, 590,080 for C = 256; 9 C^2 multiply-adds per output pixel.
     """
@@ -29,12 +28,12 @@ class NearestConv(nn.Conv2d):
         super().__init__(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, 2H, 2W]."""
-        return super().forward(nearest(x))
+        """Upsample x [N, C, H, W] to [N, C, 2H, 2W]."""
+        return super().forward(upsample_nearest(x))
 
 
 class BilinearConv(nn.Conv2d):
-    """Bilinear interpolation and a 3x3 convolution at the high resolution ("B.C.").
+    """Bilinear interpolation followed by a 3x3 convolution at the high resolution ("B.C.").
 
     9 C^2 + C parameters, 590,080 for C = 256; 9 C^2 multiply-adds per output pixel.
     """
@@ -43,15 +42,15 @@ class BilinearConv(nn.Conv2d):
         super().__init__(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, 2H, 2W]."""
-        return super().forward(bilinear(x))
+        """Upsample x [N, C, H, W] to [N, C, 2H, 2W]."""
+        return super().forward(upsample_bilinear(x))
 
 
 class Deconv(nn.ConvTranspose2d):
     """Deconvolution: transposed 3x3 convolution of stride 2 (Noh et al., 2015). 9 C^2 + C parameters, 590,080 for C = 256.
 
-    The four phases of the output see 1, 2, 2 and 4 taps: 9 / 4 C^2 multiply-adds per output pixel, a quarter of a convolution after an
-    interpolation, and possibly a checkerboard.
+    The four phases of the output see 1, 2, 2 and 4 taps. That is 9 / 4 C^2 multiply-adds per output pixel, a quarter of a convolution
+    after an interpolation, and can leave a checkerboard pattern.
     """
 
     def __init__(self, channels: int):
@@ -59,9 +58,9 @@ class Deconv(nn.ConvTranspose2d):
 
 
 class PixelShuffle(nn.Conv2d):
-    """Pixel shuffle ("P.S.", Shi et al., 2016): a 3x3 convolution to 4 C channels, whose depth becomes space.
+    """Pixel shuffle ("P.S.", Shi et al., 2016): a 3x3 convolution to 4 C channels, rearranged from depth to space.
 
-    36 C^2 + 4 C parameters, 2,360,320 for C = 256; 9 C^2 multiply-adds per output pixel. Initialised as mmcv's
+    36 C^2 + 4 C parameters, 2,360,320 for C = 256; 9 C^2 multiply-adds per output pixel. The initialisation is that of mmcv's
     PixelShufflePack: Xavier uniform, zero bias.
     """
 
@@ -69,11 +68,12 @@ class PixelShuffle(nn.Conv2d):
         super().__init__(channels, 4 * channels, kernel_size=3, padding=1)
 
     def reset_parameters(self) -> None:
+        """Initialise as mmcv does."""
         nn.init.xavier_uniform_(self.weight)
         nn.init.zeros_(self.get_parameter("bias"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, 2H, 2W]."""
+        """Upsample x [N, C, H, W] to [N, C, 2H, 2W]."""
         return F.pixel_shuffle(super().forward(x), 2)
 
 
@@ -81,8 +81,8 @@ class SpatialAttention(nn.Module):
     """Spatial attention ("S.A.", after SCA-CNN, Chen et al., 2017): one predicted factor per location rescales the upsampled features.
 
     y = bilinear(x); out = y * sigmoid(conv3x3(y)), with one output channel. 9 C + 1 parameters, 9 C multiply-adds per output pixel
-    beside the interpolation. The paper gives no formula; this one has the 2.3 K parameters and 28 K FLOPs per source pixel that CARAFE was
-    compared with for C = 256.
+    in addition to the interpolation. The paper gives no formula. This form has the 2.3 K parameters and 28 K FLOPs per source pixel that
+    the paper compares CARAFE with for C = 256.
     """
 
     def __init__(self, channels: int):
@@ -90,6 +90,6 @@ class SpatialAttention(nn.Module):
         self.attention = nn.Conv2d(channels, 1, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, 2H, 2W]."""
-        y = bilinear(x)
+        """Upsample x [N, C, H, W] to [N, C, 2H, 2W]."""
+        y = upsample_bilinear(x)
         return y * self.attention(y).sigmoid()

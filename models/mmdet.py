@@ -1,13 +1,13 @@
 """The detectors with CARAFE that mmdetection publishes: `faster_rcnn_r50_fpn_carafe_1x_coco` and `mask_rcnn_r50_fpn_carafe_1x_coco`.
 
-They are `carafepp.models.detection`'s, except for
+They differ from the detectors of `carafepp.models.detection` in these points:
 
-- the pyramid: a fifth level, learned from C5, takes part in the top-down path, so that there are four CARAFE modules;
-- images: sizes rounded to the nearest pixel, pixels to 8 bits, padding to multiples of 64;
-- anchors that are not rounded, box deltas clipped from below too;
-- RoIAlign at pixel centres, with as many samples as a cell has pixels;
-- masks interpolated between cell centres, not after rounding the box;
-- classes, in the files, with the background last, and without outputs for its boxes and masks.
+- The pyramid has a fifth level, learned from C5, that takes part in the top-down path; there are four CARAFE modules.
+- The sizes of images are rounded to the nearest pixel, and their pixels to 8 bits. Padding is to multiples of 64.
+- Anchors are not rounded, and box deltas are clipped from below too.
+- RoIAlign samples at pixel centres, with as many samples as a cell has pixels.
+- Masks are interpolated between cell centres, without rounding the box first.
+- In the files, the background is the last class and has no outputs for boxes and masks.
 """
 
 import logging
@@ -34,9 +34,10 @@ logger = logging.getLogger(__name__)
 
 Detector = TypeVar("Detector", bound=FasterRCNN)
 
-# channels in RGB order, of pixels in 0..255
+# of the RGB channels of pixels in 0..255
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
+# mmdetection's names of tensors, as patterns, and those of the models here
 NAMES = {
     r"backbone\.": "backbone.body.",
     r"neck\.lateral_convs\.(\d)\.conv\.": r"backbone.fpn.inner_blocks.\1.0.",
@@ -56,7 +57,7 @@ NAMES = {
 
 
 class FPNCarafe(FPN):
-    """mmdetection's FPN_CARAFE: the level of stride 64 is a 3x3 convolution of stride 2 over C5, and is upsampled into the others."""
+    """mmdetection's FPN_CARAFE: a 3x3 convolution of stride 2 over C5 makes the level of stride 64, which is upsampled into the others."""
 
     def __init__(self, in_channels_list: Sequence[int], out_channels: int):
         super().__init__([*in_channels_list, in_channels_list[-1]], out_channels, upsample=partial(CARAFE, up=2))
@@ -64,23 +65,26 @@ class FPNCarafe(FPN):
             in_channels_list[-1], out_channels, kernel_size=3, stride=2, norm_layer=None, activation_layer=None
         )
 
-    def forward(self, levels: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Name -> [N, in_channels_list[i], H_i, W_i], finest first -> the same and "pool", of `out_channels`."""
-        return super().forward({**levels, "pool": list(levels.values())[-1]})
+    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Build the pyramid, [N, out_channels, H_i, W_i], of levels x by name, finest first; add the level "pool"."""
+        return super().forward({**x, "pool": list(x.values())[-1]})
 
 
 class Transform(GeneralizedRCNNTransform):
-    """Images [3, H, W] in [0, 1], resized, normalised, padded at the bottom and right; boxes and masks back to their sizes."""
+    """Resize, normalise and pad images [3, H, W] in [0, 1], and bring boxes and masks back to the sizes of the images.
+
+    Padding is at the bottom and right.
+    """
 
     def __init__(self, min_size: int = 800, max_size: int = 1333):
         super().__init__(min_size, max_size, image_mean=list(MEAN), image_std=list(STD), size_divisible=64)
 
     def normalize(self, image: Tensor) -> Tensor:
-        """In 8 bits: resized images are of 8 bits again, and then normalised."""
+        """Scale an image to 0..255 and round it; the normalisation itself follows in `resize`, where the resized image is rounded again."""
         return (image * 255).round()
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """To the largest size that fits both limits, at the same aspect ratio but for rounding."""
+        """Resize to the largest size within both limits, at the same aspect ratio up to rounding, and normalise."""
         height, width = image.shape[1:]
         *_, side = cast(tuple[int, ...], self.min_size)
         scale = min(side / min(height, width), self.max_size / max(height, width))
@@ -91,6 +95,7 @@ class Transform(GeneralizedRCNNTransform):
     def postprocess(
         self, result: list[dict[str, Tensor]], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
+        """Bring boxes [n, 4] and masks [n, 1, h, w] of the results back to the sizes of the images; in training, change nothing."""
         if self.training:
             return result
         masks = [found.pop("masks", None) for found in result]
@@ -111,7 +116,7 @@ class Anchors(AnchorGenerator):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Corners [ratios * scales, 4] of the anchors around 0; ratios are heights over widths."""
+        """Compute the corners [ratios * scales, 4] of the anchors around 0; an aspect ratio is height / width."""
         ratios, sides = (torch.as_tensor(values, dtype=dtype, device=device) for values in (aspect_ratios, scales))
         heights = (ratios.sqrt()[:, None] * sides).flatten()
         widths = (sides / ratios.sqrt()[:, None]).flatten()
@@ -119,20 +124,29 @@ class Anchors(AnchorGenerator):
 
 
 class ClippedBoxCoder(BoxCoder):
-    """Boxes from deltas whose widths and heights shrink by 1000 / 16 at most, as they grow by it at most."""
+    """Box coder whose widths and heights shrink by at most 1000 / 16, as they grow by at most that."""
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
-        """Deltas [n, 4 * classes] to boxes [n, 4] -> boxes [n, 4 * classes]."""
+        """Apply deltas rel_codes [n, 4 * classes] to boxes [n, 4]; return boxes [n, 4 * classes]."""
         least = [-math.inf, -math.inf, *(-self.bbox_xform_clip * weight for weight in self.weights[2:])]
         deltas = rel_codes.unflatten(1, (-1, 4)).maximum(rel_codes.new_tensor(least))
         return super().decode_single(deltas.flatten(1), boxes)
 
 
 class RoIAlign(MultiScaleRoIAlign):
-    """RoIAlign between pixel centres; a box of side s comes from the level of stride 4 * 2**i, i = floor(log2(s / 56)) in 0..3."""
+    """RoIAlign between pixel centres; a box of side s is read from the level of stride 4 * 2**i with i = floor(log2(s / 56)) in 0..3."""
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """Levels [N, C, H_i, W_i] and, per image, boxes [n, 4] in pixels -> [sum of n, C, *output_size]."""
+        """Pool the features of boxes.
+
+        Args:
+            x: levels [N, C, H_i, W_i] by name.
+            boxes: [n, 4] in pixels for each image.
+            image_shapes: not used.
+
+        Returns:
+            [sum of n, C, *output_size].
+        """
         levels = [x[name] for name in self.featmap_names]
         corners = torch.cat(boxes)
         images = torch.cat([torch.full_like(each[:, :1], i) for i, each in enumerate(boxes)])
@@ -146,21 +160,21 @@ class RoIAlign(MultiScaleRoIAlign):
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cells [n, 1, h, w] of boxes [n, 4] -> [n, 1, *size], bilinear between the centres of cells, 0 outside."""
+    """Paste masks [n, 1, h, w] into boxes [n, 4] of empty maps [n, 1, *size], bilinearly between the centres of cells."""
 
-    def weights(low: Tensor, high: Tensor, length: int, cells: int) -> Tensor:
-        """What every pixel of a line takes from every cell, [n, length, cells]."""
+    def weigh_cells(low: Tensor, high: Tensor, length: int, cells: int) -> Tensor:
+        """Compute the weight of every cell for every pixel of a line, [n, length, cells]."""
         centres = torch.arange(length, device=masks.device) + 0.5
         positions = (centres - low[:, None]) / (high - low)[:, None] * cells - 0.5
         return (1 - (positions[..., None] - torch.arange(cells, device=masks.device)).abs()).clamp(min=0)
 
     left, top, right, bottom = boxes.unbind(1)
-    rows, columns = weights(top, bottom, size[0], masks.shape[2]), weights(left, right, size[1], masks.shape[3])
+    rows, columns = weigh_cells(top, bottom, size[0], masks.shape[2]), weigh_cells(left, right, size[1], masks.shape[3])
     return (rows @ masks[:, 0].float() @ columns.mT)[:, None]
 
 
 def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name a state dict of mmdetection as the models here do, background first; what they do not have keeps its name."""
+    """Rename the tensors of mmdetection to those of the models here and put the background first; unknown tensors keep their names."""
 
     def convert_name(name: str) -> str:
         for pattern, replacement in NAMES.items():
@@ -172,7 +186,7 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for end in ("weight", "bias"):
         if (name := f"roi_heads.box_predictor.cls_score.{end}") in converted:
             converted[name] = converted[name].roll(1, 0)
-        # no boxes and no masks are predicted of the background
+        # the background has no boxes and no masks
         for head, rows in (("box_predictor.bbox_pred", 4), ("mask_predictor.mask_fcn_logits", 1)):
             if (name := f"roi_heads.{head}.{end}") in converted:
                 value = converted[name]
@@ -183,10 +197,11 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load(model: FasterRCNN, path: str | Path) -> Loaded:
     """Copy a checkpoint of mmdetection into one of the models here.
 
-    Batch counts of the norms, which are frozen, are not used; the log and the result say so, and what else is not.
+    The norms are frozen, so that their batch counts are not used. The log and the result list these and all other unused tensors.
 
     Raises:
-        FileNotFoundError, ValueError: the file cannot be read, or is of another network; or a tensor of the network is not in it.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file cannot be read, or does not fit the network.
     """
     state = convert(read_state(path))
     counts = [name for name in state if name.endswith("num_batches_tracked")]
@@ -199,8 +214,8 @@ def load(model: FasterRCNN, path: str | Path) -> Loaded:
     return report._replace(unused=report.unused + counts)
 
 
-def _as_mmdet(model: Detector, weights: str | Path | None) -> Detector:
-    """Replace the parts in which mmdetection differs, and load the weights."""
+def _match_mmdet(model: Detector, weights: str | Path | None) -> Detector:
+    """Replace the parts that differ in mmdetection, and load the weights."""
     levels = ["0", "1", "2", "3"]
     model.transform = Transform()
     model.backbone.fpn = FPNCarafe(model.backbone.body.out_channels, model.backbone.out_channels)
@@ -216,20 +231,24 @@ def _as_mmdet(model: Detector, weights: str | Path | None) -> Detector:
 
 
 def faster_rcnn_carafe(num_classes: int = 81, *, weights: str | Path | None = None) -> FasterRCNN:
-    """Faster R-CNN ResNet-50 with CARAFE in the pyramid; `weights` is a file `faster_rcnn_r50_fpn_carafe_1x_coco_*.pth` (38.6 AP).
+    """Build Faster R-CNN ResNet-50 with CARAFE in the pyramid.
 
-    Labels 1 to 80 are COCO's categories in the order of their numbers. Images and results are those of `FasterRCNN`.
+    Labels 1 to 80 are COCO's categories in the order of their numbers. Images and results are as in `FasterRCNN`.
+
+    Args:
+        num_classes: number of classes, including the background.
+        weights: a file `faster_rcnn_r50_fpn_carafe_1x_coco_*.pth` (38.6 AP).
 
     Raises:
         FileNotFoundError, ValueError: see `load`.
     """
-    return _as_mmdet(FasterRCNN(num_classes, backbone=resnet50(), trainable_layers=3, frozen_norm=True), weights)
+    return _match_mmdet(FasterRCNN(num_classes, backbone=resnet50(), trainable_layers=3, frozen_norm=True), weights)
 
 
 def mask_rcnn_carafe(num_classes: int = 81, *, weights: str | Path | None = None) -> MaskRCNN:
-    """Mask R-CNN with CARAFE in pyramid and mask head; `weights` is a file `mask_rcnn_r50_fpn_carafe_1x_coco_*.pth` (39.3 / 35.8 AP).
+    """Build Mask R-CNN ResNet-50 with CARAFE in the pyramid and in the mask head.
 
-    Otherwise as `faster_rcnn_carafe`.
+    `weights` is a file `mask_rcnn_r50_fpn_carafe_1x_coco_*.pth` (39.3 box AP, 35.8 mask AP). See `faster_rcnn_carafe` for the rest.
     """
     model = MaskRCNN(num_classes, backbone=resnet50(), trainable_layers=3, frozen_norm=True, mask_head=partial(CARAFE, up=2))
-    return _as_mmdet(model, weights)
+    return _match_mmdet(model, weights)

@@ -1,6 +1,7 @@
-"""Partial convolution: convolve what is known, renormalise, and pass on what has become known (Liu et al., 2018; paper, section 4.3).
+"""Partial convolution: convolve the known pixels, renormalise, and update the map of known pixels (Liu et al., 2018; paper, section 4.3).
 
-Beside the features goes a map `known` [N, 1, H, W] of their dtype, 1 where a feature rests on some known pixel and 0 in the hole.
+Every layer takes the features and a map `known` [N, 1, H, W] of the same dtype, and returns both. `known` is 1 where a feature depends on
+at least one known pixel, and 0 in the hole.
 """
 
 import torch
@@ -13,18 +14,18 @@ from .carafe import CARAFE
 from .global_local import LAYERS, Layer, Norm
 from .samplers import AvgPool, Bilinear, Nearest, Sampler
 
-# Samplers that are the same linear map whatever the features: sampling `known` tells how much of a target is known.
+# Linear samplers with fixed weights: sampling `known` gives the share of a target that is known.
 LINEAR = (Nearest, Bilinear, AvgPool)
 
 
 class PartialConv2d(nn.Conv2d):
-    """Convolution over the known part of each window, scaled up by window size / known pixels; the bias is added unscaled.
+    """Convolution over the known part of each window, scaled by window size / known pixels; the bias is added unscaled.
 
-    A target becomes known when its window holds a known pixel; others are 0. As in the official module, padding counts as unknown.
+    A target becomes known if its window contains a known pixel; other targets are 0. As in the official module, padding is unknown.
     """
 
     def forward(self, x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [N, C, H, W] and known [N, 1, H, W] -> the same at the output's size."""
+        """Compute features [N, out_channels, Ho, Wo] and known [N, 1, Ho, Wo] from x [N, in_channels, H, W] and known [N, 1, H, W]."""
         ones = known.new_ones(1, 1, *self.kernel_size)
         with torch.no_grad():
             count = F.conv2d(known, ones, None, self.stride, self.padding, self.dilation).float()
@@ -40,22 +41,28 @@ class PartialConv2d(nn.Conv2d):
 class PartialSampler(nn.Module):
     """A sampler that keeps the mask propagation.
 
-    CARAFE++ predicts its kernels w from the known features, with 0 in the hole, and reassembles features x, mask m (1 where known) and the
-    map itself with the same kernels. With S(v) the sum of w_i v_i over the window, 0 outside the map,
+    CARAFE++ predicts its kernels w from the known features, with 0 in the hole, and reassembles features x, mask m (1 where known) and
+    the constant 1 under the same kernels. Let S(v) be the sum of w_i v_i over the window, where v is 0 outside the map. Then
 
-        y = S(x m) / S(m) * S(1),   m' = 1 where S(m) > 0, else 0; there y = 0
+        y = S(x m) / S(m) * S(1),   m' = 1   where S(m) > 0
+        y = 0,                      m' = 0   elsewhere
 
-    S(1) is 1, less at borders, where a window of plain CARAFE++ also sums the zeros outside. So an all-ones mask gives plain CARAFE++, a
-    constant image is what it is without a hole, and a target whose whole window lies in the hole stays in the hole.
+    S(1) is 1, except at borders: there it is less, because a window of plain CARAFE++ also sums the zeros outside. It follows that an
+    all-ones mask gives plain CARAFE++, that a constant image is the same as without a hole, and that a target whose whole window lies in
+    the hole stays in the hole.
 
-    In exact arithmetic softmax weights are positive, so m' is where the window holds a known pixel, and S(x m) / S(m) is the sum under the
-    softmax over known taps alone. Both are computed that way: in half precision small weights of known pixels cannot underflow.
+    In exact arithmetic softmax weights are positive. Hence m' is 1 where the window contains a known pixel, and S(x m) / S(m) is the sum
+    under the softmax over the known taps only. Both are computed in this form, so that small weights of known pixels cannot underflow in
+    half precision.
 
     Nearest, bilinear and average-pool sampling are divided by the sampled mask in the same way.
 
+    Args:
+        sampler: a CARAFE, Nearest, Bilinear or AvgPool module.
+
     Raises:
-        TypeError: the sampler's weights for the mask are not known.
-        ValueError: a CARAFE whose weights do not sum to 1, or of a rational scale.
+        TypeError: the sampler is of another type.
+        ValueError: the weights of a CARAFE do not sum to 1, or its scale is rational.
     """
 
     def __init__(self, sampler: nn.Module):
@@ -72,7 +79,7 @@ class PartialSampler(nn.Module):
         self.sampler = sampler
 
     def forward(self, x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [N, C, H, W] and known [N, 1, H, W] -> the same at the output's size."""
+        """Compute features [N, C, Ho, Wo] and known [N, 1, Ho, Wo] from features x [N, C, H, W] and known [N, 1, H, W]."""
         x = x * known
         if isinstance(self.sampler, CARAFE):
             return _reassemble_known(self.sampler, x, known)
@@ -87,7 +94,7 @@ def _reassemble_known(sampler: CARAFE, x: Tensor, known: Tensor) -> tuple[Tensor
     taps = F.unfold(known, size, padding=margin, stride=spec.down)  # [N, K * K, Hq * Wq]
     taps = taps.unflatten(2, logits.shape[2:])[:, None, :, None]  # [N, 1, K * K, 1, Hq, Wq]
     cells = logits.unflatten(1, (spec.groups, spec.taps, spec.up**2))
-    # finite, so that a window without any known tap is not NaN: it sums zeros
+    # a finite number: a window without a known tap then sums zeros, where -inf would give NaN
     masked = cells.masked_fill(taps == 0, torch.finfo(logits.dtype).min / 2).flatten(1, 3)
     y = reassemble(x, masked, **spec._asdict())
     inside = reassemble(x.new_ones(x.shape[0], spec.groups, *x.shape[2:]), logits, **spec._asdict())
@@ -97,7 +104,7 @@ def _reassemble_known(sampler: CARAFE, x: Tensor, known: Tensor) -> tuple[Tensor
 
 
 class PartialStage(nn.Module):
-    """Partial convolution, normalisation, ReLU; where the layer resizes, a sampler first, or a strided convolution without one."""
+    """Partial convolution, normalisation, ReLU; where the layer resizes, a sampler comes first, or else the convolution is strided."""
 
     def __init__(self, layer: Layer, inputs: int, outputs: int, sampler: Sampler | None, norm_layer: Norm):
         super().__init__()
@@ -108,7 +115,7 @@ class PartialStage(nn.Module):
         self.norm = norm_layer(outputs)
 
     def forward(self, x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [N, inputs, H, W] and known [N, 1, H, W] -> [N, outputs, ...] and known at the output's size."""
+        """Compute features [N, outputs, Ho, Wo] and known [N, 1, Ho, Wo] from features x [N, inputs, H, W] and known [N, 1, H, W]."""
         if self.sampler is not None:
             x, known = self.sampler(x, known)
         x, known = self.conv(x, known)
@@ -116,14 +123,14 @@ class PartialStage(nn.Module):
 
 
 class PartialGlobalLocal(nn.Module):
-    """Global&Local's generator with every convolution a partial one ("we substitute the convolution layers", paper, section 5.1).
+    """Global&Local's generator with partial convolutions only ("we substitute the convolution layers", paper, section 5.1).
 
     Args:
-        width: channels of the first layer; 4 times as many in the middle.
-        downsample: None gives partial convolutions of stride 2; a sampler stands instead of each stride, see `PartialSampler`.
-        upsample: None gives nearest-neighbour interpolation of features and mask, as Liu et al. have it; a sampler stands instead. A 3x3
-            partial convolution follows either.
-        norm_layer: channels in, normalisation out.
+        width: channels of the first layer; the middle has 4 times as many.
+        downsample: None gives partial convolutions of stride 2. A sampler takes the place of each stride, see `PartialSampler`.
+        upsample: None gives nearest-neighbour interpolation of features and mask, as in Liu et al. A sampler takes its place. A 3x3
+            partial convolution follows in both cases.
+        norm_layer: makes the normalisation of a number of channels.
     """
 
     def __init__(
@@ -139,9 +146,12 @@ class PartialGlobalLocal(nn.Module):
         self.output = PartialConv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, images: Tensor, masks: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [-1, 1] and masks [N, 1, H, W], 1 in the hole and 0 elsewhere -> images in [-1, 1], known pixels too.
+        """Complete images [N, 3, H, W] in [-1, 1] whose holes are given by masks [N, 1, H, W], 1 in the hole and 0 elsewhere.
 
-        What the images hold in the hole makes no difference. Any H, W >= 1; an image without a known pixel becomes 0.
+        The content of the hole makes no difference. H and W are at least 1; an image without a known pixel becomes 0.
+
+        Returns:
+            Images [N, 3, H, W] in [-1, 1]. The network also predicts the known pixels.
         """
         y, known = images, 1 - masks
         sizes = []

@@ -1,4 +1,7 @@
-"""Upsampling as point sampling: where to read, rather than under which kernel to sum (DySample; GUM is in guided_samplers.py)."""
+"""Upsampling as point sampling: networks predict where to read, instead of kernels to sum under.
+
+DySample is here; GUM, which needs a guide, is in guided_samplers.py.
+"""
 
 import torch
 import torch.nn as nn
@@ -9,11 +12,11 @@ from ..kernels.geometry import memory_format
 
 
 def sample(x: Tensor, offsets: Tensor) -> Tensor:
-    """Read `x` bilinearly at the positions of 2x bilinear interpolation plus `offsets`; positions outside read the border.
+    """Read x bilinearly at the positions of 2x bilinear interpolation plus `offsets`; positions outside the map read its border.
 
     Args:
         x: [N, C, H, W].
-        offsets: [N, 2, G, Ho, Wo], to the right and down, in pixels of x; G groups of channels have their own.
+        offsets: [N, 2, G, Ho, Wo], to the right and down, in pixels of x; each of the G groups of channels has its own.
 
     Returns:
         [N, C, Ho, Wo] in the memory format of x.
@@ -37,20 +40,20 @@ def sample(x: Tensor, offsets: Tensor) -> Tensor:
 class DySample(nn.Module):
     """DySample (Liu et al., 2023): bilinear sampling at predicted offsets, per group of channels.
 
-    A 1x1 convolution gives one offset for each output pixel and group: "lp" predicts the four of a source pixel from its C channels and
-    shuffles them apart, "pl" shuffles x to C / 4 channels at the high resolution first. Offsets are scaled by 0.25, within which
-    neighbours do not overlap, or with `dynamic_scope` ("DySample+") by 0.5 * sigmoid of a second 1x1 convolution. 8 groups (C + 1)
-    parameters for lp, 8,224 for C = 256 and 4 groups; 2 groups (C / 4 + 1) for pl; about twice that with dynamic scope. 2 groups C (pl:
-    groups C / 2) + 4 C multiply-adds per output pixel.
+    A 1x1 convolution predicts one offset for each output pixel and group. Style "lp" predicts the four offsets of a source pixel from its
+    C channels and then shuffles them to the high resolution; "pl" first shuffles x to C / 4 channels at the high resolution. Offsets are
+    scaled by 0.25, so that neighbours do not overlap. With `dynamic_scope` ("DySample+") the scale is 0.5 * sigmoid of a second 1x1
+    convolution. "lp" has 8 groups (C + 1) parameters, 8,224 for C = 256 and 4 groups; "pl" has 2 groups (C / 4 + 1); dynamic scope about
+    doubles them. An output pixel takes 2 groups C (pl: groups C / 2) + 4 C multiply-adds.
 
     Args:
-        channels: C, divisible by `groups`, for "pl" also by 4.
+        channels: C, divisible by `groups`, and for "pl" also by 4.
         style: "lp" or "pl".
-        groups: groups of channels with offsets of their own; the authors take 4, and 8 for "pl" with dynamic scope.
-        dynamic_scope: predict the scale of the offsets too.
+        groups: number of channel groups, each with offsets of its own; the authors use 4, and 8 for "pl" with dynamic scope.
+        dynamic_scope: whether the scale of the offsets is predicted too.
 
     Raises:
-        ValueError: an unknown style, or channels that do not divide.
+        ValueError: the style is unknown, or `channels` is not divisible as required.
     """
 
     def __init__(self, channels: int, style: str = "lp", groups: int = 4, dynamic_scope: bool = False):
@@ -71,7 +74,7 @@ class DySample(nn.Module):
             nn.init.zeros_(self.scope.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, 2H, 2W]."""
+        """Upsample x [N, C, H, W] to [N, C, 2H, 2W]."""
         source = x if self.style == "lp" else F.pixel_shuffle(x, 2)
         scope = 0.25 if self.scope is None else 0.5 * self.scope(source).sigmoid()
         offsets = self.offset(source) * scope

@@ -1,9 +1,9 @@
-"""Pooling under weights: blur pooling, SoftPool, DPP and LIP (Table III and what today's users add to it).
+"""Weighted pooling: blur pooling, SoftPool, DPP and LIP (Table III and later methods).
 
-In all but the first every channel has weights of its own, which depend on its values. That makes them gather-weighted sums, but with one
-kernel per channel: `carafepp.kernels.reassemble` with groups = C gives the same result from the weights of all windows, 9 / 4 of the map's
-size for each of its passes, where pools of the weights and of the weighted features read the map itself. On a CPU the pools are as fast at
-64 channels, and 2 to 10 times faster at 1024 channels or in channels_last.
+Except in blur pooling, every channel has weights of its own that depend on its values. `carafepp.kernels.reassemble` with groups = C
+computes the same sums, but from the weights of all windows, which are 9 / 4 times the size of the map in each pass. Average pools of the
+weights and of the weighted features read only the map itself. On a CPU these pools are as fast at 64 channels, and 2 to 10 times faster
+at 1024 channels or in channels_last.
 """
 
 import torch
@@ -11,25 +11,29 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .samplers import nearest
+from .samplers import upsample_nearest
 
 
-def _weighted_pool(x: Tensor, weights: Tensor) -> Tensor:
-    """Weighted means over blocks of 2x2, which are smaller at the bottom and right of odd maps."""
+def _pool_weighted(x: Tensor, weights: Tensor) -> Tensor:
+    """Average x under `weights` over blocks of 2x2; blocks at the bottom and right of odd maps are smaller."""
     return F.avg_pool2d(x * weights, 2, ceil_mode=True) / F.avg_pool2d(weights, 2, ceil_mode=True)
 
 
-def _at_blocks(cells: Tensor, x: Tensor) -> Tensor:
-    """Repeat one value per 2x2 block of `x` at its pixels."""
-    # cropped by negative padding: a slice would tie an exported program to maps of one parity
-    return F.pad(nearest(cells), (0, -(x.shape[3] % 2), 0, -(x.shape[2] % 2)))
+def _repeat_in_blocks(cells: Tensor, x: Tensor) -> Tensor:
+    """Repeat the values of 2x2 blocks, [N, C, ceil(H / 2), ceil(W / 2)], at the pixels of x [N, C, H, W]."""
+    # negative padding crops: a slice would restrict an exported program to even or to odd maps
+    return F.pad(upsample_nearest(cells), (0, -(x.shape[3] % 2), 0, -(x.shape[2] % 2)))
 
 
 class BlurPool(nn.Module):
-    """Blur pooling (Zhang, 2019): a fixed binomial low-pass filter, then every other pixel; reflected borders. No parameters.
+    """Blur pooling (Zhang, 2019): a fixed binomial low-pass filter at every other pixel, with reflected borders. No parameters.
 
-    The filter is the outer product of a row of Pascal's triangle: 1 3 3 1 for the authors' default `kernel_size` of 4,
-    16 multiply-adds per output element.
+    The filter is the outer product of a row of Pascal's triangle with itself: 1 3 3 1 for the authors' default `kernel_size` of 4, which
+    takes 16 multiply-adds per output element.
+
+    Args:
+        channels: C; any, the filter is the same for all.
+        kernel_size: side of the filter.
     """
 
     kernel: Tensor
@@ -44,46 +48,46 @@ class BlurPool(nn.Module):
         self.padding = (kernel_size - 1) // 2, kernel_size // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, ceil(H / 2), ceil(W / 2)]."""
-        # a map that is too small to be reflected repeats its border
+        """Downsample x [N, C, H, W] to [N, C, ceil(H / 2), ceil(W / 2)]."""
+        # a map too small for reflection repeats its border
         mode = "reflect" if min(x.shape[2:]) > max(self.padding) else "replicate"
         padded = F.pad(x, self.padding * 2, mode=mode)
         return F.conv2d(padded, self.kernel.expand(x.shape[1], -1, -1, -1).to(x.dtype), stride=2, groups=x.shape[1])
 
 
 class SoftPool(nn.Module):
-    """SoftPool (Stergiou et al., 2021): blocks of 2x2 summed under the softmax of their own values, per channel. No parameters.
+    """SoftPool (Stergiou et al., 2021): sum blocks of 2x2 under the softmax of their own values, per channel. No parameters.
 
-    out = sum_q exp(x_q) x_q / sum_q exp(x_q), with the block's maximum subtracted from the exponents, so that nothing overflows. 4
-    exponentials and 8 multiply-adds per output element.
+    out = sum_q exp(x_q) x_q / sum_q exp(x_q). The maximum of the block is subtracted from the exponents, so that nothing overflows.
+    4 exponentials and 8 multiply-adds per output element.
     """
 
     def __init__(self, channels: int):
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, ceil(H / 2), ceil(W / 2)]."""
+        """Downsample x [N, C, H, W] to [N, C, ceil(H / 2), ceil(W / 2)]."""
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         maxima = F.max_pool2d(values.detach(), 2, ceil_mode=True)
-        return _weighted_pool(values, (values - _at_blocks(maxima, x)).exp()).to(x.dtype)
+        return _pool_weighted(values, (values - _repeat_in_blocks(maxima, x)).exp()).to(x.dtype)
 
 
 class DPP(nn.Module):
     """Detail-preserving pooling (Saeedan et al., 2018): pixels weigh more the further they are from a smooth guide.
 
     Over blocks of 2x2, out_p = sum_q w_pq x_q / sum_q w_pq with w_pq = alpha + rho(x_q - guide_p) and
-    rho(d) = (d^2 + eps)^(lambda / 2); asymmetric, rho(max(d, 0)) rewards only pixels above the guide. alpha and lambda are positive and
-    learned per channel, as exponentials of parameters that start at 0 (and are meant to be trained without weight decay);
-    eps = 1e-3 as in the authors' code, which in addition divides the rewards of a block by their mean. 2 C parameters, 11 C with the
-    full guide; 4 powers and about 30 FLOPs per output element.
+    rho(d) = (d^2 + eps)^(lambda / 2). The asymmetric form takes rho(max(d, 0)), which rewards only pixels above the guide. alpha and
+    lambda are positive and learned per channel, as exponentials of parameters that start at 0; train these without weight decay.
+    eps = 1e-3 as in the authors' code, which also divides the rewards of a block by their mean; this class does not. 2 C parameters,
+    11 C with the full guide; 4 powers and about 30 FLOPs per output element.
 
     Args:
         channels: C.
-        guide: "lite" is the mean of the block, "full" a learned 3x3 filter of stride 2 per channel.
-        symmetric: reward differences of both signs.
+        guide: "lite" is the mean of the block, "full" is a learned 3x3 filter of stride 2 per channel.
+        symmetric: whether differences of both signs are rewarded.
 
     Raises:
-        ValueError: an unknown guide.
+        ValueError: the guide is unknown.
     """
 
     def __init__(self, channels: int, guide: str = "lite", symmetric: bool = True):
@@ -98,28 +102,29 @@ class DPP(nn.Module):
         self.log_lambda = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, ceil(H / 2), ceil(W / 2)]."""
+        """Downsample x [N, C, H, W] to [N, C, ceil(H / 2), ceil(W / 2)]."""
         values = x.to(torch.promote_types(x.dtype, torch.float32))
-        difference = values - _at_blocks(self.guide(x).to(values.dtype), x)
+        difference = values - _repeat_in_blocks(self.guide(x).to(values.dtype), x)
         if not self.symmetric:
             difference = difference.relu()
         alpha, power = self.log_alpha.exp()[:, None, None], self.log_lambda.exp()[:, None, None]
         weights = alpha + (difference.square() + 1e-3).pow(power / 2)
-        return _weighted_pool(values, weights).to(x.dtype)
+        return _pool_weighted(values, weights).to(x.dtype)
 
 
 class LIP(nn.Module):
-    """Local importance pooling (Gao et al., 2019): windows of 3x3 at stride 2 summed under learned importances, per channel.
+    """Local importance pooling (Gao et al., 2019): sum windows of 3x3 at stride 2 under learned importances, per channel.
 
     out_p = sum_q exp(l_q) x_q / sum_q exp(l_q), with logits l = 12 sigmoid(norm(conv(x))) of the size of x. The last convolution starts
-    at 0, which is average pooling. Simplified logits are one 3x3 convolution, 9 C^2 + 2 C parameters; bottleneck logits go through a
-    1x1 and a 3x3 convolution of `bottleneck` channels B first, 2 B C + 9 B^2 + 4 B + 2 C parameters (the authors share the part before
-    the last convolution between the two samplers of a residual block; here each has its own). Normalisation is per image and channel.
-    The convolutions run at the input's resolution: 36 C^2 multiply-adds per output pixel simplified, 8 B C + 36 B^2 with a bottleneck.
+    at 0, so that the layer starts as average pooling. Simplified logits come from one 3x3 convolution, 9 C^2 + 2 C parameters.
+    Bottleneck logits first go through a 1x1 and a 3x3 convolution of `bottleneck` channels B, 2 B C + 9 B^2 + 4 B + 2 C parameters. The
+    authors share the part before the last convolution between the two samplers of a residual block; here each sampler has its own.
+    Normalisation is per image and channel. The convolutions run at the resolution of the input and take, per output pixel, 36 C^2
+    multiply-adds for simplified logits and 8 B C + 36 B^2 for bottleneck logits.
 
     Args:
         channels: C.
-        bottleneck: None for simplified logits, which fewer channels than `bottleneck` have too: 128 is the authors' ResNet, with simplified
+        bottleneck: None selects simplified logits, as do fewer channels than `bottleneck`. 128 gives the authors' ResNet, with simplified
             logits in the stem's 64 channels and bottlenecks elsewhere.
     """
 
@@ -139,8 +144,8 @@ class LIP(nn.Module):
         self.logits = nn.Sequential(*layers, nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, ceil(H / 2), ceil(W / 2)]."""
-        # exp(12) is more than float16 holds
+        """Downsample x [N, C, H, W] to [N, C, ceil(H / 2), ceil(W / 2)]."""
+        # exp(12) exceeds the range of float16
         dtype = torch.promote_types(x.dtype, torch.float32)
         weights = (12 * self.logits(x).to(dtype)).exp()
         y = F.avg_pool2d(x.to(dtype) * weights, 3, stride=2, padding=1) / F.avg_pool2d(weights, 3, stride=2, padding=1)

@@ -1,4 +1,4 @@
-"""PSPNet, a network that the paper compares with (Table VIII; Zhao et al., 2017).
+"""PSPNet (Zhao et al., 2017), one of the networks of Table VIII that the paper compares with.
 
 State-dict keys of the decoder are those of the authors' public PyTorch implementation.
 """
@@ -7,20 +7,27 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .decoding import Backbone, classifier, conv_bn_relu, enlarge_cells, stretch
+from .decoding import Backbone, enlarge_cells, make_classifier, make_conv_bn_relu, stretch
 from .samplers import Sampler, make_samplers
 
 
 class PyramidPooling(nn.Module):
-    """Pool to a few cells a side, reduce the channels, bring back to the map's size, and concatenate with the map."""
+    """Pool a map to a few cells, reduce the channels, upsample to the size of the map, and concatenate with the map.
+
+    Args:
+        channels: channels of the map.
+        dim: channels of each branch.
+        scales: cells per side of the branches.
+        sampler: upsampler of the branches, see `PSPNet`.
+    """
 
     def __init__(self, channels: int, dim: int, scales: tuple[int, ...], sampler: Sampler | None):
         super().__init__()
-        self.features = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(scale), *conv_bn_relu(channels, dim, 1)) for scale in scales)
+        self.features = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(scale), *make_conv_bn_relu(channels, dim, 1)) for scale in scales)
         self.up = make_samplers(sampler, dim, channels, len(scales))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, channels, H, W] -> [N, channels + len(scales) * dim, H, W]."""
+        """Compute [N, channels + len(scales) * dim, H, W] from x [N, channels, H, W]."""
         size, outputs = x.shape[2:], [x]
         for feature, up in zip(self.features, self.up, strict=True):
             cells = feature(x)
@@ -29,15 +36,16 @@ class PyramidPooling(nn.Module):
 
 
 class PSPNet(nn.Module):
-    """Semantic segmentation from a dilated backbone's last map and what it holds on average in large cells.
+    """Semantic segmentation from the last map of a dilated backbone and its averages over large cells.
 
     Args:
-        backbone: image [N, 3, H, W] -> features C2 to C5; `out_channels` lists their channels. Published with C4 and C5 at stride 8.
-        num_classes: classes.
-        ppm: None upsamples pooled cells bilinearly; a sampler gets them bilinearly at half of C5's size, with ppm_dim channels, as in
-            the paper's UperNet.
+        backbone: maps an image [N, 3, H, W] to features C2 to C5; `out_channels` lists their channels. Published with C4 and C5 at
+            stride 8.
+        num_classes: number of classes.
+        ppm: None upsamples pooled cells bilinearly. With a sampler of ppm_dim channels, as in the paper's UperNet, they are upsampled
+            bilinearly to half the size of C5, and the sampler does the rest.
         dim, ppm_dim: channels of the last map and of each pooled branch.
-        pool_scales: cells a side of the branches.
+        pool_scales: cells per side of the branches.
     """
 
     def __init__(
@@ -54,11 +62,11 @@ class PSPNet(nn.Module):
         *_, middle, top = backbone.out_channels
         self.backbone = backbone
         self.ppm = PyramidPooling(top, ppm_dim, pool_scales, ppm)
-        self.cls = classifier(top + len(pool_scales) * ppm_dim, dim, num_classes)
-        self.aux = classifier(middle, dim // 2, num_classes)
+        self.cls = make_classifier(top + len(pool_scales) * ppm_dim, dim, num_classes)
+        self.aux = make_classifier(middle, dim // 2, num_classes)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Image [N, 3, H, W] -> logits [N, num_classes, h, w] of C5's size; in training also the auxiliary logits, of C4."""
+        """Predict logits [N, num_classes, h, w] at the size of C5 for images x [N, 3, H, W]; in training also auxiliary logits from C4."""
         *_, c4, c5 = self.backbone(x)
         logits = self.cls(self.ppm(c5))
         return (logits, self.aux(c4)) if self.training else logits

@@ -1,4 +1,4 @@
-"""Where a target's features come from, through one or several CARAFE++ modules (paper, Figures 1 and 9)."""
+"""Regions that the features of a target come from, through one or several CARAFE++ modules (paper, Figures 1 and 9)."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -14,13 +14,16 @@ from .carafe import CARAFE
 
 
 class Region(NamedTuple):
-    """One map on the path, and how much of it the targets hold."""
+    """One map on the path, and the weight of each of its pixels in the targets.
 
-    # the module that takes the map, or "" for what the last module puts out
+    Attributes:
+        module: name of the module that takes the map, or "" for the output of the last module.
+        features: the map, [C, H, W].
+        weights: [L, H, W], one map per target. With softmax each sums to 1 if no window leaves the map.
+    """
+
     module: str
-    # [C, H, W]
     features: Tensor
-    # [L, H, W], one map a target; they sum to 1 over the map where no window leaves it (softmax)
     weights: Tensor
 
 
@@ -32,22 +35,23 @@ class _Call(NamedTuple):
 
 
 @torch.no_grad()
-def reassembly_regions(
+def trace_regions(
     network: nn.Module, inputs: Sequence[Tensor], path: str | Sequence[str], locations: Sequence[tuple[float, float]]
 ) -> list[Region]:
-    """Accumulate reassembly kernels backwards from `locations` of the last module's output to the first module's input.
+    """Accumulate reassembly kernels backwards, from `locations` in the output of the last module to the input of the first.
 
-    What lies between the modules (convolutions, laterals) is passed over: a region tells where features were reassembled from.
-    Kernels of several groups are averaged.
+    A region says where features were reassembled from. Layers between the modules (convolutions, laterals) are skipped. Kernels of
+    several groups are averaged.
 
     Args:
-        network: is called once, as it is; put it into evaluation mode before.
-        inputs: its arguments, of one image.
+        network: is called once, in the mode that it is in; put it into evaluation mode first.
+        inputs: arguments of the network, for one image.
         path: names of CARAFE modules, or patterns such as "fpn.upsample.*", that run one after the other.
-        locations: L targets (down, across), as fractions of the height and the width of the last module's output.
+        locations: L targets (down, across), as fractions of the height and the width of the output of the last module.
 
     Returns:
-        The maps in the order of computation: the input of every module, and last the output, where every target holds 1 at its location.
+        The maps in the order of computation: the input of every module, then the output, where the weight of a target is 1 at its
+        location.
 
     Raises:
         ValueError: no CARAFE module has such a name or has run, the modules do not follow one another, they see several images or
@@ -55,7 +59,7 @@ def reassembly_regions(
     """
     if outside := [location for location in locations if not all(0 <= part < 1 for part in location)]:
         raise ValueError(f"locations must be fractions of height and width, at least 0 and less than 1, got {outside[0]}")
-    calls = _run(network, inputs, [path] if isinstance(path, str) else list(path))
+    calls = _record_calls(network, inputs, [path] if isinstance(path, str) else list(path))
     last = calls[-1]
     height, width = last.y.shape[2:]
     weights = last.y.new_zeros(len(locations), height, width)
@@ -63,18 +67,18 @@ def reassembly_regions(
         target[int(down * height), int(across * width)] = 1
     regions = [Region("", last.y[0], weights)]
     for call in reversed(calls):
-        weights = _sources(call, weights)
+        weights = _carry_to_input(call, weights)
         regions.insert(0, Region(call.name, call.x[0], weights))
     return regions
 
 
-def _run(network: nn.Module, inputs: Sequence[Tensor], path: list[str]) -> list[_Call]:
+def _record_calls(network: nn.Module, inputs: Sequence[Tensor], path: list[str]) -> list[_Call]:
     """Run the network and record the calls of the path's modules."""
     modules = {name: module for name, module in network.named_modules() if isinstance(module, CARAFE)}
     chosen = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in path)]
     there_are = f"its CARAFE modules are {', '.join(modules)}" if modules else "it has no CARAFE module"
     if not chosen:
-        raise ValueError(f"the network has nothing named {', '.join(path)}: {there_are}")
+        raise ValueError(f"the network has no CARAFE module named {', '.join(path)}: {there_are}")
     calls: list[_Call] = []
 
     def record(module: CARAFE, args: tuple[Tensor], y: Tensor, name: str) -> None:
@@ -91,19 +95,19 @@ def _run(network: nn.Module, inputs: Sequence[Tensor], path: list[str]) -> list[
     if several := [call for call in calls if len(call.x) != 1]:
         raise ValueError(f"{several[0].name} must see one map of the whole image, got {len(several[0].x)} (images, or regions of them)")
     for before, after in pairwise(calls):
-        # networks crop what a sampler makes too large
+        # networks crop the output of a sampler where the finer map is odd
         cropped = [have - need for have, need in zip(before.y.shape[2:], after.x.shape[2:], strict=True)]
         if not all(0 <= rest < before.module.spec.up for rest in cropped):
             sizes = [f"{'x'.join(map(str, map_.shape[2:]))}" for map_ in (before.y, after.x)]
             raise ValueError(
-                f"a path's modules must follow one another, but {before.name} puts out {sizes[0]} and {after.name}, which runs next, "
-                f"takes {sizes[1]}: {there_are}"
+                f"the modules of a path must follow one another, but the output of {before.name} is {sizes[0]} and the input of "
+                f"{after.name}, which runs next, is {sizes[1]}: {there_are}"
             )
     return calls
 
 
-def _sources(call: _Call, weights: Tensor) -> Tensor:
-    """Carry weights over (a part of) a module's output [L, h, w] to its input, [L, H, W]: the transpose of reassembly."""
+def _carry_to_input(call: _Call, weights: Tensor) -> Tensor:
+    """Carry weights [L, h, w] over the output of a module, or a crop of it, to its input, [L, H, W]: the transpose of reassembly."""
     spec, (height, width) = call.module.spec, call.y.shape[2:]
     kernels = call.module.kernels(call.x).flatten(2, 3)  # [1, G, K * K, Ho, Wo]
     targets = weights.new_zeros(len(weights), spec.groups, height, width)

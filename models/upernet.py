@@ -1,18 +1,18 @@
 """UperNet with a sampler slot for each of its three parts (paper, section 4.2; Xiao et al., 2018).
 
-State-dict keys of the decoder and its initialisation are those of the authors' public implementation.
+State-dict keys and initialisation of the decoder are those of the authors' public implementation.
 """
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .decoding import Backbone, conv_bn_relu, enlarge_cells
+from .decoding import Backbone, enlarge_cells, make_conv_bn_relu
 from .samplers import Sampler, make_sampler, make_samplers, resize
 
 
-def _layer(inputs: int, outputs: int, kernel_size: int) -> nn.Sequential:
-    layer = conv_bn_relu(inputs, outputs, kernel_size)
+def _make_layer(inputs: int, outputs: int, kernel_size: int) -> nn.Sequential:
+    layer = make_conv_bn_relu(inputs, outputs, kernel_size)
     nn.init.kaiming_normal_(layer[0].get_parameter("weight"))
     nn.init.constant_(layer[1].get_parameter("bias"), 1e-4)
     return layer
@@ -21,20 +21,21 @@ def _layer(inputs: int, outputs: int, kernel_size: int) -> nn.Sequential:
 class UperNet(nn.Module):
     """Semantic segmentation from a pyramid of features.
 
-    PPM pools C5 to 1, 2, 3 and 6 cells a side and brings each back to C5's size, then 1x1 convolution; FPN adds upsampled features to the
-    laterals top-down; FUSE brings all levels to P2's size and concatenates them.
+    PPM pools C5 to 1, 2, 3 and 6 cells per side, upsamples each result to the size of C5 and applies a 1x1 convolution. FPN adds upsampled
+    features to the laterals top-down. FUSE upsamples all levels to the size of P2 and concatenates them.
 
-    A sampler that needs a guide gets the map that its output meets: C5, the lateral, the finer level.
+    A sampler that needs a guide gets the map that its output is combined with: C5, the lateral or the finer level.
 
     Args:
-        backbone: image [N, 3, H, W] -> features C2 to C5 of strides 4, 8, 16, 32; `out_channels` lists their channels.
-        num_classes: classes.
-        ppm: None upsamples pooled cells bilinearly to C5's size; a sampler gets them bilinearly at half that size, with C5's channels.
-        fpn: None upsamples bilinearly to the lateral's size; a sampler upsamples by 2, with fpn_dim channels.
-        fuse: None upsamples every level bilinearly to P2's size; samplers upsample and concatenate in sequence, P5 to P4 to P3 to P2,
+        backbone: maps an image [N, 3, H, W] to features C2 to C5 of strides 4, 8, 16, 32; `out_channels` lists their channels.
+        num_classes: number of classes.
+        ppm: None upsamples pooled cells bilinearly to the size of C5. With a sampler, of C5's channels, they are upsampled bilinearly to
+            half that size, and the sampler does the rest.
+        fpn: None upsamples bilinearly to the size of the lateral. A sampler upsamples by 2, with fpn_dim channels.
+        fuse: None upsamples every level bilinearly to the size of P2. Samplers upsample and concatenate in sequence, P5 to P4 to P3 to P2,
             with fpn_dim, 2 fpn_dim and 3 fpn_dim channels.
         fpn_dim, ppm_dim: channels of the FPN and of each PPM branch.
-        pool_scales: cells a side of the PPM's branches.
+        pool_scales: cells per side of the branches of the PPM.
     """
 
     def __init__(
@@ -54,27 +55,27 @@ class UperNet(nn.Module):
         self.backbone = backbone
         self.ppm_pooling = nn.ModuleList(nn.AdaptiveAvgPool2d(scale) for scale in pool_scales)
         self.ppm_up = make_samplers(ppm, top, top, len(pool_scales))
-        self.ppm_conv = nn.ModuleList(_layer(top, ppm_dim, 1) for _ in pool_scales)
-        self.ppm_last_conv = _layer(top + len(pool_scales) * ppm_dim, fpn_dim, 3)
-        self.fpn_in = nn.ModuleList(_layer(channels, fpn_dim, 1) for channels in laterals)
+        self.ppm_conv = nn.ModuleList(_make_layer(top, ppm_dim, 1) for _ in pool_scales)
+        self.ppm_last_conv = _make_layer(top + len(pool_scales) * ppm_dim, fpn_dim, 3)
+        self.fpn_in = nn.ModuleList(_make_layer(channels, fpn_dim, 1) for channels in laterals)
         self.fpn_up = make_samplers(fpn, fpn_dim, fpn_dim, len(laterals))
-        # one level deeper than need be, so that the keys are the published ones
-        self.fpn_out = nn.ModuleList(nn.Sequential(_layer(fpn_dim, fpn_dim, 3)) for _ in laterals)
+        # the extra nesting gives the published keys
+        self.fpn_out = nn.ModuleList(nn.Sequential(_make_layer(fpn_dim, fpn_dim, 3)) for _ in laterals)
         self.fuse_up = nn.ModuleList(make_sampler(fuse, (i + 1) * fpn_dim, fpn_dim) for i in range(len(laterals))) if fuse else None
         classifier = nn.Conv2d(fpn_dim, num_classes, 1)
         nn.init.kaiming_normal_(classifier.weight)
-        self.conv_last = nn.Sequential(_layer((len(laterals) + 1) * fpn_dim, fpn_dim, 3), classifier)
+        self.conv_last = nn.Sequential(_make_layer((len(laterals) + 1) * fpn_dim, fpn_dim, 3), classifier)
 
     def pool(self, c5: Tensor) -> Tensor:
-        """C5 [N, C, H, W] -> P5 [N, fpn_dim, H, W] (PPM)."""
+        """Compute P5 [N, fpn_dim, H, W] from C5 [N, C, H, W] (PPM)."""
         branches = [
             conv(enlarge_cells(pooling(c5), c5.shape[2:], sampler, c5))
             for pooling, sampler, conv in zip(self.ppm_pooling, self.ppm_up, self.ppm_conv, strict=True)
         ]
         return self.ppm_last_conv(torch.cat([c5, *branches], dim=1))
 
-    def pyramid(self, levels: list[Tensor]) -> list[Tensor]:
-        """C2 to C5 -> P2 to P5, [N, fpn_dim, ...] each at its level's size (FPN)."""
+    def build_pyramid(self, levels: list[Tensor]) -> list[Tensor]:
+        """Compute P2 to P5, [N, fpn_dim, H_i, W_i], from C2 to C5, [N, C_i, H_i, W_i] (FPN)."""
         *laterals, c5 = levels
         y = self.pool(c5)
         outputs = [y]
@@ -85,7 +86,7 @@ class UperNet(nn.Module):
         return outputs
 
     def fuse(self, levels: list[Tensor]) -> Tensor:
-        """P2 to P5 -> [N, 4 * fpn_dim, H, W] at P2's size, in this order (FUSE)."""
+        """Concatenate P2 to P5, in this order, to [N, 4 * fpn_dim, H, W] at the size of P2 (FUSE)."""
         if self.fuse_up is None:
             return torch.cat([resize(level, levels[0].shape[2:], None) for level in levels], dim=1)
         *finer, y = levels
@@ -94,5 +95,8 @@ class UperNet(nn.Module):
         return y
 
     def forward(self, x: Tensor) -> Tensor:
-        """Image [N, 3, H, W] -> logits [N, num_classes, ceil(H / 4), ceil(W / 4)]: the loss of the published training is at this size."""
-        return self.conv_last(self.fuse(self.pyramid(self.backbone(x))))
+        """Predict logits [N, num_classes, ceil(H / 4), ceil(W / 4)] for images x [N, 3, H, W].
+
+        The published training also takes its loss at this size.
+        """
+        return self.conv_last(self.fuse(self.build_pyramid(self.backbone(x))))

@@ -1,4 +1,4 @@
-"""Start a network from trained weights: ImageNet classifiers of torchvision, checkpoints of `carafepp-train`."""
+"""Start a network from trained weights: those of torchvision's ImageNet classifiers, or checkpoints of `carafepp-train`."""
 
 import logging
 from collections.abc import Mapping
@@ -12,7 +12,13 @@ logger = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """Names of tensors: copied from the file, left as they were initialised, and in the file but not in the network."""
+    """Names of tensors after loading.
+
+    Attributes:
+        loaded: tensors copied from the file.
+        initialised: tensors of the network that keep their initial values.
+        unused: tensors of the file that the network does not use.
+    """
 
     loaded: list[str]
     initialised: list[str]
@@ -20,28 +26,30 @@ class Loaded(NamedTuple):
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict, or that of a checkpoint, under the names that the file has.
+    """Read the state dict of a file, or of a checkpoint, without changing names.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read as tensors and primitives, or holds no weights.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file cannot be read as tensors and primitives, or does not hold a state dict.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights={path} does not exist; give a state dict, or the last.ckpt or best.ckpt of a run folder")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    # what torch raises for damaged files depends on where the damage is
+    # the type of error for a damaged file depends on the place of the damage
     except Exception as error:
         raise ValueError(f"weights={path} cannot be read: {error}") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"weights={path} holds no state dict of tensors")
+        raise ValueError(f"weights={path} does not hold a state dict of tensors")
     return dict(state)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict, or the network of a checkpoint of `carafepp-train`; of a network with a `backbone`, the backbone.
+    """Read the weights of a backbone or classifier from a state dict or from a checkpoint of `carafepp-train`.
+
+    Of a network with a `backbone`, only the weights of the backbone are returned.
 
     Raises:
         FileNotFoundError, ValueError: see `read_state`.
@@ -54,12 +62,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(network: nn.Module, weights: str | Path | Mapping[str, Tensor]) -> Loaded:
-    """Copy the tensors that `weights` (a file, see `read_weights`, or a state dict) and `network` share, and log which those are.
+    """Copy the tensors that `weights` and `network` share, and log which these are.
 
-    Samplers that the file does not know stay as they are, and so does a classifier `fc` of another number of classes.
+    Samplers that are not in the file keep their initial values, as does a classifier `fc` with another number of classes.
+
+    Args:
+        network: receives the tensors.
+        weights: a file, see `read_weights`, or a state dict.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_weights`; or no tensor fits, or one of the same name has another shape.
+        FileNotFoundError, ValueError: see `read_weights`; or no tensor is shared, or tensors of the same name differ in shape.
     """
     state = dict(weights) if isinstance(weights, Mapping) else read_weights(weights)
     source = "the state dict" if isinstance(weights, Mapping) else f"weights={weights}"
@@ -70,7 +82,7 @@ def load_weights(network: nn.Module, weights: str | Path | Mapping[str, Tensor])
         raise ValueError(f"{source} is of another network: {len(wrong)} tensors differ in shape, {shapes}")
     loaded = [name for name in own if name in state and name not in differ]
     if not loaded:
-        raise ValueError(f"{source} shares no tensor with the network, which has {', '.join(list(own)[:3])}, ...")
+        raise ValueError(f"{source} has no tensor in common with the network, which has {', '.join(list(own)[:3])}, ...")
     network.load_state_dict({name: state[name] for name in loaded}, strict=False)
     report = Loaded(loaded, [name for name in own if name not in loaded], [name for name in state if name not in loaded])
     logger.info("%d of %d tensors loaded from %s", len(loaded), len(own), source)

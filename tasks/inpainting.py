@@ -9,7 +9,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from ..models.discriminator import inpainted
+from ..models.discriminator import average_over_hole
 from .images import read_image
 from .masks import read_mask
 from .task import MakeOptimizer, MakeSchedule, Task, View
@@ -102,11 +102,11 @@ class Inpainting(Task):
 
         # the generator's loss moves no weight of the discriminator, and the other way round
         self.discriminator.requires_grad_(False)
-        adversarial = -inpainted(self.discriminator(completed, masks).float(), masks).mean()
+        adversarial = -average_over_hole(self.discriminator(completed, masks).float(), masks).mean()
         self.discriminator.requires_grad_(True)
         both = self.discriminator(torch.cat([truth, completed.detach()]), masks.repeat(2, 1, 1, 1)).float()
         real, fake = both.chunk(2)
-        discriminator = inpainted(F.relu(1 - real) + F.relu(1 + fake), masks).mean()
+        discriminator = average_over_hole(F.relu(1 - real) + F.relu(1 + fake), masks).mean()
 
         losses = {"hole": hole, "valid": valid, "adversarial": adversarial, "discriminator": discriminator}
         self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, prog_bar=True)

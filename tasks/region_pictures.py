@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.utils import draw_keypoints
 
-from ..models.regions import Region, reassembly_regions
+from ..models.regions import Region, trace_regions
 from .pictures import caption, enlarge, grid
 from .task import View
 
@@ -23,17 +23,17 @@ def draw_regions(view: View, path: str | Sequence[str], locations: Sequence[tupl
 
     Args:
         view: the picture, and the network that sees it.
-        path: names or patterns of the network's CARAFE modules, see `carafepp.models.regions.reassembly_regions`.
+        path: names or patterns of the network's CARAFE modules, see `carafepp.models.regions.trace_regions`.
         locations: (down, across), as fractions of the picture.
 
     Returns:
         Pictures and captions in a grid, [3, height, width] in [0, 1].
 
     Raises:
-        ValueError: as `reassembly_regions`.
+        ValueError: as `trace_regions`.
     """
     seen = [(down * view.covered[0], across * view.covered[1]) for down, across in locations]
-    regions = reassembly_regions(view.network, view.inputs, path, seen)
+    regions = trace_regions(view.network, view.inputs, path, seen)
     picture = enlarge(view.picture.cpu().clamp(0, 1))
     energies = [_stretched(_energy(region.features), picture, view) for region in regions]
     rows = []

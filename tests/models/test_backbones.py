@@ -102,10 +102,10 @@ def test_wrong_weights_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"broken\.pth cannot be read"):
         tiny(weights=tmp_path / "broken.pth")
     torch.save({"conv9.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other\.pth shares no tensor with the network, which has conv1\.weight"):
+    with pytest.raises(ValueError, match=r"other\.pth has no tensor in common with the network, which has conv1\.weight"):
         tiny(weights=tmp_path / "other.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match=r"list\.pth holds no state dict"):
+    with pytest.raises(ValueError, match=r"list\.pth does not hold a state dict"):
         tiny(weights=tmp_path / "list.pth")
     torch.save(tiny(deep_stem=True).state_dict(), tmp_path / "deep.pth")
     with pytest.raises(ValueError, match=r"deep\.pth is of another network: .* conv1\.weight is \[16, 3, 3, 3\] there"):

@@ -175,7 +175,7 @@ def test_layers_are_frozen_from_the_first(trainable, parts):
     ("options", "error", "message"),
     [
         ({"trainable_layers": 6}, ValueError, "trainable_layers must be in 0..5, got 6"),
-        ({"box_scores_thresh": 0.1, "mask_dim": 8}, TypeError, "FasterRCNN takes no box_scores_thresh, mask_dim"),
+        ({"box_scores_thresh": 0.1, "mask_dim": 8}, TypeError, "FasterRCNN has no option box_scores_thresh, mask_dim"),
     ],
 )
 def test_wrong_options_are_errors(options, error, message):

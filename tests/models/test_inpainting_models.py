@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from carafepp.kernels import reassemble_weights
 from carafepp.models.carafe import CARAFE
-from carafepp.models.discriminator import PatchGAN, inpainted
+from carafepp.models.discriminator import PatchGAN, average_over_hole
 from carafepp.models.global_local import GlobalLocal
 from carafepp.models.learned_samplers import Deconv
 from carafepp.models.partial_conv import PartialConv2d, PartialGlobalLocal, PartialSampler
@@ -249,7 +249,7 @@ def test_discriminator_judges_patches_of_the_hole_alone():
     masks[1] = 1
     scores = PatchGAN(4)(torch.rand(3, 3, 64, 64), masks)
     assert scores.shape[:2] == (3, 1)
-    one, whole, none = inpainted(scores, masks)
+    one, whole, none = average_over_hole(scores, masks)
     assert one.item() in [pytest.approx(score) for score in scores[0].flatten().tolist()]
     torch.testing.assert_close(whole, scores[1].mean())
     assert none == 0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from carafepp.models.carafe import CARAFE
-from carafepp.models.regions import reassembly_regions
+from carafepp.models.regions import trace_regions
 from carafepp.models.resnet import tiny
 from carafepp.tasks.region_pictures import draw_regions
 from carafepp.tasks.task import View
@@ -55,7 +55,7 @@ def expected(features: torch.Tensor) -> torch.Tensor:
 def test_sum_of_every_map_under_its_weights_is_the_target(steps, size, normalizer):
     network = nn.Sequential(*(sampler(8, i, normalizer=normalizer, **step) for i, step in enumerate(steps)))
     x = torch.randn(1, 8, *size, dtype=torch.float64)
-    regions = reassembly_regions(network, [x], "*", LOCATIONS)
+    regions = trace_regions(network, [x], "*", LOCATIONS)
     assert [region.module for region in regions] == [*(str(i) for i in range(len(steps))), ""]
     assert torch.equal(regions[0].features, x[0])
     for region in regions:
@@ -65,7 +65,7 @@ def test_sum_of_every_map_under_its_weights_is_the_target(steps, size, normalize
 def test_what_a_network_crops_takes_no_part():
     network = Cropped(sampler(4, 0, up=2), sampler(4, 1, up=2, kernel_size=3))
     x = torch.randn(1, 4, 5, 6, dtype=torch.float64)
-    regions = reassembly_regions(network, [x], ["samplers.0", "samplers.1"], LOCATIONS)
+    regions = trace_regions(network, [x], ["samplers.0", "samplers.1"], LOCATIONS)
     assert [tuple(region.weights.shape) for region in regions] == [(4, 5, 6), (4, 9, 12), (4, 18, 24)]
     for region in regions:
         torch.testing.assert_close(torch.einsum("chw,lhw->cl", region.features, region.weights), expected(regions[-1].features))
@@ -74,7 +74,7 @@ def test_what_a_network_crops_takes_no_part():
 def test_weights_of_groups_are_averaged():
     network = sampler(4, 0, up=2, groups=2)
     x = torch.randn(1, 4, 3, 3, dtype=torch.float64)
-    (region, output) = reassembly_regions(nn.Sequential(network), [x], "0", [(0.5, 0.5)])
+    (region, output) = trace_regions(nn.Sequential(network), [x], "0", [(0.5, 0.5)])
     kernel = network.kernels(x)[0, :, :, :, 3, 3].mean(0)  # around source pixel (1, 1), of which 3 x 3 are on the map
     torch.testing.assert_close(region.weights[0], kernel[1:4, 1:4])
     assert output.weights.sum() == 1
@@ -82,7 +82,7 @@ def test_weights_of_groups_are_averaged():
 
 def test_backbone_accumulates_from_its_last_stage_to_the_stem():
     network = tiny(downsample=lambda channels: CARAFE(channels, down=2, compressed_channels=4)).eval()
-    regions = reassembly_regions(network, [torch.rand(1, 3, 97, 64)], ["maxpool", "layer?.0.shortcut_sampler"], [(0.5, 0.5)])
+    regions = trace_regions(network, [torch.rand(1, 3, 97, 64)], ["maxpool", "layer?.0.shortcut_sampler"], [(0.5, 0.5)])
     assert [region.module for region in regions] == ["maxpool", *(f"layer{i}.0.shortcut_sampler" for i in (2, 3, 4)), ""]
     assert [tuple(region.weights.shape[1:]) for region in regions] == [(49, 32), (25, 16), (13, 8), (7, 4), (4, 2)]
     reach = [int((region.weights > 0).sum()) for region in regions]
@@ -94,16 +94,16 @@ def test_paths_that_are_none_are_named():
     network = nn.Sequential(sampler(4, 0, up=2), nn.Conv2d(4, 4, 3, stride=2).double(), sampler(4, 1, up=2))
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
     for path, locations, message in (
-        ("fpn.*", LOCATIONS, r"nothing named fpn\.\*: its CARAFE modules are 0, 2"),
-        ("*", LOCATIONS, r"0 puts out 12x12 and 2, which runs next, takes 5x5"),
+        ("fpn.*", LOCATIONS, r"no CARAFE module named fpn\.\*: its CARAFE modules are 0, 2"),
+        ("*", LOCATIONS, r"the output of 0 is 12x12 and the input of 2, which runs next, is 5x5"),
         ("0", [(0.2, 1.0)], r"less than 1, got \(0.2, 1.0\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            reassembly_regions(network, [x], path, locations)
+            trace_regions(network, [x], path, locations)
     with pytest.raises(ValueError, match="must see one map of the whole image, got 2"):
-        reassembly_regions(network, [x.expand(2, -1, -1, -1)], "0", LOCATIONS)
+        trace_regions(network, [x.expand(2, -1, -1, -1)], "0", LOCATIONS)
     with pytest.raises(ValueError, match="it has no CARAFE module"):
-        reassembly_regions(nn.Conv2d(4, 4, 1).double(), [x], "*", LOCATIONS)
+        trace_regions(nn.Conv2d(4, 4, 1).double(), [x], "*", LOCATIONS)
 
 
 def test_picture_shows_the_weights_where_the_picture_is():
