@@ -33,9 +33,9 @@ class Call(ctypes.Structure):
 
     _fields_ = (
         ("problem", Problem),
-        *((name, TensorView) for name in ("x", "logits", "lse", "y", "dy", "dx", "dlogits")),
         ("threads", ctypes.c_int64),
         ("parallel", ctypes.c_void_p),
+        *((name, TensorView) for name in ("x", "logits", "lse", "y", "dy", "dx", "dlogits")),
     )
 
 
@@ -80,20 +80,20 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
 
 
-def _call(name: str, spec: Spec, x: Tensor, **others: Tensor | None) -> None:
-    """Run a function of the kernel on tensors by their names in call.h; those that are absent or None are not asked for."""
+def _call(name: str, spec: Spec, x: Tensor, *others: Tensor | None) -> None:
+    """Run a function of the kernel on tensors in the order of `Call`; None, and those left out at the end, are not asked for."""
     problem = (DTYPES.index(x.dtype), NORMALIZERS.index(spec.normalizer), *x.shape, *spec[:4])
-    arguments = {key: (t.data_ptr(), t.stride()) for key, t in {"x": x, **others}.items() if t is not None}
-    call = Call(problem=problem, threads=torch.get_num_threads(), parallel=openmp_parallel(), **arguments)
+    tensors = [() if t is None else (t.data_ptr(), t.stride()) for t in (x, *others)]
+    call = Call(problem, torch.get_num_threads(), openmp_parallel(), *tensors)
     if getattr(library(), name)(ctypes.byref(call)):
         raise MemoryError(f"no memory for the scratch of the CPU kernel for x of shape {tuple(x.shape)}")
 
 
 def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> None:
     """Fill y [N, C, Ho, Wo] and lse [N, G, up, up, Hq, Wq] from x and logits [N, G * K * K, up, up, Hq, Wq]."""
-    _call("carafepp_forward", spec, x, logits=logits, lse=lse, y=y)
+    _call("carafepp_forward", spec, x, logits, lse, y)
 
 
 def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, spec: Spec) -> None:
     """Fill those of dx and dlogits that are asked for."""
-    _call("carafepp_backward", spec, x, logits=logits, lse=lse, dy=dy, dx=dx, dlogits=dlogits)
+    _call("carafepp_backward", spec, x, logits, lse, None, dy, dx, dlogits)

@@ -40,16 +40,16 @@ struct Tensor {
 // The signature of GOMP_parallel: runs function(data) on a team of threads of the OpenMP runtime that PyTorch itself uses.
 using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 
-// A tensor that is not asked for has no data. The forward pass writes y [N, C, Ho, Wo] and lse, the backward pass dx and dlogits.
+// A tensor that is not asked for has no data. The forward pass writes lse and y, the backward pass dx and dlogits.
 struct Call {
     Problem problem;
+    std::int64_t threads;  // at most
+    Parallel parallel;     // null: the kernel starts its own threads
     Tensor x;              // [N, C, H, W]
     Tensor logits;         // [N, G * K * K, up, up, Hq, Wq]
     Tensor lse;            // [N, G, up, up, Hq, Wq], the log-sum-exp of every window, for the normalizers that have one
     Tensor y;              // [N, C, Ho, Wo]
     Tensor dy, dx, dlogits;
-    std::int64_t threads;  // at most
-    Parallel parallel;     // null: the kernel starts its own threads
 };
 
 }  // namespace carafepp
