@@ -67,18 +67,21 @@ def choose_backend(backend: str | None, x: Tensor) -> str:
     return chosen
 
 
-def implementation(backend: str | None, x: Tensor) -> Backend:
-    """Return the module that runs an op on `x`.
+@functools.cache
+def implementation(backend: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
+    """Return the module that runs an op on tensors of `device` and `dtype`.
 
     An op has no "reference": "torch" runs in its place, for example for a program exported on CPU and moved to another device.
+
+    Raises:
+        RuntimeError: "cpu" is forced, and the kernel cannot be compiled.
     """
-    name = backend or default_backend(x.device.type, x.dtype)
+    name = backend or default_backend(device.type, dtype)
     if name == "cpu":
-        return _cpu(backend is not None)
+        return _cpu(forced=backend is not None)
     return _module("torch" if name == "reference" else name)
 
 
-@functools.cache
 def _module(name: str) -> Backend:
     return cast(Backend, importlib.import_module(MODULES[name], __package__))
 

@@ -89,7 +89,7 @@ def _forward(x, logits, kernel_size, up, down, groups, normalizer, backend):
     spec = Spec(kernel_size, up, down, groups, normalizer)
     y, lse = empty_outputs(x, logits, spec)
     if y.numel():
-        implementation(backend, x).forward(x, logits, y, lse, spec)
+        implementation(backend, x.device, x.dtype).forward(x, logits, y, lse, spec)
     return y, lse
 
 
@@ -99,7 +99,7 @@ def _backward(dy, x, logits, lse, kernel_size, up, down, groups, normalizer, bac
     if dy.numel():
         spec = Spec(kernel_size, up, down, groups, normalizer)
         results = dx if need_dx else None, dlogits if need_dlogits else None
-        implementation(backend, x).backward(dy, x, logits, lse, *results, spec)
+        implementation(backend, x.device, x.dtype).backward(dy, x, logits, lse, *results, spec)
     return dx, dlogits
 
 
