@@ -1,0 +1,99 @@
+"""The compiled CPU kernel: at random sizes, without the processor's own instructions, on any number of threads, after a fork."""
+
+import ctypes
+import hashlib
+import multiprocessing
+
+import pytest
+import torch
+from carafepp.kernels import reassemble
+from carafepp.kernels.cpu import backend as cpu
+from carafepp.kernels.cpu import build as cpu_build
+from carafepp.kernels.geometry import Spec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operator_calls import MANY_TILES, assert_call_matches_definition, drawn_calls
+from operator_cases import differentiate, random_inputs
+
+pytestmark = pytest.mark.usefixtures("compiler", "poisoned_memory", "threads_restored")
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(drawn_calls())
+def test_kernel_matches_the_definition(call):
+    assert_call_matches_definition("cpu", call)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(drawn_calls(MANY_TILES, channels=(1, 2)))
+def test_kernel_matches_the_definition_on_maps_of_many_tiles(call):
+    assert_call_matches_definition("cpu", call)
+
+
+@pytest.fixture(scope="module")
+def plain_kernel(tmp_path_factory):
+    """The kernel for any processor of this architecture: vectors are shorter, other tiles are chosen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(cpu_build, "TUNINGS", ((),))
+        return ctypes.CDLL(str(cpu_build.build()))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.one_of(drawn_calls(), drawn_calls(MANY_TILES, channels=(1, 2))))
+def test_kernel_without_the_processors_own_instructions(plain_kernel, call):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "library", lambda: plain_kernel)
+        assert_call_matches_definition("cpu", call)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("size", "spec"),
+    [
+        ((2, 32, 37, 41), Spec(5, up=2)),
+        ((1, 64, 61, 67), Spec(5, down=2)),
+        ((1, 48, 23, 31), Spec(3, up=3, down=2, groups=3, normalizer="sigmoid_normalized")),
+        ((1, 16, 9, 300), Spec(7, up=2)),
+    ],
+    ids=str,
+)
+def test_bit_identical_for_any_number_of_threads(size, spec, layout):
+    inputs = random_inputs(*size, spec, layouts=layout, spread=2.0)
+    runs = []
+    for threads in (1, 2, 3, 3):
+        torch.set_num_threads(threads)
+        runs.append(differentiate(reassemble, *inputs, backend="cpu", **spec._asdict()))
+    for run in runs[1:]:
+        assert all(torch.equal(run[name], result) for name, result in runs[0].items())
+
+
+def test_own_threads_give_the_same(monkeypatch):
+    """Without PyTorch's OpenMP runtime the kernel starts its own threads."""
+    torch.set_num_threads(2)
+    inputs = random_inputs(1, 32, 40, 40, Spec(5, up=2), spread=2.0)
+    expected = differentiate(reassemble, *inputs, kernel_size=5, up=2, backend="cpu")
+    monkeypatch.setattr(cpu, "openmp_parallel", lambda: None)
+    actual = differentiate(reassemble, *inputs, kernel_size=5, up=2, backend="cpu")
+    assert all(torch.equal(actual[name], result) for name, result in expected.items())
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
+def test_forked_workers_do_not_wait_for_threads_of_the_parent():
+    torch.set_num_threads(2)
+    # work for two threads here, too small to be shared out by PyTorch itself, which does not survive a fork
+    x, logits = torch.randn(1, 16, 16, 16), torch.randn(1, 196, 16, 16)
+
+    def digest() -> str:
+        return hashlib.sha256(reassemble(x, logits, kernel_size=7, up=2, backend="cpu").numpy().tobytes()).hexdigest()
+
+    expected = digest()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(digest()))
+    process.start()
+    try:
+        assert receiver.poll(60), "the forked process hangs"
+        assert receiver.recv() == expected
+    finally:
+        process.kill()

@@ -1,0 +1,200 @@
+"""What every backend promises: the results of the definition for any size, dtype and memory layout, and the same bits every time.
+
+The tests that take `backend` run for each one that this machine can run; tests/kernels/gpu/test_triton.py runs them in Triton's
+interpreter.
+"""
+
+import pytest
+import torch
+from carafepp.kernels import backends, reassemble, reassemble_reference, reassemble_weights, torch_backend
+from carafepp.kernels.geometry import NORMALIZERS, Spec
+from carafepp.kernels.reference import reassembly_kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operator_cases import AWKWARD, assert_matches_definition, describe, differentiate, random_inputs, relative_error
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FORMATS = ("contiguous", "channels_last")
+
+
+@pytest.mark.parametrize("case", AWKWARD, ids=describe)
+def test_matches_the_definition_at_awkward_sizes(case, backend, device):
+    index, spec = AWKWARD.index(case), case[-1]
+    inputs = random_inputs(*case, DTYPES[index % 3], FORMATS[index % 2], device=device)
+    assert_matches_definition(backend, *inputs, spec)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("scale", [{"up": 2}, {"down": 2}], ids=["up2", "down2"])
+def test_every_normalizer_dtype_and_memory_format(normalizer, dtype, layout, scale, backend, device):
+    spec = Spec(3, **scale, normalizer=normalizer)
+    assert_matches_definition(backend, *random_inputs(1, 4, 4, 5, spec, dtype, layout, device=device), spec)
+
+
+@given(
+    h=st.integers(1, 9),
+    w=st.integers(1, 9),
+    kernel_size=st.sampled_from([1, 3, 5]),
+    up=st.integers(1, 3),
+    down=st.integers(1, 3),
+    groups=st.integers(1, 2),
+    channels=st.integers(1, 3),
+)
+@settings(deadline=None, derandomize=True, max_examples=5, database=None)
+def test_any_shape_and_scale(backend, device, h, w, kernel_size, up, down, groups, channels):
+    spec = Spec(kernel_size, up, down, groups)
+    assert_matches_definition(backend, *random_inputs(1, groups * channels, h, w, spec, device=device), spec)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=["dx", "dlogits"])
+def test_one_gradient_alone(needs, backend, device):
+    spec = Spec(3, up=2)
+    assert_matches_definition(backend, *random_inputs(1, 4, 5, 4, spec, device=device), spec, needs)
+
+
+def test_views_are_read_in_place(backend, device):
+    spec = Spec(3, up=2)
+    x, logits, dy = random_inputs(2, 8, 12, 5, spec, device=device)
+    # every other channel and row of x; logits and dy transposed
+    x = x[:, ::2, ::2]
+    logits, dy = logits[:, :, :6], dy[:, :4, :12]
+    assert_matches_definition(backend, x, *(t.transpose(2, 3).contiguous().transpose(2, 3) for t in (logits, dy)), spec)
+
+
+def test_an_expanded_gradient_is_read_in_place(backend, device):
+    spec = Spec(3, up=2)
+    x, logits, dy = random_inputs(1, 4, 3, 5, spec, device=device)
+    assert_matches_definition(backend, x, logits, torch.ones_like(dy[:1, :1, :1, :1]).expand_as(dy), spec)
+
+
+@pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2), (3, 2), (2, 3)])
+def test_weights_at_output_resolution(up, down, backend, device):
+    spec = Spec(3, up, down, groups=2)
+    x, logits, dy = random_inputs(1, 8, 3, 5, spec, torch.float64, device=device)
+
+    def from_weights(x, logits):
+        weights = reassembly_kernels(logits, spec, *x.shape[2:]).flatten(1, 2)
+        if backend == "triton":
+            x, weights = x.float(), weights.float()
+        return reassemble_weights(x, weights, kernel_size=3, up=up, down=down, groups=2, backend=backend)
+
+    expected = differentiate(reassemble_reference, x, logits, dy, **spec._asdict())
+    actual = differentiate(from_weights, x, logits, dy.float() if backend == "triton" else dy)
+    tolerances = dict(rtol=1e-5, atol=1e-5, check_dtype=False) if backend == "triton" else {}
+    for name in ("y", "dx", "dlogits"):
+        torch.testing.assert_close(actual[name], expected[name], **tolerances)
+
+
+@pytest.mark.parametrize(("up", "down", "size"), [(2, 1, (10, 12)), (1, 2, (3, 3)), (3, 2, (8, 9))])
+def test_output_keeps_shape_dtype_and_memory_format(up, down, size, backend, device):
+    spec = Spec(3, up, down)
+    x, logits, _ = random_inputs(2, 8, 5, 6, spec, device=device)
+    y = reassemble(x, logits, kernel_size=3, up=up, down=down, backend=backend)
+    assert y.shape == (2, 8, *size)
+    assert y.dtype == torch.float32
+    assert y.is_contiguous()
+    last = reassemble(x.to(memory_format=torch.channels_last), logits, kernel_size=3, up=up, down=down, backend=backend)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last, y)
+
+
+def test_gradients_keep_the_memory_format_of_their_inputs(backend, device):
+    if backend == "reference":
+        pytest.skip("autograd lays them out")
+    x, logits, dy = random_inputs(2, 8, 5, 6, Spec(3, up=2), layouts="channels_last", device=device)
+    gradients = differentiate(reassemble, x, logits, dy, kernel_size=3, up=2, backend=backend)
+    assert gradients["dx"].is_contiguous(memory_format=torch.channels_last)
+    assert gradients["dlogits"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_empty_batch_has_empty_results(backend, device):
+    x, logits, dy = random_inputs(0, 8, 5, 6, Spec(3, up=2), device=device)
+    assert reassemble(x, logits, kernel_size=3, up=2, backend=backend).shape == (0, 8, 10, 12)
+    # the backward of PyTorch's pixel_shuffle refuses an empty batch
+    if backend != "reference":
+        results = differentiate(reassemble, x, logits, dy, kernel_size=3, up=2, backend=backend)
+        assert (results["dx"].shape, results["dlogits"].shape) == (x.shape, logits.shape)
+
+
+def test_runs_repeat_bit_for_bit(backend, device):
+    spec = Spec(3, up=2, groups=2)
+    inputs = random_inputs(1, 4, 3, 5, spec, device=device)
+    first, second = (differentiate(reassemble, *inputs, backend=backend, **spec._asdict()) for _ in range(2))
+    for name, result in first.items():
+        assert torch.equal(result, second[name]), name
+
+
+def test_infinite_logits_close_taps_as_in_softmax(backend, device):
+    x, logits, _ = random_inputs(1, 4, 3, 3, Spec(3, up=2), device=device)
+    logits[:, 4 * 4 :] = -torch.inf
+    expected = reassemble_reference(x, logits, kernel_size=3, up=2)
+    torch.testing.assert_close(reassemble(x, logits, kernel_size=3, up=2, backend=backend), expected)
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", "sigmoid_normalized"])
+def test_extreme_logits(normalizer, backend, device):
+    """Scores far beyond the range of exp, and windows masked by minus infinity, give what the definition gives in float64."""
+    x, logits = torch.randn(1, 16, 4, 5, device=device), torch.randn(1, 9, 4, 5, device=device)
+    logits[:, 2] = 300
+    logits[:, 3] = -torch.inf
+    logits[..., 0] -= 1e4
+    options = dict(kernel_size=3, normalizer=normalizer)
+    expected = reassemble_reference(x.double(), logits.double(), **options).float()
+    torch.testing.assert_close(reassemble(x, logits, backend=backend, **options), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"], indirect=True)
+def test_a_logit_that_is_no_number_spoils_its_own_target_alone(backend):
+    x, logits = torch.randn(1, 16, 4, 5), torch.randn(1, 9, 4, 5)
+    logits[0, 0, 1, 1] = torch.nan
+    wrong = reassemble(x, logits, kernel_size=3, backend=backend).isnan()
+    assert wrong[..., 1, 1].all()
+    assert wrong.sum() == wrong[..., 1, 1].sum()
+
+
+def test_forward_saves_inputs_and_one_number_per_window(backend, device):
+    if backend == "reference":
+        pytest.skip("autograd saves what it needs")
+    saved = []
+    x, logits, _ = random_inputs(1, 8, 4, 4, Spec(3, up=2), device=device)
+    x.requires_grad_(), logits.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        reassemble(x, logits, kernel_size=3, up=2, backend=backend)
+    windows = 8 * 8
+    assert sorted(t.numel() for t in saved) == sorted([x.numel(), logits.numel(), windows])
+    assert {t.untyped_storage().data_ptr() for t in saved} >= {x.data_ptr(), logits.data_ptr()}
+
+
+def test_an_op_runs_where_the_definition_is_the_default():
+    """A program that was exported with backend=None may be moved to any device."""
+    assert backends.default_backend("mps", torch.float32) == "reference"
+    assert backends.implementation(None, torch.device("mps"), torch.float32) is torch_backend
+
+
+def test_a_place_that_is_left_out_has_an_error_that_is_no_number():
+    result = torch.ones(4)
+    result[:1] = torch.empty(1)
+    assert not relative_error(result, torch.ones(4, dtype=torch.float64)) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("direction", "output"), [("forward", 2), ("forward", 3), ("backward", 4), ("backward", 5)], ids=["y", "lse", "dx", "dlogits"]
+)
+def test_a_backend_that_leaves_a_place_out_is_found_out(direction, output, monkeypatch):
+    compute = getattr(torch_backend, direction)
+
+    def compute_all_but_the_last(*arguments):
+        whole = torch.empty_like(arguments[output])
+        compute(*arguments[:output], whole, *arguments[output + 1 :])
+        arguments[output].view(-1)[:-1] = whole.view(-1)[:-1]
+
+    spec = Spec(3, up=2)
+    inputs = random_inputs(1, 4, 3, 5, spec)
+    assert_matches_definition("torch", *inputs, spec)
+    monkeypatch.setattr(torch_backend, direction, compute_all_but_the_last)
+    with pytest.raises(AssertionError, match="is off by nan"):
+        assert_matches_definition("torch", *inputs, spec)

@@ -1,0 +1,64 @@
+"""The ops behind the operator: derivatives of every order, shapes without values, torch.compile and torch.export."""
+
+import pytest
+import torch
+from carafepp.kernels import reassemble
+from carafepp.kernels.geometry import NORMALIZERS, Spec
+from operator_cases import differentiate, random_inputs
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"], indirect=True)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_gradients_to_second_order(normalizer, backend):
+    spec = Spec(3, up=2, groups=2, normalizer=normalizer)
+    inputs = [t.requires_grad_() for t in random_inputs(1, 4, 3, 2, spec, torch.float64, spread=2.0)[:2]]
+
+    def function(x, logits):
+        return reassemble(x, logits, backend=backend, **spec._asdict())
+
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("normalizer", ["softmax", "none"])
+def test_opcheck(layout, normalizer, backend):
+    spec = Spec(3, up=3, down=2, groups=2, normalizer=normalizer)
+    x, logits, dy = random_inputs(2, 32, 5, 4, spec, layouts=layout, spread=2.0)
+    logits = logits.unflatten(1, (18, 3, 3))
+    tail = (*spec, backend)
+    torch.library.opcheck(torch.ops.carafepp.reassemble, (x.requires_grad_(), logits.detach().requires_grad_(), *tail))
+    lse = torch.ops.carafepp.reassemble(x, logits, *tail)[1].detach()
+    torch.library.opcheck(torch.ops.carafepp.reassemble_backward, (dy, x.detach(), logits, lse, *tail, True, True))
+
+
+class Reassemble(torch.nn.Module):
+    def forward(self, x, logits):
+        return reassemble(x.relu(), 2 * logits, kernel_size=5, up=2) + 1
+
+
+def test_compiles_to_one_graph():
+    inputs = random_inputs(1, 8, 6, 5, Spec(5, up=2), layouts="channels_last", spread=2.0)
+    compiled = torch.compile(Reassemble(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(differentiate(compiled, *inputs), differentiate(Reassemble(), *inputs))
+
+
+def test_exports_for_any_size():
+    height, width = torch.export.Dim("height", min=2, max=99), torch.export.Dim("width", min=2, max=99)
+    sizes = {2: height, 3: width}
+    exported = torch.export.export(
+        Reassemble(), (torch.randn(1, 8, 6, 5), torch.randn(1, 100, 6, 5)), dynamic_shapes={"x": sizes, "logits": sizes}
+    )
+    for size in ((6, 5), (11, 7)):
+        inputs = torch.randn(1, 8, *size), torch.randn(1, 100, *size)
+        torch.testing.assert_close(exported.module()(*inputs), Reassemble()(*inputs))
+
+
+def test_meta_tensors_give_shapes():
+    x, logits, _ = random_inputs(1, 8, 5, 6, Spec(3, up=2), device="meta")
+    y = reassemble(x.to(memory_format=torch.channels_last), logits, kernel_size=3, up=2)
+    assert (y.shape, y.device.type) == ((1, 8, 10, 12), "meta")
+    assert y.is_contiguous(memory_format=torch.channels_last)
