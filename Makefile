@@ -11,7 +11,7 @@ run: setup
 	$(BIN)/carafepp-train -m scale=small samplers=published,carafe hydra.sweep.dir=$(RUNS)
 	$(BIN)/carafepp-report runs=$(RUNS)
 
-# a thread a worker: two workers with two threads each would wait for each other on two cores
+# one thread per worker: two workers with two threads each would wait for each other on two cores
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
