@@ -10,7 +10,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from ..tasks.images import is_image
-from ..tasks.pictures import caption, enlarge, grid
+from ..tasks.pictures import arrange, caption, enlarge
 from ..tasks.region_pictures import draw_regions
 from ..tasks.task import Task
 from .common.app import app
@@ -80,12 +80,12 @@ def draw(tasks: dict[str, Task], inputs: dict[str, tuple], cfg: DictConfig) -> T
         return next(iter(pictures.values()))
     titled = [caption(picture, label) for label, picture in pictures.items()]
     if cfg.regions is not None:
-        return grid([[figure] for figure in titled])
+        return arrange([[figure] for figure in titled])
     label, task = next(iter(tasks.items()))
     first = task.show(*inputs[label])
     # pictures may be enlarged, or have a legend below
     factor = titled[0].shape[2] // first.shape[2]
-    return grid([[caption(enlarge(first, factor), "image"), *titled]])
+    return arrange([[caption(enlarge(first, factor), "image"), *titled]])
 
 
 @app("predict")

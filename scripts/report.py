@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from torchvision.utils import save_image
 
-from ..tasks.pictures import grid
+from ..tasks.pictures import arrange
 from .common.app import app, dispatch
 from .common.paper import read_paper
 from .reporting import (
@@ -72,7 +72,7 @@ def report_runs(cfg: DictConfig) -> None:
                 print(f"plot: {path}", file=notes)
         if rows := compare_pictures(table):
             path = folders[0] / ("compare.png" if table.name == "others" else f"{stem}.png")
-            save_image(grid(rows), path)
+            save_image(arrange(rows), path)
             print(f"pictures (image, truth, then a run of each line of {table.name}): {path}", file=notes)
 
 

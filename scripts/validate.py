@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ..tasks.coco_check import FATAL, RULES, UNUSABLE, Problem, check, check_images, read_annotations
+from ..tasks.coco_check import FATAL, RULES, UNUSABLE, Violation, check_annotations, check_images, read_annotations
 from .common.app import app
 
 # what `carafepp-train` does about a problem
@@ -30,10 +30,10 @@ def find_files(cfg: DictConfig) -> list[tuple[Path, Path]]:
     return found
 
 
-def find_problems(annotations: Path, images: Path, decode: bool) -> list[Problem]:
+def find_problems(annotations: Path, images: Path, decode: bool) -> list[Violation]:
     """Find the problems of one annotation file and, with `decode`, of its image files."""
     content = read_annotations(annotations)
-    problems = check(content, images)
+    problems = check_annotations(content, images)
     if decode:
         problems += check_images(content, images)
     print(f"{annotations}: {len(content['images'])} images, {len(content['annotations'])} annotations, {len(problems)} problems")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from .coco_check import UNUSABLE, check, check_images, clipped, decode_mask, read_annotations, refuse_or_count
+from .coco_check import UNUSABLE, check_annotations, check_images, clip_box, decode_mask, read_annotations, refuse_or_count
 from .image_files import ImageFiles
 from .images import read_image
 
@@ -55,7 +55,7 @@ class COCO(ImageFiles):
         seed: int = 0,
     ) -> None:
         content = read_annotations(annotations)
-        problems = check(content, images)
+        problems = check_annotations(content, images)
         if not train and not any(problem.rule == "image file missing" for problem in problems):
             problems += check_images(content, images)
         refuse_or_count(problems, annotations)
@@ -113,7 +113,7 @@ class COCO(ImageFiles):
         return self.transforms(*sample)
 
     def _target(self, image_id: int, size: tuple[int, int], objects: list[tuple]) -> dict:
-        boxes = torch.tensor([clipped(box, size) for _, box, _, _ in objects], dtype=torch.float32).reshape(-1, 4)
+        boxes = torch.tensor([clip_box(box, size) for _, box, _, _ in objects], dtype=torch.float32).reshape(-1, 4)
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
             "labels": torch.tensor([label for label, *_ in objects], dtype=torch.int64),

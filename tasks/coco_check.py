@@ -44,7 +44,7 @@ RULES = {
 SMALLEST = 0.01
 
 
-class Problem(NamedTuple):
+class Violation(NamedTuple):
     """One broken rule of RULES; an id is None where there is none. `position` is the annotation's in the file's list."""
 
     image_id: object
@@ -96,44 +96,44 @@ def read_annotations(path: str | Path) -> dict:
     return content
 
 
-def check(content: dict, images: str | Path) -> list[Problem]:
+def check_annotations(content: dict, images: str | Path) -> list[Violation]:
     """Every problem of an annotation file's content and of the presence of the image files in the folder `images`.
 
     What the files hold is a matter of `check_images`.
     """
     folder = Path(images)
     present = {file.name for file in os.scandir(folder)} if folder.is_dir() else set()
-    problems = list(_check_entries(content["images"]))
+    problems = list(_check_image_entries(content["images"]))
     for entry in content["images"]:
         name = entry.get("file_name")
         # a name may lead into a folder below
         if isinstance(name, str) and name not in present and not (folder / name).is_file():
-            problems.append(Problem(entry.get("id"), None, "image file missing", str(folder / name)))
-    return [*problems, *_check_annotations(content)]
+            problems.append(Violation(entry.get("id"), None, "image file missing", str(folder / name)))
+    return [*problems, *_check_annotation_entries(content)]
 
 
-def _check_entries(entries: list[dict]) -> Iterator[Problem]:
+def _check_image_entries(entries: list[dict]) -> Iterator[Violation]:
     seen = set()
     for entry in entries:
         image_id, name = entry.get("id"), entry.get("file_name")
         sizes = [entry.get(side) for side in ("height", "width")]
         if not isinstance(image_id, int) or not isinstance(name, str) or not all(isinstance(s, int) and s > 0 for s in sizes):
-            yield Problem(image_id, None, "image without id, file_name, width or height", f"got {json.dumps(entry)[:200]}")
+            yield Violation(image_id, None, "image without id, file_name, width or height", f"got {json.dumps(entry)[:200]}")
             continue
         if image_id in seen:
-            yield Problem(image_id, None, "image id used before", f"by {name} and another")
+            yield Violation(image_id, None, "image id used before", f"by {name} and another")
         seen.add(image_id)
 
 
-def _usable(entries: list[dict]) -> list[dict]:
-    """The images that `_check_entries` finds nothing wrong with."""
+def _usable_images(entries: list[dict]) -> list[dict]:
+    """The images that `_check_image_entries` finds nothing wrong with."""
     # as text: a broken id may be a list
-    broken = {repr(problem.image_id) for problem in _check_entries(entries)}
+    broken = {repr(problem.image_id) for problem in _check_image_entries(entries)}
     return [entry for entry in entries if repr(entry.get("id")) not in broken]
 
 
-def _check_annotations(content: dict) -> Iterator[Problem]:
-    sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in _usable(content["images"])}
+def _check_annotation_entries(content: dict) -> Iterator[Violation]:
+    sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in _usable_images(content["images"])}
     categories = {category["id"] for category in content["categories"]}
     segmented = any(annotation.get("segmentation") for annotation in content["annotations"])
     seen = set()
@@ -154,7 +154,7 @@ def _check_annotations(content: dict) -> Iterator[Problem]:
         if isinstance(annotation_id, int):
             seen.add(annotation_id)
         if rule:
-            yield Problem(image_id, annotation_id, rule, detail, position)
+            yield Violation(image_id, annotation_id, rule, detail, position)
 
 
 def _check_shape(annotation: dict, size: tuple[int, int], categories: set[int], segmented: bool) -> tuple[str | None, str]:
@@ -164,13 +164,13 @@ def _check_shape(annotation: dict, size: tuple[int, int], categories: set[int], 
         return "bbox or area is not made of finite numbers", f"bbox {box}, area {annotation.get('area')}"
     if not shape and segmented:
         return "segmentation missing, others have one", f"got {shape}"
-    if shape and (fault := mask_fault(shape, size)):
+    if shape and (fault := find_mask_fault(shape, size)):
         return "segmentation cannot be decoded", fault
     if annotation["category_id"] not in categories:
         return "unknown category", f"category_id {annotation['category_id']}"
     if min(*box[2:], annotation["area"]) < SMALLEST:
         return "zero area", f"bbox {box}, area {annotation['area']}"
-    left, top, right, bottom = clipped(box, size)
+    left, top, right, bottom = clip_box(box, size)
     # a pixel is lost to rounding
     if min(right - left, bottom - top) < SMALLEST or (right - left) < box[2] - 1 or (bottom - top) < box[3] - 1:
         return "box outside the image", f"bbox {box} of an image of {size[1]} x {size[0]}"
@@ -188,13 +188,13 @@ def _is_box(box: object) -> bool:
     return isinstance(box, list) and len(box) == 4 and _are_finite(box)
 
 
-def clipped(box: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+def clip_box(box: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
     """The part of x, y, width, height within an image of `size` (height, width), as x1, y1, x2, y2."""
     x, y, width, height = box
     return max(x, 0), max(y, 0), min(x + width, size[1]), min(y + height, size[0])
 
 
-def mask_fault(shape: object, size: tuple[int, int]) -> str | None:
+def find_mask_fault(shape: object, size: tuple[int, int]) -> str | None:
     """Why polygons or run lengths give no mask of `size` (height, width), or None."""
     if isinstance(shape, list):
         for polygon in shape:
@@ -212,13 +212,13 @@ def mask_fault(shape: object, size: tuple[int, int]) -> str | None:
         total = sum(counts)
     else:
         try:
-            total = _runs(counts)
+            total = _sum_run_lengths(counts)
         except (ValueError, AttributeError, IndexError):
             return "compressed run lengths are damaged"
     return None if total == size[0] * size[1] else f"run lengths add up to {total} pixels, not {size[0]} x {size[1]}"
 
 
-def _runs(counts: str) -> int:
+def _sum_run_lengths(counts: str) -> int:
     """Sum of compressed run lengths; pycocotools reads beyond the end of damaged ones."""
     lengths, value, shift = [], 0, 0
     for byte in counts.encode("ascii"):
@@ -239,30 +239,30 @@ def _runs(counts: str) -> int:
     return sum(lengths)
 
 
-def check_images(content: dict, images: str | Path) -> Iterator[Problem]:
+def check_images(content: dict, images: str | Path) -> Iterator[Violation]:
     """Decode every image that is there, in threads with a progress bar, and compare its size with the file's."""
 
-    def look(entry: dict) -> Problem | None:
+    def look(entry: dict) -> Violation | None:
         path = Path(images) / entry["file_name"]
         try:
             size = read_image(path).size
         except FileNotFoundError:
             return None
         except ValueError as error:
-            return Problem(entry["id"], None, "image file unreadable", str(error))
+            return Violation(entry["id"], None, "image file unreadable", str(error))
         if size == (entry["width"], entry["height"]):
             return None
         sizes = f"{path} is {size[0]} x {size[1]}, annotations say {entry['width']} x {entry['height']}"
-        return Problem(entry["id"], None, "image file of another size", sizes)
+        return Violation(entry["id"], None, "image file of another size", sizes)
 
-    entries = _usable(content["images"])
+    entries = _usable_images(content["images"])
     # decoding lets other threads run
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = tqdm(pool.map(look, entries), "decoding", len(entries), unit="image", leave=False, disable=None)
         yield from (problem for problem in found if problem)
 
 
-def refuse_or_count(problems: Sequence[Problem], annotations: str | Path) -> None:
+def refuse_or_count(problems: Sequence[Violation], annotations: str | Path) -> None:
     """Raise ValueError for problems that end a training, naming the first of each rule; log how many annotations others leave out."""
     counts = Counter(problem.rule for problem in problems)
     first = {problem.rule: problem for problem in reversed(problems)}

@@ -17,7 +17,7 @@ COCO_SIDES = (32, 96)
 SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
-def encode(masks: Tensor) -> list[dict]:
+def encode_masks(masks: Tensor) -> list[dict]:
     """Run lengths of masks [n, H, W] in {0, 1}, as JSON takes them."""
     if len(masks) == 0:
         return []
@@ -25,14 +25,14 @@ def encode(masks: Tensor) -> list[dict]:
     return [{"size": list(each["size"]), "counts": each["counts"].decode()} for each in lengths]
 
 
-def corner_and_size(boxes: Tensor) -> list[list[float]]:
+def to_corner_and_size(boxes: Tensor) -> list[list[float]]:
     """Boxes [n, 4] as x1, y1, x2, y2 -> as x, y, width, height, which COCO's files hold."""
     boxes = boxes.double().cpu()
     boxes[:, 2:] -= boxes[:, :2]
     return boxes.tolist()
 
 
-def results(found: dict[str, Tensor], image_id: int, category_ids: Sequence[int]) -> dict[str, list[dict]]:
+def format_results(found: dict[str, Tensor], image_id: int, category_ids: Sequence[int]) -> dict[str, list[dict]]:
     """What torchvision's detectors find in one image, as entries of COCO's results files: "bbox" and, if there are masks, "segm".
 
     The two are files of their own: of entries with both, pycocotools takes the area of the box for that of the mask.
@@ -41,14 +41,14 @@ def results(found: dict[str, Tensor], image_id: int, category_ids: Sequence[int]
     heads = [
         {"image_id": image_id, "category_id": category_ids[label - 1], "score": score} for label, score in zip(labels, scores, strict=True)
     ]
-    kinds = {"bbox": [{**head, "bbox": box} for head, box in zip(heads, corner_and_size(found["boxes"]), strict=True)]}
+    kinds = {"bbox": [{**head, "bbox": box} for head, box in zip(heads, to_corner_and_size(found["boxes"]), strict=True)]}
     if "masks" in found:
-        lengths = encode(found["masks"][:, 0] > 0.5)
+        lengths = encode_masks(found["masks"][:, 0] > 0.5)
         kinds["segm"] = [{**head, "segmentation": mask} for head, mask in zip(heads, lengths, strict=True)]
     return kinds
 
 
-def ground_truth(data: Sized, class_names: Sequence[str]) -> dict:
+def read_ground_truth(data: Sized, class_names: Sequence[str]) -> dict:
     """The content of a COCO annotation file for a data set whose items are (image, torchvision's target).
 
     A data set with such a file has a method `ground_truth`. Of any other all items are read; label 1, 2, ... is category 1, 2, ..., of
@@ -61,8 +61,8 @@ def ground_truth(data: Sized, class_names: Sequence[str]) -> dict:
         image, target = data[index]
         image_id, (height, width) = int(target["image_id"]), image.shape[-2:]
         images.append({"id": image_id, "height": height, "width": width})
-        masks = encode(target["masks"]) if "masks" in target else [None] * len(target["labels"])
-        columns = target["labels"].tolist(), corner_and_size(target["boxes"]), target["area"].tolist(), target["iscrowd"].tolist(), masks
+        masks = encode_masks(target["masks"]) if "masks" in target else [None] * len(target["labels"])
+        columns = target["labels"].tolist(), to_corner_and_size(target["boxes"]), target["area"].tolist(), target["iscrowd"].tolist(), masks
         for label, box, area, crowd, mask in zip(*columns, strict=True):
             # not from 0: pycocotools takes a match with annotation 0 for none
             entry = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label, "bbox": box, "area": area, "iscrowd": crowd}

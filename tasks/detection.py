@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from .coco_eval import COCO_SIDES, average_precision, ground_truth, results
-from .image_files import plain
-from .pictures import draw_instances, enlarge, palette
+from .coco_eval import COCO_SIDES, average_precision, format_results, read_ground_truth
+from .image_files import to_plain
+from .pictures import draw_instances, enlarge, pick_colors
 from .runs import write_atomically
 from .task import MakeOptimizer, MakeSchedule, Task, View
 
@@ -31,7 +31,7 @@ DRAWN_SCORE = 0.5
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
     """Merge samples of several sizes: a list of images [3, H, W] and a list of targets, of plain tensors."""
     images, targets = zip(*samples, strict=True)
-    return list(images), [plain(target) for target in targets]
+    return list(images), [to_plain(target) for target in targets]
 
 
 class Detection(Task):
@@ -116,7 +116,7 @@ class Detection(Task):
             ValueError: a training has no object to validate on, or the network predicts masks and the annotations have none.
         """
         data, fits = self.trainer.datamodule, stage == "fit"
-        self.truth = ground_truth(data.val, self.class_names)
+        self.truth = read_ground_truth(data.val, self.class_names)
         objects = any(not annotation["iscrowd"] for annotation in self.truth["annotations"])
         if fits and not objects:
             raise ValueError("the validation set has no object to score detections by")
@@ -134,7 +134,7 @@ class Detection(Task):
         images, targets = batch
         for found, target in zip(self(images), targets, strict=True):
             self.image_ids.append(int(target["image_id"]))
-            for kind, entries in results(found, self.image_ids[-1], self.category_ids).items():
+            for kind, entries in format_results(found, self.image_ids[-1], self.category_ids).items():
                 self.found[kind] += entries
 
     def on_validation_epoch_end(self) -> None:
@@ -198,7 +198,7 @@ class Detection(Task):
         names = [self.class_names[label - 1] for label in instances["labels"].tolist()]
         if "scores" in instances:
             names = [f"{name}: {score:.2f}" for name, score in zip(names, instances["scores"].tolist(), strict=True)]
-        colors = palette(1 + max(numbers, default=0))
+        colors = pick_colors(1 + max(numbers, default=0))
         masks = enlarge(instances["masks"].bool(), factor) if "masks" in instances else None
         return draw_instances(pixels, instances["boxes"] * factor, names, [colors[number] for number in numbers], masks)
 

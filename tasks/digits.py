@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from .keyed import keyed_rng, sample_key
-from .photographs import digit_scans
+from .keyed import keyed_rng, split_key
+from .photographs import load_digit_scans
 
 
 class Digits(Dataset):
@@ -19,7 +19,7 @@ class Digits(Dataset):
     """
 
     def __init__(self, split: str, size: int = 64, transforms: Callable[[Tensor], Tensor] | None = None, seed: int = 0):
-        scans = digit_scans(split)
+        scans = load_digit_scans(split)
         self.images = torch.stack([F.pil_to_tensor(F.resize(scan, [size, size])) for digit in scans for scan in digit])
         self.labels = [digit for digit, of_digit in enumerate(scans) for _ in of_digit]
         self.transforms, self.seed = transforms, seed
@@ -28,7 +28,7 @@ class Digits(Dataset):
         return len(self.labels)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = sample_key(key, len(self))
+        epoch, index = split_key(key, len(self))
         image = F.to_dtype(self.images[index].expand(3, -1, -1), torch.float32, scale=True)
         if self.transforms is not None:
             with keyed_rng(self.seed, epoch, index):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from .keyed import keyed_rng, sample_key
+from .keyed import keyed_rng, split_key
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class ImageFiles(Dataset, ABC):
 
     def __getitem__(self, key: int | tuple[int, int]) -> Any:
         """Return the sample `index` or `(epoch, index)` as a tuple, or the image where nothing belongs to it."""
-        epoch, index = sample_key(key, len(self))
+        epoch, index = split_key(key, len(self))
         sample = self._read_or_next(index)
         if self.transforms is not None:
             with keyed_rng(self.seed, epoch, index):
@@ -66,7 +66,7 @@ class ImageFiles(Dataset, ABC):
         image, *rest = sample
         pixels = image if isinstance(image, Tensor) else F.pil_to_tensor(image)
         pixels = F.to_dtype(pixels, torch.float32, scale=True).as_subclass(Tensor)
-        return (pixels, *map(plain, rest)) if rest else pixels
+        return (pixels, *map(to_plain, rest)) if rest else pixels
 
     def _read_or_next(self, index: int) -> tuple[Any, ...]:
         for attempt in itertools.count():
@@ -78,8 +78,8 @@ class ImageFiles(Dataset, ABC):
                 logger.warning("%s; the next image takes its place", error)
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Turn tv_tensors into plain tensors, those of a target {name: value} too."""
     if isinstance(value, dict):
-        return {name: plain(each) for name, each in value.items()}
+        return {name: to_plain(each) for name, each in value.items()}
     return value.as_subclass(Tensor) if isinstance(value, Tensor) else value

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 
-def sample_key(key: int | tuple[int, int], length: int) -> tuple[int, int]:
+def split_key(key: int | tuple[int, int], length: int) -> tuple[int, int]:
     """Split the key of a dataset's item, `index` (of epoch 0) or `(epoch, index)`, into `(epoch, index)`.
 
     Raises IndexError unless 0 <= index < length, and ValueError for a negative epoch.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .images import is_image, read_image
-from .keyed import sample_key
+from .keyed import split_key
 
 Draw = Callable[[np.random.Generator, int, int], np.ndarray]
 
@@ -150,6 +150,6 @@ class Masked(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
         image = self.images[key]
-        rng = np.random.default_rng((self.seed, *sample_key(key, len(self))))
+        rng = np.random.default_rng((self.seed, *split_key(key, len(self))))
         hole = np.ascontiguousarray(self.masks(rng, *image.shape[1:]))
         return image, torch.from_numpy(hole)[None].to(image.dtype)

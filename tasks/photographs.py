@@ -71,7 +71,7 @@ def photograph_path(name: str) -> Path:
 
 
 @functools.cache
-def photographs(split: str) -> tuple[Image.Image, ...]:
+def load_photographs(split: str) -> tuple[Image.Image, ...]:
     """The photographs of a split ("train" or "val") as RGB images whose shorter side is at most SHORTER_SIDE; read once per process."""
     check_split(split)
     images = []
@@ -84,7 +84,7 @@ def photographs(split: str) -> tuple[Image.Image, ...]:
 
 
 @functools.cache
-def digit_scans(split: str) -> tuple[tuple[Image.Image, ...], ...]:
+def load_digit_scans(split: str) -> tuple[tuple[Image.Image, ...], ...]:
     """The scanned digits of a split: for each of the ten classes its scans, grey images of 60 x 60 pixels with ink as 255.
 
     Of the 1,797 scans of 8 x 8 pixels the last VALIDATION_SCANS are the validation split. Read and enlarged once per process.

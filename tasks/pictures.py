@@ -25,7 +25,7 @@ def enlarge(picture: Tensor, factor: int | None = None) -> Tensor:
     return picture.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
-def palette(size: int) -> list[tuple[int, int, int]]:
+def pick_colors(size: int) -> list[tuple[int, int, int]]:
     """`size` colours, far apart for neighbouring labels."""
     # the golden ratio spreads the hues of any number of labels
     hues = [(label * 0.6180339887) % 1 for label in range(size)]
@@ -34,7 +34,7 @@ def palette(size: int) -> list[tuple[int, int, int]]:
 
 def overlay(image: Tensor, labels: Tensor, *, unpainted: Collection[int], alpha: float = 0.6) -> Tensor:
     """Colour the labels [H, W] over an image [3, H, W] in [0, 1]; `unpainted` labels leave it as it is."""
-    colors = torch.tensor(palette(int(labels.max()) + 1)).float() / 255
+    colors = torch.tensor(pick_colors(int(labels.max()) + 1)).float() / 255
     opacity = torch.full([len(colors)], alpha)
     opacity[[label for label in unpainted if label < len(colors)]] = 0
     image = image.cpu().clamp(0, 1)
@@ -68,7 +68,7 @@ def draw_instances(
     return pil_to_tensor(picture).float() / 255
 
 
-def legend(names: dict[int, str], width: int) -> Tensor:
+def draw_legend(names: dict[int, str], width: int) -> Tensor:
     """The colour that `overlay` gives each label and its name, in lines of `width` pixels -> [3, 12 * lines, width] in [0, 1]."""
     font, lines, x = ImageFont.load_default(), [[]], 0
     for label, name in names.items():
@@ -82,7 +82,7 @@ def legend(names: dict[int, str], width: int) -> Tensor:
     draw = ImageDraw.Draw(picture)
     for row, entries in enumerate(lines):
         for x, label, name in entries:
-            draw.rectangle((x + 1, 12 * row + 2, x + 8, 12 * row + 9), palette(label + 1)[label])
+            draw.rectangle((x + 1, 12 * row + 2, x + 8, 12 * row + 9), pick_colors(label + 1)[label])
             draw.text((x + 11, 12 * row), name, "black", font)
     return pil_to_tensor(picture).float() / 255
 
@@ -95,7 +95,7 @@ def caption(image: Tensor, text: str) -> Tensor:
     return torch.cat([image.cpu(), pil_to_tensor(line).expand(3, -1, -1).float() / 255], dim=1)
 
 
-def grid(rows: list[list[Tensor]]) -> Tensor:
+def arrange(rows: list[list[Tensor]]) -> Tensor:
     """Rows of pictures [3, H, W] of any sizes -> one picture, white between them, small ones enlarged by a whole factor."""
     height, width = (max(picture.shape[axis] for row in rows for picture in row) for axis in (1, 2))
     tiles = [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1]), value=1) for row in rows for p in row]
@@ -123,4 +123,4 @@ class Pictures(L.Callback):
         for index, row in enumerate(rows):
             for name, picture in row.items():
                 save_image(picture, self.folder / "pictures" / f"{index}_{name}.png")
-        save_image(grid([list(row.values()) for row in rows]), self.folder / "pictures.png")
+        save_image(arrange([list(row.values()) for row in rows]), self.folder / "pictures.png")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.utils import draw_keypoints
 
 from ..models.regions import Region, trace_regions
-from .pictures import caption, enlarge, grid
+from .pictures import arrange, caption, enlarge
 from .task import View
 
 RED = (1.0, 0.1, 0.1)
@@ -45,7 +45,7 @@ def draw_regions(view: View, path: str | Sequence[str], locations: Sequence[tupl
         for region, energy, weight in zip(regions, energies, weights, strict=True):
             row.append(caption(_marked(energy.expand(3, -1, -1), weight, location), _title(region)))
         rows.append(row)
-    return grid(rows)
+    return arrange(rows)
 
 
 def _title(region: Region) -> str:

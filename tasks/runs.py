@@ -41,7 +41,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_atomically(path, text.getvalue())
 
 
-def weights_hash(model: nn.Module) -> str:
+def hash_weights(model: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the state dict."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -197,7 +197,7 @@ class RunRecord(L.Callback):
             "parameters": sum(p.numel() for p in pl_module.model.parameters()),
             "flops": count_flops(pl_module, image),
             "flops_input": list(image.shape),
-            "weights_sha256": weights_hash(pl_module),
+            "weights_sha256": hash_weights(pl_module),
             "versions": {"python": platform.python_version()} | {name: version(name) for name in ("carafepp", "torch", "lightning")},
         }
         write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from .keyed import sample_key
-from .photographs import digit_scans, photographs
+from .keyed import split_key
+from .photographs import load_digit_scans, load_photographs
 from .splits import SPLITS, check_split
 
 # Class names of the semantic map; instances have labels 1..10, classification counts the digits from 0.
@@ -80,13 +80,13 @@ def compose(split: str, size: tuple[int, int], key: tuple[int, int, int], object
     A digit that finds no place where it hides little enough of the others is left out, so that crowded scenes can hold fewer digits.
     """
     rng = np.random.default_rng((SPLITS.index(split), *key))
-    image = _background(rng, photographs(split), *size)
+    image = _background(rng, load_photographs(split), *size)
     owner = np.zeros(size, np.uint8)
     labels, areas = [], [0]
     for position in range(rng.integers(objects[0], objects[1] + 1)):
         # dominant digits take turns, so that any ten scenes in a row hold all classes
         digit = int(rng.integers(10)) if position else key[-1] % 10
-        scans = digit_scans(split)[digit]
+        scans = load_digit_scans(split)[digit]
         low, high = HEIGHT if position else DOMINANT_HEIGHT
         height = min(size) * low * (high / low) ** rng.random()
         ink = _ink(rng, scans[rng.integers(len(scans))], height, size)
@@ -242,14 +242,14 @@ class Scenes(Dataset):
             raise ValueError(f"length must be at least 1 and seed at least 0, got length={length}, seed={seed}")
         self.split, self.length, self.seed, self.view = split, length, seed, view
         # read here, so that a missing package is reported at once and forked workers share the images
-        photographs(split), digit_scans(split)
+        load_photographs(split), load_digit_scans(split)
 
     def __len__(self) -> int:
         return self.length
 
     def scene(self, key: int | tuple[int, int]) -> Scene:
         """The scene behind item `key`, index or (epoch, index), with everything there is to know about it."""
-        return compose(self.split, self.size, (self.seed, *sample_key(key, self.length)), self.objects)
+        return compose(self.split, self.size, (self.seed, *split_key(key, self.length)), self.objects)
 
     def __getitem__(self, key: int | tuple[int, int]):
         return VIEWS[self.view](self.scene(key))

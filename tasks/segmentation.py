@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import normalize
 
 from .inference import check_inference, predict_labels
 from .label_maps import IGNORED
-from .pictures import legend, overlay
+from .pictures import draw_legend, overlay
 from .task import MakeOptimizer, MakeSchedule, Task, View
 
 
@@ -167,4 +167,4 @@ class Segmentation(Task):
     def _paint(self, image: Tensor, labels: Tensor) -> Tensor:
         shown = [label for label in labels.unique().tolist() if label not in self.unpainted]
         painted = overlay(image, labels, unpainted=self.unpainted)
-        return torch.cat([painted, legend({label: self.class_names[label] for label in shown}, image.shape[2])], dim=1)
+        return torch.cat([painted, draw_legend({label: self.class_names[label] for label in shown}, image.shape[2])], dim=1)

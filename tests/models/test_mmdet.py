@@ -11,7 +11,7 @@ from carafepp.models import mmdet
 from carafepp.models.carafe import CARAFE
 from carafepp.models.mmdet import faster_rcnn_carafe, load, mask_rcnn_carafe, paste_masks
 from carafepp.scripts import eval as evaluation
-from carafepp.tasks.coco_eval import results
+from carafepp.tasks.coco_eval import format_results
 from carafepp.tasks.images import read_image
 from coco_files import content, write
 from hydra import compose, initialize_config_module
@@ -363,7 +363,7 @@ def test_one_command_evaluates_the_published_file(path, tmp_path, monkeypatch):
     assert all(0 <= score <= 1 for score in scores.values())
     image = made["images"][0]
     pixels = pil_to_tensor(read_image(root / "val2017" / image["file_name"])).float() / 255
-    expected = results(mask_rcnn_carafe(weights=path).eval()([pixels])[0], image["id"], ids)
+    expected = format_results(mask_rcnn_carafe(weights=path).eval()([pixels])[0], image["id"], ids)
     for kind, entries in expected.items():
         written = json.loads((tmp_path / "eval" / f"detections_{kind}.json").read_text())
         assert entries == [entry for entry in written if entry["image_id"] == image["id"]]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from carafepp.tasks.coco import COCO
-from carafepp.tasks.coco_check import FATAL, RULES, check, check_images, mask_fault, read_annotations
-from carafepp.tasks.coco_eval import SCORES, average_precision, ground_truth, results
+from carafepp.tasks.coco_check import FATAL, RULES, check_annotations, check_images, find_mask_fault, read_annotations
+from carafepp.tasks.coco_eval import SCORES, average_precision, format_results, read_ground_truth
 from carafepp.tasks.data import TrainBatches
 from carafepp.tasks.layouts import run_lengths
 from carafepp.tasks.scenes import Scenes
@@ -128,7 +128,7 @@ def test_damage_is_named_and_never_met_in_training(tmp_path, caplog, damage, ima
     folder = write(tmp_path / "root", made)
     annotations, images = folder / "annotations" / "instances_train2017.json", folder / "train2017"
     read = read_annotations(annotations)
-    problems = [*check(read, images), *check_images(read, images)]
+    problems = [*check_annotations(read, images), *check_images(read, images)]
     assert (image_id, annotation_id, rule) in {problem[:3] for problem in problems}
     if RULES[rule] == FATAL:
         with pytest.raises(ValueError, match=f"image {image_id}, annotation {annotation_id}: {rule}"):
@@ -139,7 +139,7 @@ def test_damage_is_named_and_never_met_in_training(tmp_path, caplog, damage, ima
     assert f"1 annotations not {'used' if RULES[rule] == 'unusable' else 'trained on'}: {rule}" in caplog.text
     assert sum(len(data[i][1]["labels"]) for i in range(len(data))) == 3
     # pycocotools gets along with what is left
-    assert average_precision(ground_truth(val, NAMES), [], "segm")["AP"] == 0
+    assert average_precision(read_ground_truth(val, NAMES), [], "segm")["AP"] == 0
 
 
 def test_ids_of_any_kind_are_named(tmp_path):
@@ -147,7 +147,7 @@ def test_ids_of_any_kind_are_named(tmp_path):
     made["images"][1]["id"], made["annotations"][0]["id"] = [285], {"of": 7001}
     folder = write(tmp_path / "root", made)
     read = read_annotations(folder / "annotations" / "instances_train2017.json")
-    found = [problem[:3] for problem in [*check(read, folder / "train2017"), *check_images(read, folder / "train2017")]]
+    found = [problem[:3] for problem in [*check_annotations(read, folder / "train2017"), *check_images(read, folder / "train2017")]]
     assert ([285], None, "image without id, file_name, width or height") in found
     assert (139, {"of": 7001}, "annotation without id, image_id or category_id") in found
     assert (285, 812, "annotation of an unknown image") in found
@@ -156,7 +156,7 @@ def test_ids_of_any_kind_are_named(tmp_path):
 def test_undamaged_files_have_no_problem(folder):
     for split in ("train2017", "val2017"):
         made = read_annotations(folder / "annotations" / f"instances_{split}.json")
-        assert [*check(made, folder / split), *check_images(made, folder / split)] == []
+        assert [*check_annotations(made, folder / split), *check_images(made, folder / split)] == []
 
 
 @pytest.mark.parametrize(
@@ -207,9 +207,9 @@ def test_damaged_image_is_replaced_in_training_and_refused_in_validation(tmp_pat
 def test_run_lengths_are_checked_as_pycocotools_decodes_them(height, width, data):
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=height * width, max_size=height * width))).reshape(height, width)
     counts = rle.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-    assert mask_fault({"size": [height, width], "counts": counts}, (height, width)) is None
-    assert mask_fault(run_lengths(mask), (height, width)) is None
-    assert mask_fault({"size": [height, width], "counts": counts[:-1]}, (height, width))
+    assert find_mask_fault({"size": [height, width], "counts": counts}, (height, width)) is None
+    assert find_mask_fault(run_lengths(mask), (height, width)) is None
+    assert find_mask_fault({"size": [height, width], "counts": counts[:-1]}, (height, width))
 
 
 def detections(found: dict, generator: np.random.Generator) -> list[dict]:
@@ -237,7 +237,7 @@ def test_scores_are_those_of_pycocotools_by_hand_on_the_written_file(folder, tmp
     entries = [
         entry
         for image_id, tensors in detections(read_annotations(data.annotations), np.random.default_rng(1))
-        for entry in results(tensors, image_id, [3, 17, 90])[kind]
+        for entry in format_results(tensors, image_id, [3, 17, 90])[kind]
     ]
     (tmp_path / "detections.json").write_text(json.dumps(entries))
     reader = by_hand(Reader, str(data.annotations))
@@ -245,7 +245,7 @@ def test_scores_are_those_of_pycocotools_by_hand_on_the_written_file(folder, tmp
     for step in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
         by_hand(step)
     expected = {name: score for name, score in zip(SCORES, evaluation.stats, strict=False) if score > -1}
-    scores = average_precision(ground_truth(data, NAMES), entries, kind)
+    scores = average_precision(read_ground_truth(data, NAMES), entries, kind)
     assert scores == expected
     assert 0 < scores["AP"] < 1
     # there is no large object
@@ -258,18 +258,18 @@ def test_objects_of_a_file_are_perfect_detections(folder, kind):
     entries = []
     for _, target in (data[i] for i in range(len(data))):
         found = target | {"masks": target["masks"][:, None].float(), "scores": torch.ones(len(target["labels"]))}
-        entries += results(found, target["image_id"], [3, 17, 90])[kind]
-    assert average_precision(ground_truth(data, NAMES), entries, kind)["AP"] == pytest.approx(1)
+        entries += format_results(found, target["image_id"], [3, 17, 90])[kind]
+    assert average_precision(read_ground_truth(data, NAMES), entries, kind)["AP"] == pytest.approx(1)
 
 
 def test_scenes_are_evaluated_by_their_masks():
     scenes = Scenes("val", 6, 64, view="detection")
-    truth = ground_truth(scenes, "0123456789")
+    truth = read_ground_truth(scenes, "0123456789")
     perfect = {"bbox": [], "segm": []}
     for image, target in (scenes[i] for i in range(6)):
         assert image.shape == (3, 64, 64)
         target = target | {"masks": target["masks"][:, None].float(), "scores": torch.ones(len(target["labels"]))}
-        for kind, entries in results(target, target["image_id"], range(1, 11)).items():
+        for kind, entries in format_results(target, target["image_id"], range(1, 11)).items():
             perfect[kind] += entries
     assert average_precision(truth, perfect["bbox"], "bbox")["AP"] == average_precision(truth, perfect["segm"], "segm")["AP"] == 1
     seen = average_precision(truth, [e for e in perfect["bbox"] if e["image_id"] < 3], "bbox", image_ids=[0, 1, 2])

@@ -9,6 +9,7 @@ import torch
 from carafepp.tasks import photographs
 from carafepp.tasks.keyed import keyed_rng
 from carafepp.tasks.scenes import CLASSES, LEAST_VISIBLE, MEAN, STD, VIEWS, Scenes
+from carafepp.tasks.splits import SPLITS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -135,9 +136,9 @@ def test_every_class_and_many_instances_occur():
 
 def test_splits_are_disjoint():
     assert not set(photographs.PHOTOGRAPHS["train"]) & set(photographs.PHOTOGRAPHS["val"])
-    pixels = {split: {scan.tobytes() for scans in photographs.digit_scans(split) for scan in scans} for split in photographs.SPLITS}
+    pixels = {split: {scan.tobytes() for scans in photographs.load_digit_scans(split) for scan in scans} for split in SPLITS}
     assert not pixels["train"] & pixels["val"]
-    assert sum(len(scans) for split in photographs.SPLITS for scans in photographs.digit_scans(split)) == 1797
+    assert sum(len(scans) for split in SPLITS for scans in photographs.load_digit_scans(split)) == 1797
 
 
 def test_mean_and_std_are_those_of_the_training_scenes():

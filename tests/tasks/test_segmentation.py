@@ -13,7 +13,7 @@ from carafepp.scripts.common.checkpoints import configure_data, load_task
 from carafepp.tasks.ade20k import ADE20K
 from carafepp.tasks.data import Data, TrainBatches
 from carafepp.tasks.layouts import write_scenes
-from carafepp.tasks.pictures import palette
+from carafepp.tasks.pictures import pick_colors
 from carafepp.tasks.segmentation import IGNORED, PadToStride, Segmentation, reduce_labels
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
@@ -166,7 +166,7 @@ def test_legend_names_the_classes_that_are_shown():
     truth = task.pictures((image, labels))["truth"]
     assert truth.shape == (3, 32, 90)
     for label in (1, 2):
-        colour = torch.tensor(palette(3)[label]) / 255
+        colour = torch.tensor(pick_colors(3)[label]) / 255
         below = (truth[:, 20:] - colour[:, None, None]).abs().amax(0) < 1e-3
         assert below.sum() == 64, "an 8 x 8 swatch of the colour that the pixels have"
         over = (truth[:, 5 * (label - 1)] - (0.6 * colour[:, None] + 0.4 * image[:, 5 * (label - 1)])).abs().max()
