@@ -13,9 +13,10 @@ FOLDERS = {"train": "training", "val": "validation"}
 
 
 def class_names(root: str | Path) -> list[str]:
-    """The names of the classes by objectInfo150.txt, from class 0 (label 1 of the files) on.
+    """Read the names of the classes from objectInfo150.txt, starting at class 0 (label 1 of the files).
 
-    Raises FileNotFoundError where the folder has no such file.
+    Raises:
+        FileNotFoundError: the folder has no such file.
     """
     path = Path(root) / "objectInfo150.txt"
     if not path.is_file():
@@ -24,17 +25,18 @@ def class_names(root: str | Path) -> list[str]:
 
 
 class ADE20K(LabelMaps):
-    """The 20,210 training or 2,000 validation images, see `LabelMaps` for items, transforms and errors.
+    """The 20,210 training or 2,000 validation images; `LabelMaps` describes items, transforms and errors.
 
-    In the files label 0 means unlabelled and 1..classes are the classes; in the map they are 255, to be ignored, and 0..classes - 1.
+    The files use label 0 for unlabelled pixels and 1..classes for the classes; the map uses 255, which is ignored, and 0..classes - 1.
 
     Raises:
         FileNotFoundError: a folder is missing or empty.
+        ValueError: `split` or `classes` is out of its domain.
     """
 
     def __init__(
         self, root: str | Path, split: str, transforms: Callable[[Tensor, Tensor], tuple] | None = None, seed: int = 0, classes: int = 150
-    ):
+    ) -> None:
         check_split(split)
         if not 1 <= classes <= IGNORED:
             raise ValueError(f"classes must be in 1..{IGNORED}, so that {IGNORED} can mean ignored, got {classes}")

@@ -1,4 +1,4 @@
-"""Image classification (paper, section 5.1; Tables II and XII), which also trains the backbones of the other tasks."""
+"""Image classification (paper, section 5.1; Tables II and XII); it also trains the backbones of the other tasks."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,15 +14,14 @@ from .task import MakeOptimizer, MakeSchedule, Task, View
 class Classification(Task):
     """Train and evaluate a network that maps images [N, 3, H, W] to logits [N, classes].
 
-    Scores are fractions of the whole validation set: top-1 and top-5 of one crop an image, as the data set cuts it.
+    Scores are the top-1 and top-5 accuracy over the whole validation set, as fractions, for one crop of each image as the data set cuts it.
 
     Args:
         model: the network, as a function of the number of classes.
-        num_classes: classes; labels are 0..num_classes - 1.
-        optimizer: takes parameter groups (no weight decay on norms and biases).
-        schedule: takes (optimizer, total_iters=steps of the training) and is stepped after every optimizer step.
-        inference_transform: cuts a whole photograph to what the network is validated on; as it is if None.
-        mean, std: of the images' channels, in [0, 1].
+        num_classes: the number of classes; labels are in 0..num_classes - 1.
+        optimizer, schedule: see `Task`; norms and biases have no weight decay.
+        inference_transform: cuts a whole photograph to what the network is validated on; None keeps it whole.
+        mean, std: mean and standard deviation of the images' channels, in [0, 1].
     """
 
     monitor = "val/top1"
@@ -43,7 +42,7 @@ class Classification(Task):
         super().__init__(model(num_classes=num_classes), optimizer=optimizer, schedule=schedule)
         self.inference_transform = inference_transform
         self.mean, self.std = list(mean), list(std)
-        # of fewer than five classes, the best of all are right
+        # with fewer than five classes, top-5 takes all of them
         self.accuracies = nn.ModuleDict(
             {f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)}
         )

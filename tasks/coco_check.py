@@ -1,4 +1,4 @@
-"""What is wrong with a COCO annotation file: every problem with image id, annotation id and rule."""
+"""Check COCO annotation files: every problem is reported with image id, annotation id and the broken rule."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from .images import read_image
 
 logger = logging.getLogger(__name__)
 
-# What a problem means: a training does not begin, the annotation is not used at all, or it is not trained on but evaluated as it is.
+# Consequences: training does not begin; the annotation is not used; the annotation is evaluated but not trained on.
 FATAL, UNUSABLE, UNTRAINED = "fatal", "unusable", "untrained"
 
 RULES = {
@@ -40,12 +40,12 @@ RULES = {
     "box outside the image": UNTRAINED,
 }
 
-# Boxes of less than this many pixels a side, and areas of less, are none.
+# Boxes with a smaller side in pixels, and smaller areas, count as empty.
 SMALLEST = 0.01
 
 
 class Violation(NamedTuple):
-    """One broken rule of RULES; an id is None where there is none. `position` is the annotation's in the file's list."""
+    """A broken rule of RULES; ids that do not exist are None. `position` is the annotation's index in the file."""
 
     image_id: object
     annotation_id: object
@@ -55,7 +55,7 @@ class Violation(NamedTuple):
 
     @property
     def severity(self) -> str:
-        """FATAL, UNUSABLE or UNTRAINED."""
+        """Return the consequence: FATAL, UNUSABLE or UNTRAINED."""
         return RULES[self.rule]
 
     def __str__(self) -> str:
@@ -63,13 +63,13 @@ class Violation(NamedTuple):
 
 
 def read_annotations(path: str | Path) -> dict:
-    """Read an annotation file, or a list of images without annotations, as of COCO's test-dev.
+    """Read an annotation file, or a list of images without annotations such as that of COCO's test-dev.
 
-    Annotations without `iscrowd` are no crowds, and the area of one without `area` is that of its box.
+    A missing `iscrowd` is 0, and a missing `area` is that of the box.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no JSON, cut off for instance, or has no list of images or categories; the message names it.
+        ValueError: the file is not valid JSON, for instance truncated, or has no list of images or categories; the message names it.
     """
     path = Path(path)
     if not path.is_file():
@@ -77,7 +77,7 @@ def read_annotations(path: str | Path) -> dict:
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"annotations={path} is no whole JSON file: {error}") from error
+        raise ValueError(f"annotations={path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"annotations={path} must hold an object with images, annotations and categories, got a {type(content).__name__}")
     content.setdefault("annotations", [])
@@ -88,7 +88,7 @@ def read_annotations(path: str | Path) -> dict:
         raise ValueError(f"annotations={path} lists no images")
     ids = [category.get("id") for category in content["categories"]]
     if not all(isinstance(i, int) for i in ids) or len(set(ids)) < len(ids):
-        raise ValueError(f"annotations={path} must give every category an integer id of its own, got {ids[:100]}")
+        raise ValueError(f"annotations={path} must give every category a distinct integer id, got {ids[:100]}")
     for annotation in content["annotations"]:
         annotation.setdefault("iscrowd", 0)
         box = annotation.get("bbox")
@@ -97,16 +97,16 @@ def read_annotations(path: str | Path) -> dict:
 
 
 def check_annotations(content: dict, images: str | Path) -> list[Violation]:
-    """Every problem of an annotation file's content and of the presence of the image files in the folder `images`.
+    """Find every problem of the content of an annotation file, and every image file that is missing in the folder `images`.
 
-    What the files hold is a matter of `check_images`.
+    `check_images` checks what the image files contain.
     """
     folder = Path(images)
     present = {file.name for file in os.scandir(folder)} if folder.is_dir() else set()
     problems = list(_check_image_entries(content["images"]))
     for entry in content["images"]:
         name = entry.get("file_name")
-        # a name may lead into a folder below
+        # a name may contain a folder
         if isinstance(name, str) and name not in present and not (folder / name).is_file():
             problems.append(Violation(entry.get("id"), None, "image file missing", str(folder / name)))
     return [*problems, *_check_annotation_entries(content)]
@@ -126,8 +126,8 @@ def _check_image_entries(entries: list[dict]) -> Iterator[Violation]:
 
 
 def _usable_images(entries: list[dict]) -> list[dict]:
-    """The images that `_check_image_entries` finds nothing wrong with."""
-    # as text: a broken id may be a list
+    """Return the images without a problem."""
+    # as text, because a broken id may be unhashable
     broken = {repr(problem.image_id) for problem in _check_image_entries(entries)}
     return [entry for entry in entries if repr(entry.get("id")) not in broken]
 
@@ -158,7 +158,7 @@ def _check_annotation_entries(content: dict) -> Iterator[Violation]:
 
 
 def _check_shape(annotation: dict, size: tuple[int, int], categories: set[int], segmented: bool) -> tuple[str | None, str]:
-    """Rule and detail of the first problem with box, mask and category; None without one."""
+    """Return rule and detail of the first problem with box, mask or category, or (None, "")."""
     box, shape = annotation.get("bbox"), annotation.get("segmentation")
     if not _is_box(box) or not _are_finite([annotation["area"]]):
         return "bbox or area is not made of finite numbers", f"bbox {box}, area {annotation.get('area')}"
@@ -171,7 +171,7 @@ def _check_shape(annotation: dict, size: tuple[int, int], categories: set[int], 
     if min(*box[2:], annotation["area"]) < SMALLEST:
         return "zero area", f"bbox {box}, area {annotation['area']}"
     left, top, right, bottom = clip_box(box, size)
-    # a pixel is lost to rounding
+    # rounding may lose a pixel
     if min(right - left, bottom - top) < SMALLEST or (right - left) < box[2] - 1 or (bottom - top) < box[3] - 1:
         return "box outside the image", f"bbox {box} of an image of {size[1]} x {size[0]}"
     return None, ""
@@ -189,19 +189,19 @@ def _is_box(box: object) -> bool:
 
 
 def clip_box(box: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The part of x, y, width, height within an image of `size` (height, width), as x1, y1, x2, y2."""
+    """Clip a box x, y, width, height to an image of `size` (height, width) -> x1, y1, x2, y2."""
     x, y, width, height = box
     return max(x, 0), max(y, 0), min(x + width, size[1]), min(y + height, size[0])
 
 
 def find_mask_fault(shape: object, size: tuple[int, int]) -> str | None:
-    """Why polygons or run lengths give no mask of `size` (height, width), or None."""
+    """Return why polygons or run lengths cannot be decoded to a mask of `size` (height, width), or None."""
     if isinstance(shape, list):
         for polygon in shape:
             if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
                 return f"a polygon must be a list of at least three x, y, got {str(polygon)[:80]}"
             if not _are_finite(polygon):
-                return f"a polygon has coordinates that are no finite numbers, got {str(polygon)[:80]}"
+                return f"a polygon has coordinates that are not finite numbers, got {str(polygon)[:80]}"
         return None
     if not isinstance(shape, dict) or "counts" not in shape or shape.get("size") != list(size):
         return f"run lengths must have counts and the size {list(size)} of the image, got {str(shape)[:80]}"
@@ -219,16 +219,16 @@ def find_mask_fault(shape: object, size: tuple[int, int]) -> str | None:
 
 
 def _sum_run_lengths(counts: str) -> int:
-    """Sum of compressed run lengths; pycocotools reads beyond the end of damaged ones."""
+    """Sum up compressed run lengths; pycocotools would read beyond the end of damaged ones."""
     lengths, value, shift = [], 0, 0
     for byte in counts.encode("ascii"):
         code = byte - 48
         if not 0 <= code < 64:
-            raise ValueError(f"{byte} is no character of run lengths")
+            raise ValueError(f"{byte} is not a character of run lengths")
         value |= (code & 31) << shift
         shift += 5
         if not code & 32:
-            # the sixth bit of the last character is the sign, and from the third on lengths are differences to the last but one
+            # bit 4 of the last character is the sign; from the fourth on, lengths are differences to the second last
             value -= (code >> 4 & 1) << shift
             lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
             if lengths[-1] < 0:
@@ -240,7 +240,7 @@ def _sum_run_lengths(counts: str) -> int:
 
 
 def check_images(content: dict, images: str | Path) -> Iterator[Violation]:
-    """Decode every image that is there, in threads with a progress bar, and compare its size with the file's."""
+    """Decode every image that exists, in threads with a progress bar, and compare its size with that in the annotation file."""
 
     def look(entry: dict) -> Violation | None:
         path = Path(images) / entry["file_name"]
@@ -256,14 +256,18 @@ def check_images(content: dict, images: str | Path) -> Iterator[Violation]:
         return Violation(entry["id"], None, "image file of another size", sizes)
 
     entries = _usable_images(content["images"])
-    # decoding lets other threads run
+    # decoding releases the interpreter lock
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = tqdm(pool.map(look, entries), "decoding", len(entries), unit="image", leave=False, disable=None)
         yield from (problem for problem in found if problem)
 
 
 def refuse_or_count(problems: Sequence[Violation], annotations: str | Path) -> None:
-    """Raise ValueError for problems that end a training, naming the first of each rule; log how many annotations others leave out."""
+    """Refuse problems that are FATAL, and log how many annotations the others affect.
+
+    Raises:
+        ValueError: there is a FATAL problem; the message names the first of each rule.
+    """
     counts = Counter(problem.rule for problem in problems)
     first = {problem.rule: problem for problem in reversed(problems)}
     lines = [f"{count} x {rule}, the first is {first[rule]}" for rule, count in counts.items() if RULES[rule] == FATAL]
@@ -277,7 +281,7 @@ def refuse_or_count(problems: Sequence[Violation], annotations: str | Path) -> N
 
 
 def decode_mask(shape: list | dict, size: tuple[int, int]) -> np.ndarray:
-    """Polygons or run lengths -> [H, W] uint8 in {0, 1}, as pycocotools' annToMask."""
+    """Decode polygons or run lengths -> [H, W] uint8 in {0, 1}, as pycocotools' annToMask."""
     runs = shape
     if isinstance(shape, list):
         runs = rle.merge(rle.frPyObjects(shape, *size))

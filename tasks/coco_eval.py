@@ -11,14 +11,14 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from tqdm import tqdm
 
-# Sides in pixels of the squares whose area parts small from medium and medium from large objects.
+# Sides in pixels of the squares whose areas separate small from medium, and medium from large objects.
 COCO_SIDES = (32, 96)
 
 SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def encode_masks(masks: Tensor) -> list[dict]:
-    """Run lengths of masks [n, H, W] in {0, 1}, as JSON takes them."""
+    """Encode masks [n, H, W] in {0, 1} as compressed run lengths for JSON."""
     if len(masks) == 0:
         return []
     lengths = rle.encode(np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(np.uint8)))
@@ -26,16 +26,16 @@ def encode_masks(masks: Tensor) -> list[dict]:
 
 
 def to_corner_and_size(boxes: Tensor) -> list[list[float]]:
-    """Boxes [n, 4] as x1, y1, x2, y2 -> as x, y, width, height, which COCO's files hold."""
+    """Convert boxes [n, 4] from x1, y1, x2, y2 to x, y, width, height, the form of COCO's files."""
     boxes = boxes.double().cpu()
     boxes[:, 2:] -= boxes[:, :2]
     return boxes.tolist()
 
 
 def format_results(found: dict[str, Tensor], image_id: int, category_ids: Sequence[int]) -> dict[str, list[dict]]:
-    """What torchvision's detectors find in one image, as entries of COCO's results files: "bbox" and, if there are masks, "segm".
+    """Convert torchvision's detections in one image to entries of COCO's results files: "bbox" and, if there are masks, "segm".
 
-    The two are files of their own: of entries with both, pycocotools takes the area of the box for that of the mask.
+    Boxes and masks need separate files: for entries with both, pycocotools uses the area of the box as that of the mask.
     """
     labels, scores = found["labels"].tolist(), found["scores"].double().tolist()
     heads = [
@@ -49,10 +49,10 @@ def format_results(found: dict[str, Tensor], image_id: int, category_ids: Sequen
 
 
 def read_ground_truth(data: Sized, class_names: Sequence[str]) -> dict:
-    """The content of a COCO annotation file for a data set whose items are (image, torchvision's target).
+    """Return the content of a COCO annotation file for a data set whose items are (image, torchvision's target).
 
-    A data set with such a file has a method `ground_truth`. Of any other all items are read; label 1, 2, ... is category 1, 2, ..., of
-    `class_names`.
+    A data set that has such a file returns it from its method `ground_truth`. For any other, all items are read, and label 1, 2, ... is
+    category 1, 2, ... with the names `class_names`.
     """
     if hasattr(data, "ground_truth"):
         return data.ground_truth()
@@ -64,7 +64,7 @@ def read_ground_truth(data: Sized, class_names: Sequence[str]) -> dict:
         masks = encode_masks(target["masks"]) if "masks" in target else [None] * len(target["labels"])
         columns = target["labels"].tolist(), to_corner_and_size(target["boxes"]), target["area"].tolist(), target["iscrowd"].tolist(), masks
         for label, box, area, crowd, mask in zip(*columns, strict=True):
-            # not from 0: pycocotools takes a match with annotation 0 for none
+            # ids start at 1: pycocotools counts a match with annotation 0 as none
             entry = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label, "bbox": box, "area": area, "iscrowd": crowd}
             annotations.append(entry | ({"segmentation": mask} if mask else {}))
     categories = [{"id": label, "name": name} for label, name in enumerate(class_names, start=1)]
@@ -74,24 +74,25 @@ def read_ground_truth(data: Sized, class_names: Sequence[str]) -> dict:
 def average_precision(
     truth: dict, found: list[dict], kind: str, *, image_ids: Collection[int] | None = None, sides: tuple[float, float] = COCO_SIDES
 ) -> dict[str, float]:
-    """AP, AP50, AP75, APs, APm and APl as fractions, as pycocotools' COCOeval computes them.
+    """Compute AP, AP50, AP75, APs, APm and APl as fractions, by pycocotools' COCOeval.
 
     Args:
-        truth: content of an annotation file.
-        found: entries of a results file.
+        truth: the content of an annotation file.
+        found: the entries of a results file.
         kind: "bbox" or "segm".
-        image_ids: the images to count; all of `truth` if None.
-        sides: of the squares whose area parts small from medium and medium from large objects, in pixels.
+        image_ids: the images to evaluate; None is all of `truth`.
+        sides: sides in pixels of the squares whose areas separate small from medium, and medium from large objects.
 
-    A score of objects that `truth` does not have (pycocotools says -1) is left out.
+    Returns:
+        Scores by name, without those of sizes that `truth` has no object of (-1 in pycocotools).
     """
-    # pycocotools tells its progress
+    # pycocotools prints its progress
     with contextlib.redirect_stdout(io.StringIO()):
         reference, detections = COCO(), COCO()
         reference.dataset = truth
         reference.createIndex()
         if found:
-            # loadRes writes into the entries
+            # loadRes modifies the entries
             detections = reference.loadRes([dict(entry) for entry in found])
         evaluation = COCOeval(reference, detections, kind)
         if image_ids is not None:

@@ -1,4 +1,4 @@
-"""Batches keyed by (epoch, index): the same whatever the number of workers or devices, and resumable at any batch."""
+"""Batches keyed by (epoch, index): independent of the number of workers and devices, and resumable at any batch."""
 
 from collections.abc import Callable, Iterator, Sequence, Sized
 
@@ -10,18 +10,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 class TrainBatches(Sampler[list[tuple[int, int]]]):
     """Every batch of a whole training, as lists of (epoch, index) keys in a shuffled order fixed by (seed, epoch).
 
-    All epochs form one stream, so that a run continues at any batch by setting `start`. A global batch is cut into `accumulate` parts
-    for each of `world_size` processes; one process without accumulation sees the same samples at every optimizer step.
+    All epochs form one stream; setting `start` continues it at any batch. A global batch is cut into `accumulate` parts for each of
+    `world_size` processes. The samples of an optimizer step depend on neither.
 
     Args:
-        length: samples of the data set; an epoch leaves out what does not fill a global batch.
-        batch_size: *global* batch, samples per optimizer step.
-        epochs: passes over the data set, the last one cut off where they are not a whole number.
+        length: number of samples of the data set; an epoch omits samples that do not fill a global batch.
+        batch_size: the *global* batch, samples per optimizer step.
+        epochs: passes over the data set; the last one is cut off if this is not an integer.
         seed: fixes the order.
         accumulate: batches per optimizer step.
         rank, world_size: this process among those that share a global batch.
-        groups: a kind of every sample, upright or not for instance, or None. Samples then come in pairs of a kind, and a global batch is
-            ordered by kind, so that its parts are of one kind wherever they can: less is padded.
+        groups: the group of every sample, for instance upright or not, or None. Samples then come in pairs of one group, and a global batch
+            is ordered by group, so that most of its parts are of one group and need less padding.
 
     Raises:
         ValueError: the global batch does not divide by devices x accumulation, or is larger than the data set.
@@ -51,18 +51,18 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         self.start = 0
 
     def __len__(self) -> int:
-        """Batches of the whole training, those before `start` included."""
+        """Return the number of batches of the whole training, including those before `start`."""
         return round(self.epochs * (self.length // self.batch_size)) * self.accumulate
 
     def _order(self, epoch: int) -> list[int]:
-        """The samples of an epoch in their order."""
+        """Return the samples of an epoch in their order."""
         generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
         order = torch.randperm(self.length, generator=generator).tolist()
         if self.groups is None:
             return order
         waiting, pairs = {}, []
         for index in order:
-            # a pair is where its second sample was
+            # a pair takes the place of its second sample
             first = waiting.pop(self.groups[index], None)
             if first is None:
                 waiting[self.groups[index]] = index
@@ -102,17 +102,17 @@ class Data(L.LightningDataModule):
     """Training and validation sets of one task.
 
     Args:
-        train: map-style data set that takes keys (epoch, index), with `TrainBatches`' groups as attribute `groups` if it has any; None to
-            validate only.
+        train: map-style data set that takes keys (epoch, index); an attribute `groups`, if it has one, is handed to `TrainBatches`. None
+            for validation only.
         val: map-style data set that takes an index.
-        batch_size: global training batch.
-        epochs: passes over `train`, not always a whole number; together one Lightning epoch, so validation intervals are fractions of the
-            training or steps.
+        batch_size: the global training batch.
+        epochs: passes over `train`, not necessarily an integer. Together they are one Lightning epoch, so that validation intervals are
+            fractions of the training, or steps.
         seed: fixes the order of the training samples.
         workers: processes that load data, for each device.
         val_batch_size: images per validation batch on one device.
-        collate: merges samples into a batch; torch's default if None.
-        root: folder of the data set, which the configuration hands on to `train` and `val`.
+        collate: merges samples into a batch; None is torch's default.
+        root: folder of the data set; the configuration passes it to `train` and `val`.
     """
 
     def __init__(
@@ -134,21 +134,21 @@ class Data(L.LightningDataModule):
         self.start = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Batches that the saved weights have seen."""
+        """Return the number of batches that the saved weights have seen."""
         return {"batches": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let the next training loader continue behind those batches."""
+        """Let the next training loader continue after those batches."""
         self.start = state_dict["batches"]
 
     def _loader(self, data: Dataset, **options) -> DataLoader:
-        # a generator of its own: torch's global one, which the checkpoint restores, is not drawn from by an iterator
+        # with its own generator, an iterator does not draw from torch's global one, which the checkpoint restores
         generator = torch.Generator().manual_seed(self.seed)
         pin_memory = torch.cuda.is_available()
         return DataLoader(data, num_workers=self.workers, collate_fn=self.collate, generator=generator, pin_memory=pin_memory, **options)
 
     def train_dataloader(self) -> DataLoader:
-        """One pass of this loader is the whole training."""
+        """Return a loader whose single pass is the whole training."""
         batches = TrainBatches(
             len(self.train),
             self.batch_size,
@@ -163,6 +163,6 @@ class Data(L.LightningDataModule):
         return self._loader(self.train, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader:
-        """Every validation sample once."""
+        """Return a loader of every validation sample once, over all processes."""
         sampler = EvalIndices(self.val, self.trainer.global_rank, self.trainer.world_size)
         return self._loader(self.val, batch_size=self.val_batch_size, sampler=sampler)

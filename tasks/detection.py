@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 Target = dict[str, Tensor]
 
-# The kinds of COCO's evaluation, and what their scores are called here.
+# The kinds of COCO's evaluation, and the prefixes of their scores.
 KINDS = {"bbox": "box", "segm": "mask"}
 
-# Pictures show detections of at least this score.
+# Pictures show detections with at least this score.
 DRAWN_SCORE = 0.5
 
 
@@ -35,19 +35,18 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], lis
 
 
 class Detection(Task):
-    """Train and evaluate a detector of torchvision's kind (`carafepp.models.detection`), which resizes and normalises images itself.
+    """Train and evaluate a detector with the interface of torchvision's (`carafepp.models.detection`); it resizes and normalises images.
 
-    Scores are pycocotools' AP, AP50, AP75, APs, APm and APl as fractions, `box_` and, of a network with masks, `mask_`. Every validation
-    leaves its detections in COCO's results format, detections_bbox.json and detections_segm.json, in the trainer's folder; on a set without
-    annotations, as COCO's test-dev, they are all that it leaves.
+    Scores are the AP, AP50, AP75, APs, APm and APl of pycocotools as fractions, with the prefix `box_` and, if the network predicts masks,
+    `mask_`. Every validation writes its detections in COCO's results format to detections_bbox.json and detections_segm.json in the
+    trainer's folder. On a set without annotations, such as COCO's test-dev, it writes these files and computes no scores.
 
     Args:
-        model: the network, as a function of the number of classes, the background counted.
-        class_names: of labels 1, 2, ...
-        optimizer: takes parameter groups (no weight decay on norms and biases).
-        schedule: takes (optimizer, total_iters=steps of the training) and is stepped after every optimizer step.
-        sides: of the squares whose area parts small from medium and medium from large objects, in pixels.
-        flops_size: height and width of the image that FLOPs are counted for; that of the first validation image if None.
+        model: the network, as a function of the number of classes including the background.
+        class_names: the names of labels 1, 2, ...
+        optimizer, schedule: see `Task`; norms and biases have no weight decay.
+        sides: sides in pixels of the squares whose areas separate small from medium, and medium from large objects.
+        flops_size: see `Task`.
     """
 
     monitor = "val/box_AP"
@@ -73,7 +72,7 @@ class Detection(Task):
 
     @property
     def has_masks(self) -> bool:
-        """Whether the network predicts masks."""
+        """Return whether the network predicts masks."""
         return self.model.roi_heads.has_mask()
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> dict[str, Tensor] | list[Target]:
@@ -82,7 +81,7 @@ class Detection(Task):
 
     @contextlib.contextmanager
     def full_load(self) -> Iterator[None]:
-        """Let as many proposals and detections through as there is room for, whatever image and weights: what FLOPs are counted of."""
+        """Let as many proposals and detections through as there is room for, so that FLOPs depend neither on the image nor on weights."""
         rpn, heads = self.model.rpn, self.model.roi_heads
         before = rpn.nms_thresh, rpn.score_thresh, heads.nms_thresh, heads.score_thresh
         rpn.nms_thresh, rpn.score_thresh, heads.nms_thresh, heads.score_thresh = 1.0, 0.0, 1.0, -1.0
@@ -101,7 +100,7 @@ class Detection(Task):
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
         """Return the sum of the detector's losses for images [3, H, W] of any sizes and their targets."""
         images, targets = batch
-        # masks would be resized for nothing
+        # the network would resize masks that it does not use
         unused = set() if self.has_masks else {"masks"}
         losses = self(images, [{name: value for name, value in target.items() if name not in unused} for target in targets])
         loss = sum(losses.values())
@@ -110,10 +109,10 @@ class Detection(Task):
         return loss
 
     def setup(self, stage: str) -> None:
-        """Read what to score against, and see that there is what to train on.
+        """Read the ground truth, and check that the data has what training and validation need.
 
         Raises:
-            ValueError: a training has no object to validate on, or the network predicts masks and the annotations have none.
+            ValueError: the validation set of a training has no objects, or the network predicts masks and the annotations have none.
         """
         data, fits = self.trainer.datamodule, stage == "fit"
         self.truth = read_ground_truth(data.val, self.class_names)
@@ -141,7 +140,7 @@ class Detection(Task):
         """Evaluate the detections of all processes and log the average precisions."""
         image_ids = _gather(self.image_ids)
         found = {kind: _gather(entries) for kind, entries in self.found.items()}
-        # one process evaluates: the others would take as much memory and time for the same scores
+        # one process evaluates: the others would need as much memory and time for the same scores
         scores = [self._evaluate(image_ids, found) if self.trainer.is_global_zero else None]
         if dist.is_initialized():
             dist.broadcast_object_list(scores)
@@ -162,22 +161,22 @@ class Detection(Task):
         }
 
     def pictures(self, sample: tuple[Tensor, Target]) -> dict[str, Tensor]:
-        """Pictures [3, H, W] in [0, 1] of one validation sample: "image", "truth" and "prediction" over it, small ones enlarged."""
+        """Draw a validation sample -> "image", "truth" and "prediction", [3, height, width] in [0, 1]; small images are enlarged."""
         image, target = sample
         truth = target if self.has_masks else {name: value for name, value in target.items() if name != "masks"}
         numbers = list(range(len(truth["labels"])))
         return {"image": enlarge(image), "truth": self._overlay(image, truth, numbers), "prediction": self.draw(image, truth["boxes"])}
 
     def predict(self, image: Tensor) -> Target:
-        """Map an image [3, H, W] in [0, 1] to its detections of at least DRAWN_SCORE: boxes, labels, scores and masks, on the CPU."""
+        """Return the detections in an image [3, H, W] in [0, 1] whose score is at least DRAWN_SCORE: boxes, labels, scores and masks."""
         found = self([image.to(self.device)])[0]
         kept = found["scores"] >= DRAWN_SCORE
         return {name: value[kept].cpu() for name, value in found.items()}
 
     def draw(self, image: Tensor, truth: Tensor | None = None) -> Tensor:
-        """Prediction over an image [3, H, W] in [0, 1] -> the like, a small one enlarged by a whole factor.
+        """Draw the prediction over an image [3, H, W] in [0, 1] -> [3, height, width]; a small image is enlarged by an integer factor.
 
-        Detections have the colours of the objects with the boxes `truth` [m, 4] that they are of.
+        A detection has the colour of the object that it finds; `truth` [m, 4] are the boxes of the objects.
         """
         found = self.predict(image)
         if "masks" in found:
@@ -185,14 +184,14 @@ class Detection(Task):
         return self._overlay(image, found, number_detections(found["boxes"], found["boxes"][:0] if truth is None else truth))
 
     def view(self, image: Tensor) -> View:
-        """What backbone and feature pyramid see of an image [3, H, W] in [0, 1]."""
+        """Return what backbone and feature pyramid see of an image [3, H, W] in [0, 1]."""
         images, _ = self.model.transform([image.to(self.device)])
         height, width = images.tensors.shape[2:]
         (seen_height, seen_width), *_ = images.image_sizes
         return View(self.model.backbone, (images.tensors,), image, (seen_height / height, seen_width / width))
 
     def _overlay(self, image: Tensor, instances: Target, numbers: Sequence[int]) -> Tensor:
-        """Boxes [n, 4], class names, scores and masks [n, H, W] over an enlarged image, in the colours of these numbers."""
+        """Draw boxes [n, 4], class names, scores and masks [n, H, W] over an enlarged image, in the colours of the numbers [n]."""
         pixels = enlarge(image)
         factor = pixels.shape[1] // image.shape[1]
         names = [self.class_names[label - 1] for label in instances["labels"].tolist()]
@@ -204,21 +203,21 @@ class Detection(Task):
 
 
 def number_detections(found: Tensor, truth: Tensor) -> list[int]:
-    """The number of the object `truth` [m, 4] that each box of `found` [n, 4] is of, best first, or one from m on.
+    """Number the boxes `found` [n, 4], best first: with the number of the object of `truth` [m, 4] that they find, or one from m on.
 
-    A box is of the object that it overlaps most, by half at least (intersection over union), and no better one is of.
+    A box finds the object that it overlaps most, if no better box finds it and the intersection over union is at least one half.
     """
     overlaps = torch.cat([box_iou(found, truth), torch.full((len(found), len(found)), 0.5)], dim=1)
     numbers = []
     for row in overlaps:
-        # the first of the largest: a true object or, of those beyond them, the next
+        # argmax returns the first of the largest: an object, or the next unused number from m on
         numbers.append(int(row.argmax()))
         overlaps[:, numbers[-1]] = 0
     return numbers
 
 
 def _gather(entries: list) -> list:
-    """The entries of all processes, in the process that evaluates."""
+    """Return the entries of all processes in the process that evaluates, and none in the others."""
     if not dist.is_initialized():
         return entries
     parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None

@@ -1,4 +1,4 @@
-"""Scanned digits as a data set of their own: scikit-learn's 1,797 scans, nothing downloaded."""
+"""Scanned digits as a data set: the 1,797 scans that scikit-learn contains; nothing is downloaded."""
 
 from collections.abc import Callable
 
@@ -12,13 +12,13 @@ from .photographs import load_digit_scans
 
 
 class Digits(Dataset):
-    """Items (image [3, size, size] float32 in 0..1, digit): light ink on black, enlarged from 8 x 8 pixels.
+    """Items (image [3, size, size] float32 in [0, 1], digit): light ink on black, enlarged from 8 x 8 pixels.
 
-    `transforms` maps an image [3, size, size] to the like; its randomness is a function of (seed, epoch, index), see
-    `carafepp.tasks.keyed`. The validation scans are of other writers, nearly all of them.
+    `transforms` maps an image [3, size, size] to another; its randomness is a function of (seed, epoch, index), see
+    `carafepp.tasks.keyed`. Nearly all validation scans are of writers that training does not see.
     """
 
-    def __init__(self, split: str, size: int = 64, transforms: Callable[[Tensor], Tensor] | None = None, seed: int = 0):
+    def __init__(self, split: str, size: int = 64, transforms: Callable[[Tensor], Tensor] | None = None, seed: int = 0) -> None:
         scans = load_digit_scans(split)
         self.images = torch.stack([F.pil_to_tensor(F.resize(scan, [size, size])) for digit in scans for scan in digit])
         self.labels = [digit for digit, of_digit in enumerate(scans) for _ in of_digit]

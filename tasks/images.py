@@ -1,4 +1,4 @@
-"""Image files of any kind as RGB."""
+"""Read image files of any kind as RGB."""
 
 from pathlib import Path
 from typing import BinaryIO

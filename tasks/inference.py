@@ -1,4 +1,4 @@
-"""Labels for pictures of any size: at several scales and mirrored if wanted, and window by window where a picture is large."""
+"""Labels for pictures of any size, optionally at several scales, mirrored, and window by window."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
-# Windows begin where the maps of any network have a cell: all strides divide it.
+# Windows begin at multiples of this, which all strides of networks divide, so that cells of their maps coincide.
 ALIGNMENT = 32
 
 SMALLEST_WINDOW = 4 * ALIGNMENT
 
-# Scores of so many elements at the size of the labels are held at a time.
+# So many scores at the size of the labels are held at a time.
 BAND = 2**24
 
 
@@ -26,15 +26,15 @@ def check_inference(scales: Sequence[float], window: int | None) -> None:
 
 
 def _interpolate(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Values of `x` [N, C, h, w] where the rows and columns, -1..1 from edge to edge, cross, bilinearly: [N, C, rows, columns]."""
+    """Sample `x` [N, C, h, w] bilinearly where rows and columns, -1..1 from edge to edge, cross -> [N, C, rows, columns]."""
     grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).to(x.device, x.dtype)
     return F.grid_sample(x, grid.expand(len(x), -1, -1, -1), padding_mode="border", align_corners=False)
 
 
 class _Axis:
-    """One axis of a picture, `size` pixels long where labels are wanted, cut into tiles that the network can see in one window.
+    """One axis of a picture with `size` labels, cut into tiles that fit the network's window.
 
-    A tile's window reaches an eighth of its size beyond the tile, so that every pixel is seen with what lies around it.
+    A window extends beyond its tile by an eighth of its size, so that every pixel is seen with its surroundings.
     """
 
     def __init__(self, size: int, sides: Sequence[int], window: int | None) -> None:
@@ -45,14 +45,14 @@ class _Axis:
         self.tiles = [(start, min(start + step, size)) for start in range(0, size, step)]
 
     def window(self, tile: tuple[int, int], side: int) -> slice:
-        """Where a view of `side` pixels shows the tile and its surroundings."""
+        """Return the part of a view of `side` pixels that shows the tile and its surroundings."""
         start, end = (edge * side / self.size for edge in tile)
         low = math.floor(start - self.margin) // ALIGNMENT * ALIGNMENT
         high = math.ceil((end + self.margin) / ALIGNMENT) * ALIGNMENT
         return slice(max(low, 0), min(high, side))
 
     def middles(self, tile: tuple[int, int], side: int, window: slice) -> Tensor:
-        """The middles of the tile's pixels between the window's edges, -1 and 1."""
+        """Return the centres of the tile's pixels as coordinates in the window, whose edges are -1 and 1."""
         pixels = (torch.arange(*tile, dtype=torch.float64) + 0.5) * side / self.size
         return 2 * (pixels - window.start) / (window.stop - window.start) - 1
 
@@ -69,15 +69,15 @@ def predict_labels(
 ) -> Tensor:
     """Map images [N, 3, H, W] to labels [N, *size].
 
-    Logits are interpolated bilinearly to `size`; those of several scales and of mirrored images become probabilities, which are averaged.
-    Beside images and labels, memory is bounded: the network sees no more than a window, and `BAND` scores are interpolated at a time.
+    Logits are interpolated bilinearly to `size`. With several scales or mirrored images, probabilities are averaged. Apart from images and
+    labels, memory is bounded: the network sees no more than a window, and `BAND` scores are interpolated at a time.
 
     Args:
-        network: images [N, 3, h, w] to logits [N, classes, ceil(h / s), ceil(w / s)], s a divisor of 32.
-        base: brings images to the size of scale 1; as they are if None.
-        scales: of that size.
-        flip: see every scale mirrored, too.
-        window: largest height and width that the network sees; larger images are seen in overlapping windows, smaller ones whole.
+        network: maps images [N, 3, h, w] to logits [N, classes, ceil(h / s), ceil(w / s)], where s divides 32.
+        base: resizes images to scale 1; None keeps their size.
+        scales: factors of that size.
+        flip: average over mirrored images, too.
+        window: the largest height and width that the network sees; larger images are cut into overlapping windows. None is unlimited.
     """
     whole = base(images) if base else images
     views = [whole if scale == 1 else resize(images, [max(1, round(scale * side)) for side in whole.shape[-2:]]) for scale in scales]

@@ -16,12 +16,12 @@ from .task import MakeOptimizer, MakeSchedule, Task, View
 
 
 def mean_within(values: Tensor, masks: Tensor) -> Tensor:
-    """Average values [N, C, H, W] where masks [N, 1, H, W] are 1 -> [N], 0 where they are 0 everywhere."""
+    """Average values [N, C, H, W] where masks [N, 1, H, W] are 1 -> [N]; 0 for a mask that is 0 everywhere."""
     return (values.mean(1, keepdim=True) * masks).sum((1, 2, 3)) / masks.sum((1, 2, 3)).clamp(min=1)
 
 
 def psnr(squared_error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB from the mean squared error of images in [0, 1]; at most 100."""
+    """Compute the peak signal-to-noise ratio in dB, at most 100, from the mean squared error of images in [0, 1]."""
     return -10 * squared_error.clamp(min=1e-10).log10()
 
 
@@ -39,29 +39,29 @@ def shrink(image: Tensor, mask: Tensor, max_side: int | None) -> tuple[Tensor, T
     if max(size) <= max_side:
         return image, mask
     small = [max(1, round(side * max_side / max(size))) for side in size]
-    # mean and maximum over the same cells, so that no colour of the hole gets into known pixels
+    # mean and maximum over the same cells keep the colours of the hole out of known pixels
     return F.adaptive_avg_pool2d(image, small), F.adaptive_max_pool2d(mask, small)
 
 
 class Inpainting(Task):
     """Train and evaluate a generator that maps (images [N, 3, H, W] in [-1, 1], masks [N, 1, H, W]) to images in [-1, 1].
 
-    The result is the generator's inside the hole and the input's outside. Its loss is the mean absolute error in the hole, that outside,
-    and an adversarial loss (hinge) over the patches of the result that the hole touches, each an average over an image, then over images.
+    The result is the generator's output inside the hole and the input outside. The loss has three parts: the mean absolute error in the
+    hole, the mean absolute error outside, and an adversarial loss (hinge) over the patches of the result that the hole touches. Each is
+    averaged over an image and then over images.
 
-    Generator and discriminator take their gradients at the same weights, and one optimizer steps both (simultaneous gradient descent; for
-    Adam, whose state is a parameter's own, that is two optimizers of the same settings). So a step is an optimizer step as in every other
-    training here: accumulation, loss scaling, several processes and resuming are Lightning's own.
+    One optimizer steps generator and discriminator together, with gradients at the same weights (simultaneous gradient descent). Adam's
+    state belongs to single parameters, so this equals two optimizers with the same settings. Lightning's accumulation, loss scaling,
+    multiple processes and resuming work as in every other training here, because a step is one optimizer step.
 
-    Scores are averages over images, each over its whole area ("val/L1", "val/psnr", "val/ssim") and over its hole alone ("val/L1_hole",
-    "val/psnr_hole"). L1 is the mean absolute error of values in [0, 1] (the paper's percent are 100 times that), PSNR is in dB.
+    Scores are averages over images, over the whole area ("val/L1", "val/psnr", "val/ssim") and over the hole alone ("val/L1_hole",
+    "val/psnr_hole"). L1 is the mean absolute error of values in [0, 1]; the paper's percentages are 100 times that. PSNR is in dB.
 
     Args:
         model: the generator.
         discriminator: maps (images in [-1, 1], masks) to scores [N, 1, h, w] of patches.
-        optimizer: takes parameter groups.
-        schedule: takes (optimizer, total_iters=steps of the training) and is stepped after every optimizer step; constant if None.
-        hole_weight, valid_weight, adversarial_weight: of the three parts of the generator's loss.
+        optimizer, schedule: see `Task`; all parameters have weight decay.
+        hole_weight, valid_weight, adversarial_weight: weights of the three parts of the generator's loss.
     """
 
     monitor = "val/psnr"
@@ -86,7 +86,7 @@ class Inpainting(Task):
         self.scores = nn.ModuleDict({name: MeanMetric() for name in ("L1", "psnr", "ssim", "L1_hole", "psnr_hole")})
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Fill the holes of images [N, 3, H, W] in [0, 1], 1 in masks [N, 1, H, W] -> [N, 3, H, W] in [0, 1]; None means no hole."""
+        """Fill the holes of images [N, 3, H, W] in [0, 1], where masks [N, 1, H, W] are 1 -> [N, 3, H, W] in [0, 1]; None is no hole."""
         masks = torch.zeros_like(images[:, :1]) if masks is None else masks
         generated = self.model(2 * images - 1, masks).to(images.dtype)
         return torch.where(masks > 0, (generated + 1) / 2, images)
@@ -100,7 +100,7 @@ class Inpainting(Task):
         error = (generated - truth).abs()
         hole, valid = mean_within(error, masks).mean(), mean_within(error, 1 - masks).mean()
 
-        # the generator's loss moves no weight of the discriminator, and the other way round
+        # the generator's loss must not change the discriminator, nor the discriminator's loss the generator
         self.discriminator.requires_grad_(False)
         adversarial = -average_over_hole(self.discriminator(completed, masks).float(), masks).mean()
         self.discriminator.requires_grad_(True)

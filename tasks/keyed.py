@@ -1,4 +1,4 @@
-"""Randomness keyed by (seed, epoch, index): a sample is the same whichever worker draws it, in whatever order, before or after a resume."""
+"""Randomness keyed by (seed, epoch, index): a sample depends neither on the worker that draws it, nor on the order, nor on a resume."""
 
 import contextlib
 import random
@@ -9,9 +9,11 @@ import torch
 
 
 def split_key(key: int | tuple[int, int], length: int) -> tuple[int, int]:
-    """Split the key of a dataset's item, `index` (of epoch 0) or `(epoch, index)`, into `(epoch, index)`.
+    """Split the key of an item, `index` (of epoch 0) or `(epoch, index)`, into `(epoch, index)`.
 
-    Raises IndexError unless 0 <= index < length, and ValueError for a negative epoch.
+    Raises:
+        IndexError: the index is not in 0..length - 1.
+        ValueError: the epoch is negative.
     """
     epoch, index = key if isinstance(key, tuple) else (0, key)
     if not 0 <= index < length:
@@ -23,7 +25,7 @@ def split_key(key: int | tuple[int, int], length: int) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def keyed_rng(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Seed the global generators of torch (CPU), numpy and random for one sample, and give them their former state back afterwards."""
+    """Seed the global generators of torch (CPU), numpy and random for one sample, and restore their state afterwards."""
     words = np.random.SeedSequence([seed, epoch, index]).generate_state(4)
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     torch.default_generator.manual_seed(int(words[0]) << 32 | int(words[1]))

@@ -1,8 +1,8 @@
-"""Scenes as files, in the layouts of COCO 2017, ADE20K, ImageNet and Places365, for whatever reads those data sets."""
+"""Write scenes to files in the layouts of COCO 2017, ADE20K, ImageNet and Places365, for any reader of those data sets."""
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,19 @@ def write_scenes(
     seed: int = 0,
     objects: tuple[int, int] = (1, 3),
 ) -> None:
-    """Write `train` and `val` scenes to the folder `out` in a layout of LAYOUTS; item i of a split is `Scenes(...)[i]`.
+    """Write `train` training scenes and `val` validation scenes to the folder `out`; item i of a split is `Scenes(...)[i]`.
 
-    Files appear complete or not at all; called again with the same arguments, it writes those that are missing.
+    Every file appears at once and complete. A second call with the same arguments writes the files that are missing.
 
-    Raises ValueError for an unknown layout, for arguments out of the domain of `Scenes`, and for a folder that holds other scenes;
-    FileExistsError for a folder that holds anything else.
+    Args:
+        layout: a key of LAYOUTS.
+        out: a new or empty folder, or one that an earlier call with the same arguments wrote.
+        train, val: the number of scenes of each split.
+        size, seed, objects: see `Scenes`.
+
+    Raises:
+        ValueError: the layout is unknown, an argument is out of the domain of `Scenes`, or the folder holds other scenes.
+        FileExistsError: the folder holds anything else.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -46,7 +53,7 @@ def write_scenes(
 
 
 def _claim(out: Path, arguments: dict) -> None:
-    """Make the folder ours, or check that it already is and was made with the same arguments."""
+    """Mark the folder as one of scenes, or check that it holds scenes of the same arguments."""
     arguments = json.loads(json.dumps(arguments))
     if (out / MARKER).exists():
         found = json.loads((out / MARKER).read_text())
@@ -60,7 +67,7 @@ def _claim(out: Path, arguments: dict) -> None:
 
 
 def _write(path: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write a file that then appears under its name at once, unless it is there already."""
+    """Let `save` write a file that does not exist yet; it appears under its name when it is complete."""
     if not path.exists():
         part = path.with_name(f".{path.name}.part")
         save(part)
@@ -72,8 +79,8 @@ def _write_jpeg(path: Path, scene: Scene) -> None:
     _write(path, lambda part: Image.fromarray(pixels).save(part, "JPEG", quality=JPEG_QUALITY, subsampling=0))
 
 
-def _each(scenes: Scenes):
-    """The scenes of epoch 0, with a progress bar."""
+def _each(scenes: Scenes) -> Iterator[Scene]:
+    """Yield the scenes of epoch 0, with a progress bar."""
     return (scenes.scene(index) for index in tqdm(range(len(scenes)), scenes.split, unit="scene"))
 
 
@@ -84,18 +91,18 @@ def _folder(*parts: str | Path) -> Path:
 
 
 def run_lengths(mask: np.ndarray) -> dict:
-    """Uncompressed COCO run-length encoding of a mask [H, W] bool: lengths of alternating runs in column order, the first of zeros."""
+    """Encode a mask [H, W] bool as uncompressed run lengths of COCO: lengths of alternating runs in column order, zeros first."""
     flat = np.concatenate(([False], mask.ravel(order="F")))
     ends = np.append(np.flatnonzero(flat[1:] != flat[:-1]), mask.size)
     return {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
 
 
 def write_coco(out: Path, scenes: Scenes) -> None:
-    """train2017/, val2017/ with JPEGs, annotations/instances_*2017.json with masks as run lengths; category 1..10 is digit 0..9."""
+    """Write JPEGs to train2017/ or val2017/, and masks as run lengths to annotations/instances_*2017.json; category 1..10 is digit 0..9."""
     name = f"{scenes.split}2017"
     pictures, images, annotations = _folder(out, name), [], []
     for scene in _each(scenes):
-        # image ids start at 1, as a 0 is taken for "none" here and there
+        # image ids start at 1, because some programs take 0 for "none"
         image_id = scene.index + 1
         file_name = f"{image_id:012d}.jpg"
         _write_jpeg(pictures / file_name, scene)
@@ -124,9 +131,9 @@ def write_coco(out: Path, scenes: Scenes) -> None:
 
 
 def write_ade20k(out: Path, scenes: Scenes) -> None:
-    """images/ with JPEGs and annotations/ with 8-bit PNGs, each with training/ and validation/; objectInfo150.txt names the classes.
+    """Write JPEGs to images/, 8-bit PNGs to annotations/, each in training/ or validation/, and the classes to objectInfo150.txt.
 
-    In the PNGs 0 means unlabelled, as in ADE20K, so that the classes of the scenes, background included, are 1..11.
+    In the PNGs 0 means unlabelled, as in ADE20K; the classes of the scenes, background included, are 1..11.
     """
     folder = {"train": "training", "val": "validation"}[scenes.split]
     images, annotations = _folder(out, "images", folder), _folder(out, "annotations", folder)
@@ -140,20 +147,20 @@ def write_ade20k(out: Path, scenes: Scenes) -> None:
 
 
 def write_imagenet(out: Path, scenes: Scenes) -> None:
-    """train/ and val/ with a folder for each dominant digit: torchvision's ImageFolder."""
+    """Write JPEGs to train/ or val/, with a folder for each dominant digit, as torchvision's ImageFolder reads them."""
     folders = [_folder(out, scenes.split, name) for name in CLASSES[1:]]
     for scene in _each(scenes):
         _write_jpeg(folders[scene.labels[0] - 1] / f"{scenes.split}_{scene.index + 1:08d}.JPEG", scene)
 
 
 def write_places365(out: Path, scenes: Scenes) -> None:
-    """train/ and val/ with crops of photographs, without digits."""
+    """Write crops of photographs, without digits, to train/ or val/."""
     folder = _folder(out, scenes.split)
     for scene in _each(scenes):
         _write_jpeg(folder / f"{scene.index + 1:08d}.jpg", scene)
 
 
-# For each layout its writer and the view of `Scenes` whose items it holds.
+# The writer of each layout, and the view of `Scenes` that has its items.
 LAYOUTS = {
     "coco": (write_coco, "detection"),
     "ade20k": (write_ade20k, "segmentation"),

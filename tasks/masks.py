@@ -1,4 +1,4 @@
-"""Holes for image inpainting: brush strokes, boxes, mask files. A mask is 1 in the hole, the pixels to be filled, and 0 elsewhere."""
+"""Holes for image inpainting: brush strokes, boxes, mask files. A mask is 1 in the hole, whose pixels are to be filled, and 0 elsewhere."""
 
 import math
 from collections.abc import Callable
@@ -13,17 +13,19 @@ from torch.utils.data import Dataset
 from .images import is_image, read_image
 from .keyed import split_key
 
-Draw = Callable[[np.random.Generator, int, int], np.ndarray]
+# (generator, height, width) -> hole [height, width] bool.
+DrawHole = Callable[[np.random.Generator, int, int], np.ndarray]
 
 
 class FreeForm:
     """Free-form holes as a user would brush them (Yu et al., "Free-form image inpainting with gated convolution", 2018).
 
-    One to three zigzag strokes of 4 to 11 turns, round at every vertex; steps of an eighth of the diagonal on average, at about 72 degrees,
-    every other one turned back. The constants are those of the public code; its mirroring, without effect there, takes effect.
+    A hole is one to three zigzag strokes of 4 to 11 turns, round at every vertex. Steps are an eighth of the diagonal long on average, at
+    about 72 degrees; every other step turns back. The constants are those of the public code. Its mirroring has no effect there and does
+    here.
 
     Args:
-        width: least and largest width of a stroke in pixels; the published one is for images of 256 pixels.
+        width: least and largest width of a stroke in pixels; the default is for images of 256 pixels.
         strokes: least and largest number of strokes.
         turns: least and largest number of turns of a stroke.
 
@@ -31,7 +33,7 @@ class FreeForm:
         ValueError: a range is empty or does not start at 1 or more.
     """
 
-    def __init__(self, width: tuple[int, int] = (12, 40), strokes: tuple[int, int] = (1, 3), turns: tuple[int, int] = (4, 11)):
+    def __init__(self, width: tuple[int, int] = (12, 40), strokes: tuple[int, int] = (1, 3), turns: tuple[int, int] = (4, 11)) -> None:
         for name, (low, high) in (("width", width), ("strokes", strokes), ("turns", turns)):
             if not 1 <= low <= high:
                 raise ValueError(f"{name} must be (least, largest) with 1 <= least <= largest, got {low}, {high}")
@@ -65,12 +67,16 @@ class FreeForm:
 
 
 class Box:
-    """A rectangular hole at a random place, each side a random fraction of the image's between the least and the largest.
+    """A rectangular hole at a random place.
 
-    Raises ValueError unless 0 < least <= largest <= 1.
+    Args:
+        side: least and largest side of the hole, as fractions of the image's.
+
+    Raises:
+        ValueError: `side` is not (least, largest) with 0 < least <= largest <= 1.
     """
 
-    def __init__(self, side: tuple[float, float] = (0.25, 0.5)):
+    def __init__(self, side: tuple[float, float] = (0.25, 0.5)) -> None:
         if not 0 < side[0] <= side[1] <= 1:
             raise ValueError(f"side must be (least, largest) with 0 < least <= largest <= 1, got {side[0]}, {side[1]}")
         self.side = tuple(side)
@@ -88,12 +94,13 @@ class Box:
 
 
 class MaskFiles:
-    """Holes of the mask images in a folder, one at random for each image, brought to its size by nearest neighbour. See `read_mask`.
+    """Holes from the mask images of a folder, a random one for each image, resized to it by nearest neighbour (see `read_mask`).
 
-    Raises FileNotFoundError where the folder is missing or holds no image.
+    Raises:
+        FileNotFoundError: the folder is missing or holds no image.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         self.paths = sorted(path for path in folder.iterdir() if is_image(path)) if folder.is_dir() else []
         if not self.paths:
@@ -120,7 +127,7 @@ def read_mask(path: str | Path) -> np.ndarray:
     if odd.size:
         raise ValueError(
             f"mask {path} must be black (known) and white (hole) alone, got {odd.size} values between, such as {odd[0]}: "
-            f"threshold it and save it as PNG, as JPEG blurs edges"
+            f"threshold it and save it as PNG, because JPEG blurs edges"
         )
     if (pixels != pixels[..., :1]).any():
         raise ValueError(f"mask {path} must be black (known) and white (hole) alone, got colours")
@@ -133,8 +140,8 @@ def read_mask(path: str | Path) -> np.ndarray:
 class Masked(Dataset):
     """Images with holes: item (image [3, H, W], mask [1, H, W] of the image's dtype, 1 in the hole).
 
-    A hole is a function of (seed, epoch, index) alone: `data[epoch, index]` gives training a fresh one in every epoch, `data[index]`, of
-    epoch 0, validation always the same.
+    A hole is a function of (seed, epoch, index) alone: `data[epoch, index]` gives training a new hole in every epoch, `data[index]` gives
+    validation the hole of epoch 0.
 
     Args:
         images: items [3, H, W] by index or (epoch, index).
@@ -142,7 +149,7 @@ class Masked(Dataset):
         seed: fixes the holes.
     """
 
-    def __init__(self, images: Dataset, masks: Draw, seed: int = 0):
+    def __init__(self, images: Dataset, masks: DrawHole, seed: int = 0) -> None:
         self.images, self.masks, self.seed = images, masks, seed
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Parameter groups and learning-rate schedules that torch does not bring."""
+"""Parameter groups and learning-rate schedules that torch does not have."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -29,15 +29,15 @@ def linear_scaling(
     milestones: Sequence[float] = (30, 60, 80),
     gamma: float = 0.1,
 ) -> LambdaLR:
-    """Linear scaling, gradual warm-up and steps of Goyal et al. (2017), to be stepped after every optimizer step.
+    """Scale the learning rate with the batch, warm it up and step it, as Goyal et al. (2017); step after every optimizer step.
 
-    The optimizer's rate is that of `reference_batch` images; the schedule leads it linearly to batch_size / reference_batch times as much
-    (a smaller batch starts there) and multiplies it by `gamma` at each milestone. torch's LinearLR refuses factors above 1.
+    The optimizer's rate is that of `reference_batch` images. The schedule raises it linearly by the factor batch_size / reference_batch (a
+    smaller batch starts at its final rate) and multiplies it by `gamma` at each milestone. torch's LinearLR refuses factors above 1.
 
     Args:
         total_iters: steps of the training.
-        batch_size: global batch.
-        epochs: length of the training that `warmup_epochs` and `milestones` are stated for; they stretch with the real one.
+        batch_size: the global batch.
+        epochs: length of the training that `warmup_epochs` and `milestones` are stated for; they scale with the actual length.
     """
     scale, per_epoch = batch_size / reference_batch, total_iters / epochs
     return _warmup_and_steps(optimizer, min(scale, 1), scale, warmup_epochs * per_epoch, [m * per_epoch for m in milestones], gamma)
@@ -53,19 +53,20 @@ def stepped(
     warmup_iters: int = 500,
     warmup_factor: float = 1 / 3,
 ) -> LambdaLR:
-    """Steps after a linear warm-up, Detectron's and MMDetection's 1x schedule; to be stepped after every optimizer step.
+    """Step the learning rate after a linear warm-up: the 1x schedule of Detectron and MMDetection; step after every optimizer step.
 
     Args:
         total_iters: steps of the training.
-        epochs: length of the training that `milestones` are stated for; they stretch with the real one: 24 epochs make the 2x schedule.
-        gamma: what the rate is multiplied by at each milestone.
-        warmup_iters: steps that lead the rate from `warmup_factor` of its value to its value; they do not stretch.
+        epochs: length of the training that `milestones` are stated for; they scale with the actual length, so that 24 epochs make the 2x
+            schedule.
+        gamma: factor of the rate at each milestone.
+        warmup_iters: steps in which the rate rises from `warmup_factor` of its value to its value; they do not scale.
     """
     return _warmup_and_steps(optimizer, warmup_factor, 1, warmup_iters, [m * total_iters / epochs for m in milestones], gamma)
 
 
 def _warmup_and_steps(optimizer: Optimizer, start: float, end: float, warmup: float, milestones: Sequence[float], gamma: float) -> LambdaLR:
-    """Factors from `start` to `end` in `warmup` steps, times `gamma` after each milestone, in steps."""
+    """Make a schedule whose factor goes from `start` to `end` in `warmup` steps and is multiplied by `gamma` at each milestone."""
 
     def factor(step: int) -> float:
         done = min(step / warmup, 1) if warmup else 1

@@ -1,12 +1,11 @@
 """Real images that pip installs with scikit-learn and scikit-image: photographs and scanned digits, split for training and validation.
 
-Only files that lie inside the two wheels are used, so nothing is ever downloaded. Left out on purpose: `page` and `text` show writing,
-that is digits without a label; `motorcycle_right` is `motorcycle_left` from a few centimetres aside, which would defeat a split by
-photograph.
+Only files inside the two wheels are used; nothing is downloaded. Three photographs are omitted on purpose: `page` and `text` show
+writing, which may contain digits without a label; `motorcycle_right` is `motorcycle_left` seen from a few centimetres aside, which would
+defeat a split by photograph.
 
-The split is by photograph, not by regions of all photographs, because few photographs are enough: a small U-Net (0.4 M parameters)
-trained on 16,000 scenes of 64 pixels reached these mIoUs (600 scenes each), so that unknown photographs cost nothing and unknown scans
-a little:
+The split is by photograph and not by regions of photographs, because few photographs suffice. A small U-Net (0.4 M parameters), trained on
+16,000 scenes of 64 pixels, reached the following mIoUs on 600 scenes each. Unknown photographs cost nothing, and unknown scans little:
 
     digits of      training photographs    validation photographs
     training              0.403                   0.404
@@ -44,7 +43,7 @@ PHOTOGRAPHS = {
 # Photographs are shrunk to this shorter side, in pixels.
 SHORTER_SIDE = 400
 
-# The scans are ordered by writer, so the writers of the last ones are (nearly all) unknown to training.
+# The scans are ordered by writer: nearly all writers of the last scans are unknown to training.
 VALIDATION_SCANS = 360
 
 # A scan of 8 x 8 pixels gets a border of one empty pixel and is enlarged by this factor.
@@ -59,9 +58,11 @@ def _package(name: str) -> Path:
 
 
 def photograph_path(name: str) -> Path:
-    """Where an embedded photograph, such as "chelsea.png", is installed.
+    """Return where an embedded photograph, such as "chelsea.png", is installed.
 
-    Raises ModuleNotFoundError if its package is missing and FileNotFoundError if the installed version of the package has no such file.
+    Raises:
+        ModuleNotFoundError: its package is missing.
+        FileNotFoundError: the installed version of the package has no such file.
     """
     in_sklearn = name in ("china.jpg", "flower.jpg")
     path = _package("sklearn") / "datasets" / "images" / name if in_sklearn else _package("skimage") / "data" / name
@@ -72,7 +73,7 @@ def photograph_path(name: str) -> Path:
 
 @functools.cache
 def load_photographs(split: str) -> tuple[Image.Image, ...]:
-    """The photographs of a split ("train" or "val") as RGB images whose shorter side is at most SHORTER_SIDE; read once per process."""
+    """Load the photographs of a split, once per process, as RGB images whose shorter side is at most SHORTER_SIDE."""
     check_split(split)
     images = []
     for name in PHOTOGRAPHS[split]:
@@ -85,13 +86,13 @@ def load_photographs(split: str) -> tuple[Image.Image, ...]:
 
 @functools.cache
 def load_digit_scans(split: str) -> tuple[tuple[Image.Image, ...], ...]:
-    """The scanned digits of a split: for each of the ten classes its scans, grey images of 60 x 60 pixels with ink as 255.
+    """Load the scanned digits of a split, once per process: for each of the ten classes grey images of 60 x 60 pixels with ink as 255.
 
-    Of the 1,797 scans of 8 x 8 pixels the last VALIDATION_SCANS are the validation split. Read and enlarged once per process.
+    The last VALIDATION_SCANS of the 1,797 scans of 8 x 8 pixels are the validation split.
     """
     check_split(split)
     _package("sklearn")
-    # importing scikit-learn takes a second, which only users of the scenes should pay
+    # importing scikit-learn takes a second, and only the scenes need it
     from sklearn.datasets import load_digits
 
     data = load_digits()

@@ -15,25 +15,25 @@ from torchvision.utils import make_grid, save_image
 
 from .task import Task
 
-# Pictures with something drawn on them are at least this large, and those beside others.
+# Least sides in pixels of a picture that is drawn on, and of a picture beside others.
 DRAWN_SIDE, GRID_SIDE = 320, 160
 
 
 def enlarge(picture: Tensor, factor: int | None = None) -> Tensor:
-    """[..., H, W] -> [..., factor * H, factor * W]; the factor that brings the longer side to DRAWN_SIDE at least if None."""
+    """Repeat pixels [..., H, W] -> [..., factor * H, factor * W]; None takes the factor that makes the longer side at least DRAWN_SIDE."""
     factor = factor or -(-DRAWN_SIDE // max(picture.shape[-2:]))
     return picture.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
 def pick_colors(size: int) -> list[tuple[int, int, int]]:
-    """`size` colours, far apart for neighbouring labels."""
+    """Return `size` colours; those of neighbouring labels differ clearly."""
     # the golden ratio spreads the hues of any number of labels
     hues = [(label * 0.6180339887) % 1 for label in range(size)]
     return [tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.65 + 0.35 * (i % 2), 1.0)) for i, hue in enumerate(hues)]
 
 
 def overlay(image: Tensor, labels: Tensor, *, unpainted: Collection[int], alpha: float = 0.6) -> Tensor:
-    """Colour the labels [H, W] over an image [3, H, W] in [0, 1]; `unpainted` labels leave it as it is."""
+    """Colour the labels [H, W] over an image [3, H, W] in [0, 1]; `unpainted` labels are left out."""
     colors = torch.tensor(pick_colors(int(labels.max()) + 1)).float() / 255
     opacity = torch.full([len(colors)], alpha)
     opacity[[label for label in unpainted if label < len(colors)]] = 0
@@ -62,14 +62,14 @@ def draw_instances(
         # above the box where there is room, and never beyond the right edge
         x, y = max(0, min(left, picture.width - width)), max(0, top - height)
         draw.rectangle((x, y, x + width, y + height), fill=color)
-        # as bright as the eye takes a colour for
+        # the brightness that the eye perceives
         bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 128
         draw.text((x + 2, y), name, "black" if bright else "white", font)
     return pil_to_tensor(picture).float() / 255
 
 
 def draw_legend(names: dict[int, str], width: int) -> Tensor:
-    """The colour that `overlay` gives each label and its name, in lines of `width` pixels -> [3, 12 * lines, width] in [0, 1]."""
+    """Draw each label's colour in `overlay` and its name, in lines of `width` pixels -> [3, 12 * lines, width] in [0, 1]."""
     font, lines, x = ImageFont.load_default(), [[]], 0
     for label, name in names.items():
         step = 14 + math.ceil(font.getlength(name))
@@ -88,7 +88,7 @@ def draw_legend(names: dict[int, str], width: int) -> Tensor:
 
 
 def caption(image: Tensor, text: str) -> Tensor:
-    """Write a line below an image [3, H, W] in [0, 1] -> [3, H + 12, W], of a wide one more; what exceeds its width is cut."""
+    """Write a line below an image [3, H, W] in [0, 1] -> [3, H + max(12, W // 40), W]; text beyond the width is cut off."""
     height = max(12, image.shape[2] // 40)
     line = Image.new("L", (image.shape[2], height), 255)
     ImageDraw.Draw(line).text((1, 0), text, 0, ImageFont.load_default(height * 10 // 12))
@@ -96,7 +96,7 @@ def caption(image: Tensor, text: str) -> Tensor:
 
 
 def arrange(rows: list[list[Tensor]]) -> Tensor:
-    """Rows of pictures [3, H, W] of any sizes -> one picture, white between them, small ones enlarged by a whole factor."""
+    """Arrange rows of pictures [3, H, W] of any sizes in one picture with white gaps; small pictures are enlarged by an integer factor."""
     height, width = (max(picture.shape[axis] for row in rows for picture in row) for axis in (1, 2))
     tiles = [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1]), value=1) for row in rows for p in row]
     factor = max(1, GRID_SIDE // max(height, width))
@@ -104,7 +104,7 @@ def arrange(rows: list[list[Tensor]]) -> Tensor:
 
 
 class Pictures(L.Callback):
-    """After training, write the module's `pictures` of the first `count` validation samples: pictures.png, and one by one in pictures/."""
+    """After training, write the task's pictures of the first `count` validation samples, all to pictures.png and each to pictures/."""
 
     def __init__(self, folder: str | Path, count: int = 6) -> None:
         self.folder, self.count = Path(folder), count

@@ -15,14 +15,14 @@ RED = (1.0, 0.1, 0.1)
 
 
 def draw_regions(view: View, path: str | Sequence[str], locations: Sequence[tuple[float, float]]) -> Tensor:
-    """Draw a row for each location: over the picture, and over every map of a path, the sources of the features that the location gets.
+    """Draw where the features at each location come from: a row for each location, over the picture and over every map of a path.
 
-    Sources are red, the more the higher their weight, the location is a green dot. Maps show the norm of their features, in the order of
-    computation: on an upsampling path the first is the coarsest, on a downsampling path the finest. Over the picture lie the weights on the
-    first map.
+    Sources are red, and the higher their weight, the deeper the red. The location is a green dot. Maps show the norm of their features in
+    the order of computation: the first is the coarsest on an upsampling path and the finest on a downsampling path. The picture is shaded
+    with the weights of the first map.
 
     Args:
-        view: the picture, and the network that sees it.
+        view: the picture and the network that sees it.
         path: names or patterns of the network's CARAFE modules, see `carafepp.models.regions.trace_regions`.
         locations: (down, across), as fractions of the picture.
 
@@ -30,7 +30,7 @@ def draw_regions(view: View, path: str | Sequence[str], locations: Sequence[tupl
         Pictures and captions in a grid, [3, height, width] in [0, 1].
 
     Raises:
-        ValueError: as `trace_regions`.
+        ValueError: see `trace_regions`.
     """
     seen = [(down * view.covered[0], across * view.covered[1]) for down, across in locations]
     regions = trace_regions(view.network, view.inputs, path, seen)
@@ -39,7 +39,7 @@ def draw_regions(view: View, path: str | Sequence[str], locations: Sequence[tupl
     rows = []
     for target, location in enumerate(locations):
         weights = [_stretched(region.weights[target : target + 1], picture, view) for region in regions]
-        # without colours, so that red stands out
+        # grey, so that red stands out
         grey = picture.mean(0, keepdim=True).expand(3, -1, -1)
         row = [caption(_marked(grey, weights[0], location), f"{location[0]:.2f} down, {location[1]:.2f} across")]
         for region, energy, weight in zip(regions, energies, weights, strict=True):
@@ -54,20 +54,20 @@ def _title(region: Region) -> str:
 
 
 def _energy(features: Tensor) -> Tensor:
-    """Norm over the channels [C, H, W] -> [1, H, W], stretched to [0, 1]."""
+    """Compute the norm over the channels [C, H, W] -> [1, H, W], stretched to [0, 1]."""
     norm = features.float().norm(dim=0, keepdim=True)
     return (norm - norm.min()) / (norm.max() - norm.min()).clamp(min=1e-12)
 
 
 def _stretched(values: Tensor, picture: Tensor, view: View) -> Tensor:
-    """A map [1, h, w] at the size of the picture, pixels as blocks."""
+    """Enlarge a map [1, h, w] to the size of the picture, by nearest neighbour."""
     height, width = picture.shape[1:]
     whole = [round(side / share) for side, share in zip((height, width), view.covered, strict=True)]
     return F.interpolate(values[None].cpu().float(), whole, mode="nearest-exact")[0, :, :height, :width]
 
 
 def _marked(picture: Tensor, weights: Tensor, location: tuple[float, float]) -> Tensor:
-    """Weights [1, H, W] in red over a picture [3, H, W], and the location as a dot."""
+    """Draw weights [1, H, W] in red over a picture [3, H, W], and the location as a dot."""
     opacity = weights.clamp(min=0) / weights.max().clamp(min=1e-12) * 0.9
     shaded = picture + opacity * (torch.tensor(RED).view(3, 1, 1) - picture)
     _, height, width = picture.shape

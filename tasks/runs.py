@@ -1,7 +1,7 @@
-"""What a run leaves behind and continues from: metrics.csv, result.json, last.ckpt, and per_class.csv where a task scores its classes.
+"""The files of a run: metrics.csv, result.json, last.ckpt, and per_class.csv if the task scores its classes.
 
-A checkpoint is written between two optimizer steps and holds, besides weights and optimizer, the position in the data, the state of the
-random generators and the rows of metrics.csv, so that a killed run continues as if nothing had happened.
+A checkpoint is written between two optimizer steps. Besides weights and optimizer it holds the position in the data, the states of the
+random generators and the rows of metrics.csv, so that a killed run continues exactly where it was.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ from .task import Task
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace the file at once: a reader or a kill never meets half of it."""
+    """Write a file under a temporary name and rename it, so that a reader never meets half of it, even after a kill."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     temporary.replace(path)
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows with the columns that any of them has, empty where one has None or nothing; at once, as `write_atomically`."""
+    """Write rows by `write_atomically`, with every column that any row has; a value that is None or missing is empty."""
     text = io.StringIO()
     table = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
     table.writeheader()
@@ -42,7 +42,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def hash_weights(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the state dict."""
+    """Return the SHA-256 of names, dtypes, shapes and bytes of the state dict."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -51,9 +51,9 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def count_flops(model: nn.Module, image: torch.Tensor) -> int:
-    """Floating-point operations (two a multiply-add) of one inference on image [3, H, W].
+    """Count the floating-point operations, two for each multiply-add, of one inference on an image [3, H, W].
 
-    A task computes as much as it can be made to (`Task.full_load`).
+    A task is counted under its full load, see `Task.full_load`.
     """
     training, load = model.training, model.full_load() if isinstance(model, Task) else contextlib.nullcontext()
     # a compiled network hides its operators from the counter
@@ -66,7 +66,7 @@ def count_flops(model: nn.Module, image: torch.Tensor) -> int:
 class LastCheckpoint(L.Callback):
     """Write `folder`/last.ckpt every `every_n_steps` optimizer steps and after each validation.
 
-    Where a validation follows a step, the checkpoint waits for it: Lightning does not repeat a validation that was cut off.
+    If a validation follows a step, the checkpoint is written after it, because Lightning does not repeat an interrupted validation.
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int) -> None:
@@ -126,7 +126,7 @@ class RunRecord(L.Callback):
     Args:
         folder: the run folder.
         log_every_n_steps: optimizer steps between two rows of training metrics.
-        config: the resolved configuration, which every checkpoint carries; its "run" entry (choices, overrides) identifies the run.
+        config: the resolved configuration, which is stored in every checkpoint; its entry "run" (choices, overrides) identifies the run.
     """
 
     def __init__(self, folder: str | Path, log_every_n_steps: int, config: dict) -> None:
@@ -136,11 +136,11 @@ class RunRecord(L.Callback):
 
     @staticmethod
     def _clocks() -> dict[str, float]:
-        # the second is of all threads, and does not run while other programs have the processor
+        # cpu_seconds sums over all threads and stands still while other programs have the processor
         return {"seconds": time.monotonic(), "cpu_seconds": time.process_time()}
 
     def _spent(self) -> dict[str, float]:
-        """Seconds by either clock, those of before a kill included."""
+        """Return the seconds by either clock, including those before an interruption."""
         return {name: round(self.spent[name] + now - self.started[name], 1) for name, now in self._clocks().items()}
 
     def state_dict(self) -> dict:

@@ -1,14 +1,13 @@
-"""Scenes: scanned digits on crops of photographs, with exact masks, boxes, classes and semantic maps. Made on the fly, nothing downloaded.
+"""Scenes: scanned digits on crops of photographs, with exact masks, boxes, classes and semantic maps; made on the fly, without downloads.
 
-A scene holds one large digit, the *dominant* one, and up to a few smaller ones lying on top of it and of each other. Each digit is a
-real scan, slanted, stretched, rotated by at most 20 degrees (so that 6 and 9 stay apart), and coloured to differ in luminance from
-what lies around it.
-Training and validation share neither a scan, nor (nearly) a writer, nor a photograph.
+A scene contains one large digit, the *dominant* one, and optionally smaller digits on top of it and of each other. Each digit is a real
+scan, slanted, stretched, rotated by at most 20 degrees (so that 6 and 9 remain distinct), and coloured to differ in luminance from its
+surroundings. Training and validation share no scan, no photograph and nearly no writer.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,14 +27,14 @@ CLASSES = ("background", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
 MEAN = (0.46, 0.41, 0.39)
 STD = (0.28, 0.25, 0.26)
 
-# Height of the dominant digit and of the others, as a fraction of the image's shorter side.
+# Least and largest height of the dominant digit and of the others, as fractions of the image's shorter side.
 DOMINANT_HEIGHT = (0.55, 0.8)
 HEIGHT = (0.3, 0.5)
 
-# No digit is hidden further than to this fraction of its pixels.
+# At least this fraction of the pixels of every digit stays visible.
 LEAST_VISIBLE = 0.7
 
-# The colour of a digit differs in luminance from the mean of what lies under and around it by at least this much.
+# The luminance of a digit differs from the mean luminance under and around it by at least this much.
 LEAST_CONTRAST = 0.4
 
 LUMINANCE = np.array((0.299, 0.587, 0.114))
@@ -47,7 +46,7 @@ SMALLEST_SIDE = 16
 
 
 class Scene(NamedTuple):
-    """One scene. `labels[0]` is the dominant digit; every instance has at least one visible pixel."""
+    """A scene; `labels[0]` is the dominant digit, and every instance has at least one visible pixel."""
 
     image: np.ndarray  # [3, H, W] float32 in 0..1
     owner: np.ndarray  # [H, W] uint8, 0 where no digit is on top, else 1 + the instance's position in labels
@@ -56,17 +55,17 @@ class Scene(NamedTuple):
 
     @property
     def semantic(self) -> np.ndarray:
-        """Class of every pixel, [H, W] int64: 0 background, 1..10 digits."""
+        """Return the class of every pixel, [H, W] int64: 0 background, 1..10 digits."""
         return np.concatenate(([0], self.labels))[self.owner]
 
     @property
     def masks(self) -> np.ndarray:
-        """Visible part of every instance, [instances, H, W] bool; they are disjoint."""
+        """Return the visible part of every instance, [instances, H, W] bool; the parts are disjoint."""
         return self.owner == np.arange(1, len(self.labels) + 1, dtype=np.uint8)[:, None, None]
 
     @property
     def boxes(self) -> np.ndarray:
-        """Tight box around every visible part, [instances, 4] float32: x1, y1, x2, y2 in pixels, the last two exclusive."""
+        """Return the tight box of every visible part, [instances, 4] float32: x1, y1, x2, y2 in pixels, the last two exclusive."""
         boxes = np.empty((len(self.labels), 4), np.float32)
         for box, mask in zip(boxes, self.masks, strict=True):
             xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
@@ -77,14 +76,14 @@ class Scene(NamedTuple):
 def compose(split: str, size: tuple[int, int], key: tuple[int, int, int], objects: tuple[int, int]) -> Scene:
     """Make the scene of `key` (seed, epoch, index): `size` is (height, width) in pixels, `objects` the least and largest number of digits.
 
-    A digit that finds no place where it hides little enough of the others is left out, so that crowded scenes can hold fewer digits.
+    A digit is omitted if every place that is tried hides too much of the others, so that crowded scenes can contain fewer digits.
     """
     rng = np.random.default_rng((SPLITS.index(split), *key))
     image = _background(rng, load_photographs(split), *size)
     owner = np.zeros(size, np.uint8)
     labels, areas = [], [0]
     for position in range(rng.integers(objects[0], objects[1] + 1)):
-        # dominant digits take turns, so that any ten scenes in a row hold all classes
+        # dominant digits take turns, so that any ten consecutive scenes contain all classes
         digit = int(rng.integers(10)) if position else key[-1] % 10
         scans = load_digit_scans(split)[digit]
         low, high = HEIGHT if position else DOMINANT_HEIGHT
@@ -116,10 +115,10 @@ def _background(rng: np.random.Generator, images: tuple[Image.Image, ...], heigh
 
 
 def _ink(rng: np.random.Generator, scan: Image.Image, height: float, size: tuple[int, int]) -> np.ndarray:
-    """Ink of the slanted, stretched, rotated scan, [h, w] uint8, no larger than the image: cropped to the digit and a margin around it."""
+    """Slant, stretch and rotate a scan -> ink [h, w] uint8, cropped to the digit with a margin, no larger than the image."""
     angle, slant, stretch = rng.uniform((-0.35, -0.15, 0.85), (0.35, 0.15, 1.15))
     cos, sin = math.cos(angle), math.sin(angle)
-    # the digit fills eight tenths of the scan's rows; source = step * (slant and stretch) * (rotation) * output
+    # the digit takes 0.8 of the scan's rows; source = step * (slant and stretch) * (rotation) * output
     step = 0.8 * scan.height / height
     side = math.ceil(1.5 * height)
     a, b = step * (cos / stretch + slant * sin), step * (sin / stretch - slant * cos)
@@ -132,7 +131,7 @@ def _ink(rng: np.random.Generator, scan: Image.Image, height: float, size: tuple
 
 
 def _free_place(rng: np.random.Generator, owner: np.ndarray, mask: np.ndarray, areas: list[int]) -> tuple[slice, slice] | None:
-    """A random place for `mask` where it leaves at least LEAST_VISIBLE of every digit's area (`areas`, background first) to be seen."""
+    """Find a random place for `mask` that leaves LEAST_VISIBLE of every digit's area (`areas`, background first) visible, or None."""
     visible = np.bincount(owner.ravel(), minlength=len(areas))
     least = LEAST_VISIBLE * np.array(areas)
     for _ in range(8):
@@ -146,40 +145,40 @@ def _free_place(rng: np.random.Generator, owner: np.ndarray, mask: np.ndarray, a
 
 def _paint(rng: np.random.Generator, patch: np.ndarray, ink: np.ndarray, height: float) -> None:
     """Paint a digit with a soft halo of the opposite luminance on `patch` [3, h, w], in place."""
-    # of what it covers and what lies around it
+    # mean luminance under the digit and around it
     covered = float(LUMINANCE @ patch[:, ink > 0].mean(1))
     up, room, opacity, halo, *chroma = rng.random(7)
     lighter = covered < 0.45 or (covered < 0.55 and up < 0.5)
     span = 1 - covered if lighter else covered
     contrast = LEAST_CONTRAST + room**2 * (span - LEAST_CONTRAST)
     target = covered + contrast if lighter else covered - contrast
-    # a random hue of that luminance, as saturated as the cube of colours allows
+    # a random hue of that luminance, as saturated as RGB allows
     chroma = np.array(chroma) - LUMINANCE @ chroma
     limits = np.where(chroma > 0, 1 - target, target) / np.maximum(np.abs(chroma), 1e-6)
     colour = target + chroma * min(limits.min(), 2)
 
-    # the edge is about one pixel wide: a scan pixel, height / 8 pixels wide, is taken to hold the whole step from paper to ink
+    # the edge is about one pixel wide: one scan pixel, height / 8 pixels wide, is assumed to contain the step from paper to ink
     strength = ink.astype(np.float32)
     coverage = np.clip((strength - INK) * (height / 2040) + 0.5, 0, 1) * np.float32(0.8 + 0.2 * opacity)
     glow = np.minimum(strength, INK) * np.float32(0.5 * halo / INK)
     patch += glow * ((0.0 if lighter else 1.0) - patch)
     patch += coverage * (colour.astype(np.float32)[:, None, None] - patch)
-    # rounding can lead beyond
+    # rounding can exceed 1
     np.minimum(patch, 1, out=patch)
 
 
 def classification(scene: Scene) -> tuple[Tensor, int]:
-    """Image [3, H, W] and the dominant digit, 0..9."""
+    """Return the image [3, H, W] and the dominant digit, 0..9."""
     return torch.from_numpy(scene.image), int(scene.labels[0]) - 1
 
 
 def segmentation(scene: Scene) -> tuple[Tensor, Tensor]:
-    """Image [3, H, W] and class map [H, W] int64: 0 background, 1..10 digits."""
+    """Return the image [3, H, W] and the class map [H, W] int64: 0 background, 1..10 digits."""
     return torch.from_numpy(scene.image), torch.from_numpy(scene.semantic)
 
 
 def detection(scene: Scene) -> tuple[Tensor, dict]:
-    """Image [3, H, W] and torchvision's target: boxes, labels (1..10), masks, area in pixels, iscrowd, image_id."""
+    """Return the image [3, H, W] and torchvision's target: boxes, labels (1..10), masks, area in pixels, iscrowd, image_id."""
     masks = torch.from_numpy(scene.masks)
     target = {
         "boxes": tv_tensors.BoundingBoxes(torch.from_numpy(scene.boxes), format="XYXY", canvas_size=scene.owner.shape),
@@ -193,7 +192,7 @@ def detection(scene: Scene) -> tuple[Tensor, dict]:
 
 
 def photograph(scene: Scene) -> Tensor:
-    """Image [3, H, W] alone, a crop of a photograph without digits."""
+    """Return the image [3, H, W] alone, a crop of a photograph without digits."""
     return torch.from_numpy(scene.image)
 
 
@@ -203,20 +202,22 @@ VIEWS: dict[str, Callable] = {view.__name__: view for view in (classification, s
 class Scenes(Dataset):
     """Scenes as a data set for one task.
 
-    `view` says what an item is: "classification" (image, digit), "segmentation" (image, class map), "detection" (image, torchvision's
-    target with masks), "photograph" (a crop without digits, for inpainting). Images are float32 [3, H, W] in 0..1, not normalised
-    (see MEAN, STD).
-
-    An item depends on (seed, split, size, objects, epoch, index) only, never on order, worker or process. `scenes[index]` is of epoch 0;
-    `scenes[epoch, index]` gives training a fresh scene in every epoch.
+    Images are float32 [3, H, W] in [0, 1], not normalised (see MEAN, STD). An item depends only on (seed, split, size, objects, epoch,
+    index), and not on order, worker or process. `scenes[index]` is of epoch 0; `scenes[epoch, index]` gives training new scenes in every
+    epoch.
 
     Args:
         split: "train" or "val".
-        length: scenes in an epoch.
+        length: the number of scenes in an epoch.
         size: side, or (height, width), in pixels, each at least 16.
+        seed: fixes the scenes.
         objects: least and largest number of digits in a scene.
+        view: what an item is: "classification" (image, digit), "segmentation" (image, class map), "detection" (image, torchvision's target
+            with masks), or "photograph" (a crop without digits, for inpainting).
 
-    Raises ValueError for an argument out of its domain and ModuleNotFoundError where the packages with the images are missing.
+    Raises:
+        ValueError: an argument is out of its domain.
+        ModuleNotFoundError: a package with the images is missing.
     """
 
     def __init__(
@@ -227,7 +228,7 @@ class Scenes(Dataset):
         seed: int = 0,
         objects: tuple[int, int] = (1, 3),
         view: str = "segmentation",
-    ):
+    ) -> None:
         check_split(split)
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         if len(self.size) != 2 or min(self.size) < SMALLEST_SIDE:
@@ -241,15 +242,16 @@ class Scenes(Dataset):
         if length < 1 or seed < 0:
             raise ValueError(f"length must be at least 1 and seed at least 0, got length={length}, seed={seed}")
         self.split, self.length, self.seed, self.view = split, length, seed, view
-        # read here, so that a missing package is reported at once and forked workers share the images
-        load_photographs(split), load_digit_scans(split)
+        # loaded here, so that a missing package is reported at once and forked workers share the images
+        load_photographs(split)
+        load_digit_scans(split)
 
     def __len__(self) -> int:
         return self.length
 
     def scene(self, key: int | tuple[int, int]) -> Scene:
-        """The scene behind item `key`, index or (epoch, index), with everything there is to know about it."""
+        """Return the whole scene of an item; `key` is index or (epoch, index)."""
         return compose(self.split, self.size, (self.seed, *split_key(key, self.length)), self.objects)
 
-    def __getitem__(self, key: int | tuple[int, int]):
+    def __getitem__(self, key: int | tuple[int, int]) -> Any:
         return VIEWS[self.view](self.scene(key))

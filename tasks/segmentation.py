@@ -16,10 +16,11 @@ from .task import MakeOptimizer, MakeSchedule, Task, View
 
 
 def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
-    """Scores over the whole set from a confusion matrix [classes, classes] (rows: truth).
+    """Compute the scores of a whole set from its confusion matrix [classes, classes], whose rows are the truth.
 
     Returns:
-        "IoU" [classes] (NaN where a class is in neither truth nor prediction), "mIoU" over the others, "pixel_accuracy".
+        "IoU" [classes], NaN for a class that is in neither truth nor prediction; "mIoU", the mean over the other classes;
+        "pixel_accuracy".
     """
     confusion = confusion.double()
     hits = confusion.diagonal()
@@ -28,12 +29,12 @@ def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
 
 
 def reduce_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Labels [N, H, W] -> [N, *size], each the label in the middle of its cell, where bilinear interpolation puts the cell's logits."""
+    """Take labels [N, H, W] at the centres of the cells of a map -> [N, *size]; bilinear interpolation puts a cell's logits there, too."""
     return F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].long()
 
 
 class PadToStride:
-    """Merge samples of several sizes: images padded with 0, labels with 255, to the largest size, a multiple of `stride` pixels."""
+    """Merge samples of several sizes: pad images with 0 and labels with 255 to the largest size, rounded up to a multiple of `stride`."""
 
     def __init__(self, stride: int) -> None:
         self.stride = stride
@@ -51,25 +52,24 @@ class PadToStride:
 
 
 class Segmentation(Task):
-    """Train and evaluate a network that maps images [N, 3, H, W] to logits [N, classes, h, w], h and w a fraction of H and W.
+    """Train and evaluate a network that maps images [N, 3, H, W] to logits [N, classes, h, w], where h and w are a fraction of H and W.
 
-    The loss is taken at the resolution of the logits, with labels by nearest neighbour, as UperNet's reference implementation does;
-    scores at the resolution of the labels, with logits interpolated bilinearly.
+    The loss is computed at the resolution of the logits, with labels by nearest neighbour, as in UperNet's reference implementation. Scores
+    are computed at the resolution of the labels, with logits interpolated bilinearly.
 
     Args:
         model: the network, as a function of the number of classes.
-        class_names: one a class; label 255 is ignored, and a class "background" stays unpainted in pictures.
-        optimizer: takes parameter groups (no weight decay on norms and biases).
-        schedule: takes (optimizer, total_iters=steps of the training) and is stepped after every optimizer step.
-        auxiliary_weight: of the loss of further logits, which a network that has them returns in training as (logits, further, ...).
-        inference_resize: brings images to the size at which they are predicted; as they are if None.
+        class_names: one name for each class. Label 255 is ignored, and pictures do not paint a class "background".
+        optimizer, schedule: see `Task`; norms and biases have no weight decay.
+        auxiliary_weight: weight of the auxiliary losses; a network with auxiliary classifiers returns (logits, auxiliary, ...) in training.
+        inference_resize: resizes images for the prediction; None keeps their size.
         scales, flip, window: see `carafepp.tasks.inference.predict_labels`.
-        mean, std: of the images' channels, in [0, 1].
+        mean, std: mean and standard deviation of the images' channels, in [0, 1].
 
     Raises:
-        ValueError: a scale is not above 0, or the window too small.
+        ValueError: a scale is not above 0, or the window is too small.
 
-    `per_class` holds the table of the last validation: class, IoU (None where it is in neither truth nor prediction), pixels of the truth.
+    A row of `per_class` holds a class, its IoU (None if it is in neither truth nor prediction) and its pixels in the truth.
     """
 
     monitor = "val/mIoU"
@@ -101,14 +101,14 @@ class Segmentation(Task):
         self.confusion = MulticlassConfusionMatrix(len(class_names), ignore_index=IGNORED)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images [N, 3, H, W] in [0, 1] to logits at the network's own resolution (in training also auxiliary ones, as a tuple)."""
+        """Map images [N, 3, H, W] in [0, 1] to logits at the network's resolution, in training to a tuple with auxiliary logits if any."""
         return self.model(normalize(images, self.mean, self.std))
 
     def setup(self, stage: str) -> None:
-        """See that the network tells as many classes as the data has.
+        """Check that the network has as many classes as the data.
 
         Raises:
-            ValueError: there are more in the data.
+            ValueError: the data has more.
         """
         for name in ("train", "val"):
             classes = getattr(getattr(self.trainer.datamodule, name, None), "num_classes", 0)

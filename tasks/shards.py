@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files read as streams, the form that scales to clusters and object stores. Needs carafepp[shards]."""
+"""WebDataset shards, tar files that are read as streams, for clusters and object stores. Needs carafepp[shards]."""
 
 import io
 import random
@@ -18,26 +18,28 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 class Shards(IterableDataset):
-    """Endless training stream of batches (images [size, 3, H, W] float32 in 0..1, labels [size]), cut after `batches`.
+    """Training stream of `batches` batches (images [size, 3, H, W] float32 in [0, 1], labels [size]).
 
     A sample of a shard is an image (jpg, jpeg, png, webp) and the number of its class (cls) under one name. Every process and worker reads
-    shards of its own, in an order fixed by (seed, epoch), through a buffer that shuffles samples.
+    its own shards, in an order fixed by (seed, epoch), through a buffer that shuffles samples.
 
-    A training that continues at batch `start` skips the shards that were read by then: it continues at a shard, not at a sample, so
-    that some samples of one epoch come twice and others not at all. Data sets that are not streams continue exactly.
+    A training that continues at batch `start` skips the shards that were read before. It continues at a shard and not at a sample, so that
+    one epoch repeats some samples and omits others. Data sets that are not streams continue exactly.
 
     Args:
         shards: names, paths or addresses, as webdataset opens them; "train-{0000..0127}.tar" means 128.
-        transforms: maps a PIL image to the like; its randomness is a function of (seed, epoch, name of the sample).
+        transforms: maps a PIL image to another; its randomness is a function of (seed, epoch, name of the sample).
         seed: fixes orders and transforms.
-        buffer: samples among which is shuffled.
+        buffer: the number of samples that are shuffled among each other.
 
     Raises:
         ModuleNotFoundError: webdataset is missing.
-        ValueError: there are fewer shards than readers; while reading, naming shard and sample: the image or the label cannot be read.
+        ValueError: there are fewer shards than readers; while reading, naming shard and sample, an image or a label cannot be read.
     """
 
-    def __init__(self, shards: str, transforms: Callable[[Image.Image], Image.Image] | None = None, seed: int = 0, buffer: int = 2000):
+    def __init__(
+        self, shards: str, transforms: Callable[[Image.Image], Image.Image] | None = None, seed: int = 0, buffer: int = 2000
+    ) -> None:
         try:
             from webdataset.shardlists import expand_urls
         except ModuleNotFoundError:
@@ -48,7 +50,7 @@ class Shards(IterableDataset):
         self.rank = 0
 
     def __len__(self) -> int:
-        """Batches of the whole training on this device, those before `start` included."""
+        """Return the number of batches of the whole training on this device, including those before `start`."""
         return self.batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -59,7 +61,7 @@ class Shards(IterableDataset):
                 f"every reader needs a shard, got {len(self.names)} shards for {self.world_size} processes x {workers} workers"
             )
         samples = self._samples(self.rank * workers + index, self.world_size * workers, self.start // workers)
-        # the loader takes a batch of each worker in turn
+        # the loader takes one batch of each worker in turn
         for _ in range(self.start + index, self.batches, workers):
             yield default_collate([next(samples) for _ in range(self.batch_size)])
 
@@ -98,7 +100,7 @@ class Shards(IterableDataset):
 
 
 class ShardData(Data):
-    """Training from shards, validation from a data set of another kind; `length` is the number of training samples.
+    """Training from shards, validation from a map-style data set; `length` is the number of training samples.
 
     Raises:
         ValueError: the global batch does not divide by devices x accumulation, or exceeds `length`.
@@ -109,10 +111,10 @@ class ShardData(Data):
         self.length = length
 
     def train_dataloader(self) -> DataLoader:
-        """One pass of this loader is the whole training."""
+        """Return a loader whose single pass is the whole training."""
         train, trainer = self.train, self.trainer
         accumulate, train.rank, train.world_size = trainer.accumulate_grad_batches, trainer.global_rank, trainer.world_size
-        # of an epoch's bookkeeping, a stream needs the number of batches
+        # a stream needs the number of batches, and nothing else of TrainBatches
         train.batches = len(
             TrainBatches(
                 self.length, self.batch_size, epochs=self.epochs, seed=self.seed, accumulate=accumulate, world_size=train.world_size

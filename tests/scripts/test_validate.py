@@ -54,5 +54,5 @@ def test_what_is_missing_is_said(given, error, message):
 
 def test_file_that_is_cut_off_is_named(tmp_path):
     (tmp_path / "cut.json").write_text(json.dumps(content())[:-40])
-    with pytest.raises(ValueError, match="is no whole JSON file"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         find_problems(tmp_path / "cut.json", tmp_path, decode=False)

@@ -162,7 +162,7 @@ def test_undamaged_files_have_no_problem(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"images": [{"id": 139, "fi', "is no whole JSON file"),
+        ('{"images": [{"id": 139, "fi', "is not valid JSON"),
         ("[1, 2]", "must hold an object"),
         ('{"images": [], "categories": []}', "lists no images"),
         ('{"images": [{"id": 1}], "annotations": 5, "categories": []}', "list of objects 'annotations'"),
