@@ -8,7 +8,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms.v2.functional import normalize
 
 from .pictures import caption
-from .task import MakeOptimizer, MakeSchedule, Task, View
+from .task import MakeOptimizer, MakeSchedule, Task, View, register_metrics
 
 
 class Classification(Task):
@@ -43,9 +43,8 @@ class Classification(Task):
         self.inference_transform = inference_transform
         self.mean, self.std = list(mean), list(std)
         # with fewer than five classes, top-5 takes all of them
-        self.accuracies = nn.ModuleDict(
-            {f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)}
-        )
+        accuracies = {f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)}
+        self.accuracies = register_metrics(accuracies)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [N, 3, H, W] in [0, 1] to logits [N, classes]."""

@@ -101,7 +101,7 @@ class COCO(ImageFiles):
 
     def read(self, index: int) -> tuple[tv_tensors.Image, dict]:
         """Read an image and its target."""
-        image_id, name, height, width, objects = pickle.loads(self.records[self.ends[index - 1] if index else 0 : self.ends[index]])
+        image_id, name, height, width, objects = pickle.loads(self.records[self.ends[index - 1] if index else 0 : self.ends[index]].data)
         path = self.images / name
         image = read_image(path)
         if image.size != (width, height):
@@ -115,7 +115,7 @@ class COCO(ImageFiles):
     def _target(self, image_id: int, size: tuple[int, int], objects: list[tuple]) -> dict:
         boxes = torch.tensor([clip_box(box, size) for _, box, _, _ in objects], dtype=torch.float32).reshape(-1, 4)
         target = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),  # pyright: ignore[reportCallIssue]
             "labels": torch.tensor([label for label, *_ in objects], dtype=torch.int64),
             "area": torch.tensor([area for _, _, area, _ in objects], dtype=torch.float32),
             "iscrowd": torch.zeros(len(objects), dtype=torch.int64),

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as rle
@@ -160,7 +160,7 @@ def _check_annotation_entries(content: dict) -> Iterator[Violation]:
 def _check_shape(annotation: dict, size: tuple[int, int], categories: set[int], segmented: bool) -> tuple[str | None, str]:
     """Return rule and detail of the first problem with box, mask or category, or (None, "")."""
     box, shape = annotation.get("bbox"), annotation.get("segmentation")
-    if not _is_box(box) or not _are_finite([annotation["area"]]):
+    if box is None or not _is_box(box) or not _are_finite([annotation["area"]]):
         return "bbox or area is not made of finite numbers", f"bbox {box}, area {annotation.get('area')}"
     if not shape and segmented:
         return "segmentation missing, others have one", f"got {shape}"
@@ -282,9 +282,9 @@ def refuse_or_count(problems: Sequence[Violation], annotations: str | Path) -> N
 
 def decode_mask(shape: list | dict, size: tuple[int, int]) -> np.ndarray:
     """Decode polygons or run lengths -> [H, W] uint8 in {0, 1}, as pycocotools' annToMask."""
-    runs = shape
-    if isinstance(shape, list):
-        runs = rle.merge(rle.frPyObjects(shape, *size))
-    elif isinstance(shape["counts"], list):
-        runs = rle.frPyObjects(shape, *size)
+    runs: Any = shape
+    if isinstance(runs, list):
+        runs = rle.merge(rle.frPyObjects(runs, *size))
+    elif isinstance(runs["counts"], list):
+        runs = rle.frPyObjects(runs, *size)
     return rle.decode(runs)

@@ -2,7 +2,8 @@
 
 import contextlib
 import io
-from collections.abc import Collection, Sequence, Sized
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as rle
@@ -21,7 +22,7 @@ def encode_masks(masks: Tensor) -> list[dict]:
     """Encode masks [n, H, W] in {0, 1} as compressed run lengths for JSON."""
     if len(masks) == 0:
         return []
-    lengths = rle.encode(np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(np.uint8)))
+    lengths: Any = rle.encode(np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(np.uint8)))
     return [{"size": list(each["size"]), "counts": each["counts"].decode()} for each in lengths]
 
 
@@ -48,7 +49,7 @@ def format_results(found: dict[str, Tensor], image_id: int, category_ids: Sequen
     return kinds
 
 
-def read_ground_truth(data: Sized, class_names: Sequence[str]) -> dict:
+def read_ground_truth(data: Any, class_names: Sequence[str]) -> dict:
     """Return the content of a COCO annotation file for a data set whose items are (image, torchvision's target).
 
     A data set that has such a file returns it from its method `ground_truth`. For any other, all items are read, and label 1, 2, ... is
@@ -72,7 +73,12 @@ def read_ground_truth(data: Sized, class_names: Sequence[str]) -> dict:
 
 
 def average_precision(
-    truth: dict, found: list[dict], kind: str, *, image_ids: Collection[int] | None = None, sides: tuple[float, float] = COCO_SIDES
+    truth: dict,
+    found: list[dict],
+    kind: str,
+    *,
+    image_ids: Collection[int] | None = None,
+    sides: tuple[float, float] = COCO_SIDES,
 ) -> dict[str, float]:
     """Compute AP, AP50, AP75, APs, APm and APl as fractions, by pycocotools' COCOeval.
 
@@ -88,13 +94,14 @@ def average_precision(
     """
     # pycocotools prints its progress
     with contextlib.redirect_stdout(io.StringIO()):
-        reference, detections = COCO(), COCO()
+        reference: Any = COCO()
+        detections: Any = COCO()
         reference.dataset = truth
         reference.createIndex()
         if found:
             # loadRes modifies the entries
             detections = reference.loadRes([dict(entry) for entry in found])
-        evaluation = COCOeval(reference, detections, kind)
+        evaluation: Any = COCOeval(reference, detections, kind)  # pyright: ignore[reportArgumentType]
         if image_ids is not None:
             evaluation.params.imgIds = sorted(image_ids)
         small, medium = (side**2 for side in sides)

@@ -1,10 +1,19 @@
 """Batches keyed by (epoch, index): independent of the number of workers and devices, and resumable at any batch."""
 
 from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import Any, Protocol
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
+
+
+class SizedDataset(Protocol):
+    """A map-style data set with a length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Any) -> Any: ...
 
 
 class TrainBatches(Sampler[list[tuple[int, int]]]):
@@ -117,8 +126,8 @@ class Data(L.LightningDataModule):
 
     def __init__(
         self,
-        train: Dataset | None,
-        val: Dataset,
+        train: Any,
+        val: SizedDataset,
         *,
         batch_size: int,
         epochs: float,
@@ -135,13 +144,18 @@ class Data(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of batches that the saved weights have seen."""
-        return {"batches": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed}
+        return {"batches": self._attached().fit_loop.epoch_loop.batch_progress.total.processed}  # pyright: ignore[reportAttributeAccessIssue]
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Let the next training loader continue after those batches."""
         self.start = state_dict["batches"]
 
-    def _loader(self, data: Dataset, **options) -> DataLoader:
+    def _attached(self) -> L.Trainer:
+        """Return the trainer, which exists while Lightning calls the methods of the module."""
+        assert self.trainer is not None
+        return self.trainer
+
+    def _loader(self, data: Any, **options: Any) -> DataLoader:
         # with its own generator, an iterator does not draw from torch's global one, which the checkpoint restores
         generator = torch.Generator().manual_seed(self.seed)
         pin_memory = torch.cuda.is_available()
@@ -149,14 +163,15 @@ class Data(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return a loader whose single pass is the whole training."""
+        trainer = self._attached()
         batches = TrainBatches(
             len(self.train),
             self.batch_size,
             epochs=self.epochs,
             seed=self.seed,
-            accumulate=self.trainer.accumulate_grad_batches,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
             groups=getattr(self.train, "groups", None),
         )
         batches.start = self.start
@@ -164,5 +179,11 @@ class Data(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Return a loader of every validation sample once, over all processes."""
-        sampler = EvalIndices(self.val, self.trainer.global_rank, self.trainer.world_size)
+        trainer = self._attached()
+        sampler = EvalIndices(self.val, trainer.global_rank, trainer.world_size)
         return self._loader(self.val, batch_size=self.val_batch_size, sampler=sampler)
+
+
+def get_data(trainer: L.Trainer) -> Data:
+    """Return the data module that a trainer works with."""
+    return trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]

@@ -4,7 +4,9 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from .coco_eval import COCO_SIDES, average_precision, format_results, read_ground_truth
+from .data import get_data
 from .image_files import to_plain
 from .pictures import draw_instances, enlarge, pick_colors
 from .runs import write_atomically
@@ -52,6 +55,8 @@ class Detection(Task):
     monitor = "val/box_AP"
     direction = "max"
     bench_size = (800, 1333)
+    # the parts of torchvision's detectors have no types
+    model: Any
 
     def __init__(
         self,
@@ -103,7 +108,7 @@ class Detection(Task):
         # the network would resize masks that it does not use
         unused = set() if self.has_masks else {"masks"}
         losses = self(images, [{name: value for name, value in target.items() if name not in unused} for target in targets])
-        loss = sum(losses.values())
+        loss = reduce(torch.add, losses.values())
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in losses.items()})
         return loss
@@ -114,7 +119,7 @@ class Detection(Task):
         Raises:
             ValueError: the validation set of a training has no objects, or the network predicts masks and the annotations have none.
         """
-        data, fits = self.trainer.datamodule, stage == "fit"
+        data, fits = get_data(self.trainer), stage == "fit"
         self.truth = read_ground_truth(data.val, self.class_names)
         objects = any(not annotation["iscrowd"] for annotation in self.truth["annotations"])
         if fits and not objects:
@@ -141,7 +146,7 @@ class Detection(Task):
         image_ids = _gather(self.image_ids)
         found = {kind: _gather(entries) for kind, entries in self.found.items()}
         # one process evaluates: the others would need as much memory and time for the same scores
-        scores = [self._evaluate(image_ids, found) if self.trainer.is_global_zero else None]
+        scores: list[Any] = [self._evaluate(image_ids, found) if self.trainer.is_global_zero else None]
         if dist.is_initialized():
             dist.broadcast_object_list(scores)
         self.image_ids, self.found = [], {}
@@ -220,6 +225,6 @@ def _gather(entries: list) -> list:
     """Return the entries of all processes in the process that evaluates, and none in the others."""
     if not dist.is_initialized():
         return entries
-    parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(entries, parts)
     return [entry for part in parts or [] for entry in part]

@@ -20,7 +20,8 @@ class Digits(Dataset):
 
     def __init__(self, split: str, size: int = 64, transforms: Callable[[Tensor], Tensor] | None = None, seed: int = 0) -> None:
         scans = load_digit_scans(split)
-        self.images = torch.stack([F.pil_to_tensor(F.resize(scan, [size, size])) for digit in scans for scan in digit])
+        resized = (F.resize(scan, [size, size]) for digit in scans for scan in digit)  # pyright: ignore[reportArgumentType]
+        self.images = torch.stack([F.pil_to_tensor(scan) for scan in resized])
         self.labels = [digit for digit, of_digit in enumerate(scans) for _ in of_digit]
         self.transforms, self.seed = transforms, seed
 

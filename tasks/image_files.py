@@ -1,6 +1,5 @@
 """The base of data sets whose samples are read from image files."""
 
-import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -38,7 +37,9 @@ class ImageFiles(Dataset, ABC):
     """
 
     def __init__(self, transforms: Callable | None, seed: int, *, skip_damaged: bool) -> None:
-        self.transforms, self.seed, self.skip_damaged = transforms, seed, skip_damaged
+        # not called while it is None
+        self.transforms: Any = transforms
+        self.seed, self.skip_damaged = seed, skip_damaged
 
     @abstractmethod
     def __len__(self) -> int:
@@ -69,13 +70,15 @@ class ImageFiles(Dataset, ABC):
         return (pixels, *map(to_plain, rest)) if rest else pixels
 
     def _read_or_next(self, index: int) -> tuple[Any, ...]:
-        for attempt in itertools.count():
+        damaged = 0
+        while True:
             try:
-                return self.read((index + attempt) % len(self))
+                return self.read((index + damaged) % len(self))
             except (FileNotFoundError, ValueError) as error:
-                if not self.skip_damaged or attempt == MOST_DAMAGED:
+                if not self.skip_damaged or damaged == MOST_DAMAGED:
                     raise
                 logger.warning("%s; the next image takes its place", error)
+            damaged += 1
 
 
 def to_plain(value: Any) -> Any:

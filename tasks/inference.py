@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ class _Axis:
 def predict_labels(
     network: Callable[[Tensor], Tensor],
     images: Tensor,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     *,
     base: Callable[[Tensor], Tensor] | None = None,
     scales: Sequence[float] = (1.0,),
@@ -97,7 +98,7 @@ def predict_labels(
             band = max(1, BAND // (seen[0][0][:, :, 0, 0].numel() * (column[1] - column[0])))
             for first in range(0, tile[1] - tile[0], band):
                 scores = [_interpolate(logits, ys[first : first + band], xs) for logits, ys, xs in seen]
-                total = scores[0] if len(scores) == 1 else sum(score.softmax(1) for score in scores)
+                total = scores[0] if len(scores) == 1 else reduce(torch.add, (score.softmax(1) for score in scores))
                 top = tile[0] + first
                 labels[:, top : top + total.shape[2], slice(*column)] = total.argmax(1)
     return labels

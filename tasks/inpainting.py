@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from ..models.discriminator import average_over_hole
 from .images import read_image
 from .masks import read_mask
-from .task import MakeOptimizer, MakeSchedule, Task, View
+from .task import MakeOptimizer, MakeSchedule, Task, View, register_metrics
 
 
 def mean_within(values: Tensor, masks: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def shrink(image: Tensor, mask: Tensor, max_side: int | None) -> tuple[Tensor, T
         raise ValueError(f"max_side must be at least 1, got {max_side}")
     if max(size) <= max_side:
         return image, mask
-    small = [max(1, round(side * max_side / max(size))) for side in size]
+    small = max(1, round(size[0] * max_side / max(size))), max(1, round(size[1] * max_side / max(size)))
     # mean and maximum over the same cells keep the colours of the hole out of known pixels
     return F.adaptive_avg_pool2d(image, small), F.adaptive_max_pool2d(mask, small)
 
@@ -83,7 +83,7 @@ class Inpainting(Task):
         super().__init__(model, optimizer=optimizer, schedule=schedule)
         self.discriminator = discriminator
         self.hole_weight, self.valid_weight, self.adversarial_weight = hole_weight, valid_weight, adversarial_weight
-        self.scores = nn.ModuleDict({name: MeanMetric() for name in ("L1", "psnr", "ssim", "L1_hole", "psnr_hole")})
+        self.scores = register_metrics({name: MeanMetric() for name in ("L1", "psnr", "ssim", "L1_hole", "psnr_hole")})
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """Fill the holes of images [N, 3, H, W] in [0, 1], where masks [N, 1, H, W] are 1 -> [N, 3, H, W] in [0, 1]; None is no hole."""

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .data import SizedDataset
 from .images import is_image, read_image
 from .keyed import split_key
 
@@ -89,7 +90,7 @@ class Box:
         return hole
 
     def _span(self, rng: np.random.Generator, length: int) -> tuple[int, int]:
-        size = max(1, round(rng.uniform(*self.side) * length))
+        size = max(1, round(rng.uniform(self.side[0], self.side[1]) * length))
         return int(rng.integers(length - size + 1)), size
 
 
@@ -149,7 +150,7 @@ class Masked(Dataset):
         seed: fixes the holes.
     """
 
-    def __init__(self, images: Dataset, masks: DrawHole, seed: int = 0) -> None:
+    def __init__(self, images: SizedDataset, masks: DrawHole, seed: int = 0) -> None:
         self.images, self.masks, self.seed = images, masks, seed
 
     def __len__(self) -> int:

@@ -15,6 +15,7 @@ The split is by photograph and not by regions of photographs, because few photog
 import functools
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -52,7 +53,7 @@ ENLARGEMENT = 6
 
 def _package(name: str) -> Path:
     spec = find_spec(name)
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"the embedded images need {name}, which is not installed: pip install 'carafepp[demo]'", name=name)
     return Path(spec.origin).parent
 
@@ -95,7 +96,7 @@ def load_digit_scans(split: str) -> tuple[tuple[Image.Image, ...], ...]:
     # importing scikit-learn takes a second, and only the scenes need it
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()
     part = slice(None, -VALIDATION_SCANS) if split == "train" else slice(-VALIDATION_SCANS, None)
     ink = np.pad(data.images[part] * (255 / 16), ((0, 0), (1, 1), (1, 1))).round().astype(np.uint8)
     side = ink.shape[1] * ENLARGEMENT

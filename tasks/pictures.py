@@ -4,6 +4,7 @@ import colorsys
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid, save_image
 
+from .data import get_data
 from .task import Task
 
 # Least sides in pixels of a picture that is drawn on, and of a picture beside others.
@@ -29,7 +31,8 @@ def pick_colors(size: int) -> list[tuple[int, int, int]]:
     """Return `size` colours; those of neighbouring labels differ clearly."""
     # the golden ratio spreads the hues of any number of labels
     hues = [(label * 0.6180339887) % 1 for label in range(size)]
-    return [tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.65 + 0.35 * (i % 2), 1.0)) for i, hue in enumerate(hues)]
+    colors = (colorsys.hsv_to_rgb(hue, 0.65 + 0.35 * (i % 2), 1.0) for i, hue in enumerate(hues))
+    return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in colors]
 
 
 def overlay(image: Tensor, labels: Tensor, *, unpainted: Collection[int], alpha: float = 0.6) -> Tensor:
@@ -52,7 +55,8 @@ def draw_instances(
             tint[:, mask] = torch.tensor(color)[:, None] / 255
         image = (image + tint) / 2
     picture = to_pil_image(image)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(14, max(picture.size) // 50))
+    draw = ImageDraw.Draw(picture)
+    font: Any = ImageFont.load_default(max(14, max(picture.size) // 50))
     instances = list(zip(boxes.tolist(), names, colors, strict=True))[::-1]
     for box, _, color in instances:
         draw.rectangle(box, outline=color, width=2)
@@ -116,7 +120,7 @@ class Pictures(L.Callback):
             return
         assert isinstance(pl_module, Task)
         pl_module.eval()
-        data = trainer.datamodule.val
+        data: Any = get_data(trainer).val
         convert = trainer.precision_plugin.convert_input
         rows = [pl_module.pictures(convert(data[index])) for index in range(min(self.count, len(data)))]
         (self.folder / "pictures").mkdir(exist_ok=True)

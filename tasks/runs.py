@@ -15,6 +15,7 @@ import random
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .data import get_data
 from .task import Task
 
 
@@ -72,11 +74,11 @@ class LastCheckpoint(L.Callback):
     def __init__(self, folder: str | Path, every_n_steps: int) -> None:
         self.path, self.every_n_steps = Path(folder) / "last.ckpt", every_n_steps
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write the checkpoint at every `every_n_steps`-th optimizer step, unless a validation follows."""
         done = batch_idx + 1
         at_step = done % trainer.accumulate_grad_batches == 0
-        validates = done % trainer.val_check_batch == 0
+        validates = done % trainer.val_check_batch == 0  # pyright: ignore[reportOperatorIssue]
         if at_step and not validates and trainer.global_step % self.every_n_steps == 0:
             trainer.save_checkpoint(self.path, weights_only=False)
 
@@ -90,11 +92,12 @@ class RandomState(L.Callback):
     """Carry the states of the random generators through checkpoints."""
 
     def __init__(self) -> None:
-        self.restored = None
+        self.restored: dict | None = None
 
     def state_dict(self) -> dict:
         """Return the states of the random generators as tensors and primitives."""
-        kind, keys, position, has_gauss, gauss = np.random.get_state()
+        numpy_state: Any = np.random.get_state()
+        kind, keys, position, has_gauss, gauss = numpy_state
         return {
             "python": random.getstate(),
             "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
@@ -159,7 +162,7 @@ class RunRecord(L.Callback):
         """Start the clocks."""
         self.started = self._clocks()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add the training's metrics to metrics.csv at every `log_every_n_steps`-th optimizer step."""
         at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if at_step and trainer.global_step % self.log_every_n_steps == 0:
@@ -184,7 +187,7 @@ class RunRecord(L.Callback):
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, Task)
-        image = trainer.precision_plugin.convert_input(trainer.datamodule.val[0][0]).to(pl_module.device)
+        image = trainer.precision_plugin.convert_input(get_data(trainer).val[0][0]).to(pl_module.device)
         if pl_module.flops_size:
             image = image.new_zeros(3, *pl_module.flops_size)
         result = {

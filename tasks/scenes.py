@@ -90,7 +90,7 @@ def compose(split: str, size: tuple[int, int], key: tuple[int, int, int], object
         height = min(size) * low * (high / low) ** rng.random()
         ink = _ink(rng, scans[rng.integers(len(scans))], height, size)
         mask = ink >= INK
-        area = np.count_nonzero(mask)
+        area = int(np.count_nonzero(mask))
         place = _free_place(rng, owner, mask, areas)
         if area == 0 or place is None:
             continue
@@ -181,7 +181,7 @@ def detection(scene: Scene) -> tuple[Tensor, dict]:
     """Return the image [3, H, W] and torchvision's target: boxes, labels (1..10), masks, area in pixels, iscrowd, image_id."""
     masks = torch.from_numpy(scene.masks)
     target = {
-        "boxes": tv_tensors.BoundingBoxes(torch.from_numpy(scene.boxes), format="XYXY", canvas_size=scene.owner.shape),
+        "boxes": tv_tensors.BoundingBoxes(torch.from_numpy(scene.boxes), format="XYXY", canvas_size=scene.owner.shape),  # pyright: ignore[reportCallIssue]
         "labels": torch.from_numpy(scene.labels),
         "masks": tv_tensors.Mask(masks),
         "area": masks.sum((1, 2), dtype=torch.float32),
@@ -230,15 +230,17 @@ class Scenes(Dataset):
         view: str = "segmentation",
     ) -> None:
         check_split(split)
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
-        if len(self.size) != 2 or min(self.size) < SMALLEST_SIDE:
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        if len(sides) != 2 or min(sides) < SMALLEST_SIDE:
             raise ValueError(f"size must be a side or (height, width) of at least {SMALLEST_SIDE} pixels, got {size}")
+        self.size = sides[0], sides[1]
         if view not in VIEWS:
             raise ValueError(f"view must be one of {', '.join(VIEWS)}, got {view!r}")
-        self.objects = (0, 0) if view == "photograph" else tuple(objects)
+        limits = (0, 0) if view == "photograph" else tuple(objects)
         least = 1 if view == "classification" else 0
-        if len(self.objects) != 2 or not least <= self.objects[0] <= self.objects[1] <= 255:
+        if len(limits) != 2 or not least <= limits[0] <= limits[1] <= 255:
             raise ValueError(f"objects must be (least, largest) with {least} <= least <= largest <= 255 for {view}, got {objects}")
+        self.objects = limits[0], limits[1]
         if length < 1 or seed < 0:
             raise ValueError(f"length must be at least 1 and seed at least 0, got length={length}, seed={seed}")
         self.split, self.length, self.seed, self.view = split, length, seed, view

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms.v2.functional import normalize
 
+from .data import get_data
 from .inference import check_inference, predict_labels
 from .label_maps import IGNORED
 from .pictures import draw_legend, overlay
@@ -28,7 +29,7 @@ def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
     return {"IoU": iou, "mIoU": iou.nanmean(), "pixel_accuracy": hits.sum() / confusion.sum()}
 
 
-def reduce_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+def reduce_labels(labels: Tensor, size: tuple[int, ...]) -> Tensor:
     """Take labels [N, H, W] at the centres of the cells of a map -> [N, *size]; bilinear interpolation puts a cell's logits there, too."""
     return F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].long()
 
@@ -111,7 +112,7 @@ class Segmentation(Task):
             ValueError: the data has more.
         """
         for name in ("train", "val"):
-            classes = getattr(getattr(self.trainer.datamodule, name, None), "num_classes", 0)
+            classes = getattr(getattr(get_data(self.trainer), name), "num_classes", 0)
             if classes > len(self.class_names):
                 raise ValueError(
                     f"class_names must name the {classes} classes of data.{name}, got {len(self.class_names)} names; "

@@ -3,14 +3,15 @@
 import io
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from torchvision.transforms.v2 import functional as F
 
-from .data import Data, TrainBatches
+from .data import Data, SizedDataset, TrainBatches
 from .images import read_image
 from .keyed import keyed_rng
 
@@ -66,7 +67,7 @@ class Shards(IterableDataset):
             yield default_collate([next(samples) for _ in range(self.batch_size)])
 
     def _samples(self, reader: int, readers: int, batches_read: int) -> Iterator[tuple[Tensor, int]]:
-        from webdataset import shuffle
+        from webdataset.filters import shuffle
         from webdataset.tariterators import tarfile_samples
 
         shards_read = int(batches_read * self.batch_size / self.samples_a_shard)
@@ -106,13 +107,13 @@ class ShardData(Data):
         ValueError: the global batch does not divide by devices x accumulation, or exceeds `length`.
     """
 
-    def __init__(self, train: Shards, val: Dataset, *, length: int, **options) -> None:
+    def __init__(self, train: Shards, val: SizedDataset, *, length: int, **options: Any) -> None:
         super().__init__(train, val, **options)
         self.length = length
 
     def train_dataloader(self) -> DataLoader:
         """Return a loader whose single pass is the whole training."""
-        train, trainer = self.train, self.trainer
+        train, trainer = self.train, self._attached()
         accumulate, train.rank, train.world_size = trainer.accumulate_grad_batches, trainer.global_rank, trainer.world_size
         # a stream needs the number of batches, and nothing else of TrainBatches
         train.batches = len(

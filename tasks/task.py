@@ -2,10 +2,10 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import lightning as L
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .images import read_image
@@ -23,6 +24,11 @@ MakeOptimizer = Callable[[list[dict]], Optimizer]
 
 # (optimizer, total_iters=steps of the training) -> schedule, which is stepped after every optimizer step.
 MakeSchedule = Callable[..., LRScheduler]
+
+
+def register_metrics(named: Mapping[str, Metric]) -> Mapping[str, Metric]:
+    """Make metrics, by name, sub-modules of the task that they are assigned to."""
+    return cast(Mapping[str, Metric], nn.ModuleDict(named))
 
 
 class View(NamedTuple):
