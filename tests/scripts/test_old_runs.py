@@ -1,4 +1,4 @@
-"""Run folders of version 0.1.0 are resumed, evaluated and predicted with; tests/data/README.md says how they came about."""
+"""Run folders of version 0.1.0 are resumed, evaluated and predicted with; tests/data/README.md says how they were made."""
 
 import csv
 import json

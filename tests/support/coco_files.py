@@ -1,4 +1,4 @@
-"""Small data sets in COCO's format, as the public ones are: JPEGs, polygons, run lengths, crowds, empty images, ids with gaps."""
+"""Small data sets in COCO's format with what the public ones contain: JPEGs, polygons, run lengths, crowds, empty images, ids with gaps."""
 
 import json
 from pathlib import Path
@@ -15,13 +15,13 @@ SIZES = {139: (80, 60), 285: (60, 80), 632: (72, 64), 724: (64, 64)}
 
 
 def disc(size: tuple[int, int], x: float, y: float, radius: float) -> np.ndarray:
-    """Mask [H, W] of a disc."""
+    """Return the mask [H, W] of a disc."""
     columns, rows = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     return (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
 
 
 def content() -> dict:
-    """Annotation file: 139 has polygons, 285 run lengths of both kinds and a crowd, 632 a crowd alone, 724 nothing."""
+    """Return an annotation file: 139 has polygons, 285 run lengths of both kinds and a crowd, 632 a crowd alone, 724 nothing."""
     compressed = rle.encode(np.asfortranarray(disc(SIZES[285], 30, 40, 12).astype(np.uint8)))
     crowd = run_lengths(disc(SIZES[285], 15, 15, 10))
     rows = [

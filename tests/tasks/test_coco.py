@@ -86,7 +86,7 @@ def change(annotation=None, **values):
     return apply
 
 
-# what is done to the file, and the image, the annotation and the rule that are to be named
+# a change to the file, and the image, the annotation and the rule that the problem must name
 DAMAGE = [
     (change(813, category_id=4), 285, 813, "unknown category"),
     (change(813, bbox=[70.0, 50.0, 11.0, 11.0]), 285, 813, "box outside the image"),
@@ -138,7 +138,7 @@ def test_damage_is_named_and_never_met_in_training(tmp_path, caplog, damage, ima
         data, val = load(folder), load(folder, "val")
     assert f"1 annotations not {'used' if RULES[rule] == 'unusable' else 'trained on'}: {rule}" in caplog.text
     assert sum(len(data[i][1]["labels"]) for i in range(len(data))) == 3
-    # pycocotools gets along with what is left
+    # pycocotools can use the remaining annotations
     assert average_precision(read_ground_truth(val, NAMES), [], "segm")["AP"] == 0
 
 
@@ -248,7 +248,7 @@ def test_scores_are_those_of_pycocotools_by_hand_on_the_written_file(folder, tmp
     scores = average_precision(read_ground_truth(data, NAMES), entries, kind)
     assert scores == expected
     assert 0 < scores["AP"] < 1
-    # there is no large object
+    # the file has no large object
     assert "APl" not in scores
 
 
@@ -281,7 +281,7 @@ def test_scenes_are_evaluated_by_their_masks():
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(st.lists(st.integers(0, 1), min_size=24, max_size=80), st.integers(1, 4), st.integers(1, 3))
 def test_batches_of_one_orientation(groups, world, pairs):
-    """Devices get pairs of a kind, but for the last odd ones; one process sees the same steps; no image comes twice in an epoch."""
+    """Devices get pairs of one group, except the last odd ones; one process has the same steps; an epoch repeats no image."""
     size = 2 * pairs * world
     streams = [list(TrainBatches(len(groups), size, epochs=2, seed=1, groups=groups, rank=r, world_size=world)) for r in range(world)]
     alone = list(TrainBatches(len(groups), size, epochs=2, seed=1, groups=groups))

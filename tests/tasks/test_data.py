@@ -1,4 +1,4 @@
-"""Batches keyed by (epoch, index): the same samples whatever the devices, the accumulation or the point of resumption."""
+"""Batches keyed by (epoch, index): samples depend neither on devices, nor on accumulation, nor on where a run resumes."""
 
 import numpy as np
 import pytest

@@ -43,7 +43,7 @@ def detection(model=small_network, class_names="0123456789", **options):
 
 
 class Oracle(nn.Module):
-    """Knows the scenes, and finds their digits a little off."""
+    """A detector that knows the scenes and finds their digits with a small offset."""
 
     def __init__(self, scenes: Scenes):
         super().__init__()
@@ -82,7 +82,7 @@ def test_protocol_runs_on_coco_files(tmp_path):
         tmp_path / "run",
         *(*TINY, "backbone=tiny", "model.min_size=64", "model.max_size=96", f"data.root={root}", f"class_names=[{','.join(NAMES)}]"),
         *("data.batch_size=2", "data.epochs=2", "data.workers=0", "trainer.val_check_interval=1.0", "task.flops_size=[48,64]"),
-        # so that a network that has learned nothing finds something
+        # an untrained network finds something
         "+model.box_score_thresh=0.0",
     )
     found = result(folder)
@@ -122,7 +122,7 @@ def test_training_that_was_cut_off_continues_bit_identically(tmp_path, monkeypat
 def test_two_processes_score_as_one(tmp_path):
     scenes = Scenes("val", 7, 64, view="detection")
     found, threads = [], torch.get_num_threads()
-    # forked processes must not look for their parent's threads
+    # forked processes must not wait for their parent's threads
     torch.set_num_threads(1)
     for options in ({"devices": 1}, {"devices": 2, "strategy": "ddp_fork"}):
         folder = tmp_path / str(options["devices"])
@@ -190,7 +190,7 @@ def test_pictures_of_any_size(size):
 def test_detections_have_the_colours_of_their_objects():
     truth = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40]])
     found = torch.tensor([[21.0, 20, 40, 40], [60, 60, 70, 70], [20, 20, 40, 41], [0, 0, 10, 12], [0, 0, 30, 30]])
-    # the third is of an object that a better one is of, the last overlaps none by half
+    # the third finds an object that a better box finds, the last overlaps no object by half
     assert number_detections(found, truth) == [1, 2, 3, 0, 4]
     assert number_detections(found, truth[:0]) == [0, 1, 2, 3, 4]
     assert number_detections(found[:0], truth) == []
@@ -204,13 +204,13 @@ def test_the_best_detection_is_drawn_on_top():
     assert drawn[:, 25, 30].tolist() == pytest.approx([0.6, 0.1, 0.1], abs=0.01)
     assert drawn[:, 34, 30].tolist() == pytest.approx([0.1, 0.1, 0.6], abs=0.01)
     named = draw_instances(torch.zeros(3, 40, 60), boxes[:1], ["long: 0.50"], [(255, 255, 0)])
-    # the name stands above its box and does not leave the picture
+    # the name is above its box and inside the picture
     assert named[0, :18].any(0).sum() > 40
     assert not named[0, 22:36, 6:54].any()
 
 
 def test_flops_depend_on_the_network_alone():
-    """Neither the image nor the weights nor how many objects they make the network see."""
+    """FLOPs depend neither on the image, nor on the weights, nor on the number of objects that the network finds."""
     image = torch.rand(3, 64, 64)
     first, second = (count_flops(detection(), image) for _ in range(2))
     assert first == second == count_flops(detection(lambda num_classes: small_network(box_score_thresh=0.99)), torch.zeros(3, 64, 64))

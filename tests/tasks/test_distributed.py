@@ -10,7 +10,7 @@ from training import result, run, weights
 
 SMALL = ["scale=small", "data.train.length=16", "data.val.length=6", "data.val_batch_size=2", "data.batch_size=8", "data.epochs=2"]
 SMALL += ["data.train.size=32", "data.val.size=32", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
-# norms of fixed statistics, which do not depend on how a batch is cut, and doubles, in which nothing else differs either
+# norms with fixed statistics do not depend on how a batch is cut, and in double precision nothing else differs visibly
 EXACT = [
     *SMALL,
     "experiment=table2",
@@ -39,7 +39,7 @@ def test_accumulation_takes_the_step_of_the_whole_batch(alone, tmp_path):
 
 
 def test_training_moves_the_weights(alone, tmp_path):
-    """What the comparisons here would miss: the same weights because none changed."""
+    """Check that the weights changed, because comparisons would pass if none did."""
     other = weights(run(tmp_path / "run", *EXACT, "data.epochs=1"))
     assert any(not torch.allclose(tensor, other[name], atol=1e-4) for name, tensor in weights(alone).items())
 
@@ -86,7 +86,7 @@ def test_classifier_becomes_the_backbone_of_segmentation(tmp_path):
     assert len(learned) > 60
     for name in learned:
         assert torch.equal(weights(folder)[f"model.backbone.{name}"], expected[name]), name
-    # a finished run needs the file no longer
+    # a finished run does not need the file
     path.unlink()
     task, _ = load_task(folder / "last.ckpt")
     assert torch.equal(task.model.backbone.conv1.weight, expected["conv1.weight"])
@@ -95,7 +95,7 @@ def test_classifier_becomes_the_backbone_of_segmentation(tmp_path):
 @pytest.mark.parametrize("overrides", [["channels_last=false", "trainer.precision=bf16-mixed"], ["compile=true"]], ids=" ".join)
 def test_switches_train_the_same_network(tmp_path, overrides, monkeypatch):
     if "compile=true" in overrides:
-        # without a C++ compiler the graph itself is what is tried here
+        # without a C++ compiler only the graph is tested
         compiles = torch.nn.Module.compile
         monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiles(self, backend="aot_eager", fullgraph=True))
     plain = run(tmp_path / "plain", *SMALL, "experiment=table2", "downsampler=carafe", "data.epochs=1")

@@ -31,7 +31,7 @@ def interpolated(logits, size):
 def test_labels_are_those_of_interpolated_logits(height, width, rows, columns, stride):
     network, images = local_network(stride=stride), torch.rand(2, 3, height, width)
     scores = interpolated(network(images), (rows, columns))
-    # where the two best scores are equal up to rounding, either is right
+    # if the two best scores are equal up to rounding, either label is right
     best = scores.topk(2, dim=1).values
     clear = best[:, 0] - best[:, 1] > 1e-4
     labels = predict_labels(network, images, (rows, columns))
@@ -87,7 +87,7 @@ def test_memory_does_not_grow_with_the_picture(monkeypatch):
     network = local_network(classes=150)
 
     def largest(height, width, **options):
-        # what the labels, or the image, take is the user's
+        # the memory of the labels and of the image is not counted
         images = torch.rand(1, 1, 1, 1).expand(1, 3, height, width)
         with LargestTensor() as mode:
             predict_labels(network, images, (height, width), **options)
@@ -140,7 +140,7 @@ def test_scales_and_mirrored_images_are_averaged_as_probabilities():
     labels = predict_labels(network, images, size, base=base, scales=[0.5, 1, 1.5], flip=True)
     assert clear.float().mean() > 0.9
     assert torch.equal(labels[clear], total.argmax(1)[clear])
-    # one scale alone is another answer, or nothing would be averaged
+    # one scale alone gives other labels, so that the average matters
     assert not torch.equal(labels, predict_labels(network, images, size, base=base))
 
 

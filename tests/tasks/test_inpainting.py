@@ -28,13 +28,13 @@ from training import predict, result, run, weights
 SMALL = ["experiment=table10", "scale=small", "data.train.images.length=16", "data.val.images.length=6", "data.val_batch_size=2"]
 SMALL += ["data.train.images.size=32", "data.val.images.size=32", "data.batch_size=4", "model.width=4", "task.discriminator.width=4"]
 SMALL += ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "log_every_n_steps=1", "checkpoint_every_n_steps=2"]
-# norms of fixed statistics, which do not depend on how a batch is cut, and doubles, in which nothing else differs either
+# norms with fixed statistics do not depend on how a batch is cut, and in double precision nothing else differs visibly
 EXACT = [*SMALL, "row=table10/partial_conv_carafe", "trainer.precision=64-true", "data.epochs=6"]
 EXACT += ["+model.norm_layer={_target_:torchvision.ops.FrozenBatchNorm2d,_partial_:true}"]
 
 
 class Fill(nn.Module):
-    """A generator that knows one colour."""
+    """A generator that fills everything with one colour."""
 
     def __init__(self, value: float):
         super().__init__()
@@ -104,7 +104,7 @@ def test_run_has_scores_and_pictures(whole):
     assert 0 < found["metrics"]["val/L1"] < found["metrics"]["val/L1_hole"] < 1
     assert 5 < found["metrics"]["val/psnr_hole"] < found["metrics"]["val/psnr"] < 60
     assert found["flops"] > 0
-    # of the generator alone
+    # parameters of the generator alone
     assert found["parameters"] == sum(
         v.numel() for k, v in weights(whole).items() if k.startswith("model.") and "running" not in k and "num_b" not in k
     )

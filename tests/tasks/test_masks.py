@@ -1,4 +1,4 @@
-"""Holes: the same for the same key, of the published shape, and mask files that are what they should be."""
+"""Holes depend on the key alone and have the published shape; mask files are checked."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_strokes_are_as_wide_as_asked_and_cover_what_the_published_ones_do():
     assert 20 < np.median(widths) < 60
     assert 0.1 < np.mean(holes) < 0.35
     assert max(ndimage.label(hole, np.ones((3, 3)))[1] for hole in holes) == 3
-    # mirrored at random, strokes lean to no side
+    # strokes are mirrored at random, so that they prefer no side
     assert abs(np.mean(holes, 0)[:128].mean() - np.mean(holes, 0)[128:].mean()) < 0.05
 
 

@@ -1,4 +1,4 @@
-"""Runs from the command line: they repeat bit by bit, survive a kill, never share a folder, and their checkpoints serve afterwards."""
+"""Runs from the command line repeat bit by bit, survive a kill and never share a folder; their checkpoints can be used afterwards."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_run_folder_is_complete(whole_run):
     assert found["parameters"] > 0
     assert found["flops"] > 0
     rows = (whole_run / "metrics.csv").read_text().splitlines()
-    assert len(rows) == 1 + 32 + 4  # a header, a row a step, a row a validation
+    assert len(rows) == 1 + 32 + 4  # a header, a row for each step, a row for each validation
 
 
 def test_checkpoints_hold_only_tensors_and_primitives(whole_run):
@@ -135,7 +135,7 @@ def test_predict_takes_any_photographs(whole_run, tmp_path):
     Image.fromarray(pixels[:1, :1, :3]).save(photographs / "pixel.png")
     rotated = Image.fromarray(pixels[..., :3])
     exif = rotated.getexif()
-    exif[274] = 6  # orientation: to be turned by 90 degrees
+    exif[274] = 6  # orientation: turned by 90 degrees
     rotated.save(photographs / "turned.jpeg", exif=exif)
     (photographs / "broken.jpg").write_bytes((photographs / "odd.jpg").read_bytes()[:200])
     (photographs / "notes.txt").write_text("not an image")

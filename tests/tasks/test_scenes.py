@@ -111,7 +111,7 @@ def test_digits_stand_out():
 
 
 def test_digits_overlap_but_stay_mostly_visible():
-    """The scene of n digits is the one of n - 1 with one more on top, so that each digit is seen whole at first."""
+    """A scene of n digits is that of n - 1 digits with one more on top, so that every digit is first seen whole."""
     hidden = []
     for index in range(30):
         whole = []

@@ -105,14 +105,14 @@ def stub(network, names, **options):
 
 
 class Answers(nn.Module):
-    """A network that has its logits from outside."""
+    """A network that returns given logits."""
 
     def forward(self, images):
         return self.logits
 
 
 def scores_by_numpy(pairs, classes):
-    """IoU of every class, their mean and pixel accuracy, by counting one class after the other."""
+    """Compute the IoU of every class, their mean and the pixel accuracy by counting one class after another."""
     truth = np.concatenate([labels.ravel() for labels, _ in pairs])
     found = np.concatenate([labels.ravel() for _, labels in pairs])[truth != 255]
     truth = truth[truth != 255]
@@ -142,7 +142,7 @@ def test_scores_are_those_of_a_count_by_numpy(data):
     iou, mean, accuracy = scores_by_numpy(pairs, classes)
     assert [row["IoU"] for row in task.per_class] == pytest.approx(iou)
     assert task.logged == pytest.approx({"val/mIoU": mean, "val/pixel_accuracy": accuracy}, nan_ok=True)
-    # nothing stays for the next validation
+    # the next validation starts from zero
     assert not task.confusion.confmat.any()
 
 
@@ -171,7 +171,7 @@ def test_legend_names_the_classes_that_are_shown():
         assert below.sum() == 64, "an 8 x 8 swatch of the colour that the pixels have"
         over = (truth[:, 5 * (label - 1)] - (0.6 * colour[:, None] + 0.4 * image[:, 5 * (label - 1)])).abs().max()
         assert over < 1e-3
-    # two lines where one is too narrow, none for what is not painted
+    # two lines if one is too narrow, and none for labels that are not painted
     assert task.pictures((image[..., :40], labels[:, :40]))["truth"].shape == (3, 44, 40)
 
 

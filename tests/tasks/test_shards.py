@@ -34,7 +34,7 @@ def jpeg(value: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Four shards of six samples; label i is of an image of grey value 10 i."""
+    """Four shards of six samples; the image of label i has the grey value 10 i."""
     folder = tmp_path_factory.mktemp("shards")
     for shard in range(4):
         numbers = range(6 * shard, 6 * shard + 6)

@@ -1,4 +1,4 @@
-"""The contract of a task: one that is written here works with every command, and its monitor's direction selects best.ckpt."""
+"""The contract of a task: a task that is defined here works with every command, and its monitor's direction selects best.ckpt."""
 
 import json
 import sys
@@ -157,7 +157,7 @@ def test_a_task_that_misses_something_says_so_at_once(package):
         Silent(torch.nn.Identity(), optimizer=torch.optim.Adam, schedule=None)
 
 
-# The scores of the validations, the best checkpoint is of the second by one direction and of the third by the other.
+# Scores of four validations: the second is best for one direction, the third for the other.
 SCRIPTED = '''
 from enlarging import Enlarging
 
@@ -190,7 +190,7 @@ def test_best_checkpoint_is_that_of_the_monitors_direction(package, tmp_path, mo
 
 
 def test_no_command_names_a_task():
-    """What a task needs of the commands is in the contract: none of them imports a task or asks for its class."""
+    """The commands know tasks by the contract: none of them imports a task or asks for its class."""
     names = [f"tasks.{name}" for name in ("classification", "segmentation", "detection", "inpainting")]
     scripts = Path(__file__).parent.parent.parent / "scripts"
     found = [path.name for path in scripts.rglob("*.py") if any(name in path.read_text() for name in names)]
