@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from .common.app import app
-from .common.options import DTYPES, MEMORY_FORMATS, look_up, read_site
+from .common.options import DTYPES, MEMORY_FORMATS, look_up, read_options, read_site
 
 if TYPE_CHECKING:
     from ..kernels.gpu.launch import Launch
@@ -62,7 +62,7 @@ def main(cfg: DictConfig) -> None:
         raise SystemExit("carafepp-inspect needs the triton package, which is not installed (pip install triton; Linux only)")
     from ..kernels.gpu.assembly import RESIDENCY_LIMITS, compile_launch, read_assembly
 
-    options = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    options = read_options(cfg)
     capabilities = look_up("architectures", options["architectures"], {f"sm_{number}": number for number in RESIDENCY_LIMITS})
     work = [(capability, *kernel) for capability in capabilities for kernel in find_kernels(options, capability)]
 

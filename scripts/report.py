@@ -35,7 +35,7 @@ def check_options(cfg: DictConfig, tables: list[Table]) -> None:
     if unknown := [column for column in cfg.metrics if column not in columns]:
         raise ValueError(f"metrics must be among {', '.join(columns)}, got {', '.join(unknown)}")
     lines = [line for table in tables for line in table.lines]
-    rows = {line.labels.get("row") or line.setting.label: None for line in lines}
+    rows = {line.name: None for line in lines}
     if cfg.baseline and cfg.baseline not in rows:
         raise ValueError(f"baseline must be a row, one of {'; '.join(rows)}, got {cfg.baseline}")
 
@@ -56,8 +56,9 @@ def report_runs(cfg: DictConfig) -> None:
         tables.append(tabulate_others(others, cfg.digits, cfg.baseline))
     check_options(cfg, tables)
     print(render_tables(tables, cfg.format))
-    if borrowed := [line for table in tables for line in table.lines if line.setting and line.setting.table not in ("", table.name)]:
-        rows = dict.fromkeys(f"{line.labels['row']}: runs of {line.setting.table}/{line.setting.row}" for line in borrowed)
+    used = [(table.name, line.name, line.setting) for table in tables for line in table.lines if line.setting]
+    borrowed = ((name, setting) for table, name, setting in used if setting.table not in ("", table))
+    if rows := dict.fromkeys(f"{name}: runs of {setting.table}/{setting.row}" for name, setting in borrowed):
         print("one configuration in two tables:", *rows, sep="\n  ", file=notes)
     for file, name in FILES.items():
         (folders[0] / file).write_text(render_tables(tables, name))

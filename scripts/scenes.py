@@ -1,15 +1,16 @@
 """carafepp-scenes: write scenes of digits on photographs in the layout of a public data set."""
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ..tasks.layouts import write_scenes
 from .common.app import app
+from .common.options import read_options
 
 
 @app("scenes")
 def main(cfg: DictConfig) -> None:
     """Write the scenes of the configuration that do not exist yet."""
-    write_scenes(**OmegaConf.to_container(cfg, throw_on_missing=True))
+    write_scenes(**read_options(cfg))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from .common.app import app
 from .common.checkpoints import drop_weight_paths
 from .common.jobs import is_job, read_repeated_job, shares_process, train_in_subprocess
 from .common.lightning_messages import silence_lightning
-from .common.run_folders import lock_folder, record_failure
+from .common.options import read_options
+from .common.run_folders import is_first_process, lock_folder, read_config, record_failure
 
 
 def find_missing_keys(node: object, key: str = "") -> list[str]:
@@ -36,7 +37,7 @@ def start_run(cfg: DictConfig, folder: Path) -> DictConfig:
         RuntimeError: the folder already holds a run.
         ValueError: a mandatory key has no value.
     """
-    first = rank_zero_only.rank == 0
+    first = is_first_process()
     if first and (folder / "config.yaml").exists():
         raise RuntimeError(f"{folder} already holds a run: continue it with resume={folder}, or choose another folder")
     with record_failure(folder):
@@ -63,7 +64,7 @@ def resume_run(folder: Path) -> DictConfig:
         raise FileNotFoundError(f"resume={folder} is not a run folder: it has no config.yaml")
     if others := [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]:
         raise ValueError(f"resume= continues a run with its own configuration and takes no other override, got {' '.join(others)}")
-    return OmegaConf.load(folder / "config.yaml")
+    return read_config(folder)
 
 
 def build_logger(cfg: DictConfig, folder: Path) -> Logger | bool:
@@ -86,7 +87,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
     """Train one resolved configuration to its end in `folder`, from the last checkpoint there if there is one."""
     silence_lightning()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    config = OmegaConf.to_container(cfg)
+    config = read_options(cfg)
     last = folder / "last.ckpt"
     data, task = instantiate(cfg.data), instantiate(drop_weight_paths(config["task"]) if last.exists() else cfg.task)
     if cfg.channels_last:
@@ -115,7 +116,7 @@ def main(cfg: DictConfig) -> None:
     `resume=FOLDER` continues the run of that folder; a repeated sweep continues the unfinished runs of its own.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
-    if rank_zero_only.rank > 0:
+    if not is_first_process():
         # only the first process reports progress; every process reports warnings and errors
         logging.disable(logging.INFO)
     with lock_folder(folder):

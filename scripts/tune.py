@@ -3,16 +3,17 @@
 import importlib.util
 import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from ..kernels.gpu.tile_geometry import DIRECTIONS
 from ..kernels.gpu.tile_tables import read_table, table_key, table_path, write_table
 from .common.app import app
-from .common.options import DTYPES, MEMORY_FORMATS, look_up, read_site
+from .common.options import DTYPES, MEMORY_FORMATS, look_up, read_options, read_site
 
 
 @app("tune")
@@ -24,18 +25,19 @@ def main(cfg: DictConfig) -> None:
     from ..kernels.gpu.assembly import RESIDENCY_LIMITS
     from ..kernels.gpu.training_step import build_training_step
 
-    options = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    options = read_options(cfg)
     dtypes = look_up("dtypes", options["dtypes"], DTYPES)
     formats = look_up("memory_formats", options["memory_formats"], MEMORY_FORMATS)
     (capability,) = look_up("architecture", [options["architecture"]], {f"sm_{number}": number for number in RESIDENCY_LIMITS})
     gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if gpu else None
+    device = torch.cuda.get_device_name() if gpu else ""
     path = table_path()
     if gpu:
         print(f"{device}: timing tiles; the table is {path}")
     else:
         print(f"no GPU: ranking tiles compiled for {options['architecture']} by millions of warp instructions; no table is written")
-    bar = tqdm(list(itertools.product(options["sites"].items(), dtypes, formats, DIRECTIONS)), unit="kernel")
+    sites: dict[str, Any] = options["sites"]
+    bar = tqdm(list(itertools.product(sites.items(), dtypes, formats, DIRECTIONS)), unit="kernel")
     seen = set()
     for (name, site), dtype, memory_format, direction in bar:
         shape, spec = read_site(site)

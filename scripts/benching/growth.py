@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -47,7 +48,7 @@ def bench_growth(cfg: DictConfig) -> None:
     ours = OURS[torch.device(cfg.device).type == "cuda"]
     print(describe_hardware(cfg.device), f"{'':<15}{'':>10}{'forward':>10}{'both':>10}  ms", sep="\n")
     for varies, value, changes, threads in list_variants(cfg):
-        chosen = OmegaConf.merge(cfg, {"op": changes, "providers": [ours]})
+        chosen = cast(DictConfig, OmegaConf.merge(cfg, {"op": changes, "providers": [ours]}))
         spec = Spec(**{name: chosen.op[name] for name in Spec._fields})
         check_spec(spec)
         torch.set_num_threads(threads)

@@ -70,7 +70,8 @@ def measure_networks(cfg: DictConfig) -> list[dict]:
         baseline = find_baseline(tables[cfg.table], row) or row
         figures["ms"] = median(times[row]) if times else None
         figures["relative"] = median(times[row]) / median(times[baseline]) if times else None
-        figures["paper_relative"] = fps[baseline] / fps[row] if fps[row] and fps[baseline] else None
+        ours, theirs = fps[row], fps[baseline]
+        figures["paper_relative"] = theirs / ours if ours and theirs else None
     return list(found.values())
 
 

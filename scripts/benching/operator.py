@@ -83,10 +83,11 @@ def measure_operator(cfg: DictConfig, spec: Spec) -> Iterator[dict]:
     look_up("providers", cfg.providers or (), found)
     runs = {}
     for name in cfg.providers or found:
-        if isinstance(found[name], str):
-            print(f"{name} is left out: {found[name]}")
+        provider = found[name]
+        if isinstance(provider, str):
+            print(f"{name} is left out: {provider}")
         else:
-            runs[name] = ProviderCalls(found[name], x, logits)
+            runs[name] = ProviderCalls(provider, x, logits)
     calls = {(name, mode): getattr(run, mode) for mode in MODES for name, run in runs.items()}
     times = time_in_turns(calls, cfg.device, cfg.rounds, seconds=cfg.seconds, at_least=3, warm_below_ms=WARM_MS)
 

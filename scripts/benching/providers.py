@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ def sum_shifted_maps(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
     rows, columns = logits.shape[2:]
     kernels = logits.view(n, spec.groups, spec.taps, spec.up, spec.up, rows, columns).softmax(2).permute(0, 1, 2, 5, 3, 6, 4)
     padded = F.pad(x, (spec.kernel_size // 2,) * 4).unflatten(1, (spec.groups, c // spec.groups))
-    y = 0
+    y: Any = 0
     for tap in range(spec.taps):
         ky, kx = divmod(tap, spec.kernel_size)
         shifted = padded[..., ky : ky + rows * spec.down : spec.down, kx : kx + columns * spec.down : spec.down]
@@ -77,7 +78,7 @@ def list_providers(spec: Spec, shape: tuple[int, ...], device: str, max_bytes: f
     def when(condition: bool, provider: Provider, reason: str) -> Provider | str:
         return provider if condition else reason
 
-    def unfolded(provider: Callable[[Tensor, Tensor, Spec], Tensor], size: float) -> Provider | str:
+    def unfolded(provider: Callable[..., Tensor], size: float) -> Provider | str:
         if not integer or spec.normalizer != "softmax":
             return "written for integer scales and softmax"
         return when(size <= max_bytes, functools.partial(provider, spec=spec), f"its unfolded copy takes {size / 1e9:.1f} GB")

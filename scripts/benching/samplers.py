@@ -5,6 +5,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -70,7 +71,9 @@ def load_slots(group: str) -> dict[str, Callable[[int], nn.Module]]:
     return {BASELINES[group]: slots.pop(BASELINES[group]), **slots}
 
 
-def make_inputs(module: nn.Module, shape: tuple[int, ...], memory_format=torch.contiguous_format, **options) -> list[Tensor]:
+def make_inputs(
+    module: nn.Module, shape: tuple[int, ...], memory_format: torch.memory_format = torch.contiguous_format, **options: Any
+) -> list[Tensor]:
     """Make random features [N, C, H, W], followed by a guide [N, C, 2H, 2W] for a sampler that needs one."""
     n, c, h, w = shape
     sizes = [(h, w), (2 * h, 2 * w)] if getattr(module, "needs_guide", False) else [(h, w)]

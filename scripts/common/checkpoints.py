@@ -1,6 +1,7 @@
 """Checkpoints of `carafepp-train`: reading them, and building the task and the data of their run."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import hydra
 import torch
@@ -28,7 +29,7 @@ def load_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-def drop_weight_paths(config: object) -> object:
+def drop_weight_paths(config: Any) -> Any:
     """Copy a resolved configuration without the files of initial weights of its networks, which a checkpoint replaces anyway."""
     if isinstance(config, list):
         return [drop_weight_paths(value) for value in config]
@@ -49,7 +50,7 @@ def load_task(path: str | Path, options: DictConfig | None = None) -> tuple[Task
         ValueError: the file is not a checkpoint (see `load_checkpoint`), or its weights do not fit a task with these options.
     """
     checkpoint = load_checkpoint(path)
-    config = OmegaConf.create(drop_weight_paths(checkpoint["config"]))
+    config = cast(DictConfig, OmegaConf.create(drop_weight_paths(checkpoint["config"])))
     config.task = OmegaConf.merge(config.task, options or {})
     task = hydra.utils.instantiate(config.task)
     try:
@@ -59,7 +60,7 @@ def load_task(path: str | Path, options: DictConfig | None = None) -> tuple[Task
     return task.eval(), config
 
 
-def relocate_paths(config: object, root: str, new: str) -> object:
+def relocate_paths(config: Any, root: str, new: str) -> Any:
     """Copy a resolved configuration, with every path in the folder `root` moved to the folder `new`."""
     if isinstance(config, list):
         return [relocate_paths(value, root, new) for value in config]
@@ -79,4 +80,4 @@ def configure_data(run: DictConfig, options: DictConfig) -> DictConfig:
         if run.data.get("root") is None:
             raise ValueError(f"data.root={options.root}: the data of the run is not in a folder, {run.data.val._target_} makes it")
         run.data = relocate_paths(OmegaConf.to_container(run.data, resolve=True), run.data.root, options.root)
-    return OmegaConf.merge(run.data, options)
+    return cast(DictConfig, OmegaConf.merge(run.data, options))

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -19,7 +20,7 @@ def find_hints(config_name: str, arguments: Sequence[str]) -> list[str]:
         groups = [group for group in loader.list_groups("") if group != "hydra"]
         try:
             overrides = OverridesParser.create().parse_overrides([a for a in arguments if "=" in a and a[0] not in "-+~"])
-            selections = [o.input_line for o in overrides if selects_group(o, groups) and not o.is_sweep_override()]
+            selections = [str(o.input_line) for o in overrides if selects_group(o, groups) and not o.is_sweep_override()]
             config = hydra.compose(config_name, overrides=selections)
         except HydraException:
             return []
@@ -34,7 +35,8 @@ def selects_group(override: Override, groups: Sequence[str]) -> bool:
 
 def explain_key(override: Override, config: DictConfig, groups: Sequence[str]) -> list[str]:
     """Name the first part of an override's key that is not in the configuration, and its valid alternatives."""
-    key, node = override.key_or_group, config
+    key: str = override.key_or_group
+    node: Any = config
     parts = key.split(".")
     for depth, part in enumerate(parts):
         # `part in node` would be false for a key whose mandatory value is missing

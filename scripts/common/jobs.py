@@ -8,9 +8,10 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ...tasks.runs import write_atomically
+from .run_folders import read_config
 
 
 def is_job() -> bool:
@@ -29,7 +30,7 @@ def read_repeated_job(folder: Path) -> DictConfig:
     Raises:
         RuntimeError: the folder holds a run with other overrides.
     """
-    cfg = OmegaConf.load(folder / "config.yaml")
+    cfg = read_config(folder)
     if sorted(cfg.run.overrides) != sorted(HydraConfig.get().overrides.task):
         raise RuntimeError(f"{folder} holds a run of {' '.join(cfg.run.overrides)}: choose another folder with hydra.sweep.dir=")
     return cfg

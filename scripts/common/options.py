@@ -1,9 +1,10 @@
-"""Options that name their values: numeric types, memory formats, and the sites of the operator."""
+"""Options of a configuration: plain values, values chosen by name, and the sites of the operator."""
 
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from ...kernels.geometry import Spec, check_spec
 
@@ -11,6 +12,15 @@ Value = TypeVar("Value")
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def read_options(cfg: DictConfig) -> dict[str, Any]:
+    """Resolve a configuration into dictionaries, lists and plain values.
+
+    Raises:
+        MissingMandatoryValue: a mandatory key has no value.
+    """
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
 
 
 def look_up(option: str, names: Iterable[str], choices: Mapping[str, Value]) -> list[Value]:
@@ -27,7 +37,7 @@ def look_up(option: str, names: Iterable[str], choices: Mapping[str, Value]) -> 
     return found
 
 
-def read_site(site: Mapping[str, int], **options: str) -> tuple[tuple[int, int, int, int], Spec]:
+def read_site(site: Mapping[str, Any], **options: Any) -> tuple[tuple[int, int, int, int], Spec]:
     """Return the shape N, C, H, W of the features at a site (conf/sites) and the specification of the operator there.
 
     Args:
@@ -38,7 +48,7 @@ def read_site(site: Mapping[str, int], **options: str) -> tuple[tuple[int, int, 
         ValueError: the specification is not valid.
     """
     shape = site["n"], site["channels"], site["height"], site["width"]
-    fields = {name: value for name, value in site.items() if name not in ("n", "channels", "height", "width")}
+    fields: dict[str, Any] = {name: value for name, value in site.items() if name not in ("n", "channels", "height", "width")}
     spec = Spec(**fields | options)
     check_spec(spec)
     return shape, spec

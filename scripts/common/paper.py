@@ -1,13 +1,16 @@
 """The paper's tables, from conf/paper.yaml."""
 
 from importlib.resources import files
+from typing import cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+
+from .options import read_options
 
 
 def read_paper() -> tuple[dict, dict]:
     """Read the tables of the paper by name, and the names that runs give their metrics, by task and column."""
-    tables = OmegaConf.to_container(OmegaConf.create(files("carafepp.conf").joinpath("paper.yaml").read_text()))
+    tables = read_options(cast(DictConfig, OmegaConf.create(files("carafepp.conf").joinpath("paper.yaml").read_text())))
     return tables, tables.pop("metrics")
 
 

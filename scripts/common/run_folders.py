@@ -4,11 +4,23 @@ import contextlib
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
 
 from ...tasks.runs import write_atomically
+
+
+def is_first_process() -> bool:
+    """Whether this process is the only one of a run, or the first of several."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def read_config(folder: Path) -> DictConfig:
+    """Read the resolved configuration of the run in a folder."""
+    return cast(DictConfig, OmegaConf.load(folder / "config.yaml"))
 
 
 @contextlib.contextmanager
@@ -18,7 +30,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises:
         RuntimeError: another run has locked the folder.
     """
-    if rank_zero_only.rank > 0:
+    if not is_first_process():
         yield
         return
     try:
@@ -32,7 +44,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 def record_failure(folder: Path) -> Iterator[None]:
     """Write an exception to `folder`/error.txt, with its message in the first line, and raise it again."""
     record = folder / "error.txt"
-    if rank_zero_only.rank == 0:
+    if is_first_process():
         record.unlink(missing_ok=True)
     try:
         yield

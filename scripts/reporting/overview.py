@@ -39,7 +39,7 @@ def tabulate_overview(settings: Sequence[Setting], digits: int) -> list[tuple[st
             text |= {c: "" if figures.get(c) is None else f"{figures[c]:.{n}f}" for c, n in places.items()}
             text[f"{column} gain"] = f"{figures[column] - base[column]:+.{places[column]}f}" if base else ""
             text[f"{column} ours"] = format_scores(summarize(ours), digits)
-            text["difference"] = format_difference(compare_paired(ours, dict.fromkeys(ours, figures[column])), digits, len(ours))
+            text["difference"] = format_difference(compare_paired(ours, {seed: figures[column] for seed in ours}), digits, len(ours))
             text[f"{column} small"] = format_scores(summarize(small), digits)
             text["small gain"] = format_difference(compare_paired(small, others), digits, len(small))
             text["command"] = f"carafepp-train experiment={name} row={name}/{row}"

@@ -13,9 +13,9 @@ def compare_pictures(table: Table) -> list[list[Tensor]]:
     Returns:
         For each sample the image, the hole if there is one, the truth, and a prediction for each line; pictures are [3, H, W] in [0, 1].
     """
-    lines = {id(line.setting): line for line in table.lines if line.setting}.values()
-    folders = [next(iter(line.setting.runs.values())).folder / "pictures" for line in lines]
-    labels = ["image", "truth", *(line.labels.get("row") or line.setting.label for line in lines)]
+    lines = {id(line.setting): (line.name, line.setting) for line in table.lines if line.setting}.values()
+    folders = [next(iter(setting.runs.values())).folder / "pictures" for _, setting in lines]
+    labels = ["image", "truth", *(name for name, _ in lines)]
     rows = []
     for index in range(100):
         mask = folders[0] / f"{index}_mask.png"

@@ -5,9 +5,10 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .cells import count_decimals
+from .runs import FinishedRun
 from .statistics import summarize
 from .tables import Cell, Line, Table
 
@@ -94,7 +95,9 @@ def plot_ablation(points: dict[tuple[str, ...], Cell], table: Table, path: Path)
         for name, values, _ in panel:
             drawn = [at for at in order if at in values]
             means, deviations = zip(*(values[at] for at in drawn), strict=True)
-            style = {"color": "black", "linestyle": "--", "marker": "s"} if name == "paper" else {"color": "C0", "marker": "o"}
+            style: dict[str, Any] = {"color": "C0", "marker": "o"}
+            if name == "paper":
+                style = {"color": "black", "linestyle": "--", "marker": "s"}
             bars = deviations if any(deviations) else None
             axis.errorbar([order.index(at) for at in drawn], means, yerr=bars, label=name, capsize=3, **style)
         axis.set_xticks(range(len(order)), [at[0] for at in order])
@@ -132,24 +135,22 @@ def plot_heat_map(points: dict[tuple[str, ...], Cell], table: Table, path: Path)
 
 def plot_curves(table: Table, path: Path) -> Path | None:
     """Plot the metric over training steps, with mean and standard deviation over seeds; return None if no run has a curve."""
-    panels: dict[str, list[tuple[Line, Cell]]] = {}
+    panels: dict[str, list[tuple[Line, Cell, list[FinishedRun]]]] = {}
     for line in table.lines:
-        if (cell := first_cell(line)) and line.setting and any(len(run.curve) > 1 for run in line.setting.runs.values()):
-            panels.setdefault(cell.metric, []).append((line, cell))
+        runs = list(line.setting.runs.values()) if line.setting else []
+        if (cell := first_cell(line)) and any(len(run.curve) > 1 for run in runs):
+            panels.setdefault(cell.metric, []).append((line, cell, runs))
     if not panels:
         return None
     figure, axes = make_figure(len(panels), table)
-    handles = dict.fromkeys(label_line(line) for lines in panels.values() for line, _ in lines)
+    handles = dict.fromkeys(label_line(line) for lines in panels.values() for line, *_ in lines)
     for axis, lines in zip(axes, panels.values(), strict=True):
-        for line, cell in lines:
-            runs = [
-                {point["step"]: cell.scale * point[cell.metric] for point in run.curve if cell.metric in point}
-                for run in line.setting.runs.values()
-            ]
-            steps = sorted(set.intersection(*map(set, runs)))
+        for line, cell, runs in lines:
+            curves = [{point["step"]: cell.scale * point[cell.metric] for point in run.curve if cell.metric in point} for run in runs]
+            steps = sorted(set.intersection(*map(set, curves)))
             if not steps:
                 continue
-            means, deviations = zip(*(summarize({seed: run[step] for seed, run in enumerate(runs)}) for step in steps), strict=True)
+            means, deviations = zip(*(summarize({seed: curve[step] for seed, curve in enumerate(curves)}) for step in steps), strict=True)
             number = list(handles).index(label_line(line))
             # a colour cycle has ten colours; line styles distinguish its repetitions
             (drawn,) = axis.plot(steps, means, color=f"C{number % 10}", linestyle=("-", "--", ":", "-.")[number // 10 % 4])

@@ -88,7 +88,7 @@ def render_csv(tables: Sequence[Table]) -> str:
             for name, cell in line.cells.items():
                 setting, difference = line.setting, cell.difference
                 record = {"table": table.name, "protocol": table.protocol}
-                record |= {"row": line.labels.get("row") or setting.label, "task": line.labels.get("task"), "metric": name}
+                record |= {"row": line.name, "task": line.labels.get("task"), "metric": name}
                 record |= {"paper": cell.paper, "runs": len(setting.runs) if setting else 0}
                 record |= dict(zip(("mean", "deviation"), cell.scores or (None, None), strict=True))
                 record |= {"baseline": line.baseline and line.baseline.label, "difference": difference and difference.mean}

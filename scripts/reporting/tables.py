@@ -29,6 +29,11 @@ class Line:
     baseline: Setting | None
     cells: dict[str, Cell] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """The name of the row, or the label of the setting."""
+        return self.labels.get("row") or (self.setting.label if self.setting else "")
+
 
 @dataclass
 class Table:
