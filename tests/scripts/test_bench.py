@@ -1,4 +1,4 @@
-"""carafepp-bench compares like with like, and writes what it printed."""
+"""carafepp-bench: providers compute the same result, and the files hold the printed figures."""
 
 import csv
 import functools

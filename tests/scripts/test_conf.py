@@ -1,4 +1,4 @@
-"""The configuration composes, instantiates, and answers a misspelt override with what there is."""
+"""The configuration composes and instantiates, and a misspelt override is answered with the valid keys."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Every row of the paper's tables is a configuration that composes and builds, and two rows are the same only where the paper says so."""
+"""Every row of the paper's tables composes and builds, and two rows are equal only where the paper gives them the same figures."""
 
 import itertools
 import re
@@ -15,7 +15,7 @@ CONF = Path(__file__).parents[2] / "conf"
 TABLES, METRICS = read_paper()
 ROWS = [f"{table}/{row}" for table in TABLES for row in dict.fromkeys(row["row"] for row in list_rows(TABLES, table))]
 
-# by the names that rows begin with: class, and slots for samplers
+# class and slots for samplers, by the start of the name of a row
 NETWORKS = {
     "resnet50": ("resnet50", ["backbone"]),
     "resnet101": ("resnet101", ["backbone"]),
@@ -27,11 +27,11 @@ NETWORKS = {
     "global_local": ("GlobalLocal", ["upsample", "backbone"]),
     "partial_conv": ("PartialGlobalLocal", ["upsample", "backbone"]),
 }
-# of tables whose rows do not name it
+# the network of tables whose rows do not name it
 CAPTIONED = {"table6": "mask_rcnn", "table7": "mask_rcnn", "table9": "upernet", "table12": "resnet50"}
-# the slot that the rows' samplers are compared in
+# the slot of the samplers that the rows compare
 COMPARED = {"table3": "backbone", "table4": "fpn", "table6": "mask_head"}
-# the slot of the CARAFE++ that the rows change, and its options, which are in their names in this order
+# the slot of the CARAFE++ module that the rows change, and the options whose values are in their names, in this order
 ABLATED = {
     "table11": ("fpn", ["compressed_channels"]),
     "table12": ("backbone", ["compressed_channels"]),
@@ -41,21 +41,21 @@ ABLATED = {
 
 
 def made_of(*overrides: str) -> dict:
-    """What a run with these overrides trains, and on what."""
+    """Compose the task, data and trainer of a run with these overrides."""
     config = compose("train", overrides=[*overrides, "data.root=FOLDER"] if "scale=small" not in overrides else list(overrides))
     return {key: OmegaConf.to_container(config[key], resolve=True) for key in ("task", "data", "trainer")}
 
 
 @pytest.fixture(scope="module")
 def configs():
-    """The rows, "table4/carafe", and the experiments alone, "table4", in the paper's settings."""
+    """Compose every row ("table4/carafe") and every experiment without a row ("table4") in the settings of the paper."""
     with initialize_config_module("carafepp.conf", version_base="1.3"):
         rows = {row: made_of(f"experiment={row.split('/')[0]}", f"row={row}") for row in ROWS}
         return rows | {table: made_of(f"experiment={table}") for table in TABLES}
 
 
 def figures(place: str) -> dict[tuple[str, str], float]:
-    """The paper's accuracy of a row, by task and column."""
+    """Return the accuracy that the paper gives for a row, by task and column."""
     table, row = place.split("/")
     found = [f for f in list_rows(TABLES, table) if f["row"] == row]
     return {(f["task"], column): f[column] for f in found for column in METRICS[f["task"]] if column in f}
@@ -71,7 +71,7 @@ def test_there_is_a_file_for_each_of_the_96_rows():
 def test_every_row_builds(configs, table):
     built = {}
     for row in (row for row in ROWS if row.startswith(f"{table}/")):
-        # rows that the tables share are built once
+        # the meta device makes this cheap
         with torch.device("meta"):
             task = instantiate(OmegaConf.create(configs[row]["task"]))
         built[row] = sum(p.numel() for p in task.parameters())
@@ -102,9 +102,9 @@ def test_rows_are_the_same_run_where_the_paper_gives_the_same_figures(configs):
     assert same == expected
     with initialize_config_module("carafepp.conf", version_base="1.3"):
         small = {row: made_of(f"experiment={row.split('/')[0]}", f"row={row}", "scale=small") for row in ROWS}
-    # so the runs of one serve as those of the other at either scale
+    # the runs of one serve as runs of the other at either scale
     assert all(small[first] == small[second] for first, second in expected)
-    # in small both ResNets are the same tiny network
+    # at scale=small both ResNets are the same tiny network
     twin = {row: row.replace("resnet101", "resnet50") if row.replace("resnet101", "resnet50") in ROWS else row for row in ROWS}
     for first, second in itertools.combinations(ROWS, 2):
         if first.split("/")[0] == second.split("/")[0]:
@@ -112,7 +112,7 @@ def test_rows_are_the_same_run_where_the_paper_gives_the_same_figures(configs):
 
 
 def named(place: str) -> dict:
-    """What the name of a row, and the caption of its table, say of the network, its training and CARAFE++ in it."""
+    """Return what the name of a row and the caption of its table say about network, training and CARAFE++ modules."""
     table, row = place.split("/")
     network = next((name for name in NETWORKS if row.startswith(name)), CAPTIONED.get(table, "faster_rcnn"))
     slots = NETWORKS[network][1]
@@ -127,7 +127,7 @@ def named(place: str) -> dict:
     numbers = [None if number == "none" else int(number) for number in re.findall(r"\d+|none", row)]
     changed = dict(zip(ABLATED[table][1], numbers or [row], strict=True)) if table in ABLATED else {}
     usual = {"kernel_size": 5, "encoder_kernel": 3, "normalizer": "softmax", "groups": 1, "encoder_dilation": 1}
-    # BN and ReLU in backbones that are pretrained, section 5.1
+    # batch normalisation and ReLU in pretrained backbones, section 5.1
     up = usual | {"up": 2, "compressed_channels": 64, "compressor_norm": False} | changed
     down = usual | {"down": 2, "compressed_channels": 16, "compressor_norm": table != "table10"} | changed
     return {
@@ -141,9 +141,9 @@ def named(place: str) -> dict:
 
 
 def composed(config: dict) -> dict:
-    """The same of a configuration."""
+    """Return the same about a configuration."""
     model = config["task"]["model"]
-    # a classifier and the generators of inpainting have their downsamplers themselves
+    # a classifier and the generators of inpainting hold their downsamplers without a backbone
     backbone = model.get("backbone", model)
     slots = {slot: model[slot] for slot in ("ppm", "fpn", "fuse", "mask_head", "upsample") if slot in model}
     slots = {slot: node.get("slot", node) for slot, node in slots.items()} | {"backbone": backbone["downsample"]}
@@ -183,5 +183,5 @@ def test_sweep_runs_the_rows_in_the_papers_order():
         swept = [row.strip() for row in sweeper.split(",")]
         rows = [row for row in ROWS if row.startswith(f"{table}/")]
         assert swept == [row for row in rows if row in swept]
-        # in small, ResNet-101 is the same tiny network
+        # at scale=small, ResNet-101 is the same tiny network as ResNet-50
         assert all("resnet101" in row for row in rows if row not in swept)

@@ -1,4 +1,4 @@
-"""Compiling for absent GPUs: what carafepp-inspect reads, prints and refuses."""
+"""carafepp-inspect: compilation for absent GPUs, its table and its errors."""
 
 import importlib.util
 import json

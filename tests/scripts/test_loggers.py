@@ -1,4 +1,4 @@
-"""Loggers beside metrics.csv, by override."""
+"""Loggers that run beside metrics.csv, chosen by an override."""
 
 import csv
 
@@ -19,7 +19,7 @@ def test_tensorboard_gets_what_metrics_csv_gets(tmp_path):
     assert [event.value for event in found.Scalars("val/mIoU")] == pytest.approx(
         [float(row["val/mIoU"]) for row in rows if row["val/mIoU"]]
     )
-    # and the configuration, by which such tools tell runs apart
+    # such tools distinguish runs by their configuration
     assert OmegaConf.load(folder / "tensorboard" / "hparams.yaml").model.fpn_dim == 8
 
 

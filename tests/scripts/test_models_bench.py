@@ -1,4 +1,4 @@
-"""carafepp-bench models: its figures where they are known by hand."""
+"""carafepp-bench models: figures that can be computed by hand."""
 
 import csv
 
@@ -26,7 +26,7 @@ def test_carafe_in_a_detector_adds_its_own_parameters_and_flops():
     baseline, carafe = found.values()
     # compressor and encoder with biases, on three levels of 32 channels
     assert carafe["parameters"] - baseline["parameters"] == 3 * (33 * 64 + (64 * 9 + 1) * 100)
-    # two a multiply-add: compressor, encoder, reassembly, per source pixel of 12 x 12, 6 x 6 and 3 x 3
+    # 2 FLOPs for a multiply-add of compressor, encoder and reassembly, for each source pixel of 12 x 12, 6 x 6 and 3 x 3
     assert carafe["flops"] - baseline["flops"] == 2 * (32 * 64 + 64 * 9 * 100 + 100 * 32) * (144 + 36 + 9)
     assert baseline["relative"] == 1
     assert carafe["relative"] == pytest.approx(carafe["ms"] / baseline["ms"])

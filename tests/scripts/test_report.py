@@ -1,4 +1,4 @@
-"""Reports from result.json files: what stands together, what is compared with what, and what is named instead."""
+"""Reports from result.json files: grouping of runs, comparisons, and messages about runs that are left out."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ from torchvision.utils import save_image
 
 
 def write_run(folder: Path, seed: int, metrics: dict, *overrides: str, row: str | None = None, scale: str = "small") -> Path:
-    """What carafepp-train leaves of a run."""
+    """Write the files that carafepp-train leaves in the folder of a finished run."""
     folder.mkdir(parents=True)
     experiment = row.split("/")[0] if row else None
     told = [*([f"experiment={experiment}", f"row={row}"] if row else []), f"scale={scale}", f"seed={seed}", *overrides]
@@ -72,10 +72,10 @@ def test_experiment_of_the_paper_is_its_table(tmp_path):
     for seed, (carafe, nearest) in enumerate([(0.30, 0.28), (0.33, 0.30), (0.31, 0.30)]):
         write_run(tmp_path / f"c{seed}", seed, {"val/box_AP": carafe, "val/box_AP50": 0.5}, row="table4/carafe")
         write_run(tmp_path / f"n{seed}", seed, {"val/box_AP": nearest, "val/box_AP50": 0.5}, row="table4/nearest")
-    # not of the same protocol: no part of these means and differences
+    # runs with another protocol are in other tables
     write_run(tmp_path / "paper", 0, {"val/box_AP": 0.9}, row="table4/nearest", scale="paper")
     write_run(tmp_path / "long", 0, {"val/box_AP": 0.9}, "data.epochs=99", row="table4/nearest")
-    # where a run computed and logged does not make another setting
+    # options of devices and logging do not make another setting
     write_run(tmp_path / "c3", 3, {"val/box_AP": 0.31, "val/box_AP50": 0.5}, "data.workers=2", "logger=tensorboard", row="table4/carafe")
     found = {table.protocol: table for table in tables(tmp_path)}
     assert set(found) == {"scale=small", "scale=paper", "scale=small data.epochs=99"}
@@ -86,7 +86,7 @@ def test_experiment_of_the_paper_is_its_table(tmp_path):
     assert (nearest["AP paper"], carafe["AP paper"]) == ("36.5", "37.8")
     assert (nearest["AP"], nearest["runs"]) == ("29.33 ± 1.15", "3")
     assert (carafe["AP"], carafe["runs"]) == ("31.25 ± 1.26", "4")
-    # 2, 3 and 1 over the three common seeds
+    # the differences are 2, 3 and 1 over the three common seeds
     assert carafe["AP vs nearest"] == "+2.00 [-0.48, +4.48] (3 seeds)"
     assert nearest.get("AP vs nearest", "") == ""
     assert (carafe["parameters"], carafe["GFLOPs"], carafe["clock seconds"]) == ("1,234,567", "2.500", "60")
@@ -97,7 +97,7 @@ def test_experiment_of_the_paper_is_its_table(tmp_path):
 
 def test_own_method_joins_the_table_and_its_baseline(tmp_path):
     for seed in (0, 1):
-        # the experiment alone is the baseline
+        # an experiment without a row is the baseline
         found = json.loads((write_run(tmp_path / f"n{seed}", seed, {"val/box_AP": 0.3}, row="table4/nearest") / "result.json").read_text())
         found["choices"]["row"], found["overrides"] = None, ["experiment=table4", "scale=small", f"seed={seed}"]
         (tmp_path / f"n{seed}" / "result.json").write_text(json.dumps(found))
@@ -148,7 +148,7 @@ def test_runs_serve_every_table_that_has_their_configuration(tmp_path, monkeypat
     assert found["table11"]["cm256"]["AP"] == ""
     assert [found["table5"][row]["AP"] for row in ("published", "fpn", "fpn_backbone")] == ["30.00 ± 0.00", "40.50 ± 0.71", ""]
     assert found["table5"]["fpn"]["AP vs published"].startswith("+10.50 [")
-    # a run of the table's own comes first
+    # runs of the table itself take precedence
     write_run(tmp_path / "own", 0, {"val/box_AP": 0.1}, row="table11/cm64")
     eleven = next(table for table in tables(tmp_path) if table.name == "table11")
     assert {row["row"]: row["AP"] for row in format_rows(eleven)}["cm64"] == "10.00"
@@ -173,7 +173,7 @@ def test_time_is_of_the_processor_where_every_line_has_it(tmp_path):
         path = write_run(tmp_path / row, 0, {"val/top1": 0.7, "val/mIoU": 0.4}, row=row) / "result.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"cpu_seconds": spent}))
     write_run(tmp_path / "old", 1, {"val/top1": 0.7}, row="table2/resnet50")
-    # Table IX has the row of Table VIII as its baseline, one run
+    # the baseline of Table IX is the run of Table VIII
     write_run(tmp_path / "ppm", 0, {"val/mIoU": 0.4}, row="table9/ppm")
     two, eight, nine = found = tables(tmp_path)
     assert [row.get("CPU seconds") for row in format_rows(two)] == ["40", "50", None, None]
@@ -230,9 +230,9 @@ def test_pictures_of_the_lines_stand_beside_each_other(tmp_path):
                 save_image(torch.full((3, 60, 90), shade / 5 + (row == "fpn") / 2), folder / f"{index}_{name}.png")
     (tmp_path / "fpn" / "pictures" / "1_prediction.png").unlink()
     (table,) = tables(tmp_path)
-    # the second sample is not pictured by both
+    # the second sample is not drawn by both runs
     (pictures,) = compare_pictures(table)
-    # enlarged twofold, with a line below that says what it is
+    # enlarged twofold, with a caption below
     assert [tuple(picture.shape) for picture in pictures] == [(3, 132, 180)] * 4
     assert [picture[0, 60, 90].item() for picture in pictures] == pytest.approx([0, 0.2, 0.4, 0.9], abs=0.01)
     assert all((picture[:, 120:] < 0.5).any() for picture in pictures)
@@ -250,7 +250,7 @@ def test_command_prints_and_writes_every_format(tmp_path, monkeypatch, capsys):
     assert len(pipes) == 2 + 4
     assert len({line.count("|") for line in pipes}) == 1
     assert pipes[3] in (tmp_path / "report.md").read_text()
-    # nothing else is printed, what the plots' library says included
+    # nothing else is printed, not even by the plotting library
     assert call(monkeypatch, capsys, f"runs={tmp_path}", "format=csv") == (tmp_path / "report.csv").read_text() + "\n"
     lines = list(csv.DictReader(call(monkeypatch, capsys, f"runs={tmp_path}", "format=csv").splitlines()))
     line = next(line for line in lines if (line["row"], line["metric"]) == ("resnet50_carafe", "top1"))
@@ -258,7 +258,7 @@ def test_command_prints_and_writes_every_format(tmp_path, monkeypatch, capsys):
         [77.46, 77, 1.5, -4.853, 7.853], abs=1e-3
     )
     assert (line["baseline"], line["common_seeds"], line["parameters"]) == ("resnet50", "2", "1234567")
-    # every figure of the paper is there, printed or not
+    # the file holds every figure of the paper, printed or not
     assert render_csv(tables(tmp_path)).count(",top5,") == 4
 
 
@@ -315,7 +315,7 @@ def test_paper_lists_every_row_with_ours(tmp_path, monkeypatch, capsys):
     text = call(monkeypatch, capsys, "paper", f"runs={tmp_path}", "format=markdown")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
     commands = [row[-1] for row in rows if row[-1].startswith("carafepp-train")]
-    # 96, and the two baselines that other tables have
+    # 96 rows, and two baselines that are rows of other tables
     assert len(commands) == 96 + 2
     assert "carafepp-train experiment=table9 row=table9/ppm_fpn" in commands
     resnet, carafe = (row for row in rows if row[0] in ("resnet50", "resnet50_carafe"))
@@ -325,7 +325,7 @@ def test_paper_lists_every_row_with_ours(tmp_path, monkeypatch, capsys):
 
 def test_documented_rows_are_those_of_the_paper(monkeypatch, capsys, tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text()
-    # not in a folder that has runs
+    # the command reads the runs of the working directory
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, capsys, "paper", "format=markdown").replace("## ", "### ").rstrip() in page
 

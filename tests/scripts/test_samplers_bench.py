@@ -1,4 +1,4 @@
-"""carafepp-bench samplers: its figures where they are known by hand."""
+"""carafepp-bench samplers: figures that can be computed by hand."""
 
 import csv
 
@@ -13,12 +13,12 @@ from omegaconf import OmegaConf
 
 
 def test_flops_of_carafe_are_the_published_ones():
-    """199 K per source pixel at C = 256: compressor, encoder and reassembly, 2 for a multiply-add (biases left out)."""
+    """199 K per source pixel at C = 256: compressor, encoder and reassembly without biases, 2 for a multiply-add."""
     assert 4 * count_flops_per_pixel(load_slots("upsampler")["carafe"], (1, 256, 6, 5)) == 2 * (256 * 64 + 64 * 9 * 100 + 100 * 256)
 
 
 def test_flops_of_the_rivals_are_those_of_the_table():
-    """Per source pixel, in the rounding of Table 2 of the CARAFE paper."""
+    """FLOPs per source pixel, rounded as in Table 2 of the CARAFE paper."""
     for name, millions in {
         "nearest_conv": 4.7,
         "deconv": 1.2,
@@ -33,7 +33,7 @@ def test_flops_of_the_rivals_are_those_of_the_table():
 
 def test_flops_of_pools_are_their_windows():
     assert count_flops_per_pixel(load_slots("downsampler")["avg_pool"], (1, 8, 6, 6)) == 8 * 9
-    # per pixel of a block a difference, an exponential and a product, then two pools and a quotient; indices are arithmetic too
+    # a difference, an exponential and a product for each pixel of a block, then two pools and a quotient; index arithmetic counts too
     soft_pool = count_flops_per_pixel(load_slots("downsampler")["soft_pool"], (1, 8, 6, 6))
     assert soft_pool == pytest.approx(8 * (4 * 3 + 4 + 4 + 1), rel=0.02)
 
@@ -43,7 +43,7 @@ def test_peak_memory_counts_what_is_alive_together():
     with PeakMemory() as memory:
         y = Nearest(4)(x)
         y.backward(torch.ones_like(y))
-    # output, its gradient, the input's gradient
+    # the output, its gradient, and the gradient of the input
     assert memory.peak == 4 * (4 * 16 * 16 * 2 + 4 * 8 * 8)
     with PeakMemory() as memory, torch.no_grad():
         for _ in range(3):

@@ -1,4 +1,4 @@
-"""A sweep on a real Slurm: jobs of two tasks, of which one is preempted, put back into the queue and continued."""
+"""A sweep on a Slurm cluster: a job of two tasks is preempted, requeued and resumed."""
 
 import json
 import os
@@ -37,16 +37,16 @@ def test_preempted_job_of_two_tasks_is_requeued_and_resumed(tmp_path):
             assert process.poll() is None, (tmp_path / "said").read_text()
             assert time.monotonic() < deadline, (tmp_path / "said").read_text()
             time.sleep(0.02)
-        # held until Slurm stops them, so that the job does not come to its end before
+        # the tasks are stopped until Slurm kills them, so that the job cannot finish first
         for task in processes("submitit.core._submit", str(sweep)):
             os.kill(task, signal.SIGSTOP)
-        # takes both CPUs from the job, which goes back into the queue
+        # this job takes both CPUs, so Slurm requeues the first
         subprocess.run(["sbatch", "--wait", "-p", "high", "-n2", "-o", "/dev/null", "--wrap", "true"], check=True, timeout=300, **options)
-        # Slurm waits two minutes before it starts a job again
+        # without this, Slurm waits two minutes before it restarts a job
         subprocess.run(["scontrol", "update", "JobId=1", "StartTime=now"], check=True, **options)
         assert rows(sweep / "0") < 200, "the job must be preempted before its end for this test to say anything"
         assert process.wait(600) == 0, (tmp_path / "said").read_text()
-    # Slurm appends what a job says after it is requeued to what it said before
+    # Slurm appends the output of a requeued job to its earlier output
     logs = "".join(path.read_text() for path in sweep.glob(".submitit/*/*_0_log.out"))
     assert logs.count("Starting with JobEnvironment") == 2
     runs, problems = read_runs([sweep])

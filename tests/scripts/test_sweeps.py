@@ -1,4 +1,4 @@
-"""A sweep with real trainings: what fails or is killed is marked and stops nothing else, and the same command finishes what is missing."""
+"""Sweeps of real trainings: a failed or killed job is recorded and stops no other, and the same command finishes the missing jobs."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from training import TINY, processes, rows
 def test_joblib_sweep_with_a_failed_and_a_killed_job_is_killed_and_resumed_to_completion(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     sweep = tmp_path / "sweep"
-    # job 0 asks for more samples than there are
+    # job 0 fails: its batch is larger than the training set
     arguments = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={sweep}", *TINY, "data.batch_size=400,4,5"]
     command = [sys.executable, "-P", "-m", "carafepp.scripts.train", *arguments]
     options = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
@@ -30,7 +30,7 @@ def test_joblib_sweep_with_a_failed_and_a_killed_job_is_killed_and_resumed_to_co
     while not all(trained.values()) or not (sweep / "1" / "error.txt").exists():
         assert first.poll() is None, "the sweep ended before its jobs had trained"
         assert time.monotonic() < deadline
-        # the first is killed, the second held, so that it is in the middle when the whole sweep is killed
+        # job 1 is killed; job 2 is stopped, so that it is unfinished when the whole sweep is killed
         for job, how in ((1, signal.SIGKILL), (2, signal.SIGSTOP)):
             if not trained[job] and rows(sweep / str(job)) >= 4:
                 for process in processes(f"resume='{sweep}/{job}'"):
@@ -58,7 +58,7 @@ def test_joblib_sweep_with_a_failed_and_a_killed_job_is_killed_and_resumed_to_co
     assert len(problems) == 1
     for run, steps in zip(runs, (60, 48), strict=True):
         assert json.loads((run.folder / "result.json").read_text())["steps"] == steps
-        # every step once, and one validation
+        # every step appears once, and one validation
         assert [int(line.split(",")[0]) for line in (run.folder / "metrics.csv").read_text().splitlines()[1:]] == [
             *range(1, steps + 1),
             steps,

@@ -1,4 +1,4 @@
-"""carafepp-tune: what it times, keeps and goes on with."""
+"""carafepp-tune: what it times, what it stores, and how it continues after an interruption."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ PROBLEM = TileProblem(Spec(5, up=2), 64, 25, 42, 1, 2, False, 2, 4, (8, 0))
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """Path of the user's table, which no process has read yet."""
+    """Return the path of the table of the user, which no process has read yet."""
     path = tmp_path / "tiles.json"
     monkeypatch.setenv("CARAFEPP_TILES", str(path))
     return path
@@ -23,7 +23,7 @@ def table(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tune(table, monkeypatch):
-    """Run carafepp-tune as on a GPU on which the tile that is tried last is the fastest; return the passes that it timed."""
+    """Run carafepp-tune as if on a GPU where the last tile is the fastest; return the directions that it timed."""
     pytest.importorskip("triton")
     from carafepp.kernels.gpu import tile_search, training_step
     from carafepp.scripts.tune import main
@@ -56,7 +56,7 @@ def test_tuning_keeps_the_fastest_and_goes_on_where_it_stopped(tune, table):
     assert tune() == ["forward", "backward"]
     tiles = json.loads(table.read_text())["A GPU"]
     assert tiles[table_key("forward", PROBLEM)] == list(rank_tiles("forward", PROBLEM)[2])
-    # interrupted after the first kernel
+    # as if interrupted after the first kernel
     del tiles[table_key("backward", PROBLEM)]
     write_table(table, {"A GPU": tiles})
     assert tune() == ["backward"]

@@ -1,4 +1,4 @@
-"""carafepp-validate: every problem by image, annotation and rule, and an exit status that scripts can use."""
+"""carafepp-validate: its list of problems by image, annotation and rule, and its exit status."""
 
 import json
 import subprocess

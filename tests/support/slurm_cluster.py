@@ -1,4 +1,4 @@
-"""A Slurm cluster of this machine alone, made of Debian's slurm-wlm and munge: for the tests marked `slurm`."""
+"""A Slurm cluster on this machine alone, with the Debian packages slurm-wlm and munge, for the tests marked `slurm`."""
 
 import contextlib
 import os
@@ -13,11 +13,12 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 
 
 def available() -> bool:
-    """Whether the programs are installed and may be started: slurmd wants to be root."""
+    """Whether the programs are installed and can be started; slurmd requires root."""
     return os.name == "posix" and os.geteuid() == 0 and all(map(shutil.which, PROGRAMS))
 
 
-def free_port() -> int:
+def find_free_port() -> int:
+    """Return a port that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -25,7 +26,10 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """Start one node with two CPUs and the partitions `low` and `high`, of which the second preempts the first; yield the environment."""
+    """Start a cluster of one node with two CPUs, and yield the environment variables that its commands need.
+
+    It has two partitions: jobs of `high` preempt jobs of `low`, the default.
+    """
     for name in ("state", "spool"):
         (folder / name).mkdir()
     key = folder / "munge.key"
@@ -34,8 +38,8 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     (folder / "slurm.conf").write_text(f"""
 ClusterName=one
 SlurmctldHost={socket.gethostname()}(127.0.0.1)
-SlurmctldPort={free_port()}
-SlurmdPort={free_port()}
+SlurmctldPort={find_free_port()}
+SlurmdPort={find_free_port()}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
@@ -73,14 +77,14 @@ PartitionName=high Nodes=localhost PriorityTier=2 PreemptMode=OFF MaxTime=60 Sta
         deadline = time.monotonic() + 60
         while "idle" not in subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, env=environment).stdout:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the cluster does not start: see the logs in {folder}")
+                raise RuntimeError(f"the cluster has not started after a minute: see the logs in {folder}")
             time.sleep(0.5)
-        # jobs outlive the daemons
-        stack.callback(idle, environment)
+        # jobs would outlive the daemons
+        stack.callback(cancel_jobs, environment)
         yield environment
 
 
-def idle(environment: dict[str, str]) -> None:
+def cancel_jobs(environment: dict[str, str]) -> None:
     """Cancel all jobs and wait until they are gone."""
     subprocess.run(["scancel", "--user=root", "--signal=KILL"], env=environment)
     subprocess.run(["scancel", "--user=root"], env=environment)
