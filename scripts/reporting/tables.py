@@ -104,6 +104,7 @@ def tabulate_paper(settings: Sequence[Setting], columns: Sequence[str], digits: 
     """Make one table for each experiment of the paper and each protocol of its runs, with the rows in the order of the paper.
 
     Args:
+        settings: runs grouped by `group_runs`; those outside the experiments of the paper are ignored.
         columns: names of the figures of the paper to print.
         digits: decimal places of fractions; per cent and dB have two fewer.
         baseline: the row to compare with instead of the baseline of the table.
