@@ -9,15 +9,12 @@ from carafepp.models.pooling import DPP, LIP, BlurPool, SoftPool
 from carafepp.models.resnet import ResNet
 from carafepp.models.upernet import UperNet
 from hydra.utils import instantiate
+from networks import count_parameters
 from omegaconf import OmegaConf
 from sampler_cases import CASES, GROUPS
 
 CHANNELS = 8
 every_sampler = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.group}-{case.id}")
-
-
-def count(module):
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def build(case, **options):
@@ -194,7 +191,7 @@ def test_upernet_passes_the_guides(case):
     ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else str(value),
 )
 def test_parameters_are_the_published_ones(sampler, parameters):
-    assert count(sampler) == parameters
+    assert count_parameters(sampler) == parameters
 
 
 def test_initial_states():

@@ -1,7 +1,6 @@
-"""Detectors: torchvision's results from torchvision's weights, and samplers in every slot."""
+"""Detectors: torchvision's results from torchvision's weights, samplers in every slot, frozen layers."""
 
 from functools import partial
-from pathlib import Path
 
 import lightning as L
 import pytest
@@ -9,32 +8,12 @@ import torch
 import torch.nn as nn
 import torchvision
 from carafepp.models.carafe import CARAFE
-from carafepp.models.deform import DeformConv
 from carafepp.models.detection import FasterRCNN, MaskRCNN
-from carafepp.models.fpn import FPN
 from carafepp.models.resnet import resnet50, tiny
-from carafepp.models.samplers import Nearest
 from carafepp.tasks.detection import Detection
-from hydra import compose, initialize_config_module
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
-from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from configurations import choices, configured_sampler
 
-CONF = Path(__file__).parents[2] / "conf"
 SMALL = {"fpn_dim": 16, "head_dim": 32, "anchor_sizes": [8, 16, 32, 48, 64], "min_size": 64, "max_size": 64}
-UPSAMPLERS = sorted(path.stem for path in (CONF / "upsampler").glob("*.yaml") if path.stem != "shared")
-DOWNSAMPLERS = sorted(path.stem for path in (CONF / "downsampler").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def config():
-    with initialize_config_module("carafepp.conf", version_base="1.3"):
-        yield lambda *overrides: compose("train", overrides=list(overrides))
-
-
-def slot(group: str, name: str):
-    return instantiate(OmegaConf.load(CONF / group / f"{name}.yaml"))
 
 
 def targets(masks: bool = True, size: int = 64) -> list[dict]:
@@ -77,24 +56,9 @@ def test_torchvisions_weights_give_torchvisions_detections(ours, theirs):
             torch.testing.assert_close(found[name], values, atol=1e-4, rtol=1e-4)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("upsample", [None, Nearest])
-@pytest.mark.parametrize("size", [(64, 96), (67, 95), (33, 40)])
-def test_pyramid_is_torchvisions_whatever_the_size(size, upsample):
-    channels = [4, 8, 16, 32]
-    levels = {str(i): torch.randn(2, c, *(-(-side // 2**i) for side in size)) for i, c in enumerate(channels)}
-    reference = FeaturePyramidNetwork(channels, 8, LastLevelMaxPool())
-    pyramid = FPN(channels, 8, upsample=upsample, extra_blocks=LastLevelMaxPool())
-    pyramid.load_state_dict(reference.state_dict())
-    found, expected = pyramid(levels), reference(dict(levels))
-    assert list(found) == list(expected) == ["0", "1", "2", "3", "pool"]
-    for name, level in expected.items():
-        torch.testing.assert_close(found[name], level)
-
-
-@pytest.mark.parametrize("name", UPSAMPLERS)
+@pytest.mark.parametrize("name", choices("upsampler"))
 def test_every_upsampler_trains_in_pyramid_and_mask_head(name):
-    sampler = slot("upsampler", name)
+    sampler = configured_sampler("upsampler", name)
     model = MaskRCNN(4, backbone=tiny(), fpn=sampler, mask_head=sampler, mask_dim=16, mask_convs=1, **SMALL)
     assert trains(model)
     # images without objects leave the mask head without RoIs
@@ -105,9 +69,9 @@ def test_every_upsampler_trains_in_pyramid_and_mask_head(name):
     assert found["masks"].shape == (len(found["labels"]), 1, 50, 64)
 
 
-@pytest.mark.parametrize("name", DOWNSAMPLERS)
+@pytest.mark.parametrize("name", choices("downsampler"))
 def test_every_downsampler_trains_in_the_backbone(name):
-    model = FasterRCNN(4, backbone=tiny(downsample=slot("downsampler", name)), **SMALL)
+    model = FasterRCNN(4, backbone=tiny(downsample=configured_sampler("downsampler", name)), **SMALL)
     assert trains(model)
     sizes = [level.shape[2:] for level in model.backbone(torch.rand(1, 3, 75, 64)).values()]
     assert sizes == [(19, 16), (10, 8), (5, 4), (3, 2), (2, 1)]
@@ -123,17 +87,8 @@ def test_boxes_stay_exact_in_mixed_precision():
     assert not found["boxes"].equal(found["boxes"].bfloat16().float())
 
 
-def test_the_lateral_guides_the_pyramid():
-    pyramid = FPN([4, 8], 8, upsample=slot("upsampler", "fade"))
-    levels = {"0": torch.randn(1, 4, 9, 12), "1": torch.randn(1, 8, 5, 6)}
-    seen = []
-    pyramid.upsample[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[1]))
-    pyramid(levels)
-    torch.testing.assert_close(seen[0], pyramid.inner_blocks[0](levels["0"]))
-
-
 def test_frozen_parts_stay_as_pretrained():
-    backbone = tiny(downsample=slot("downsampler", "carafe"))
+    backbone = tiny(downsample=configured_sampler("downsampler", "carafe"))
     model = FasterRCNN(4, backbone=backbone, trainable_layers=3, frozen_norm=True, **SMALL)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -189,33 +144,3 @@ def test_published_mask_head_has_a_relu_and_samplers_have_none():
     assert isinstance(published.roi_heads.mask_predictor.relu, nn.ReLU)
     assert isinstance(carafe.roi_heads.mask_predictor.conv5_mask, CARAFE)
     assert isinstance(carafe.roi_heads.mask_predictor.relu, nn.Identity)
-
-
-def network(config, row: str) -> nn.Module:
-    """What a row of the paper's tables trains."""
-    with torch.device("meta"):
-        return instantiate(config(f"experiment={row.split('/')[0]}", f"row={row}").task).model
-
-
-@pytest.mark.parametrize("row", sorted(f"table1/{path.stem}" for path in (CONF / "row" / "table1").glob("*.yaml")))
-def test_rows_of_the_first_table_are_what_they_are_called(config, row):
-    model = network(config, row)
-    assert isinstance(model, MaskRCNN) == ("mask_rcnn" in row)
-    samplers = [*model.backbone.fpn.upsample, model.backbone.body.maxpool, model.backbone.body.layer4[0].shortcut_sampler]
-    samplers += [model.roi_heads.mask_predictor.conv5_mask] if isinstance(model, MaskRCNN) else []
-    assert all(isinstance(sampler, CARAFE) == row.endswith("_carafe") for sampler in samplers)
-    deformed = sum(isinstance(module, DeformConv) for module in model.modules())
-    # with CARAFE++, a plain convolution follows in the first block of each stage
-    assert deformed == ("dcnv2" in row) * (4 + 23 + 3 - 3 * row.endswith("_carafe"))
-
-
-def test_rows_add_the_parameters_of_their_samplers(config):
-    names = ("table4/nearest", "table4/carafe", "table3/carafe", "table3/lip")
-    baseline, upsampled, downsampled, lip = (network(config, name) for name in names)
-    parameters = [sum(parameter.numel() for parameter in model.parameters()) for model in (baseline, upsampled, downsampled)]
-    assert parameters[1] - parameters[0] == 3 * 74148
-    # a frozen norm has no parameters: 2 * 16 less in each of seven places than the 69,743 of a classifier
-    assert parameters[2] - parameters[0] == 69743 - 7 * 2 * 16
-    body = lip.backbone.body
-    # simplified logits in the stem, bottlenecks elsewhere
-    assert [len(sampler.logits) for sampler in (body.maxpool, body.layer2[0].sampler, body.layer4[0].shortcut_sampler)] == [3, 9, 9]

@@ -1,0 +1,110 @@
+"""The CARAFE++ module: the paper's equations, mmcv's state dict, any size, wrong arguments."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from carafepp.models.carafe import CARAFE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import count_parameters
+
+
+def carafe_by_the_paper(module, x):
+    """Equations 1 to 3 one target location at a time, from the module's weights and options."""
+    k, up, down, groups, _ = module.spec
+    encoder, r = module.content_encoder, k // 2
+    compressed = F.conv2d(x, module.channel_compressor.weight, module.channel_compressor.bias)
+    encoded = F.conv2d(compressed, encoder.weight, encoder.bias, stride=down, padding=encoder.padding, dilation=encoder.dilation)
+    n, c, h, w = x.shape
+    y = x.new_zeros(n, c, -(-h // down) * up, -(-w // down) * up)
+    for b, ch, i2, j2 in itertools.product(range(n), range(c), range(y.shape[2]), range(y.shape[3])):
+        i, j = (i2 // up, j2 // up) if up > 1 else (i2 * down, j2 * down)
+        # depth to space: channel = m * up**2 + dy * up + dx
+        phase = (i2 % up) * up + j2 % up
+        first = (ch * groups // c) * k * k
+        logits = encoded[b, phase :: up * up, i2 // up, j2 // up][first : first + k * k]
+        kernel = logits.softmax(0).view(k, k)
+        for dy, dx in itertools.product(range(-r, r + 1), range(-r, r + 1)):
+            if 0 <= i + dy < h and 0 <= j + dx < w:
+                y[b, ch, i2, j2] += kernel[dy + r, dx + r] * x[b, ch, i + dy, j + dx]
+    return y
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"up": 2}, {"down": 2}, {"up": 3, "kernel_size": 3}, {"down": 2, "groups": 2, "encoder_dilation": 2, "encoder_kernel": 5}],
+    ids=str,
+)
+def test_carafe_is_the_papers_equations(options):
+    torch.manual_seed(0)
+    module = CARAFE(4, compressed_channels=3, **options).double()
+    torch.nn.init.normal_(module.content_encoder.weight)  # far from the box blur it starts as
+    x = torch.randn(2, 4, 5, 3, dtype=torch.float64)
+    torch.testing.assert_close(module(x), carafe_by_the_paper(module, x))
+
+
+def test_carafe_has_the_keys_parameters_and_initialisation_of_mmcv():
+    module = CARAFE(256, up=2)
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    assert shapes == {
+        "channel_compressor.weight": (64, 256, 1, 1),
+        "channel_compressor.bias": (64,),
+        "content_encoder.weight": (100, 64, 3, 3),
+        "content_encoder.bias": (100,),
+    }
+    assert count_parameters(module) == 74_148
+    assert 0.0009 < module.content_encoder.weight.std() < 0.0011
+    bound = (6 / (256 + 64)) ** 0.5  # Xavier's for a 1x1 convolution
+    assert 0.95 * bound < module.channel_compressor.weight.abs().max() <= bound
+    assert not module.channel_compressor.bias.any()
+    assert not module.content_encoder.bias.any()
+
+
+def test_carafe_compresses_to_the_papers_widths():
+    assert CARAFE(256, up=2).content_encoder.in_channels == 64
+    assert CARAFE(256, down=2).content_encoder.in_channels == 16
+    assert CARAFE(256, down=2, compressed_channels=None).content_encoder.in_channels == 256
+
+
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 3, 5]), st.sampled_from([1, 2]))
+def test_carafe_sizes(height, width, up, down, kernel_size, groups):
+    module = CARAFE(4, up=up, down=down, kernel_size=kernel_size, groups=groups, compressed_channels=2)
+    x = torch.randn(1, 4, height, width)
+    size = -(-height * up // down), -(-width * up // down)
+    assert module(x).shape == (1, 4, *size)
+    kernels = module.kernels(x)
+    assert kernels.shape == (1, groups, kernel_size, kernel_size, *size)
+    torch.testing.assert_close(kernels.sum((2, 3)), torch.ones(1, groups, *size))
+
+
+def test_carafe_kernels_are_the_weights_it_sums_under():
+    module = CARAFE(2, up=2, kernel_size=3)
+    delta = torch.zeros(1, 2, 6, 7)
+    delta[..., 3, 4] = 1.0
+    kernels = module.kernels(delta)
+    torch.testing.assert_close(module(delta)[0, 0, 6:8, 8:10], kernels[0, 0, 1, 1, 6:8, 8:10])
+    torch.testing.assert_close(module(delta)[0, 0, 4:6, 8:10], kernels[0, 0, 2, 1, 4:6, 8:10])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"kernel_size": 4}, ValueError, "kernel_size must be odd"),
+        ({"encoder_kernel": 2}, ValueError, "encoder_kernel must be odd.*got 2"),
+        ({"up": 0}, ValueError, "up must be at least 1, got 0"),
+        ({"up": 2.0}, TypeError, "up must be an int, got 2.0"),
+        ({"groups": 3}, ValueError, "groups=3 for channels=8"),
+        ({"compressed_channels": 0}, ValueError, "compressed_channels must be at least 1"),
+        ({"compressed_channels": "all"}, TypeError, "compressed_channels must be an int.*'all'"),
+        ({"normalizer": "tanh"}, ValueError, "softmax, sigmoid, sigmoid_normalized, none.*'tanh'"),
+        ({"compressor_norm": True, "compressed_channels": None}, ValueError, "compressor_norm"),
+        ({"encoder_dilation": 0}, ValueError, "encoder_dilation must be at least 1"),
+    ],
+    ids=str,
+)
+def test_carafe_names_a_wrong_argument(options, error, message):
+    with pytest.raises(error, match=message):
+        CARAFE(8, **options)

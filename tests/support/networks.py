@@ -1,0 +1,31 @@
+"""Small networks, and what several tests of networks count or draw."""
+
+from functools import partial
+
+import torch
+from carafepp.models.carafe import CARAFE
+from carafepp.models.resnet import ResNet
+from torch import Tensor, nn
+
+# the downsampler of the paper's classification networks
+NORMED_CARAFE = partial(CARAFE, down=2, compressor_norm=True)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, whether or not they are trained."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def small_resnet(**options: object) -> ResNet:
+    """A ResNet of one bottleneck in each stage, a sixteenth as wide as published."""
+    return ResNet((1, 1, 1, 1), width=4, **options)
+
+
+def dilated_resnet(**options: object) -> ResNet:
+    """A small ResNet whose deepest stages keep stride 8."""
+    return ResNet((1, 2, 2, 2), width=4, output_stride=8, **options)
+
+
+def random_mask(*size: int, share: float = 0.5) -> Tensor:
+    """Mask [1, 1, H, W] in float64 of ones at a random `share` of the pixels."""
+    return (torch.rand(1, 1, *size) < share).double()
