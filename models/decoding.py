@@ -44,7 +44,10 @@ def enlarge_cells(cells: Tensor, size: Sequence[int], sampler: nn.Module | None,
 
     Without a sampler the interpolation is bilinear. With one it is bilinear to half of `size`, and the sampler does the last factor 2;
     `guide` [N, guide_channels, *size] goes to a sampler that needs one.
+
+    Raises:
+        ValueError: the sampler does not upsample by 2.
     """
     if sampler is not None:
         cells = resize(cells, ((size[0] + 1) // 2, (size[1] + 1) // 2), None)
-    return resize(cells, size, sampler, guide)
+    return resize(cells, size, sampler, guide, slot="ppm")

@@ -40,13 +40,16 @@ class FPN(FeaturePyramidNetwork):
 
         Returns:
             [N, out_channels, H_i, W_i] under the same names, followed by the extra levels.
+
+        Raises:
+            ValueError: there is a sampler between two levels that do not have its ratio, as those of a dilated backbone.
         """
         names, inputs = list(x), list(x.values())
         laterals = [block(level) for block, level in zip(self.inner_blocks, inputs, strict=True)]
         for i in reversed(range(len(self.upsample))):
             fine, coarse, sampler = laterals[i], laterals[i + 1], self.upsample[i]
             size = fine.shape[2:]
-            coarse = resize(coarse, size, sampler, fine) if sampler is not None else F.interpolate(coarse, size, mode="nearest")
+            coarse = resize(coarse, size, sampler, fine, slot="fpn") if sampler is not None else F.interpolate(coarse, size, mode="nearest")
             laterals[i] = fine + coarse
         outputs = [block(lateral) for block, lateral in zip(self.layer_blocks, laterals, strict=True)]
         if self.extra_blocks is not None:

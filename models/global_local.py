@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .samplers import Sampler
+from .samplers import Sampler, crop
 
 Norm = Callable[[int], nn.Module]
 
@@ -82,14 +82,16 @@ class GlobalLocal(nn.Module):
 
         Returns:
             Images [N, 3, H, W] in [-1, 1]. The network also predicts the known pixels.
+
+        Raises:
+            ValueError: the upsamplers do not undo the ratio of the downsamplers.
         """
         y = torch.cat([images * (1 - masks), masks], dim=1)
         sizes = []
         for layer, layers in zip(LAYERS, self.stages, strict=True):
             if layer.resize == "down":
                 sizes.append(y.shape[2:])
-            y = layers(y)
+            x, y = y, layers(y)
             if layer.resize == "up":
-                height, width = sizes.pop()
-                y = y[..., :height, :width]
+                y = crop(y, x, sizes.pop(), "upsample")
         return self.output(y).clamp(-1, 1)

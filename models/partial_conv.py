@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels import reassemble
 from .carafe import CARAFE
 from .global_local import LAYERS, Layer, Norm
-from .samplers import AvgPool, Bilinear, Nearest, Sampler
+from .samplers import AvgPool, Bilinear, Nearest, Sampler, crop
 
 # Linear samplers with fixed weights: sampling `known` gives the share of a target that is known.
 LINEAR = (Nearest, Bilinear, AvgPool)
@@ -152,14 +152,18 @@ class PartialGlobalLocal(nn.Module):
 
         Returns:
             Images [N, 3, H, W] in [-1, 1]. The network also predicts the known pixels.
+
+        Raises:
+            ValueError: the upsamplers do not undo the ratio of the downsamplers.
         """
         y, known = images, 1 - masks
         sizes = []
         for layer, partial_stage in zip(LAYERS, self.stages, strict=True):
             if layer.resize == "down":
                 sizes.append(y.shape[2:])
-            y, known = partial_stage(y, known)
+            x = y
+            y, known = partial_stage(x, known)
             if layer.resize == "up":
-                height, width = sizes.pop()
-                y, known = y[..., :height, :width], known[..., :height, :width]
+                size = sizes.pop()
+                y, known = crop(y, x, size, "upsample"), crop(known, x, size, "upsample")
         return self.output(y, known)[0].clamp(-1, 1)

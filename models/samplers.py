@@ -3,8 +3,9 @@
 A slot is a constructor argument `Callable[[int], nn.Module]`: it takes the channels and returns a module that keeps the channels and
 resizes by 2. Further options travel in `functools.partial`: `partial(CARAFE, up=2)`, `partial(DySample, groups=8)`.
 
-Sizes: an upsampler turns H x W into 2H x 2W, and a network crops the result where the finer map is odd (`resize`). A downsampler returns
-ceil(H / 2) x ceil(W / 2), as a 3x3 convolution or pool of stride 2 and padding 1 does, so that it can replace any of those.
+Sizes: an upsampler turns H x W into 2H x 2W, and a network crops the result where the finer map is odd (`resize`). A finer map of any
+other size is refused (`crop`). A downsampler returns ceil(H / 2) x ceil(W / 2), as a 3x3 convolution or pool of stride 2 and padding 1
+does, so that it can replace any of those.
 
 Guides: an upsampler whose class sets `needs_guide = True` also takes the finer map that its output is combined with, `sampler(x, guide)`,
 with x [N, C, H, W] and guide [N, guide_channels, h, w], where h is 2H - 1 or 2H, and w likewise. Its output is [N, C, h, w]. Networks
@@ -47,16 +48,51 @@ def make_samplers(slot: Sampler | None, channels: int, guide_channels: int, coun
     return nn.ModuleList(samplers)  # pyright: ignore[reportArgumentType]
 
 
-def resize(x: Tensor, size: Sequence[int], sampler: nn.Module | None, guide: Tensor | None = None) -> Tensor:
+def check_fit(coarse: Sequence[int], sampled: Sequence[int], fine: Sequence[int], slot: str) -> None:
+    """Check that a map of size `sampled`, which a sampler makes from one of size `coarse`, fits a finer map of size `fine`.
+
+    It fits where less than one cell of the coarse map has to be cropped. Otherwise the levels of the network do not have the ratio of the
+    sampler, and a crop would keep the top left corner of the features, enlarged.
+
+    Raises:
+        ValueError: the sizes do not fit; the message names them and the slot.
+    """
+    # a coarse cell is sampled / coarse wide
+    if not all(f <= s and (s - f) * c < s for c, s, f in zip(coarse, sampled, fine, strict=True)):
+        sizes = [f"{height} x {width}" for height, width in (coarse, sampled, fine)]
+        raise ValueError(
+            f"the sampler in slot {slot} makes {sizes[1]} pixels of {sizes[0]}, but the finer map has {sizes[2]}: leave this slot empty "
+            "(None; `published` on the command line), or choose strides of the network (output_stride of the backbone) whose levels have "
+            "the ratio of the sampler"
+        )
+
+
+def crop(y: Tensor, x: Tensor, size: Sequence[int], slot: str) -> Tensor:
+    """Crop y, which a sampler made from x [N, C, H, W], at the bottom and right to `size`.
+
+    Raises:
+        ValueError: y is smaller than `size`, or larger by a cell of x or more.
+    """
+    check_fit(x.shape[2:], y.shape[2:], size, slot)
+    return y[..., : size[0], : size[1]]
+
+
+def resize(x: Tensor, size: Sequence[int], sampler: nn.Module | None, guide: Tensor | None = None, *, slot: str = "upsample") -> Tensor:
     """Resize x [N, C, H, W] to `size`.
 
     Without a sampler this is one bilinear interpolation. A sampler resizes by 2, and its output is cropped at the bottom and right;
     `guide` [N, guide_channels, *size] goes to a sampler that needs one.
+
+    Raises:
+        ValueError: the output of the sampler does not fit `size` (see `check_fit`); the message names `slot`.
     """
     if sampler is None:
         return F.interpolate(x, list(size), mode="bilinear", align_corners=False)
-    y = sampler(x, guide) if getattr(sampler, "needs_guide", False) else sampler(x)
-    return y[..., : size[0], : size[1]]
+    if not getattr(sampler, "needs_guide", False):
+        return crop(sampler(x), x, size, slot)
+    # a guided sampler itself crops to its guide
+    check_fit(x.shape[2:], [2 * side for side in x.shape[2:]], size, slot)
+    return sampler(x, guide)
 
 
 def upsample_nearest(x: Tensor) -> Tensor:

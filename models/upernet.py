@@ -81,7 +81,7 @@ class UperNet(nn.Module):
         outputs = [y]
         for i in reversed(range(len(laterals))):
             lateral = self.fpn_in[i](laterals[i])
-            y = lateral + resize(y, lateral.shape[2:], self.fpn_up[i], lateral)
+            y = lateral + resize(y, lateral.shape[2:], self.fpn_up[i], lateral, slot="fpn")
             outputs.insert(0, self.fpn_out[i](y))
         return outputs
 
@@ -91,12 +91,15 @@ class UperNet(nn.Module):
             return torch.cat([resize(level, levels[0].shape[2:], None) for level in levels], dim=1)
         *finer, y = levels
         for level, sampler in zip(reversed(finer), self.fuse_up, strict=True):
-            y = torch.cat([level, resize(y, level.shape[2:], sampler, level)], dim=1)
+            y = torch.cat([level, resize(y, level.shape[2:], sampler, level, slot="fuse")], dim=1)
         return y
 
     def forward(self, x: Tensor) -> Tensor:
         """Predict logits [N, num_classes, ceil(H / 4), ceil(W / 4)] for images x [N, 3, H, W].
 
         The published training also takes its loss at this size.
+
+        Raises:
+            ValueError: there is a sampler between two levels that do not have its ratio, as those of a dilated backbone.
         """
         return self.conv_last(self.fuse(self.build_pyramid(self.backbone(x))))
