@@ -63,14 +63,13 @@ inline void merge_adjacent(const T* from, Index plane, S* to, Index count, std::
 // The same for values `stride` apart; U = 0 stands for any number of phases and any stride.
 template <int U, class S, class T> inline void split_row(const S* from, Index stride, T* to, Index plane, Index phases, Index count) {
     if constexpr (U) return split_adjacent<U>(from, to, plane, count, std::make_index_sequence<U>{});
-    const Index cell_stride = phases * stride;
-    for (Index u = 0; u < phases; ++u, from += stride, to += plane)
-        for (Index j = 0; j < count; ++j) to[j] = widen(from[j * cell_stride]);
+    for (Index u = 0; u < phases; ++u)
+        for (Index j = 0; j < count; ++j) to[u * plane + j] = widen(from[(j * phases + u) * stride]);
 }
 template <int U, class S, class T> inline void merge_row(const T* from, Index plane, S* to, Index stride, Index phases, Index count) {
     if constexpr (U) return merge_adjacent<U>(from, plane, to, count, std::make_index_sequence<U>{});
     for (Index j = 0; j < count; ++j)
-        for (Index u = 0; u < phases; ++u, to += stride) *to = narrow<S>(from[u * plane + j]);
+        for (Index u = 0; u < phases; ++u) to[(j * phases + u) * stride] = narrow<S>(from[u * plane + j]);
 }
 
 // Calls f(std::integral_constant<int, U>) with U = phases where values are adjacent and phases are few, else with 0.
