@@ -42,7 +42,6 @@ struct PlanarTables {
 };
 
 // The inner loops take pointers to the cell in the first lane and the strides of `scratch`; they are compiled once for all storage types.
-#define NOINLINE __attribute__((noinline))
 
 // output[c][s] = sum over taps of weight[tap][s] * source[c][shift[tap]] for C channels and N sub-pixels.
 template <int N, int C, class T>

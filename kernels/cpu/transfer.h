@@ -94,54 +94,58 @@ template <int WRITE, class S> inline void fetch(const S* from, Index count) {
 
 // Reads the cells of the task's tile and around it into planes [phases * phases], the first at `planes` and then `plane` values apart;
 // `fill` stands for what lies outside the map.
-template <class S, class T> void read_map(const Task& task, const MapView<const S>& map, Reach reach, T fill, T* planes, Index plane) {
+template <int U, class S, class T>
+NOINLINE void read_rows(const Task& task, const MapView<const S>& map, const Reach& reach, T fill, T* planes, Index plane) {
     const Tile& tile = task.tile;
-    const Index pitch = task.grid.pitch;
+    const Index phases = U ? U : map.phases, begin = std::max(-reach.side, -tile.column), end = tile.columns + reach.side;
+    for (Index i = -reach.above; i < tile.rows + reach.below; ++i)
+        for (Index v = 0; v < phases; ++v) {
+            T* to = planes + v * phases * plane + i * task.grid.pitch;
+            const Index row = (tile.row + i) * phases + v;
+            const bool inside = 0 <= row && row < map.height;
+            // end of the cells whose phases are all inside
+            const Index whole = inside ? std::max(begin, std::min(end, map.width / phases - tile.column)) : begin;
+            const Index from = inside ? row * map.row_stride + (tile.column + begin) * phases * map.column_stride : 0;
+            if (U) fetch<0>(map.next + from, (whole - begin) * phases);
+            for (Index u = 0; u < phases; ++u)
+                for (Index j = -reach.side; j < begin; ++j) to[u * plane + j] = fill;
+            split_row<U>(map.data + from, map.column_stride, to + begin, plane, phases, whole - begin);
+            for (Index u = 0; u < phases; ++u)
+                for (Index j = whole; j < end; ++j) {
+                    const Index column = (tile.column + j) * phases + u;
+                    to[u * plane + j] =
+                        inside && column < map.width ? widen(map.data[row * map.row_stride + column * map.column_stride]) : fill;
+                }
+        }
+}
+template <class S, class T>
+void read_map(const Task& task, const MapView<const S>& map, const Reach& reach, T fill, T* planes, Index plane) {
     with_phases(map.phases, map.column_stride, [&](auto adjacent) {
-        constexpr int U = decltype(adjacent)::value;
-        const Index phases = U ? U : map.phases, begin = std::max(-reach.side, -tile.column), end = tile.columns + reach.side;
-        for (Index i = -reach.above; i < tile.rows + reach.below; ++i)
-            for (Index v = 0; v < phases; ++v) {
-                T* to = planes + v * phases * plane + i * pitch;
-                const Index row = (tile.row + i) * phases + v;
-                const bool inside = 0 <= row && row < map.height;
-                // end of the cells whose phases are all inside
-                const Index whole = inside ? std::max(begin, std::min(end, map.width / phases - tile.column)) : begin;
-                const Index from = inside ? row * map.row_stride + (tile.column + begin) * phases * map.column_stride : 0;
-                if (U) fetch<0>(map.next + from, (whole - begin) * phases);
-                for (Index u = 0; u < phases; ++u)
-                    for (Index j = -reach.side; j < begin; ++j) to[u * plane + j] = fill;
-                split_row<U>(map.data + from, map.column_stride, to + begin, plane, phases, whole - begin);
-                for (Index u = 0; u < phases; ++u)
-                    for (Index j = whole; j < end; ++j) {
-                        const Index column = (tile.column + j) * phases + u;
-                        to[u * plane + j] =
-                            inside && column < map.width ? widen(map.data[row * map.row_stride + column * map.column_stride]) : fill;
-                    }
-            }
+        read_rows<decltype(adjacent)::value>(task, map, reach, fill, planes, plane);
     });
 }
 
 // The reverse for the tile's own cells.
-template <class S, class T> void write_map(const Task& task, const T* planes, Index plane, const MapView<S>& map) {
+template <int U, class S, class T> NOINLINE void write_rows(const Task& task, const T* planes, Index plane, const MapView<S>& map) {
     const Tile& tile = task.tile;
-    const Index pitch = task.grid.pitch;
+    const Index phases = U ? U : map.phases;
+    for (Index i = 0; i < tile.rows; ++i)
+        for (Index v = 0; v < phases; ++v) {
+            const T* from = planes + v * phases * plane + i * task.grid.pitch;
+            const Index row = (tile.row + i) * phases + v;
+            if (row >= map.height) continue;
+            const Index whole = std::min(tile.columns, map.width / phases - tile.column);
+            const Index to = row * map.row_stride + tile.column * phases * map.column_stride;
+            if (U) fetch<1>(map.next + to, whole * phases);
+            merge_row<U>(from, plane, map.data + to, map.column_stride, phases, whole);
+            for (Index j = whole; j < tile.columns; ++j)
+                for (Index u = 0; u < phases && (tile.column + j) * phases + u < map.width; ++u)
+                    map.data[to + (j * phases + u) * map.column_stride] = narrow<S>(from[u * plane + j]);
+        }
+}
+template <class S, class T> void write_map(const Task& task, const T* planes, Index plane, const MapView<S>& map) {
     with_phases(map.phases, map.column_stride, [&](auto adjacent) {
-        constexpr int U = decltype(adjacent)::value;
-        const Index phases = U ? U : map.phases;
-        for (Index i = 0; i < tile.rows; ++i)
-            for (Index v = 0; v < phases; ++v) {
-                const T* from = planes + v * phases * plane + i * pitch;
-                const Index row = (tile.row + i) * phases + v;
-                if (row >= map.height) continue;
-                const Index whole = std::min(tile.columns, map.width / phases - tile.column);
-                const Index to = row * map.row_stride + tile.column * phases * map.column_stride;
-                if (U) fetch<1>(map.next + to, whole * phases);
-                merge_row<U>(from, plane, map.data + to, map.column_stride, phases, whole);
-                for (Index j = whole; j < tile.columns; ++j)
-                    for (Index u = 0; u < phases && (tile.column + j) * phases + u < map.width; ++u)
-                        map.data[to + (j * phases + u) * map.column_stride] = narrow<S>(from[u * plane + j]);
-            }
+        write_rows<decltype(adjacent)::value>(task, planes, plane, map);
     });
 }
 

@@ -6,6 +6,9 @@
 #include <cstring>
 #include <limits>
 
+// Keeps inner loops apart, so that each has the registers to itself.
+#define NOINLINE __attribute__((noinline))
+
 namespace carafepp {
 
 // Bytes of a vector register, and the sub-pixels that share the loads of one source vector: 32 registers take more than 16.
