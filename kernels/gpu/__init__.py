@@ -1,1 +1,1 @@
-"""The operator on a GPU: Triton kernels, the choice of their tiles, and compiling them offline."""
+"""The operator on a GPU: Triton kernels, the choice of their tiles, and their compiled code."""

@@ -1,11 +1,12 @@
 """A launch of one compiled kernel, as plain data.
 
-The launchers of the operator build `Launch` values; a `Plan` runs one on a device. The same value tells an offline compiler
-what the just-in-time compiler would specialise (`launch.source()`), and an emulator what to pass (`launch.parameters()`).
+The launchers of the operator build `Launch` values. A `Plan` starts one on a device, an offline compiler takes `launch.source()`, and an
+emulator also takes `launch.parameters()`. All of them compile the same source.
 """
 
 import threading
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,17 +14,14 @@ from torch import Tensor
 from triton.compiler import ASTSource, CompiledKernel
 
 INT32_MAX = 2**31 - 1
-# Kernels are compiled for any image: of their integers only the channels and groups, and a stride of one, change the code. What vectors
-# need to know of the alignment of rows is among the constants.
-SIZES = ("H", "W", "HO", "WO", "HQ", "WQ")
-FEATURES = {"x": "nchw", "y": "nchw", "dy": "nchw", "dx": "nchw"}
-LOGITS = {"l": "ncuvhw", "dl": "ncuvhw"}
-STRIDES = tuple(f"stride_{name}{axis}" for name, axes in (FEATURES | LOGITS).items() for axis in axes)
-SPECIALIZATION = {"do_not_specialize": SIZES, "do_not_specialize_on_alignment": STRIDES}
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+# The same code serves maps of any size and any alignment: the alignment of rows, which vectors depend on, is among the constants.
+# A one is compiled in, except in these fields.
+SIZES_OF_MAPS = ("h", "w", "ho", "wo", "hq", "wq")
+# Code for multiples of 16 is compiled apart for these fields and for pointers.
+DIVISIBLE = ("groups", "c")
 
-
-# ast.parse in two threads at a time fails now and then: CPython counts the depth of both together (python/cpython issue 106905)
+# ast.parse in two threads at a time sometimes fails, because CPython counts the depth of both together (python/cpython issue 106905)
 PARSER = threading.Lock()
 
 
@@ -31,87 +29,138 @@ class Source(ASTSource):
     """A kernel to compile, in any thread."""
 
     def make_ir(self, *arguments, **options):
-        """Parse and lower the Python code, one kernel at a time."""
+        """Parse and lower the Python code of one kernel at a time."""
         with PARSER:
             return super().make_ir(*arguments, **options)
 
 
 class Launch(NamedTuple):
-    """One kernel with everything that fixes its code and its work."""
+    """One kernel, and everything that determines its code and its work."""
 
     kernel: triton.JITFunction
     grid: tuple[int, int, int]  # programs in x, y, z
-    arguments: dict[str, Tensor | int]  # by parameter name, in the order of the parameters
-    constants: dict[str, int | str | bool]  # compile-time parameters
+    arguments: dict[str, Tensor | tuple]  # tensors and records (records.py) by name, in the order of the parameters
+    constants: dict[str, Any]  # compile-time parameters, in their order after the arguments
     num_warps: int
     num_stages: int
-
-    def start(self, compiled: CompiledKernel) -> None:
-        """Start what was compiled for this launch, or for one that differs by its tensors only."""
-        values = self.arguments | self.constants
-        compiled[self.grid](*(values[name] for name in self.kernel.arg_names))
 
     @property
     def options(self) -> dict[str, int]:
         """Compiler options."""
-        # left alone, the assembler may spill a few bytes for the sake of one more block on a multiprocessor
+        # without a limit, the assembler may spill a few bytes to fit one more block on a multiprocessor
         registers = {} if torch.version.hip else {"maxnreg": 255}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages} | registers
 
-    def parameters(self) -> dict[str, Tensor | int]:
-        """What the compiled code takes at run time, by name in its parameter order: but for sizes, a one is compiled in."""
-        return {name: value for name, value in self.arguments.items() if isinstance(value, Tensor) or name in SIZES or value != 1}
+    def start(self, compiled: CompiledKernel) -> None:
+        """Start code that was compiled for this launch, or for one that differs by its tensors only."""
+        compiled[self.grid](*self.arguments.values(), *self.constants.values())
+
+    def interpret(self) -> None:
+        """Run the kernel in Triton's interpreter."""
+        self.kernel[self.grid](*self.arguments.values(), *self.constants.values())
+
+    def parameters(self) -> list[Tensor | int]:
+        """Return what the compiled code takes at run time, in the order of its parameters."""
+        return [value for _, name, value in self._fields_of_arguments() if _type(name, value) != "constexpr"]
 
     def source(self) -> Source:
-        """What to compile, specialised as a real launch would be."""
-        parameters = self.parameters()
-        constants = {name: value for name, value in self.arguments.items() if name not in parameters} | self.constants
+        """Return what to compile, specialised for these arguments."""
         names = self.kernel.arg_names
-        signature = {name: _type(parameters[name]) if name in parameters else "constexpr" for name in names}
-        aligned = [name for name, value in parameters.items() if name not in (*SIZES, *STRIDES) and _is_aligned(value)]
-        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-        return Source(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        types = {name: _types(name, argument) for name, argument in self.arguments.items()}
+        fields = list(self._fields_of_arguments())
+        return Source(
+            fn=self.kernel,
+            signature={name: types.get(name, "constexpr") for name in names},
+            constexprs={path: value for path, name, value in fields if _type(name, value) == "constexpr"} | self.constants,
+            attrs={path: attributes for path, name, value in fields if (attributes := _attributes(name, value))},
+        )
+
+    def _fields_of_arguments(self) -> Iterator[tuple[tuple[int, ...], str, Tensor | int]]:
+        """Yield the path, the name and the value of every field of a record, and of every tensor that stands alone."""
+        for name, argument in self.arguments.items():
+            index = self.kernel.arg_names.index(name)
+            if isinstance(argument, Tensor):
+                yield (index,), name, argument
+            else:
+                yield from (((index, i), *field) for i, field in enumerate(argument._asdict().items()))
 
 
 class Plan:
-    """A launch to be started again and again, with other tensors of the same layouts: a third of the host time of Triton's own call."""
+    """A launch to be started again and again, with other tensors of the same layouts, in a fraction of the host time of Triton's call."""
 
     def __init__(self, launch: Launch, tensors: tuple[Tensor | None, ...]):
         places = {id(tensor): place for place, tensor in enumerate(tensors)}
-        values = launch.arguments | launch.constants
-        self.launch = launch._replace(arguments={})
-        self.names = launch.kernel.arg_names
-        self.places = [(index, places[id(values[name])]) for index, name in enumerate(self.names) if isinstance(values[name], Tensor)]
-        self.values = [None if isinstance(values[name], Tensor) else values[name] for name in self.names]
-        # by which tensors begin at a multiple of 16 bytes, which the code may rely on
-        self.compiled: dict[tuple[bool, ...], CompiledKernel | None] = {}
+        # of every tensor: the name of its argument, its place among the tensors of a call, its strides
+        self.pointers: list[tuple[str, int, tuple[int, ...]]] = []
+        # a plan keeps no tensor alive
+        arguments: dict[str, Any] = launch.arguments.copy()
+        for name, argument in launch.arguments.items():
+            tensor, *strides = argument if isinstance(argument, tuple) else (argument,)
+            if isinstance(tensor, Tensor):
+                self.pointers.append((name, places[id(tensor)], tuple(strides)))
+                arguments[name] = argument._replace(ptr=None) if strides else None
+        self.launch = launch._replace(arguments=arguments)
+        self.values = arguments | launch.constants
+        # by which tensors begin at a multiple of 16 bytes, because the code may rely on it
+        self.starts: dict[tuple[bool, ...], Callable[..., None]] = {}
 
     def run(self, tensors: tuple[Tensor | None, ...]) -> None:
-        """Start the kernel on the current device, with `tensors` where those of the constructor were."""
+        """Start the kernel on the current device, with `tensors` in place of the tensors of the constructor."""
+        addresses = [tensors[place].data_ptr() for _, place, _ in self.pointers]
+        aligned = tuple([address % 16 == 0 for address in addresses])
+        start = self.starts.get(aligned)
+        if start is None:
+            start = self.starts[aligned] = compile_for_current_device(self._launch_of(tensors))[self.launch.grid]
         values = self.values.copy()
-        for index, place in self.places:
-            values[index] = tensors[place]
-        aligned = tuple(values[index].data_ptr() % 16 == 0 for index, _ in self.places)
-        compiled = self.compiled.get(aligned)
-        if compiled is None:
-            arguments = dict(zip(self.names, values, strict=True))
-            self.compiled[aligned] = self.launch.kernel[self.launch.grid](**arguments, **self.launch.options)
-        else:
-            compiled[self.launch.grid](*values)
+        for (name, _, strides), address in zip(self.pointers, addresses, strict=True):
+            values[name] = (address, *strides) if strides else address
+        start(*values.values())
+
+    def _launch_of(self, tensors: tuple[Tensor | None, ...]) -> Launch:
+        arguments = self.launch.arguments
+        given = {name: arguments[name]._replace(ptr=tensors[at]) if strides else tensors[at] for name, at, strides in self.pointers}
+        return self.launch._replace(arguments=arguments | given)
 
 
-def _type(value: Tensor | int) -> str:
+# compiled code by everything that it depends on: plans for maps of many sizes share it
+_compiled: dict[tuple, CompiledKernel] = {}
+
+
+def compile_for_current_device(launch: Launch) -> CompiledKernel:
+    """Return the code of a launch, compiled once in a process for each device.
+
+    Triton's own call of a kernel compiles for other values of every number of a record, whatever the kernel asks for.
+    """
+    source = launch.source()
+    key = (source.hash(), launch.num_warps, launch.num_stages, triton.runtime.driver.active.get_current_device())
+    if key not in _compiled:
+        _compiled[key] = triton.compile(source, options=launch.options)
+    return _compiled[key]
+
+
+def _types(name: str, argument: Tensor | tuple) -> str | tuple:
+    """Return the type of an argument as Triton writes it, a record of types for a record."""
+    if isinstance(argument, Tensor):
+        return _type(name, argument)
+    return type(argument)(*map(_type, argument._fields, argument))
+
+
+def _type(name: str, value: Tensor | int) -> str:
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
+    if value == 1 and name not in SIZES_OF_MAPS:
+        return "constexpr"
     return "i32" if -INT32_MAX <= value <= INT32_MAX else "i64"
 
 
-def _is_aligned(value: Tensor | int) -> bool:
-    # the storage of a meta tensor lies nowhere: take what an allocator gives
-    address = value if isinstance(value, int) else value.storage_offset() * value.element_size() if value.is_meta else value.data_ptr()
-    return address % 16 == 0
-
-
-def strides(name: str, tensor: Tensor) -> dict[str, int]:
-    """Strides of `tensor` in elements as kernel arguments: `strides("x", x)` has stride_xn to stride_xw."""
-    return {f"stride_{name}{axis}": stride for axis, stride in zip((FEATURES | LOGITS)[name], tensor.stride(), strict=True)}
+def _attributes(name: str, value: Tensor | int) -> list[list]:
+    """Return what the compiler may assume of a value: that it is a multiple of 16, and how far offsets from a pointer reach."""
+    if not isinstance(value, Tensor):
+        return [["tt.divisibility", 16]] if name in DIVISIBLE and value % 16 == 0 else []
+    # a meta tensor has no address: assume that its storage begins where an allocator would place it
+    address = value.storage_offset() * value.element_size() if value.is_meta else value.data_ptr()
+    attributes = [["tt.divisibility", 16]] if address % 16 == 0 else []
+    # loads and stores of buffers on AMD GPUs take offsets of 32 bits
+    if torch.version.hip and value.untyped_storage().size() <= INT32_MAX:
+        attributes.append(["tt.pointer_range", 32])
+    return attributes

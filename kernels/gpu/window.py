@@ -1,72 +1,70 @@
-"""What every Triton kernel of the operator shares: where windows lie and how their weights follow from the logits.
+"""Where windows lie, and how their weights follow from the logits: shared by all Triton kernels of the operator.
 
 The weight of tap t is exp(score_t - lse), where a score is the logit (softmax) or its log-sigmoid (normalised sigmoid) and lse is the
-log-sum-exp of the scores of a window; one number per window restores all its weights. The other normalizers need no sum.
+log-sum-exp of the scores of a window. One number per window restores all of its weights. The other normalizers need no sum.
 """
 
 import triton
 import triton.language as tl
 
+from .records import Logits, Sizes
+
 
 @triton.jit
-def score(logit, NORMALIZER: tl.constexpr):
-    """Unnormalised log-weight of a tap."""
-    if NORMALIZER == "sigmoid_normalized":
+def score(logit, WINDOW: tl.constexpr):
+    """Return the unnormalised log-weight of a tap."""
+    if WINDOW.normalizer == "sigmoid_normalized":
         return tl.minimum(logit, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logit)))
     else:
         return logit
 
 
 @triton.jit
-def weight(logit, lse, NORMALIZER: tl.constexpr):
-    """Weight of a tap, given the log-sum-exp of its window."""
-    if NORMALIZER == "none":
+def weight(logit, lse, WINDOW: tl.constexpr):
+    """Return the weight of a tap, given the log-sum-exp of its window."""
+    if WINDOW.normalizer == "none":
         return logit
-    elif NORMALIZER == "sigmoid":
+    elif WINDOW.normalizer == "sigmoid":
         return 1.0 / (1.0 + tl.exp(-logit))
     else:
-        return tl.exp(score(logit, NORMALIZER) - lse)
+        return tl.exp(score(logit, WINDOW) - lse)
 
 
 @triton.jit
-def logit_gradient(logit, weight, gradient, mean, NORMALIZER: tl.constexpr):
-    """Gradient to a logit from the gradient to its weight; mean is the sum of weight * gradient over the window."""
-    if NORMALIZER == "none":
+def logit_gradient(logit, weight, gradient, mean, WINDOW: tl.constexpr):
+    """Return the gradient to a logit from the gradient to its weight; mean is the sum of weight * gradient over the window."""
+    if WINDOW.normalizer == "none":
         return gradient
-    elif NORMALIZER == "sigmoid":
+    elif WINDOW.normalizer == "sigmoid":
         return weight * (1.0 - weight) * gradient
-    elif NORMALIZER == "softmax":
+    elif WINDOW.normalizer == "softmax":
         return weight * (gradient - mean)
     else:
         return weight * (gradient - mean) / (1.0 + tl.exp(logit))
 
 
 @triton.jit
-def centre(output, UP: tl.constexpr, DOWN: tl.constexpr):
-    """Source row (column) on which the window of an output row (column) is centred."""
-    return (output * DOWN) // UP
+def centre(output, WINDOW: tl.constexpr):
+    """Return the source row (column) on which the window of an output row (column) is centred."""
+    return (output * WINDOW.down) // WINDOW.up
 
 
 @triton.jit
-def expand(values, AXIS: tl.constexpr):
-    """Lay a vector along axis AXIS of a two-dimensional tile."""
-    return tl.expand_dims(values, 1 - AXIS)
+def group_logits(logits: Logits, n, g, WINDOW: tl.constexpr):
+    """Return the logits of group g of image n."""
+    ptr = logits.ptr + n * logits.stride_n + g * (WINDOW.kernel_size * WINDOW.kernel_size) * logits.stride_c
+    return Logits(ptr, logits.stride_n, logits.stride_c, logits.stride_u, logits.stride_v, logits.stride_h, logits.stride_w)
 
 
 @triton.jit
-def aligned(value, ALIGN: tl.constexpr):
-    """Tell the compiler that `value` is a multiple of ALIGN, which its launcher has checked."""
-    if ALIGN == 1:
-        return value
-    else:
-        return value // ALIGN * ALIGN
+def logit_offset(logits: Logits, row, col, WINDOW: tl.constexpr):
+    """Return the offset of the first tap of the window of an output location."""
+    u, v, q, r = row % WINDOW.up, col % WINDOW.up, row // WINDOW.up, col // WINDOW.up
+    return u * logits.stride_u + v * logits.stride_v + q * logits.stride_h + r * logits.stride_w
 
 
 @triton.jit
-def product(a, b, PRECISION: tl.constexpr):
-    """Matrix product of two tiles, accumulated in float32."""
-    if PRECISION == "ieee":
-        # for the interpreter, which multiplies bfloat16 as if it were an integer
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(a, b, input_precision=PRECISION)
+def lse_address(lse_ptr, sizes: Sizes, ng, row, col, WINDOW: tl.constexpr):
+    """Return the address of the log-sum-exp of the window of an output location, for group ng as counted through all images."""
+    u, v, q, r = row % WINDOW.up, col % WINDOW.up, row // WINDOW.up, col // WINDOW.up
+    return lse_ptr + (((ng * WINDOW.up + u) * WINDOW.up + v) * sizes.hq + q) * sizes.wq + r

@@ -47,7 +47,7 @@ class Step(NamedTuple):
 
 def emulate(launch: Launch, capability: int = 80) -> dict:
     """Run a launch on its CPU tensors, in place, as compiled for sm_80 or sm_90."""
-    return execute(launch.source(), launch.options, launch.grid, list(launch.parameters().values()), capability=capability)
+    return execute(launch.source(), launch.options, launch.grid, launch.parameters(), capability=capability)
 
 
 def training_step(n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=torch.contiguous_format, *, capability=80, place=None) -> Step:

@@ -51,7 +51,7 @@ def launches(n, c, h, w, spec, dtype=torch.float16, memory_format=torch.contiguo
 def test_a_training_step_takes_no_scratch_memory():
     for memory_format in FORMATS:
         steps, given = launches(1, 64, 25, 42, Spec(5, up=2), memory_format=memory_format)
-        used = {id(value) for step in steps for value in step.arguments.values() if isinstance(value, torch.Tensor)}
+        used = {id(value) for step in steps for value in step.parameters() if isinstance(value, torch.Tensor)}
         assert used == {id(t) for t in given}
 
 

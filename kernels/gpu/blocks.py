@@ -1,0 +1,83 @@
+"""Blocks of features for matrix products: how they are addressed, loaded, multiplied and stored.
+
+A block is [locations, channels] where channels are the fastest axis of the features, and [channels, locations] elsewhere: AXIS is the axis
+of the locations.
+"""
+
+import triton
+import triton.language as tl
+
+from .records import Features, Sizes
+
+
+@triton.jit
+def expand(values, AXIS: tl.constexpr):
+    """Lay a vector along axis AXIS of a two-dimensional block."""
+    return tl.expand_dims(values, 1 - AXIS)
+
+
+@triton.jit
+def aligned(value, ALIGN: tl.constexpr):
+    """Tell the compiler that `value` is a multiple of ALIGN, which the host has checked."""
+    if ALIGN == 1:
+        return value
+    else:
+        return value // ALIGN * ALIGN
+
+
+@triton.jit
+def align_strides(features: Features, AXIS: tl.constexpr, ALIGN: tl.constexpr):
+    """Tell the compiler that every stride is a multiple of ALIGN, except the stride of the fastest axis."""
+    stride_n, stride_h = aligned(features.stride_n, ALIGN), aligned(features.stride_h, ALIGN)
+    if AXIS == 0:
+        return Features(features.ptr, stride_n, features.stride_c, stride_h, aligned(features.stride_w, ALIGN))
+    else:
+        return Features(features.ptr, stride_n, aligned(features.stride_c, ALIGN), stride_h, features.stride_w)
+
+
+@triton.jit
+def align_sizes(sizes: Sizes, LAYOUT: tl.constexpr):
+    """Tell the compiler that every run along the fastest axis of the features ends at a multiple of their alignment."""
+    if LAYOUT.axis == 0:
+        c = aligned(sizes.c, LAYOUT.x_align)
+        return Sizes(sizes.groups, c, sizes.h, sizes.w, sizes.ho, sizes.wo, sizes.hq, sizes.wq)
+    else:
+        w, wo = aligned(sizes.w, LAYOUT.x_align), aligned(sizes.wo, LAYOUT.y_align)
+        return Sizes(sizes.groups, sizes.c, sizes.h, w, sizes.ho, wo, sizes.hq, sizes.wq)
+
+
+@triton.jit
+def image(features: Features, n, c):
+    """Return image n of the features, from channel c on."""
+    ptr = features.ptr + (n * features.stride_n + c * features.stride_c)
+    return Features(ptr, features.stride_n, features.stride_c, features.stride_h, features.stride_w)
+
+
+@triton.jit
+def addresses(features: Features, row, col, c, AXIS: tl.constexpr):
+    """Return the addresses of channels c at locations (row, col)."""
+    return features.ptr + expand(row * features.stride_h + col * features.stride_w, AXIS) + expand(c * features.stride_c, 1 - AXIS)
+
+
+@triton.jit
+def load(features: Features, row, col, exists, c, channels, AXIS: tl.constexpr):
+    """Return channels c at locations (row, col); zero where the location does not exist or c is not below `channels`."""
+    mask = expand(exists, AXIS) & expand(c < channels, 1 - AXIS)
+    return tl.load(addresses(features, row, col, c, AXIS), mask=mask, other=0.0)
+
+
+@triton.jit
+def store(features: Features, row, col, exists, c, channels, block, AXIS: tl.constexpr):
+    """Store channels c at locations (row, col), except where the location does not exist or c is not below `channels`."""
+    mask = expand(exists, AXIS) & expand(c < channels, 1 - AXIS)
+    tl.store(addresses(features, row, col, c, AXIS), block.to(features.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """Return the matrix product of two blocks, accumulated in float32."""
+    if PRECISION == "ieee":
+        # for the interpreter, which multiplies bfloat16 as if it were an integer
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)

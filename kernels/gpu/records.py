@@ -1,0 +1,64 @@
+"""The parameters of the kernels: records of run-time values, and records of compile-time constants.
+
+The `ptr` of a record is a tensor on the host, and the address of its first element in a kernel. Kernels use only the fields of a record,
+because the compiler does not evaluate properties and methods. It does not take strings either in records of run-time values.
+"""
+
+from typing import NamedTuple
+
+import triton.language as tl
+from torch import Tensor
+
+
+class Features(NamedTuple):
+    """A map of features [N, G * C, H, W], with strides in elements."""
+
+    ptr: Tensor
+    stride_n: int
+    stride_c: int
+    stride_h: int
+    stride_w: int
+
+
+class Logits(NamedTuple):
+    """Logits [N, G * K * K, UP, UP, HQ, WQ] or their gradient, with strides in elements."""
+
+    ptr: Tensor
+    stride_n: int
+    stride_c: int
+    stride_u: int
+    stride_v: int
+    stride_h: int
+    stride_w: int
+
+
+class Sizes(NamedTuple):
+    """The sizes of the tensors."""
+
+    groups: int
+    c: int  # channels of one group
+    h: int  # rows of the source
+    w: int
+    ho: int  # rows of the output
+    wo: int
+    hq: int  # rows of cells
+    wq: int
+
+
+class Window(NamedTuple):
+    """Which sources a window covers, and how its weights follow from the logits. A constant."""
+
+    kernel_size: int
+    up: int
+    down: int
+    normalizer: str
+    normalized: bool  # whether the weights of a window are divided by their sum
+
+
+class Layout(NamedTuple):
+    """How the banded kernels address features. A constant."""
+
+    axis: int  # of locations in a block of features: 0 where channels are the fastest axis of the features, else 1
+    x_align: int  # elements: every run of source features begins and ends at a multiple of so many
+    y_align: int  # the same for target features
+    index: tl.dtype  # type of offsets within one image
