@@ -5,11 +5,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ..tasks.coco_check import FATAL, RULES, UNUSABLE, Violation, check_annotations, check_images, read_annotations
+from ..tasks.coco_check import CONSEQUENCES, RULES, Violation, check_annotations, check_images, read_annotations
 from .common.app import app
-
-# what `carafepp-train` does about a problem
-CONSEQUENCES = {FATAL: "training does not begin", UNUSABLE: "annotation is not used"}
 
 
 def find_files(cfg: DictConfig) -> list[tuple[Path, Path]]:
@@ -30,12 +27,12 @@ def find_files(cfg: DictConfig) -> list[tuple[Path, Path]]:
     return found
 
 
-def find_problems(annotations: Path, images: Path, decode: bool) -> list[Violation]:
+def find_problems(annotations: Path, images: Path, decode: bool, *, allow_outside: bool = False) -> list[Violation]:
     """Find the problems of one annotation file and, with `decode`, of its image files."""
     content = read_annotations(annotations)
-    problems = check_annotations(content, images)
+    problems = check_annotations(content, images, allow_outside=allow_outside)
     if decode:
-        problems += check_images(content, images)
+        problems += check_images(content, images, allow_outside=allow_outside)
     print(f"{annotations}: {len(content['images'])} images, {len(content['annotations'])} annotations, {len(problems)} problems")
     return problems
 
@@ -45,11 +42,11 @@ def main(cfg: DictConfig) -> None:
     """Print every problem and their number by rule; exit with status 1 if there are any."""
     problems = []
     for annotations, images in find_files(cfg):
-        found = find_problems(annotations, images, cfg.decode)
+        found = find_problems(annotations, images, cfg.decode, allow_outside=cfg.allow_outside)
         print(*found, sep="\n", end="\n" if found else "")
         problems += found
     for rule, count in Counter(problem.rule for problem in problems).items():
-        print(f"{count:8d} x {rule}: {CONSEQUENCES.get(RULES[rule], 'annotation is not trained on')}")
+        print(f"{count:8d} x {rule}: {CONSEQUENCES[RULES[rule]]}")
     if problems:
         raise SystemExit(1)
 

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from .coco_check import UNUSABLE, check_annotations, check_images, clip_box, decode_mask, read_annotations, refuse_or_count
+from .coco_check import (
+    REPAIRED,
+    UNMASKED,
+    UNTRAINED,
+    UNUSABLE,
+    check_annotations,
+    check_images,
+    clip_box,
+    read_annotations,
+    refuse_or_count,
+)
+from .coco_masks import decode_mask, read_mask
 from .image_files import ImageFiles
 from .images import read_image
 
@@ -23,10 +34,11 @@ class COCO(ImageFiles):
 
     The target holds boxes [n, 4] (x1, y1, x2, y2 in pixels), labels [n] in 1..classes in the order of the categories' ids, masks [n, H, W]
     uint8 if the file has any, area [n], iscrowd [n] and image_id. Targets omit crowds and annotations that are not trained on
-    (`coco_check.RULES`). Evaluation takes the annotations from `ground_truth`.
+    (`coco_check.RULES`). An object whose mask is missing or damaged stays: its mask has the pixels that can be decoded, maybe none.
+    Evaluation takes the annotations from `ground_truth`.
 
-    A training set omits images without an object and replaces an image that is damaged, or of another size than the file says, by the next
-    one. A validation set decodes all images beforehand.
+    A training set omits images without an object, unless `keep_empty`. It replaces an image that is damaged, or of another size than the
+    file says, by the next one. A validation set decodes all images beforehand.
 
     `transforms` maps (tv_tensors.Image uint8, target) to another such pair, for instance by torchvision.transforms.v2. See `ImageFiles`.
 
@@ -35,6 +47,8 @@ class COCO(ImageFiles):
         images: folder of the files that it names.
         class_names: names of its categories in the order of their ids; numbers are allowed, since a command line makes them of digits.
         train: whether the set is trained on.
+        keep_empty: whether to train on images without an object, too.
+        allow_outside: whether file names of the annotations may lead out of the folder `images`.
 
     Attributes:
         groups: 1 for every image that is upright, 0 for every other, so that batches are of one kind.
@@ -51,13 +65,15 @@ class COCO(ImageFiles):
         class_names: Sequence[str],
         *,
         train: bool = False,
+        keep_empty: bool = False,
+        allow_outside: bool = False,
         transforms: Callable[[Tensor, dict], tuple] | None = None,
         seed: int = 0,
     ) -> None:
         content = read_annotations(annotations)
-        problems = check_annotations(content, images)
+        problems = check_annotations(content, images, allow_outside=allow_outside)
         if not train and not any(problem.rule == "image file missing" for problem in problems):
-            problems += check_images(content, images)
+            problems += check_images(content, images, allow_outside=allow_outside)
         refuse_or_count(problems, annotations)
         categories = sorted(content["categories"], key=lambda category: category["id"])
         names = [str(name) for name in class_names]
@@ -66,21 +82,27 @@ class COCO(ImageFiles):
             raise ValueError(f"class_names must be the categories of {annotations} by their ids, {found or 'none'}, got {', '.join(names)}")
         super().__init__(transforms, seed, skip_damaged=train)
         self.annotations, self.images, self.train = annotations, Path(images), train
+        self.keep_empty = keep_empty
         self.unusable = {problem.position for problem in problems if problem.severity == UNUSABLE}
+        self.damaged_masks = {problem.position for problem in problems if problem.severity in (UNMASKED, REPAIRED)}
+        sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+        usable = (a for position, a in enumerate(content["annotations"]) if position not in self.unusable and not a["iscrowd"])
+        self.masks = any(read_mask(a.get("segmentation"), sizes[a["image_id"]]).has_pixels for a in usable)
         labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
-        self.masks = any(annotation.get("segmentation") for annotation in content["annotations"])
-        self._keep(content, labels, {problem.position for problem in problems})
+        self._keep(content, labels, self.unusable | {problem.position for problem in problems if problem.severity == UNTRAINED})
 
     def _keep(self, content: dict, labels: dict[int, int], left_out: set[int | None]) -> None:
         """Keep the records that `read` makes items of."""
         objects = defaultdict(list)
+        sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
         for position, annotation in enumerate(content["annotations"]):
             if position not in left_out and not annotation["iscrowd"]:
-                objects[annotation["image_id"]].append(
-                    (labels[annotation["category_id"]], annotation["bbox"], annotation["area"], annotation.get("segmentation"))
-                )
-        kept = [image for image in content["images"] if objects[image["id"]] or not self.train]
-        if not kept:
+                shape = annotation.get("segmentation") if self.masks else None
+                if position in self.damaged_masks:
+                    shape = read_mask(shape, sizes[annotation["image_id"]]).shape
+                objects[annotation["image_id"]].append((labels[annotation["category_id"]], annotation["bbox"], annotation["area"], shape))
+        kept = [image for image in content["images"] if objects[image["id"]] or self.keep_empty or not self.train]
+        if not kept or (self.train and not any(objects.values())):
             raise ValueError(f"annotations={self.annotations} has no object to train on")
         if empty := len(content["images"]) - len(kept):
             logger.info("%s: %d images without an object to train on left out", self.annotations, empty)
@@ -91,8 +113,17 @@ class COCO(ImageFiles):
         self.records = np.frombuffer(b"".join(records), np.uint8)
 
     def ground_truth(self) -> dict:
-        """Return the content of the annotation file, crowds included, without the annotations that are unusable."""
+        """Return the content of the annotation file, crowds included, without the annotations that are unusable.
+
+        Where a mask is missing or damaged, and other objects have one, the segmentation has the pixels that can be decoded, maybe none.
+        """
         content = read_annotations(self.annotations)
+        sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
+        for position in self.damaged_masks if self.masks else ():
+            annotation = content["annotations"][position]
+            height, width = sizes[annotation["image_id"]]
+            shape = read_mask(annotation.get("segmentation"), (height, width)).shape
+            annotation["segmentation"] = shape or {"size": [height, width], "counts": [height * width]}
         content["annotations"] = [a for position, a in enumerate(content["annotations"]) if position not in self.unusable]
         return content
 

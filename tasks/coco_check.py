@@ -8,22 +8,31 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-from pycocotools import mask as rle
 from tqdm import tqdm
 
+from .coco_masks import read_mask, show
 from .images import read_image
 
 logger = logging.getLogger(__name__)
 
-# Consequences: training does not begin; the annotation is not used; the annotation is evaluated but not trained on.
-FATAL, UNUSABLE, UNTRAINED = "fatal", "unusable", "untrained"
+# The severity of a problem.
+FATAL, UNUSABLE, UNTRAINED, UNMASKED, REPAIRED = "fatal", "unusable", "untrained", "unmasked", "repaired"
+
+# What `carafepp-train` does about a problem, by its severity.
+CONSEQUENCES = {
+    FATAL: "training does not begin",
+    UNUSABLE: "annotation is not used",
+    UNTRAINED: "annotation is not trained on",
+    UNMASKED: "annotation is used without a mask",
+    REPAIRED: "annotation is used with the rest of its mask",
+}
 
 RULES = {
     "image without id, file_name, width or height": FATAL,
     "image id used before": FATAL,
+    "file_name leaves the image folder": FATAL,
     "image file missing": FATAL,
     "image file unreadable": FATAL,
     "image file of another size": FATAL,
@@ -33,8 +42,10 @@ RULES = {
     "annotation of an unknown image": UNUSABLE,
     "iscrowd is neither 0 nor 1": UNUSABLE,
     "bbox or area is not made of finite numbers": UNUSABLE,
-    "segmentation cannot be decoded": UNUSABLE,
-    "segmentation missing, others have one": UNUSABLE,
+    "segmentation cannot be decoded": UNMASKED,
+    "segmentation missing, others have one": UNMASKED,
+    "segmentation without a pixel in the image": UNMASKED,
+    "part of the segmentation cannot be decoded": REPAIRED,
     "unknown category": UNTRAINED,
     "zero area": UNTRAINED,
     "box outside the image": UNTRAINED,
@@ -42,6 +53,16 @@ RULES = {
 
 # Boxes with a smaller side in pixels, and smaller areas, count as empty.
 SMALLEST = 0.01
+
+# Numbers that other programs take for integers.
+_INTEGERS = {
+    "images": ("id", "width", "height"),
+    "annotations": ("id", "image_id", "category_id", "iscrowd"),
+    "categories": ("id",),
+}
+
+# pycocotools counts the pixels of an image in 32 bits, and ids in 64.
+MOST_PIXELS, LARGEST_ID = 2**32 - 1, 2**63 - 1
 
 
 class Violation(NamedTuple):
@@ -55,17 +76,17 @@ class Violation(NamedTuple):
 
     @property
     def severity(self) -> str:
-        """Return the consequence: FATAL, UNUSABLE or UNTRAINED."""
+        """Return a key of CONSEQUENCES."""
         return RULES[self.rule]
 
     def __str__(self) -> str:
-        return f"image {self.image_id}, annotation {self.annotation_id}: {self.rule} ({self.detail})"
+        return f"image {show(self.image_id)}, annotation {show(self.annotation_id)}: {self.rule} ({self.detail})"
 
 
 def read_annotations(path: str | Path) -> dict:
     """Read an annotation file, or a list of images without annotations such as that of COCO's test-dev.
 
-    A missing `iscrowd` is 0, and a missing `area` is that of the box.
+    A missing `iscrowd` is 0, and a missing `area` is that of the box. Whole floats, such as 64.0, become integers where integers belong.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -78,98 +99,169 @@ def read_annotations(path: str | Path) -> dict:
         content = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"annotations={path} is not valid JSON: {error}") from error
+    except RecursionError:
+        raise ValueError(f"annotations={path} is not an annotation file: its brackets are nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError(f"annotations={path} must hold an object with images, annotations and categories, got a {type(content).__name__}")
     content.setdefault("annotations", [])
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list) or not all(isinstance(entry, dict) for entry in content[key]):
             raise ValueError(f"annotations={path} must have a list of objects {key!r}")
+        for entry in content[key]:
+            entry.update({name: _to_integer(entry[name]) for name in _INTEGERS[key] if name in entry})
     if not content["images"]:
         raise ValueError(f"annotations={path} lists no images")
     ids = [category.get("id") for category in content["categories"]]
-    if not all(isinstance(i, int) for i in ids) or len(set(ids)) < len(ids):
-        raise ValueError(f"annotations={path} must give every category a distinct integer id, got {ids[:100]}")
+    if not all(_is_integer(i) for i in ids) or len(set(ids)) < len(ids):
+        raise ValueError(f"annotations={path} must give every category a distinct integer id, got {show(ids)}")
     for annotation in content["annotations"]:
         annotation.setdefault("iscrowd", 0)
+        shape = annotation.get("segmentation")
+        if isinstance(shape, dict) and isinstance(shape.get("size"), list):
+            shape["size"] = [_to_integer(side) for side in shape["size"]]
         box = annotation.get("bbox")
         annotation.setdefault("area", box[2] * box[3] if _is_box(box) else None)
     return content
 
 
-def check_annotations(content: dict, images: str | Path) -> list[Violation]:
+def check_annotations(content: dict, images: str | Path, *, allow_outside: bool = False) -> list[Violation]:
     """Find every problem of the content of an annotation file, and every image file that is missing in the folder `images`.
 
-    `check_images` checks what the image files contain.
+    `check_images` checks what the image files contain. `allow_outside` allows names of files outside the folder.
     """
     folder = Path(images)
     present = {file.name for file in os.scandir(folder)} if folder.is_dir() else set()
     problems = list(_check_image_entries(content["images"]))
     for entry in content["images"]:
         name = entry.get("file_name")
+        if not isinstance(name, str):
+            continue
+        if not allow_outside and leaves_folder(name):
+            detail = f"{show(name)}; allow_outside=true reads it nonetheless"
+            problems.append(Violation(entry.get("id"), None, "file_name leaves the image folder", detail))
         # a name may contain a folder
-        if isinstance(name, str) and name not in present and not (folder / name).is_file():
-            problems.append(Violation(entry.get("id"), None, "image file missing", str(folder / name)))
+        elif name not in present and not _is_file(folder / name):
+            problems.append(Violation(entry.get("id"), None, "image file missing", _show_path(folder / name)))
     return [*problems, *_check_annotation_entries(content)]
+
+
+def leaves_folder(name: str) -> bool:
+    """Return whether a file name is absolute, or leads out of the folder that it is relative to."""
+    return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    # too long, for instance
+    except OSError:
+        return False
+
+
+def _show_path(path: Path) -> str:
+    """Return a path for a message, shortened, and without characters that cannot be printed."""
+    text = str(path)
+    return text if text.isprintable() and len(text) <= 300 else show(text)
+
+
+def _to_integer(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_ID
+
+
+def _describe(value: object) -> str:
+    """Describe a value of JSON that is not the integer that it should be."""
+    return f"the string {show(value)}" if isinstance(value, str) else show(value)
+
+
+def _find_odd_integers(entry: dict, keys: Sequence[str]) -> list[str]:
+    return [f"{key} must be an integer, got {_describe(entry.get(key))}" for key in keys if not _is_integer(entry.get(key))]
 
 
 def _check_image_entries(entries: list[dict]) -> Iterator[Violation]:
     seen = set()
     for entry in entries:
         image_id, name = entry.get("id"), entry.get("file_name")
-        sizes = [entry.get(side) for side in ("height", "width")]
-        if not isinstance(image_id, int) or not isinstance(name, str) or not all(isinstance(s, int) and s > 0 for s in sizes):
-            yield Violation(image_id, None, "image without id, file_name, width or height", f"got {json.dumps(entry)[:200]}")
+        odd = _find_odd_integers(entry, _INTEGERS["images"])
+        if not isinstance(name, str):
+            odd.append(f"file_name must be a string, got {show(name)}")
+        if not odd and (min(entry["width"], entry["height"]) < 1 or entry["width"] * entry["height"] > MOST_PIXELS):
+            odd.append(f"an image must have 1 to {MOST_PIXELS:,} pixels, got {show(entry['width'])} x {show(entry['height'])}")
+        if odd:
+            yield Violation(image_id, None, "image without id, file_name, width or height", f"{'; '.join(odd)}, in {show(entry)}")
             continue
         if image_id in seen:
-            yield Violation(image_id, None, "image id used before", f"by {name} and another")
+            yield Violation(image_id, None, "image id used before", f"by {show(name)} and another")
         seen.add(image_id)
 
 
 def _usable_images(entries: list[dict]) -> list[dict]:
     """Return the images without a problem."""
     # as text, because a broken id may be unhashable
-    broken = {repr(problem.image_id) for problem in _check_image_entries(entries)}
-    return [entry for entry in entries if repr(entry.get("id")) not in broken]
+    broken = {show(problem.image_id) for problem in _check_image_entries(entries)}
+    return [entry for entry in entries if show(entry.get("id")) not in broken]
 
 
 def _check_annotation_entries(content: dict) -> Iterator[Violation]:
     sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in _usable_images(content["images"])}
     categories = {category["id"] for category in content["categories"]}
-    segmented = any(annotation.get("segmentation") for annotation in content["annotations"])
-    seen = set()
+    seen, unmasked = set(), []
+    segmented = False
     for position, annotation in enumerate(content["annotations"]):
         image_id, annotation_id = (annotation.get(key) for key in ("image_id", "id"))
-        if not all(isinstance(annotation.get(key), int) for key in ("id", "image_id", "category_id")):
-            rule, detail = "annotation without id, image_id or category_id", f"got {json.dumps(annotation)[:200]}"
-        elif annotation_id in seen:
-            rule, detail = "annotation id used before", f"entry {position} of annotations"
-        elif annotation_id == 0:
-            rule, detail = "annotation id 0, which pycocotools takes for no match", "begin at 1"
-        elif image_id not in sizes:
-            rule, detail = "annotation of an unknown image", "no entry of images has this id"
-        elif annotation["iscrowd"] not in (0, 1):
-            rule, detail = "iscrowd is neither 0 nor 1", f"got {annotation['iscrowd']!r}"
-        else:
-            rule, detail = _check_shape(annotation, sizes[image_id], categories, segmented)
-        if isinstance(annotation_id, int):
+        rule, detail = _check_head(annotation, sizes, seen)
+        if _is_integer(annotation_id):
             seen.add(annotation_id)
+        if rule is None:
+            rule, detail = _check_box(annotation, sizes[image_id], categories)
         if rule:
             yield Violation(image_id, annotation_id, rule, detail, position)
+        if rule is not None and RULES[rule] == UNUSABLE:
+            continue
+        mask = read_mask(annotation.get("segmentation"), sizes[image_id])
+        segmented = segmented or (mask.has_pixels and not annotation["iscrowd"])
+        if mask.shape is None and mask.fault is None:
+            detail = f"got {show(annotation.get('segmentation'))}"
+            unmasked.append(Violation(image_id, annotation_id, "segmentation missing, others have one", detail, position))
+        elif mask.shape is None:
+            yield Violation(image_id, annotation_id, "segmentation cannot be decoded", str(mask.fault), position)
+        elif not mask.has_pixels:
+            detail = mask.fault or f"image of {show(sizes[image_id][1])} x {show(sizes[image_id][0])}, got {show(mask.shape)}"
+            yield Violation(image_id, annotation_id, "segmentation without a pixel in the image", detail, position)
+        elif mask.fault:
+            yield Violation(image_id, annotation_id, "part of the segmentation cannot be decoded", mask.fault, position)
+    # a file may have boxes only
+    if segmented:
+        yield from unmasked
 
 
-def _check_shape(annotation: dict, size: tuple[int, int], categories: set[int], segmented: bool) -> tuple[str | None, str]:
-    """Return rule and detail of the first problem with box, mask or category, or (None, "")."""
-    box, shape = annotation.get("bbox"), annotation.get("segmentation")
-    if box is None or not _is_box(box) or not _are_finite([annotation["area"]]):
-        return "bbox or area is not made of finite numbers", f"bbox {box}, area {annotation.get('area')}"
-    if not shape and segmented:
-        return "segmentation missing, others have one", f"got {shape}"
-    if shape and (fault := find_mask_fault(shape, size)):
-        return "segmentation cannot be decoded", fault
+def _check_head(annotation: dict, sizes: dict[int, tuple[int, int]], seen: set[int]) -> tuple[str | None, str]:
+    """Return rule and detail of the first problem with ids, crowd, box and area as such, or (None, "")."""
+    if odd := _find_odd_integers(annotation, ("id", "image_id", "category_id")):
+        return "annotation without id, image_id or category_id", f"{'; '.join(odd)}, in {show(annotation)}"
+    if annotation["id"] in seen:
+        return "annotation id used before", f"by another entry than {show(annotation)}"
+    if annotation["id"] == 0:
+        return "annotation id 0, which pycocotools takes for no match", "begin at 1"
+    if annotation["image_id"] not in sizes:
+        return "annotation of an unknown image", "no entry of images has this id"
+    if annotation["iscrowd"] not in (0, 1):
+        return "iscrowd is neither 0 nor 1", f"got {_describe(annotation['iscrowd'])}"
+    if not _is_box(annotation.get("bbox")) or not _are_finite([annotation["area"]]):
+        return "bbox or area is not made of finite numbers", f"bbox {show(annotation.get('bbox'))}, area {show(annotation['area'])}"
+    return None, ""
+
+
+def _check_box(annotation: dict, size: tuple[int, int], categories: set[int]) -> tuple[str | None, str]:
+    """Return rule and detail of the first problem of a usable annotation with category or box, or (None, "")."""
+    box, area = annotation["bbox"], annotation["area"]
     if annotation["category_id"] not in categories:
         return "unknown category", f"category_id {annotation['category_id']}"
-    if min(*box[2:], annotation["area"]) < SMALLEST:
-        return "zero area", f"bbox {box}, area {annotation['area']}"
+    if min(*box[2:], area) < SMALLEST:
+        return "zero area", f"bbox {box}, area {area}"
     left, top, right, bottom = clip_box(box, size)
     # rounding may lose a pixel
     if min(right - left, bottom - top) < SMALLEST or (right - left) < box[2] - 1 or (bottom - top) < box[3] - 1:
@@ -194,68 +286,26 @@ def clip_box(box: Sequence[float], size: tuple[int, int]) -> tuple[float, float,
     return max(x, 0), max(y, 0), min(x + width, size[1]), min(y + height, size[0])
 
 
-def find_mask_fault(shape: object, size: tuple[int, int]) -> str | None:
-    """Return why polygons or run lengths cannot be decoded to a mask of `size` (height, width), or None."""
-    if isinstance(shape, list):
-        for polygon in shape:
-            if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-                return f"a polygon must be a list of at least three x, y, got {str(polygon)[:80]}"
-            if not _are_finite(polygon):
-                return f"a polygon has coordinates that are not finite numbers, got {str(polygon)[:80]}"
-        return None
-    if not isinstance(shape, dict) or "counts" not in shape or shape.get("size") != list(size):
-        return f"run lengths must have counts and the size {list(size)} of the image, got {str(shape)[:80]}"
-    counts = shape["counts"]
-    if isinstance(counts, list):
-        if not all(isinstance(v, int) and v >= 0 for v in counts):
-            return "run lengths must be integers of at least 0"
-        total = sum(counts)
-    else:
-        try:
-            total = _sum_run_lengths(counts)
-        except (ValueError, AttributeError, IndexError):
-            return "compressed run lengths are damaged"
-    return None if total == size[0] * size[1] else f"run lengths add up to {total} pixels, not {size[0]} x {size[1]}"
+def check_images(content: dict, images: str | Path, *, allow_outside: bool = False) -> Iterator[Violation]:
+    """Decode every image that exists, in threads with a progress bar, and compare its size with that in the annotation file.
 
-
-def _sum_run_lengths(counts: str) -> int:
-    """Sum up compressed run lengths; pycocotools would read beyond the end of damaged ones."""
-    lengths, value, shift = [], 0, 0
-    for byte in counts.encode("ascii"):
-        code = byte - 48
-        if not 0 <= code < 64:
-            raise ValueError(f"{byte} is not a character of run lengths")
-        value |= (code & 31) << shift
-        shift += 5
-        if not code & 32:
-            # bit 4 of the last character is the sign; from the fourth on, lengths are differences to the second last
-            value -= (code >> 4 & 1) << shift
-            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
-            if lengths[-1] < 0:
-                raise ValueError("a length is negative")
-            value = shift = 0
-    if shift:
-        raise ValueError("the last length is cut off")
-    return sum(lengths)
-
-
-def check_images(content: dict, images: str | Path) -> Iterator[Violation]:
-    """Decode every image that exists, in threads with a progress bar, and compare its size with that in the annotation file."""
+    Files outside the folder `images` are left alone without `allow_outside`.
+    """
 
     def look(entry: dict) -> Violation | None:
         path = Path(images) / entry["file_name"]
+        if not _is_file(path):
+            return None
         try:
             size = read_image(path).size
-        except FileNotFoundError:
-            return None
         except ValueError as error:
             return Violation(entry["id"], None, "image file unreadable", str(error))
         if size == (entry["width"], entry["height"]):
             return None
-        sizes = f"{path} is {size[0]} x {size[1]}, annotations say {entry['width']} x {entry['height']}"
+        sizes = f"{_show_path(path)} is {size[0]} x {size[1]}, annotations say {entry['width']} x {entry['height']}"
         return Violation(entry["id"], None, "image file of another size", sizes)
 
-    entries = _usable_images(content["images"])
+    entries = [entry for entry in _usable_images(content["images"]) if allow_outside or not leaves_folder(entry["file_name"])]
     # decoding releases the interpreter lock
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = tqdm(pool.map(look, entries), "decoding", len(entries), unit="image", leave=False, disable=None)
@@ -274,17 +324,7 @@ def refuse_or_count(problems: Sequence[Violation], annotations: str | Path) -> N
     if lines:
         raise ValueError(f"annotations={annotations} cannot be used: {'; '.join(lines)}; carafepp-validate lists all")
     for rule, count in counts.items():
-        use = "not used" if RULES[rule] == UNUSABLE else "not trained on"
-        logger.warning("%s: %d annotations %s: %s, the first is %s", annotations, count, use, rule, first[rule])
+        consequence = CONSEQUENCES[RULES[rule]]
+        logger.warning("%s: %d x %s: %s, the first is %s", annotations, count, rule, consequence, first[rule])
     if counts:
         logger.warning("%s: carafepp-validate lists all of them", annotations)
-
-
-def decode_mask(shape: list | dict, size: tuple[int, int]) -> np.ndarray:
-    """Decode polygons or run lengths -> [H, W] uint8 in {0, 1}, as pycocotools' annToMask."""
-    runs: Any = shape
-    if isinstance(runs, list):
-        runs = rle.merge(rle.frPyObjects(runs, *size))
-    elif isinstance(runs["counts"], list):
-        runs = rle.frPyObjects(runs, *size)
-    return rle.decode(runs)

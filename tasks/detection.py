@@ -37,6 +37,18 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], lis
     return list(images), [to_plain(target) for target in targets]
 
 
+def without_masks(target: Target) -> Target:
+    """Return a target without masks, which a network would resize even where it does not use them."""
+    return {name: value for name, value in target.items() if name != "masks"}
+
+
+def with_masks(target: Target) -> Target:
+    """Return the objects of a target whose masks have pixels: an empty one would teach a mask head that the object is background."""
+    seen = target["masks"].bool().flatten(1).any(1)
+    of_objects = {"boxes", "labels", "masks", "area", "iscrowd"}
+    return target if seen.all() else {name: value[seen] if name in of_objects else value for name, value in target.items()}
+
+
 class Detection(Task):
     """Train and evaluate a detector with the interface of torchvision's (`carafepp.models.detection`); it resizes and normalises images.
 
@@ -105,9 +117,7 @@ class Detection(Task):
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
         """Return the sum of the detector's losses for images [3, H, W] of any sizes and their targets."""
         images, targets = batch
-        # the network would resize masks that it does not use
-        unused = set() if self.has_masks else {"masks"}
-        losses = self(images, [{name: value for name, value in target.items() if name not in unused} for target in targets])
+        losses = self(images, [with_masks(target) if self.has_masks else without_masks(target) for target in targets])
         loss = reduce(torch.add, losses.values())
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in losses.items()})
@@ -168,7 +178,7 @@ class Detection(Task):
     def pictures(self, sample: tuple[Tensor, Target]) -> dict[str, Tensor]:
         """Draw a validation sample -> "image", "truth" and "prediction", [3, height, width] in [0, 1]; small images are enlarged."""
         image, target = sample
-        truth = target if self.has_masks else {name: value for name, value in target.items() if name != "masks"}
+        truth = target if self.has_masks else without_masks(target)
         numbers = list(range(len(truth["labels"])))
         return {"image": enlarge(image), "truth": self._overlay(image, truth, numbers), "prediction": self.draw(image, truth["boxes"])}
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from carafepp.tasks.coco import COCO
-from carafepp.tasks.coco_check import FATAL, RULES, check_annotations, check_images, find_mask_fault, read_annotations
+from carafepp.tasks.coco_check import CONSEQUENCES, FATAL, RULES, UNMASKED, check_annotations, check_images, read_annotations
 from carafepp.tasks.coco_eval import SCORES, average_precision, format_results, read_ground_truth
+from carafepp.tasks.coco_masks import read_mask
 from carafepp.tasks.data import TrainBatches
 from carafepp.tasks.layouts import run_lengths
 from carafepp.tasks.scenes import Scenes
@@ -103,7 +104,26 @@ DAMAGE = [
     (change(813, iscrowd=None), 285, 813, "iscrowd is neither 0 nor 1"),
     (change(813, iscrowd="0"), 285, 813, "iscrowd is neither 0 nor 1"),
     (change(813, segmentation=[[1, 2, 3, 4]]), 285, 813, "segmentation cannot be decoded"),
-    (change(813, segmentation=[[1, 2, 3, 4, 5, "6"]]), 285, 813, "segmentation cannot be decoded"),
+    (change(813, segmentation=[[1, 2, 3, 4, 5, "six"]]), 285, 813, "segmentation cannot be decoded"),
+    (change(813, segmentation=[1, 2, 30, 4, 5, 60]), 285, 813, "segmentation cannot be decoded"),
+    (change(813, segmentation=[[1, 2, 3, 4, 5, None]]), 285, 813, "segmentation cannot be decoded"),
+    (change(813, segmentation=[[1, 2, 3, 4, 5, float("nan")]]), 285, 813, "segmentation cannot be decoded"),
+    (change(813, segmentation=[[1, 2, 3, 4, 5, 10**400]]), 285, 813, "segmentation cannot be decoded"),
+    (change(813, segmentation=[[1, 2, 1e9, 4, 5, 6]]), 285, 813, "segmentation cannot be decoded"),
+    (change(813, segmentation=[[1, 2, 1e300, 4, 5, 6]]), 285, 813, "segmentation cannot be decoded"),
+    (change(813, segmentation=[[-1e9, 2, 3, 4, 5, 6]]), 285, 813, "segmentation cannot be decoded"),
+    (change(813, segmentation=[[0, 0, 50, 0, 50, 70] * 100000]), 285, 813, "segmentation cannot be decoded"),
+    (change(813, segmentation="polygon"), 285, 813, "segmentation cannot be decoded"),
+    (change(813, segmentation=[{"size": [80, 60], "counts": [4800]}]), 285, 813, "segmentation cannot be decoded"),
+    (change(813, segmentation={"size": [80, 60], "counts": "X" * 10**6}), 285, 813, "segmentation cannot be decoded"),
+    (change(813, segmentation={"size": [80, 60], "counts": None}), 285, 813, "segmentation cannot be decoded"),
+    (change(813, segmentation={"size": [80, 60], "counts": [4799.5, 0.5]}), 285, 813, "segmentation cannot be decoded"),
+    (change(813, segmentation={"size": [80, 60], "counts": [4800]}), 285, 813, "segmentation without a pixel in the image"),
+    (change(813, segmentation={"size": [80, 60], "counts": [4800, 0]}), 285, 813, "segmentation without a pixel in the image"),
+    (change(813, segmentation=[[100, 10, 120, 10, 120, 30]]), 285, 813, "segmentation without a pixel in the image"),
+    (change(813, segmentation=[[10, 10, 20, 20, 30, 30]]), 285, 813, "segmentation without a pixel in the image"),
+    (change(813, segmentation=None), 285, 813, "segmentation missing, others have one"),
+    (change(813, segmentation=[[]]), 285, 813, "segmentation missing, others have one"),
     (change(813, segmentation={"size": [60, 80], "counts": [4800]}), 285, 813, "segmentation cannot be decoded"),
     (change(813, segmentation={"size": 80, "counts": [4800]}), 285, 813, "segmentation cannot be decoded"),
     (change(813, segmentation={"size": [80, 60], "counts": [10, 20]}), 285, 813, "segmentation cannot be decoded"),
@@ -113,9 +133,24 @@ DAMAGE = [
     (change(813, id=0), 285, 0, "annotation id 0, which pycocotools takes for no match"),
     (change(813, id=None), 285, None, "annotation without id, image_id or category_id"),
     (change(813, image_id=None), None, 813, "annotation without id, image_id or category_id"),
+    (change(813, id="813"), 285, "813", "annotation without id, image_id or category_id"),
+    (change(813, id=True), 285, True, "annotation without id, image_id or category_id"),
+    (change(813, id=10**30), 285, 10**30, "annotation without id, image_id or category_id"),
+    (change(813, image_id=285.5), 285.5, 813, "annotation without id, image_id or category_id"),
     (change(813, image_id=1), 1, 813, "annotation of an unknown image"),
+    (change(813, bbox=[1e9, 50.0, 1e300, 11.0]), 285, 813, "box outside the image"),
     (change(file_name="gone.jpg"), 285, None, "image file missing"),
+    (change(file_name="a" * 5000), 285, None, "image file missing"),
+    (change(file_name="a\0b"), 285, None, "image file missing"),
+    (change(file_name="\ud800.jpg"), 285, None, "image file missing"),
+    (change(file_name="../val2017/000000000285.jpg"), 285, None, "file_name leaves the image folder"),
+    (change(file_name="a/../../secret.jpg"), 285, None, "file_name leaves the image folder"),
+    (change(file_name="/etc/secret.jpg"), 285, None, "file_name leaves the image folder"),
     (change(id=139), 139, None, "image id used before"),
+    (change(width="60"), 285, None, "image without id, file_name, width or height"),
+    (change(width=60.5), 285, None, "image without id, file_name, width or height"),
+    (change(width=10**6, height=10**6), 285, None, "image without id, file_name, width or height"),
+    (change(file_name=285), 285, None, "image without id, file_name, width or height"),
     (change(width=None), 285, None, "image without id, file_name, width or height"),
     (change(width=61), 285, None, "image file of another size"),
 ]
@@ -136,8 +171,13 @@ def test_damage_is_named_and_never_met_in_training(tmp_path, caplog, damage, ima
         return
     with caplog.at_level(logging.WARNING):
         data, val = load(folder), load(folder, "val")
-    assert f"1 annotations not {'used' if RULES[rule] == 'unusable' else 'trained on'}: {rule}" in caplog.text
-    assert sum(len(data[i][1]["labels"]) for i in range(len(data))) == 3
+    assert f"1 x {rule}: {CONSEQUENCES[RULES[rule]]}" in caplog.text
+    targets = [data[i][1] for i in range(len(data))]
+    if RULES[rule] == UNMASKED:
+        assert [len(target["labels"]) for target in targets] == [2, 2]
+        assert [target["masks"].flatten(1).any(1).tolist() for target in targets] == [[True, True], [True, False]]
+    else:
+        assert sum(len(target["labels"]) for target in targets) == 3
     # pycocotools can use the remaining annotations
     assert average_precision(read_ground_truth(val, NAMES), [], "segm")["AP"] == 0
 
@@ -207,9 +247,9 @@ def test_damaged_image_is_replaced_in_training_and_refused_in_validation(tmp_pat
 def test_run_lengths_are_checked_as_pycocotools_decodes_them(height, width, data):
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=height * width, max_size=height * width))).reshape(height, width)
     counts = rle.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-    assert find_mask_fault({"size": [height, width], "counts": counts}, (height, width)) is None
-    assert find_mask_fault(run_lengths(mask), (height, width)) is None
-    assert find_mask_fault({"size": [height, width], "counts": counts[:-1]}, (height, width))
+    for shape in ({"size": [height, width], "counts": counts}, run_lengths(mask)):
+        assert read_mask(shape, (height, width)) == (shape, None, mask.any())
+    assert read_mask({"size": [height, width], "counts": counts[:-1]}, (height, width)).fault
 
 
 def detections(found: dict, generator: np.random.Generator) -> list[dict]:
