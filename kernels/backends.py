@@ -1,6 +1,6 @@
-"""The backends by name: what each of them does, and which one runs a call.
+"""The backends by name, and the choice of the backend for a call.
 
-"reference" is the definition, differentiated by autograd. The others are modules behind the ops (registration.py).
+"reference" is the definition, differentiated by autograd. Each of the others is a module that implements the ops of registration.py.
 """
 
 import functools
@@ -16,7 +16,7 @@ from .geometry import Spec
 
 
 class Backend(Protocol):
-    """What a module behind the ops provides. Both functions fill the outputs that they are given.
+    """The functions of a module that implements the ops. Both fill the outputs that they are given.
 
     Tensors: x and dx [N, C, H, W], logits and dlogits [N, G * K * K, up, up, Hq, Wq], y and dy [N, C, Ho, Wo], lse [N, G, up, up, Hq, Wq].
     """
@@ -37,13 +37,13 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def default_backend(device_type: str, dtype: torch.dtype) -> str:
-    """Name the backend that serves a device: "cpu" on CPU, "triton" on CUDA and ROCm where it is installed, else "reference".
+    """Name the default backend of a device: "cpu" on CPU, "triton" on CUDA and ROCm if Triton is installed, else "reference".
 
-    "reference" also serves float64 on a GPU. Where the CPU kernel cannot be compiled, "torch" runs in its place.
+    "reference" also serves float64 on a GPU. If the CPU kernel cannot be compiled, "torch" replaces it.
     """
     if device_type == "cuda":
         return "triton" if HAS_TRITON and dtype in DTYPES["triton"] else "reference"
-    # a meta tensor takes the shape function of the op, whatever the backend
+    # a meta tensor only needs the shape function of the op, which all backends share
     return "cpu" if device_type in ("cpu", "meta") else "reference"
 
 
@@ -71,7 +71,7 @@ def choose_backend(backend: str | None, x: Tensor) -> str:
 def implementation(backend: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
     """Return the module that runs an op on tensors of `device` and `dtype`.
 
-    An op has no "reference": "torch" runs in its place, for example for a program exported on CPU and moved to another device.
+    "reference" does not implement the ops. "torch" replaces it, for example when a program exported on CPU runs on another device.
 
     Raises:
         RuntimeError: "cpu" is forced, and the kernel cannot be compiled.
@@ -88,7 +88,7 @@ def _module(name: str) -> Backend:
 
 @functools.cache
 def _cpu(forced: bool) -> Backend:
-    """Return the compiled kernel. Where it cannot be compiled, raise if it is forced, else warn once and return PyTorch code."""
+    """Return the compiled kernel. If it cannot be compiled, raise if it is forced, or else warn once and return the backend "torch"."""
     from .cpu.backend import library
     from .cpu.build import BuildError
 
@@ -96,7 +96,7 @@ def _cpu(forced: bool) -> Backend:
         library()
     except BuildError as error:
         if forced:
-            raise RuntimeError(f"backend 'cpu' needs its compiled kernel, and 'torch' runs without one: {error}") from error
-        warnings.warn(f"carafepp: slower PyTorch code runs in place of the CPU kernel: {error}", stacklevel=2)
+            raise RuntimeError(f"backend 'cpu' needs a compiled kernel; 'torch' runs without one: {error}") from error
+        warnings.warn(f"carafepp: slower PyTorch code replaces the CPU kernel: {error}", stacklevel=2)
         return _module("torch")
     return _module("cpu")

@@ -1,4 +1,4 @@
-"""What torch's FLOP counter counts for the ops: a multiplication and an addition per tap of every sum."""
+"""The FLOP formulas of the ops for torch's FLOP counter: one multiplication and one addition per tap of every sum."""
 
 import importlib
 import sys
@@ -18,7 +18,7 @@ COUNTER = "torch.utils.flop_counter"
 def forward_flops(
     x_shape: torch.Size, logits_shape: torch.Size, kernel_size: int, up: int, down: int, *options: Any, out_shape: Any, **kwargs: Any
 ) -> int:
-    """FLOPs of `carafepp::reassemble`."""
+    """Return the FLOPs of `carafepp::reassemble`."""
     n, c, h, w = x_shape
     spec = Spec(kernel_size, up, down)
     return 2 * spec.taps * n * c * spec.output_size(h) * spec.output_size(w)
@@ -34,7 +34,7 @@ def backward_flops(
     out_shape: Any,
     **kwargs: Any,
 ) -> int:
-    """FLOPs of `carafepp::reassemble_backward`, for the gradients that are asked for."""
+    """Return the FLOPs of `carafepp::reassemble_backward` for the requested gradients."""
     n, c, h, w = dy_shape
     *_, need_dx, need_dlogits = options
     return 2 * kernel_size**2 * n * c * h * w * (need_dx + need_dlogits)
@@ -46,7 +46,7 @@ def _register(counter: ModuleType) -> None:
 
 
 class _RegisterOnImport(MetaPathFinder):
-    """Registers the formulas right after the first import of torch's FLOP counter, whoever imports it."""
+    """Import hook that registers the formulas right after the first import of torch's FLOP counter."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != COUNTER:
@@ -67,14 +67,14 @@ class _RegisterOnImport(MetaPathFinder):
 
 
 def register_formulas() -> None:
-    """Have torch.utils.flop_counter.FlopCounterMode count the ops, whether it is imported before or after this package.
+    """Make torch.utils.flop_counter.FlopCounterMode count the ops, whether it is imported before or after this package.
 
-    The counter imports Triton, which takes longer than everything else here, so this package does not import it. A counter copies the
-    table of formulas when it is made: the formulas must be in it by then, which may be before the first call of an op. What remains is
-    to register when the counter is imported, by a finder that steps in once.
+    The counter's module imports Triton, which takes longer than the rest of this package, so this package does not import that module. A
+    counter copies the table of formulas when it is constructed, which may be before the first call of an op. An import hook that acts once
+    therefore registers the formulas when the counter's module is imported.
     """
     if COUNTER in sys.modules:
-        # waits for another thread that is still importing it
+        # waits if another thread is still importing the module
         _register(importlib.import_module(COUNTER))
     else:
         sys.meta_path.insert(0, _RegisterOnImport())

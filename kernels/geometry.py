@@ -1,4 +1,4 @@
-"""Sizes, options and argument checks: what every implementation of the operator agrees on.
+"""The sizes, options and argument checks that all implementations of the operator share.
 
 An output row i' (the same for columns) belongs to cell q = i' // up, sub-row dy = i' % up, and its window is centred on source row
 q * down + (dy * down) // up, which is (i' * down) // up. With down == 1 a cell is a source pixel (up x up outputs share its window);
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 NORMALIZERS = ("softmax", "sigmoid", "sigmoid_normalized", "none")
-# those with a sum over the window: forward saves its logarithm for backward
+# normalizers that divide by a sum over the window; forward saves the logarithm of this sum for backward
 LSE_NORMALIZERS = ("softmax", "sigmoid_normalized")
 
 
 class Spec(NamedTuple):
-    """What fixes one reassembly besides its tensors."""
+    """The options of one reassembly."""
 
     kernel_size: int
     up: int = 1
@@ -26,15 +26,15 @@ class Spec(NamedTuple):
 
     @property
     def taps(self) -> int:
-        """Weights of one window."""
+        """Number of weights of a window."""
         return self.kernel_size**2
 
     def output_size(self, size: int) -> int:
-        """Rows (columns) of the output for `size` source rows (columns)."""
+        """Return the rows (columns) of the output for `size` source rows (columns)."""
         return -(-size * self.up // self.down)
 
     def cells(self, size: int) -> int:
-        """Rows (columns) of the logits for `size` source rows (columns)."""
+        """Return the rows (columns) of the logits for `size` source rows (columns)."""
         return -(-size // self.down)
 
 
@@ -84,10 +84,10 @@ def check_inputs(x: Tensor, weights: Tensor, spec: Spec, *, name: str = "logits"
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of `x` [N, C, H, W] are its fastest axis, so that the output is laid out the same way."""
+    """Return whether the channels of `x` [N, C, H, W] are its fastest axis; the output then has the same memory format."""
     return x.stride(1) == 1 and x.size(1) > 1 and x.stride(3) != 1
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The memory format that an output computed from `x` keeps."""
+    """Return the memory format of an output that is computed from `x`."""
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format

@@ -33,29 +33,31 @@ def reassemble(
     normalizer: str = "softmax",
     backend: str | None = None,
 ) -> Tensor:
-    """Reassemble features under predicted kernels (paper, sections 3.2 and 3.3), with pixel shuffle and normalisation fused in.
+    """Reassemble features with predicted kernels (paper, sections 3.2 and 3.3), with pixel shuffle and normalisation fused in.
 
-    Differentiable in both inputs to any order, deterministic. Half precision is accumulated in float32. Under autocast both inputs are
-    taken in the autocast dtype. The kernels multiply tiles, zeros included: an infinite or NaN feature can reach targets near its windows.
+    The operator is deterministic and differentiable to any order in both inputs. It accumulates half precision in float32. Autocast casts
+    both inputs to its dtype. GPU and CPU kernels multiply whole tiles, including zero weights, so that an infinite or NaN feature can reach
+    targets near the windows that contain it.
 
     Args:
         x: source features [N, C, H, W], float32, float16, bfloat16, or float64 (not on the Triton backend); any strides.
-        logits: what the content encoder puts out, [N, groups * kernel_size**2 * up**2, ceil(H / down), ceil(W / down)], before pixel
-            shuffle and normalisation; dtype and device of `x`. Channel ((g * K + ky) * K + kx) * up**2 + dy * up + dx.
+        logits: the output of the content encoder, [N, groups * kernel_size**2 * up**2, ceil(H / down), ceil(W / down)], before pixel
+            shuffle and normalisation; dtype and device of `x`. The channel of tap (ky, kx) and sub-pixel (dy, dx) is ((g * K + ky) * K +
+            kx) * up**2 + dy * up + dx.
         kernel_size: side of the reassembly window, odd; windows are zero outside the map and not renormalised there.
         up, down: output size is ceil(H * up / down) x ceil(W * up / down).
         groups: groups of channels that share a kernel; divides C.
         normalizer: "softmax", "sigmoid", "sigmoid_normalized" (divided by the sum over the window) or "none".
-        backend: None chooses by device: "triton" on a GPU, "cpu" (compiled at first use) on a CPU. A name forces one: "reference" is the
-            definition, "torch" a loop of PyTorch calls over the taps on any device; "torch" is also what None runs on a CPU without
-            a compiler.
+        backend: None chooses by device: "triton" on a GPU, "cpu" (compiled at first use) on a CPU. A name forces a backend: "reference" is
+            the definition, and "torch" a loop of PyTorch calls over the taps, on any device. None also runs "torch" on a CPU without a
+            compiler.
 
     Returns:
         Reassembled features [N, C, ceil(H * up / down), ceil(W * up / down)] in the memory format of `x`.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong type, shape or value, named with what would be right.
-        RuntimeError: backend="cpu" is forced, and the kernel cannot be compiled; the message says what to install.
+        TypeError, ValueError: an argument has a wrong type, shape or value; the message names it and says what would be right.
+        RuntimeError: `backend` is "cpu", and the kernel cannot be compiled; the message says what to install.
     """
     x, logits = _autocast(x, logits) if isinstance(x, Tensor) and isinstance(logits, Tensor) else (x, logits)
     spec = Spec(kernel_size, up, down, groups, normalizer)
@@ -75,12 +77,13 @@ def reassemble_weights(
     groups: int = 1,
     backend: str | None = None,
 ) -> Tensor:
-    """Reassemble features under weights that are already normalised and at output resolution (the layout of mmcv's operator).
+    """Reassemble features with weights that are already normalised and at output resolution (the layout of mmcv's operator).
 
     Args:
         x: source features [N, C, H, W].
-        weights: [N, groups * kernel_size**2, ceil(H * up / down), ceil(W * up / down)], channel (g * K + ky) * K + kx. Read in place,
-            except that a rational scale whose output size is not a multiple of `up` pads it to the next multiple first.
+        weights: [N, groups * kernel_size**2, ceil(H * up / down), ceil(W * up / down)], channel (g * K + ky) * K + kx. They are read in
+            place, except where the output size is not a multiple of `up` (rational scales): there they are first padded to the next
+            multiple.
         kernel_size, up, down, groups, backend: as for `reassemble`.
 
     Returns:

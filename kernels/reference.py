@@ -1,4 +1,4 @@
-"""CARAFE++, the definition. Read this first; every fast path is tested against it.
+"""The definition of CARAFE++. Read this module first; every backend is tested against it.
 
 N batch, C channels, G groups, K kernel size, H, W source size, Ho, Wo output size, [Hq, Wq] cells (see geometry.py).
 """
@@ -25,26 +25,26 @@ def normalize(logits: Tensor, normalizer: str) -> Tensor:
 def normalize_backward(dweights: Tensor, weights: Tensor, logits: Tensor, normalizer: str) -> Tensor:
     """Compute the gradient of the logits from that of `weights` = normalize(logits, normalizer); every tensor is [N, G, K * K, ...].
 
-    For fast paths that know the gradient of the weights; the definition itself is differentiated by autograd.
+    Backends that compute the gradient of the weights use this function; autograd differentiates the definition itself.
     """
     if normalizer == "none":
         return dweights
     if normalizer == "sigmoid":
         return weights * (1 - weights) * dweights
     dscores = weights * (dweights - (weights * dweights).sum(dim=2, keepdim=True))
-    # the derivative of logsigmoid, whose softmax "sigmoid_normalized" is
+    # "sigmoid_normalized" is the softmax of logsigmoid, whose derivative is sigmoid(-l)
     return dscores * (-logits).sigmoid() if normalizer == "sigmoid_normalized" else dscores
 
 
 def reassembly_kernels(logits: Tensor, spec: Spec, height: int, width: int) -> Tensor:
-    """Encoder logits [N, G * K * K * up**2, Hq, Wq] -> normalised kernels [N, G, K * K, Ho, Wo] (source `height` x `width`)."""
+    """Turn logits [N, G * K * K * up**2, Hq, Wq] of a source `height` x `width` into normalised kernels [N, G, K * K, Ho, Wo]."""
     logits = F.pixel_shuffle(logits, spec.up)  # [N, G * K * K, Hq * up, Wq * up]
     logits = logits[..., : spec.output_size(height), : spec.output_size(width)]  # a rational scale may cut the last cell
     return normalize(logits.unflatten(1, (spec.groups, spec.taps)), spec.normalizer)
 
 
 def weighted_sum(x: Tensor, kernels: Tensor, spec: Spec) -> Tensor:
-    """Sum the window of `x` [N, C, H, W] around every target location under `kernels` [N, G, K * K, Ho, Wo] -> [N, C, Ho, Wo] (Eqn. 3)."""
+    """Sum the windows of `x` [N, C, H, W], weighted by `kernels` [N, G, K * K, Ho, Wo], to [N, C, Ho, Wo] (Eqn. 3)."""
     n, c, _, _ = x.shape
     height, width = kernels.shape[-2:]
     padded = F.pad(x, (spec.kernel_size // 2,) * 4).unflatten(1, (spec.groups, c // spec.groups))
@@ -68,12 +68,12 @@ def reassemble_reference(
     groups: int = 1,
     normalizer: str = "softmax",
 ) -> Tensor:
-    """Define `reassemble` in plain PyTorch: any device, any float dtype, half precision accumulated in float32.
+    """Define `reassemble` in plain PyTorch, for any device and any floating-point dtype; half precision is accumulated in float32.
 
     Args:
         x: source features [N, C, H, W].
-        logits: what the content encoder puts out, [N, groups * kernel_size**2 * up**2, ceil(H / down), ceil(W / down)], before pixel
-            shuffle and normalisation. Channel ((g * K + ky) * K + kx) * up**2 + dy * up + dx.
+        logits: the output of the content encoder, [N, groups * kernel_size**2 * up**2, ceil(H / down), ceil(W / down)], before pixel
+            shuffle and normalisation. The channel of tap (ky, kx) and sub-pixel (dy, dx) is ((g * K + ky) * K + kx) * up**2 + dy * up + dx.
         kernel_size: side of the reassembly window, odd; windows are zero outside the map and not renormalised there.
         up, down: output size is ceil(H * up / down) x ceil(W * up / down).
         groups: groups of channels that share a kernel.
@@ -83,7 +83,7 @@ def reassemble_reference(
         Reassembled features [N, C, ceil(H * up / down), ceil(W * up / down)] in the memory format of `x`.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong type, shape or value, named with what would be right.
+        TypeError, ValueError: an argument has a wrong type, shape or value; the message names it and says what would be right.
     """
     spec = Spec(kernel_size, up, down, groups, normalizer)
     check_inputs(x, logits, spec)

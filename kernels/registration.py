@@ -1,11 +1,11 @@
 """The operator as torch.library ops: schemas, shape functions, autograd to any order.
 
-Two ops carry everything. `carafepp::reassemble` computes y and, for the normalised kernels, one log-sum-exp per window and group;
-`carafepp::reassemble_backward` computes dx and dlogits from dy, x, logits and that statistic. With normalizer "none" the operator is
-bilinear in x and the weights, so the derivative of its backward is made of the same two ops, and so on to any order.
+There are two ops. `carafepp::reassemble` computes y and, for the normalised kernels, one log-sum-exp per window and group;
+`carafepp::reassemble_backward` computes dx and dlogits from dy, x, logits and the log-sum-exp. With normalizer "none", the operator is
+bilinear in x and the weights, so that the derivative of its backward consists of the same two ops, and so on to any order.
 
-Inside the ops the logits have six dimensions, [N, G * K * K, up, up, Hq, Wq]: logits in encoder layout and weights at output
-resolution are both views of that form, read in place by their strides.
+Inside the ops the logits have six dimensions, [N, G * K * K, up, up, Hq, Wq]: logits in encoder layout and weights at output resolution are
+both views of this form, and are read in place by their strides.
 """
 
 import functools
@@ -20,10 +20,10 @@ from .backends import implementation
 from .geometry import LSE_NORMALIZERS, Spec, memory_format
 from .reference import normalize, normalize_backward
 
-# The functions that the dispatcher and autograd call take what the schemas say.
+# the schemas give the parameter types of the functions that the dispatcher and autograd call
 # pyright: reportMissingParameterType=false
 
-# Defined here by hand: what `torch.library.custom_op` wraps around an op costs more host time than everything else in a call on a GPU.
+# `torch.library.custom_op` would wrap the op in code that takes more host time than the rest of a call on a GPU
 LIBRARY = torch.library.Library("carafepp", "FRAGMENT")
 OPTIONS = "SymInt kernel_size, SymInt up, SymInt down, SymInt groups, str normalizer, str? backend"
 SCHEMAS = (
@@ -57,7 +57,7 @@ def empty_outputs(x: Tensor, logits: Tensor, spec: Spec) -> tuple[Tensor, Tensor
 
 
 def empty_gradients(x: Tensor, logits: Tensor, need_dx: bool, need_dlogits: bool) -> tuple[Tensor, Tensor]:
-    """Allocate dx and dlogits; a gradient that is not asked for has no elements."""
+    """Allocate dx and dlogits; a gradient that is not needed has no elements."""
     return (
         torch.empty_like(x) if need_dx else x.new_empty(0),
         torch.empty_like(logits) if need_dlogits else x.new_empty(0),
@@ -68,9 +68,10 @@ Op = Callable[..., tuple[Tensor, Tensor]]
 
 
 def _untraced(function: Op) -> Op:
-    """Keep torch.compile out of what `function` calls.
+    """Keep torch.compile from tracing `function`.
 
-    torch.compiler.disable imports the whole compiler, which takes seconds, so it is applied only once something else has imported that.
+    torch.compiler.disable imports the whole compiler, which takes seconds. It is therefore applied only after something else has
+    imported it.
     """
 
     @functools.cache
@@ -130,7 +131,7 @@ class _Reassemble(torch.autograd.Function):
 def _differentiable_backward(
     dy: Tensor, x: Tensor, logits: Tensor, options: Options, need_dx: bool, need_dlogits: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute the same gradients from bilinear and elementwise ops, for a backward that is differentiated itself."""
+    """Compute the same gradients with bilinear and elementwise ops, so that they can be differentiated again."""
     windows = logits.unflatten(1, (options.groups, -1))  # [N, G, K * K, up, up, Hq, Wq]
     weights = normalize(windows, options.normalizer)
     bilinear = options._replace(normalizer="none")
@@ -153,7 +154,7 @@ class _ReassembleBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ddx, ddweights):
-        """Derivative of the bilinear maps dx = X(dy, w), dw = W(dy, x), with y = Y(x, w): only "none" gets here (_Reassemble.backward)."""
+        """Differentiate the bilinear maps dx = X(dy, w), dw = W(dy, x), with y = Y(x, w); the normalizer is always "none" here."""
         dy, x, weights = ctx.saved_tensors
         ddx = ddx if ctx.need_dx else None
         ddweights = ddweights if ctx.need_dlogits else None

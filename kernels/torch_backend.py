@@ -1,6 +1,6 @@
 """The operator in plain PyTorch, on any device: one fused multiply-add per tap over shifted views, without an unfolded copy.
 
-It runs on CPU where there is no compiler for the CPU kernel.
+It runs on a CPU without a compiler for the CPU kernel.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ Index = tuple[EllipsisType, slice, slice]
 
 
 def _axis(size: int, cells: int, offset: int, sub: int, spec: Spec) -> tuple[slice, slice]:
-    """Cells q whose sub-row `sub` has its source row, at `offset` from the centre of its window, inside [0, size), and those rows."""
+    """Find the cells whose sub-row `sub` has a source row inside [0, size) at `offset` from the centre of its window, and those rows."""
     shift = sub * spec.down // spec.up + offset
     first = max(0, -(shift // spec.down)) if shift < 0 else 0
     outputs = max(0, -(-(spec.output_size(size) - sub) // spec.up))
@@ -33,7 +33,7 @@ def _subpixels(spec: Spec) -> Iterator[tuple[int, int]]:
 
 
 def _visits(x: Tensor, logits: Tensor, dy: int, dx: int, spec: Spec) -> Iterator[tuple[int, Index, Index]]:
-    """Yield (tap, cells, sources) for every weight of a sub-pixel: where it applies and what it reads."""
+    """Yield (tap, cells, sources) for every weight of a sub-pixel: the cells that use it and the sources that they read."""
     radius = spec.kernel_size // 2
     for tap in range(spec.taps):
         ky, kx = divmod(tap, spec.kernel_size)
@@ -60,7 +60,7 @@ def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> No
         torch.logsumexp(_scores(logits, spec), dim=2, out=lse)
     weights = _weights(logits, lse, spec)
     source = x.unflatten(1, (spec.groups, -1))
-    # sums of one sub-pixel at a time: adding to its strided place in y costs twice the time
+    # the sums of a sub-pixel are contiguous: adding to its strided view of y takes twice the time
     total = weights.new_empty(*source.shape[:3], *logits.shape[4:])  # [N, G, C / G, Hq, Wq]
     for dy, dx in _subpixels(spec):
         total.zero_()
@@ -71,7 +71,7 @@ def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> No
 
 
 def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, spec: Spec) -> None:
-    """Fill those of dx and dlogits that are asked for."""
+    """Fill dx and dlogits, except those that are None."""
     weights = _weights(logits, lse, spec)
     source = x.unflatten(1, (spec.groups, -1))
     dsource = None

@@ -1,4 +1,4 @@
-"""The CARAFE++ module: predict a kernel for every target location, reassemble features under it (paper, section 3)."""
+"""The CARAFE++ module: it predicts a kernel for every target location and reassembles features with it (paper, section 3)."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ from ..kernels.reference import reassembly_kernels
 
 
 class CARAFE(nn.Module):
-    """Resize features by `up` / `down` under kernels predicted from the features themselves.
+    """Module that resizes features by `up` / `down` with kernels that it predicts from the features themselves.
 
     A 1x1 convolution compresses the channels, a convolution of stride `down` encodes their content into groups * K * K * up**2 logits,
     and `carafepp.kernels.reassemble` normalises the logits and sums the K x K windows of the input (Eqn. 1 to 3). State-dict keys and
@@ -23,8 +23,8 @@ class CARAFE(nn.Module):
         up, down: the output has ceil(H * up / down) x ceil(W * up / down) pixels.
         kernel_size: K, the side of the reassembly window; odd.
         encoder_kernel: side of the content encoder's kernel, odd; the paper's rule is K - 2 (section 3.2).
-        compressed_channels: C_m. "auto" is the paper's choice, 64 for upsampling and 16 for downsampling; None leaves the compressor out.
-        groups: number of channel groups, each with kernels of its own; must divide C.
+        compressed_channels: C_m. "auto" is the paper's choice, 64 for upsampling and 16 for downsampling; None omits the compressor.
+        groups: number of channel groups, each with its own kernels; must divide C.
         encoder_dilation: dilation of the content encoder.
         compressor_norm: whether batch normalisation and ReLU follow the compressor, as in the paper's classification backbones
             (section 5.1).
@@ -102,7 +102,7 @@ class CARAFE(nn.Module):
         return reassemble(x, self.logits(x), **self.spec._asdict())
 
     def kernels(self, x: Tensor) -> Tensor:
-        """Compute the normalised kernels [N, groups, K, K, Ho, Wo] of x [N, C, H, W], for study and for pictures."""
+        """Compute the normalised kernels [N, groups, K, K, Ho, Wo] of x [N, C, H, W], for analysis and figures."""
         kernels = reassembly_kernels(self.logits(x), self.spec, *x.shape[2:])
         return kernels.unflatten(2, (self.spec.kernel_size,) * 2)
 

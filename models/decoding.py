@@ -42,8 +42,8 @@ def stretch(x: Tensor, size: Sequence[int]) -> Tensor:
 def enlarge_cells(cells: Tensor, size: Sequence[int], sampler: nn.Module | None, guide: Tensor) -> Tensor:
     """Upsample pooled cells [N, C, h, w] to `size` (paper, section 4.2).
 
-    Without a sampler the interpolation is bilinear. With one it is bilinear to half of `size`, and the sampler does the last factor 2;
-    `guide` [N, guide_channels, *size] goes to a sampler that needs one.
+    Without a sampler, the interpolation to `size` is bilinear. With a sampler, it is bilinear to half of `size`, and the sampler upsamples
+    the result by 2. `guide` [N, guide_channels, *size] is passed to a sampler that needs one.
 
     Raises:
         ValueError: the sampler does not upsample by 2.

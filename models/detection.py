@@ -1,7 +1,7 @@
 """Faster R-CNN and Mask R-CNN with sampler slots in backbone, feature pyramid and mask head (paper, section 4.1).
 
-Proposals, RoI heads, losses and the image transform are torchvision's. State-dict keys are torchvision's too, so that its published
-weights load where slots are empty.
+Proposals, RoI heads, losses and the image transform are torchvision's. State-dict keys are also torchvision's, so that its published
+weights load into networks with empty slots.
 """
 
 import inspect
@@ -53,7 +53,7 @@ def freeze_layers(backbone: ResNet, trainable_layers: int) -> None:
 
 
 class BoxCoder(TorchvisionBoxCoder):
-    """torchvision's box coder in the precision of the boxes; mixed precision lowers that of the deltas."""
+    """torchvision's box coder, computed in the dtype of the boxes: with mixed precision, the deltas have a lower precision."""
 
     def decode(self, rel_codes: Tensor, boxes: list[Tensor]) -> Tensor:
         """Apply deltas rel_codes [n, 4 * classes] to the n boxes of all images together; return boxes [n, classes, 4]."""
@@ -87,14 +87,14 @@ def _make_pyramid(backbone: ResNet, fpn: Sampler | None, fpn_dim: int, trainable
 class FasterRCNN(detection.FasterRCNN):
     """Faster R-CNN (Ren et al., 2015) on a feature pyramid.
 
-    The input is a list of images [3, H, W] in [0, 1] of any sizes. In training a list of targets {"boxes" [n, 4] as x1, y1, x2, y2 in
-    pixels, "labels" [n]} follows, and the output is the losses by name. In evaluation the output is a list of {"boxes", "labels",
-    "scores"}, best first. Labels start at 1.
+    The input is a list of images [3, H, W] in [0, 1] of any sizes. In training, the second input is a list of targets {"boxes" [n, 4] as
+    x1, y1, x2, y2 in pixels, "labels" [n]}, and the output is a dict of losses. In evaluation, the output is a list of {"boxes", "labels",
+    "scores"} in descending order of the scores. Labels start at 1.
 
     Args:
         num_classes: number of classes, including the background (0).
         backbone: maps an image to features of strides 4, 8, 16, 32; `out_channels` lists their channels.
-        fpn: sampler of the pyramid; None is nearest-neighbour interpolation.
+        fpn: sampler of the pyramid; None means nearest-neighbour interpolation.
         fpn_dim: channels of the pyramid.
         trainable_layers: number of layers of the backbone, counted from the last, that are trained: 3 freezes the stem and layer1.
         frozen_norm: whether the backbone keeps the batch statistics, scales and shifts of its pretraining.
@@ -103,7 +103,7 @@ class FasterRCNN(detection.FasterRCNN):
         options: further arguments of torchvision's FasterRCNN (`min_size`, `rpn_post_nms_top_n_train`, ...).
 
     Raises:
-        TypeError: torchvision does not know an option.
+        TypeError: an option is not an argument of torchvision's FasterRCNN.
         ValueError: `trainable_layers` is not in 0..5.
     """
 
@@ -146,8 +146,8 @@ class MaskRCNN(FasterRCNN):
 
     Args:
         num_classes: number of classes, including the background (0).
-        mask_head: upsampler of the RoI features, 14 x 14 to 28 x 28. None is the published 2x2 deconvolution of stride 2 with ReLU. A
-            sampler has no ReLU after it, as in public code of the paper's detectors, and no guide.
+        mask_head: upsampler of the RoI features, 14 x 14 to 28 x 28. None means the published 2x2 deconvolution of stride 2 with ReLU. A
+            sampler has no guide, and no ReLU follows it, as in public code of the paper's detectors.
         mask_dim, mask_convs: channels and number of the 3x3 convolutions before the upsampler.
         options: arguments of `FasterRCNN`.
     """

@@ -8,10 +8,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 
 class PatchGAN(nn.Module):
-    """Score each patch of a completed image: three 4x4 convolutions of stride 2, two of stride 1, leaky ReLU; 2.8 M parameters.
+    """Discriminator of image patches: three 4x4 convolutions of stride 2, two of stride 1, leaky ReLU; 2.8 M parameters.
 
-    Two things differ from pix2pix, as in the source of the free-form masks (Yu et al., 2018): spectral normalisation takes the place of
-    batch normalisation, and the mask is a fourth input channel.
+    Two things differ from pix2pix, as in the source of the free-form masks (Yu et al., 2018): spectral normalisation replaces batch
+    normalisation, and the mask is a fourth input channel.
 
     Args:
         width: channels of the first layer; the last hidden layer has 8 times as many.
@@ -28,13 +28,13 @@ class PatchGAN(nn.Module):
     def forward(self, images: Tensor, masks: Tensor) -> Tensor:
         """Score images [N, 3, H, W] in [-1, 1] with masks [N, 1, H, W]: one score per patch, [N, 1, h, w], higher for real images.
 
-        A cell has a side of about 8 pixels, and its patch one of 70. H and W must be at least 24.
+        Neighbouring scores are about 8 pixels apart, and each covers a patch of 70 x 70 pixels. H and W must be at least 24.
         """
         return self.layers(torch.cat([images, masks], dim=1))
 
 
 def average_over_hole(scores: Tensor, masks: Tensor) -> Tensor:
-    """Average the scores [N, 1, h, w] over the cells that the hole of masks [N, 1, H, W] touches.
+    """Average scores [N, 1, h, w] over the cells that overlap the hole in masks [N, 1, H, W].
 
     Returns:
         [N], 0 for an image without a hole.

@@ -16,9 +16,9 @@ class FPN(FeaturePyramidNetwork):
     Args:
         in_channels_list: channels of the backbone's levels, finest first.
         out_channels: channels of every level of the pyramid.
-        upsample: None is nearest-neighbour interpolation to the size of the lateral. Otherwise each pair of levels has a sampler with
+        upsample: None means nearest-neighbour interpolation to the size of the lateral. Otherwise each pair of levels has a sampler with
             `out_channels` channels that upsamples by 2; its output is cropped to the size of the lateral, which is also its guide.
-        extra_blocks: makes further levels from the outputs; `LastLevelMaxPool()` makes the fifth level of detectors.
+        extra_blocks: computes further levels from the outputs; `LastLevelMaxPool()` computes the fifth level of detectors.
     """
 
     def __init__(

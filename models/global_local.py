@@ -38,7 +38,7 @@ LAYERS = (
 def make_stage(layer: Layer, inputs: int, outputs: int, sampler: Sampler | None, norm_layer: Norm) -> nn.Sequential:
     """Build a layer: convolution, normalisation, ReLU.
 
-    Where the layer resizes, a sampler comes before a convolution of stride 1; without a sampler the convolution is strided.
+    Where the layer resizes, a sampler precedes a convolution of stride 1; without a sampler, the convolution is strided.
     """
     padding = layer.dilation * (layer.kernel_size // 2)
     if layer.resize and sampler:
@@ -52,15 +52,15 @@ def make_stage(layer: Layer, inputs: int, outputs: int, sampler: Sampler | None,
 
 
 class GlobalLocal(nn.Module):
-    """Fill the hole of an image: an encoder of stride 4, four dilated convolutions, a decoder; 6.1 M parameters at full width.
+    """Generator that fills the hole of an image: an encoder of stride 4, four dilated convolutions and a decoder; 6.1 M parameters.
 
     Args:
         width: channels of the first layer; the middle has 4 times as many.
-        downsample: None is the published network (two 3x3 convolutions of stride 2). A sampler, with width and 2 * width channels,
-            takes the place of each stride, and the convolution after it has stride 1.
-        upsample: None is the published network (two 4x4 deconvolutions). A sampler, with 4 * width and 2 * width channels, takes the
-            place of each, and a 3x3 convolution after it changes the channels to those of the next layer.
-        norm_layer: makes the normalisation of a number of channels.
+        downsample: None means the published network (two 3x3 convolutions of stride 2). A sampler, with width and 2 * width channels,
+            replaces each stride, and the convolution after it has stride 1.
+        upsample: None means the published network (two 4x4 deconvolutions). A sampler, with 4 * width and 2 * width channels, replaces each
+            deconvolution, and a 3x3 convolution after it changes the number of channels to that of the next layer.
+        norm_layer: takes a number of channels and returns the normalisation layer.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class GlobalLocal(nn.Module):
     def forward(self, images: Tensor, masks: Tensor) -> Tensor:
         """Complete images [N, 3, H, W] in [-1, 1] whose holes are given by masks [N, 1, H, W], 1 in the hole and 0 elsewhere.
 
-        The content of the hole makes no difference. H and W are at least 1.
+        The content of the hole is ignored. H and W are at least 1.
 
         Returns:
             Images [N, 3, H, W] in [-1, 1]. The network also predicts the known pixels.

@@ -1,7 +1,8 @@
 """Upsamplers that are guided by the finer map: IndexNet, A2U, SAPA and FADE predict kernels from it, GUM predicts where to sample.
 
-In A2U, SAPA and FADE the kernel of a location serves all channels, so that the sum is the same as CARAFE's:
-`carafepp.kernels.reassemble` normalises the logits and sums the windows. SAPA's similarities are a derivative of that sum.
+In A2U, SAPA and FADE, all channels share the kernel of a location, as in CARAFE:
+`carafepp.kernels.reassemble` normalises the logits and sums the windows. SAPA's similarities are the derivative of such a sum with respect
+to its weights.
 """
 
 import math
@@ -53,8 +54,8 @@ def _space_to_depth(x: Tensor) -> Tensor:
 def _multiply_windows(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
     """Compute the inner products of every fine query with the keys of its window; keys outside the map give 0.
 
-    Reassembling keys under weights is linear in the weights, and these products are its derivative with respect to the weights.
-    The backward pass of the operator therefore computes them directly, on a CPU 60 times faster than unfolding the keys.
+    Reassembly is linear in its weights, and these products are its derivative with respect to the weights. The backward pass of the
+    operator therefore computes them directly, on a CPU 60 times faster than unfolding the keys.
 
     Args:
         queries: [N, E, 2H, 2W].
@@ -104,8 +105,8 @@ class IndexNet(_Guided):
     """Decoder side of IndexNet (Lu et al., 2019): nearest-neighbour interpolation times an index map in (0, 1) per element.
 
     The index map is the sigmoid of a 4x4 convolution of stride 2 from the guide to 4 C channels, rearranged from depth to space. This is
-    the "many-to-one", linear form with context, with which the later upsamplers are compared. 64 C C_guide parameters, 4.2 M for 256;
-    16 C C_guide multiply-adds per output pixel.
+    the "many-to-one", linear form with context, the form that the papers of later upsamplers compare with. 64 C C_guide parameters, 4.2 M
+    for 256; 16 C C_guide multiply-adds per output pixel.
     """
 
     def __init__(self, channels: int, guide_channels: int | None = None):
@@ -124,7 +125,7 @@ class A2U(_Guided):
 
     Two 6x6 filters, predicted from the pooled guide, filter all of its channels at stride 2. After group normalisation and leaky ReLU,
     the product of the two results, summed over channels, is one affinity per source pixel. A vector predicted from the mean of the guide
-    spreads the affinity over the 36 weights of the pixel, and the kernels are the softmax of the sigmoid of these. 42 C_guide + 38
+    spreads the affinity over the 36 weights of the pixel. The kernels are the softmax of the sigmoid of these weights. 42 C_guide + 38
     parameters; 18 C_guide + 9 C multiply-adds per output pixel.
     """
 
@@ -156,7 +157,7 @@ class A2U(_Guided):
 
 
 class SAPA(_Guided):
-    """Similarity-aware point affiliation (Lu et al., 2022): kernels are similarities of a fine pixel to the coarse pixels around it.
+    """Similarity-aware point affiliation (Lu et al., 2022): kernels are the similarities of a fine pixel to its coarse neighbours.
 
     Both maps are normalised over channels and embedded. The kernel is the softmax of the inner products of the fine pixel's embedding
     with those of its 5x5 window; pixels outside the map have similarity 0. About (C + C_guide + 2) E parameters for an embedding of E

@@ -3,7 +3,7 @@
 They differ from the detectors of `carafepp.models.detection` in these points:
 
 - The pyramid has a fifth level, learned from C5, that takes part in the top-down path; there are four CARAFE modules.
-- The sizes of images are rounded to the nearest pixel, and their pixels to 8 bits. Padding is to multiples of 64.
+- The sizes of images are rounded to the nearest pixel, and their pixels to 8 bits. Images are padded to multiples of 64.
 - Anchors are not rounded, and box deltas are clipped from below too.
 - RoIAlign samples at pixel centres, with as many samples as a cell has pixels.
 - Masks are interpolated between cell centres, without rounding the box first.
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 Detector = TypeVar("Detector", bound=FasterRCNN)
 
-# of the RGB channels of pixels in 0..255
+# for the RGB channels of pixels in 0..255
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 # mmdetection's names of tensors, as patterns, and those of the models here
@@ -71,7 +71,7 @@ class FPNCarafe(FPN):
 
 
 class Transform(GeneralizedRCNNTransform):
-    """Resize, normalise and pad images [3, H, W] in [0, 1], and bring boxes and masks back to the sizes of the images.
+    """Image transform: resizes, normalises and pads images [3, H, W] in [0, 1], and scales boxes and masks back to the original sizes.
 
     Padding is at the bottom and right.
     """
@@ -95,7 +95,7 @@ class Transform(GeneralizedRCNNTransform):
     def postprocess(
         self, result: list[dict[str, Tensor]], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """Bring boxes [n, 4] and masks [n, 1, h, w] of the results back to the sizes of the images; in training, change nothing."""
+        """Scale boxes [n, 4] and masks [n, 1, h, w] of the results back to the sizes of the images; in training, change nothing."""
         if self.training:
             return result
         masks = [found.pop("masks", None) for found in result]
@@ -124,7 +124,7 @@ class Anchors(AnchorGenerator):
 
 
 class ClippedBoxCoder(BoxCoder):
-    """Box coder whose widths and heights shrink by at most 1000 / 16, as they grow by at most that."""
+    """Box coder that limits not only the growth but also the shrinkage of widths and heights to a factor of 1000 / 16."""
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Apply deltas rel_codes [n, 4 * classes] to boxes [n, 4]; return boxes [n, 4 * classes]."""
@@ -197,7 +197,7 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load(model: FasterRCNN, path: str | Path) -> Loaded:
     """Copy a checkpoint of mmdetection into one of the models here.
 
-    The norms are frozen, so that their batch counts are not used. The log and the result list these and all other unused tensors.
+    The batch counts of the norms are not used, because the norms are frozen. The log and the result list all unused tensors.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -210,7 +210,7 @@ def load(model: FasterRCNN, path: str | Path) -> Loaded:
         logger.info("not used: num_batches_tracked of %d norms, which are frozen", len(counts))
     if report.initialised:
         some = ", ".join(report.initialised[:3])
-        raise ValueError(f"weights={path} is of another network: it lacks {len(report.initialised)} tensors, {some}, ...")
+        raise ValueError(f"weights={path} belongs to another network: it lacks {len(report.initialised)} tensors, {some}, ...")
     return report._replace(unused=report.unused + counts)
 
 
@@ -233,7 +233,7 @@ def _match_mmdet(model: Detector, weights: str | Path | None) -> Detector:
 def faster_rcnn_carafe(num_classes: int = 81, *, weights: str | Path | None = None) -> FasterRCNN:
     """Build Faster R-CNN ResNet-50 with CARAFE in the pyramid.
 
-    Labels 1 to 80 are COCO's categories in the order of their numbers. Images and results are as in `FasterRCNN`.
+    Labels 1 to 80 are COCO's categories in the order of their ids. Images and results are as in `FasterRCNN`.
 
     Args:
         num_classes: number of classes, including the background.
@@ -248,7 +248,8 @@ def faster_rcnn_carafe(num_classes: int = 81, *, weights: str | Path | None = No
 def mask_rcnn_carafe(num_classes: int = 81, *, weights: str | Path | None = None) -> MaskRCNN:
     """Build Mask R-CNN ResNet-50 with CARAFE in the pyramid and in the mask head.
 
-    `weights` is a file `mask_rcnn_r50_fpn_carafe_1x_coco_*.pth` (39.3 box AP, 35.8 mask AP). See `faster_rcnn_carafe` for the rest.
+    `weights` is a file `mask_rcnn_r50_fpn_carafe_1x_coco_*.pth` (39.3 box AP, 35.8 mask AP). See `faster_rcnn_carafe` for labels, images,
+    results and errors.
     """
     model = MaskRCNN(num_classes, backbone=resnet50(), trainable_layers=3, frozen_norm=True, mask_head=partial(CARAFE, up=2))
     return _match_mmdet(model, weights)

@@ -14,7 +14,7 @@ from .carafe import CARAFE
 from .global_local import LAYERS, Layer, Norm
 from .samplers import AvgPool, Bilinear, Nearest, Sampler, crop
 
-# Linear samplers with fixed weights: sampling `known` gives the share of a target that is known.
+# linear samplers with fixed weights: sampling `known` gives the known share of every target
 LINEAR = (Nearest, Bilinear, AvgPool)
 
 
@@ -39,23 +39,23 @@ class PartialConv2d(nn.Conv2d):
 
 
 class PartialSampler(nn.Module):
-    """A sampler that keeps the mask propagation.
+    """A sampler that also propagates the mask.
 
-    CARAFE++ predicts its kernels w from the known features, with 0 in the hole, and reassembles features x, mask m (1 where known) and
-    the constant 1 under the same kernels. Let S(v) be the sum of w_i v_i over the window, where v is 0 outside the map. Then
+    CARAFE++ predicts its kernels w from the known features, with 0 in the hole. It reassembles the features x, the mask m (1 where known)
+    and a map of ones with the same kernels. Let S(v) be the sum of w_i v_i over the window, where v is 0 outside the map. Then
 
         y = S(x m) / S(m) * S(1),   m' = 1   where S(m) > 0
         y = 0,                      m' = 0   elsewhere
 
-    S(1) is 1, except at borders: there it is less, because a window of plain CARAFE++ also sums the zeros outside. It follows that an
-    all-ones mask gives plain CARAFE++, that a constant image is the same as without a hole, and that a target whose whole window lies in
-    the hole stays in the hole.
+    S(1) is 1 except at borders. There it is less, because the window of plain CARAFE++ also covers the zeros outside the map. An all-ones
+    mask therefore gives plain CARAFE++, a constant image gives the same output as without a hole at known targets, and a target whose whole
+    window lies in the hole stays in the hole.
 
     In exact arithmetic softmax weights are positive. Hence m' is 1 where the window contains a known pixel, and S(x m) / S(m) is the sum
-    under the softmax over the known taps only. Both are computed in this form, so that small weights of known pixels cannot underflow in
-    half precision.
+    weighted by the softmax over the known taps only. Both are computed in this form, so that small weights of known pixels cannot underflow
+    in half precision.
 
-    Nearest, bilinear and average-pool sampling are divided by the sampled mask in the same way.
+    The outputs of Nearest, Bilinear and AvgPool are divided by the sampled mask in the same way.
 
     Args:
         sampler: a CARAFE, Nearest, Bilinear or AvgPool module.
@@ -104,7 +104,7 @@ def _reassemble_known(sampler: CARAFE, x: Tensor, known: Tensor) -> tuple[Tensor
 
 
 class PartialStage(nn.Module):
-    """Partial convolution, normalisation, ReLU; where the layer resizes, a sampler comes first, or else the convolution is strided."""
+    """Partial convolution, normalisation, ReLU; where the layer resizes, a sampler precedes them, or the convolution is strided."""
 
     def __init__(self, layer: Layer, inputs: int, outputs: int, sampler: Sampler | None, norm_layer: Norm):
         super().__init__()
@@ -127,10 +127,10 @@ class PartialGlobalLocal(nn.Module):
 
     Args:
         width: channels of the first layer; the middle has 4 times as many.
-        downsample: None gives partial convolutions of stride 2. A sampler takes the place of each stride, see `PartialSampler`.
-        upsample: None gives nearest-neighbour interpolation of features and mask, as in Liu et al. A sampler takes its place. A 3x3
-            partial convolution follows in both cases.
-        norm_layer: makes the normalisation of a number of channels.
+        downsample: None gives partial convolutions of stride 2. A sampler replaces each stride, see `PartialSampler`.
+        upsample: None gives nearest-neighbour interpolation of features and mask, as in Liu et al. A sampler replaces it. A 3x3 partial
+            convolution follows in both cases.
+        norm_layer: takes a number of channels and returns the normalisation layer.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class PartialGlobalLocal(nn.Module):
     def forward(self, images: Tensor, masks: Tensor) -> Tensor:
         """Complete images [N, 3, H, W] in [-1, 1] whose holes are given by masks [N, 1, H, W], 1 in the hole and 0 elsewhere.
 
-        The content of the hole makes no difference. H and W are at least 1; an image without a known pixel becomes 0.
+        The content of the hole is ignored. H and W are at least 1. The output for an image without a known pixel is 0.
 
         Returns:
             Images [N, 3, H, W] in [-1, 1]. The network also predicts the known pixels.

@@ -1,6 +1,6 @@
-"""Upsampling as point sampling: networks predict where to read, instead of kernels to sum under.
+"""Upsampling as point sampling: the network predicts where to read the source instead of a kernel for a weighted sum.
 
-DySample is here; GUM, which needs a guide, is in guided_samplers.py.
+This module has DySample. GUM also samples points, and is in guided_samplers.py because it needs a guide.
 """
 
 import torch
@@ -22,7 +22,7 @@ def sample(x: Tensor, offsets: Tensor) -> Tensor:
         [N, C, Ho, Wo] in the memory format of x.
     """
     n, _, groups, height, width = offsets.shape
-    # positions need more digits than half precision has
+    # half precision cannot resolve the positions
     dtype = torch.promote_types(x.dtype, torch.float32)
     columns = (torch.arange(width, device=x.device, dtype=dtype) + 0.5) / 2 + offsets[:, 0].to(dtype)
     rows = (torch.arange(height, device=x.device, dtype=dtype)[:, None] + 0.5) / 2 + offsets[:, 1].to(dtype)
@@ -49,7 +49,7 @@ class DySample(nn.Module):
     Args:
         channels: C, divisible by `groups`, and for "pl" also by 4.
         style: "lp" or "pl".
-        groups: number of channel groups, each with offsets of its own; the authors use 4, and 8 for "pl" with dynamic scope.
+        groups: number of channel groups, each with its own offsets; the authors use 4, and 8 for "pl" with dynamic scope.
         dynamic_scope: whether the scale of the offsets is predicted too.
 
     Raises:

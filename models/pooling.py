@@ -1,8 +1,8 @@
 """Weighted pooling: blur pooling, SoftPool, DPP and LIP (Table III and later methods).
 
-Except in blur pooling, every channel has weights of its own that depend on its values. `carafepp.kernels.reassemble` with groups = C
-computes the same sums, but from the weights of all windows, which are 9 / 4 times the size of the map in each pass. Average pools of the
-weights and of the weighted features read only the map itself. On a CPU these pools are as fast at 64 channels, and 2 to 10 times faster
+Except in blur pooling, every channel has its own weights, which depend on its values. `carafepp.kernels.reassemble` with groups = C
+computes the same sums, but it reads the weights of all windows, 9 / 4 times the size of the map in each pass. Average pools of the weights
+and of the weighted features read only the map itself. On a CPU, they are as fast as `reassemble` at 64 channels, and 2 to 10 times faster
 at 1024 channels or in channels_last.
 """
 
@@ -15,13 +15,13 @@ from .samplers import upsample_nearest
 
 
 def _pool_weighted(x: Tensor, weights: Tensor) -> Tensor:
-    """Average x under `weights` over blocks of 2x2; blocks at the bottom and right of odd maps are smaller."""
+    """Compute the mean of x, weighted by `weights`, over blocks of 2x2; blocks at the bottom and right of odd maps are smaller."""
     return F.avg_pool2d(x * weights, 2, ceil_mode=True) / F.avg_pool2d(weights, 2, ceil_mode=True)
 
 
 def _repeat_in_blocks(cells: Tensor, x: Tensor) -> Tensor:
     """Repeat the values of 2x2 blocks, [N, C, ceil(H / 2), ceil(W / 2)], at the pixels of x [N, C, H, W]."""
-    # negative padding crops: a slice would restrict an exported program to even or to odd maps
+    # negative padding crops; a slice would restrict an exported program to even or to odd maps
     return F.pad(upsample_nearest(cells), (0, -(x.shape[3] % 2), 0, -(x.shape[2] % 2)))
 
 
@@ -32,7 +32,7 @@ class BlurPool(nn.Module):
     takes 16 multiply-adds per output element.
 
     Args:
-        channels: C; any, the filter is the same for all.
+        channels: not used, because the filter is the same for all channels.
         kernel_size: side of the filter.
     """
 
@@ -49,14 +49,14 @@ class BlurPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Downsample x [N, C, H, W] to [N, C, ceil(H / 2), ceil(W / 2)]."""
-        # a map too small for reflection repeats its border
+        # reflection needs a map larger than the padding
         mode = "reflect" if min(x.shape[2:]) > max(self.padding) else "replicate"
         padded = F.pad(x, self.padding * 2, mode=mode)
         return F.conv2d(padded, self.kernel.expand(x.shape[1], -1, -1, -1).to(x.dtype), stride=2, groups=x.shape[1])
 
 
 class SoftPool(nn.Module):
-    """SoftPool (Stergiou et al., 2021): sum blocks of 2x2 under the softmax of their own values, per channel. No parameters.
+    """SoftPool (Stergiou et al., 2021): sum of 2x2 blocks, weighted by the softmax of their own values, per channel. No parameters.
 
     out = sum_q exp(x_q) x_q / sum_q exp(x_q). The maximum of the block is subtracted from the exponents, so that nothing overflows.
     4 exponentials and 8 multiply-adds per output element.
@@ -113,7 +113,7 @@ class DPP(nn.Module):
 
 
 class LIP(nn.Module):
-    """Local importance pooling (Gao et al., 2019): sum windows of 3x3 at stride 2 under learned importances, per channel.
+    """Local importance pooling (Gao et al., 2019): sum of 3x3 windows at stride 2, weighted by learned importances, per channel.
 
     out_p = sum_q exp(l_q) x_q / sum_q exp(l_q), with logits l = 12 sigmoid(norm(conv(x))) of the size of x. The last convolution starts
     at 0, so that the layer starts as average pooling. Simplified logits come from one 3x3 convolution, 9 C^2 + 2 C parameters.
@@ -124,8 +124,8 @@ class LIP(nn.Module):
 
     Args:
         channels: C.
-        bottleneck: None selects simplified logits, as do fewer channels than `bottleneck`. 128 gives the authors' ResNet, with simplified
-            logits in the stem's 64 channels and bottlenecks elsewhere.
+        bottleneck: None selects simplified logits, and so does a value greater than `channels`. 128 gives the authors' ResNet, with
+            simplified logits in the stem's 64 channels and bottlenecks elsewhere.
     """
 
     def __init__(self, channels: int, bottleneck: int | None = None):

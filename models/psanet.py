@@ -1,4 +1,4 @@
-"""PSANet (Zhao et al., 2018), one of the networks of Table VIII that the paper compares with.
+"""PSANet (Zhao et al., 2018), one of the networks that Table VIII compares.
 
 State-dict keys of the decoder are those of the authors' public PyTorch implementation.
 """
@@ -32,13 +32,13 @@ def align_masks(masks: Tensor) -> Tensor:
 
 
 class PointwiseAttention(nn.Module):
-    """Attention in which every position collects from the others and distributes to them, under weights predicted per relative position.
+    """Attention in which every position collects from the others and distributes to them, with weights predicted per relative position.
 
     Args:
         channels: channels of the map.
         dim: channels of the features that are collected and distributed.
-        mask_size: side, in positions, of the window that weights are predicted for, odd; weights are 0 outside the window.
-        shrink: factor by which the attention works on a smaller map.
+        mask_size: side, in positions, of the window for which weights are predicted; odd. Weights outside the window are 0.
+        shrink: factor by which the map is reduced before the attention.
 
     Raises:
         ValueError: `mask_size` is even.
@@ -49,7 +49,7 @@ class PointwiseAttention(nn.Module):
         if mask_size % 2 == 0:
             raise ValueError(f"mask_size must be odd, so that a window has a middle, got {mask_size}")
         self.shrink = shrink
-        # reduce and attention collect, those with _p distribute
+        # reduce and attention collect, reduce_p and attention_p distribute
         self.reduce, self.reduce_p = (make_conv_bn_relu(channels, dim, 1) for _ in range(2))
         self.attention, self.attention_p = (
             nn.Sequential(*make_conv_bn_relu(dim, dim, 1), nn.Conv2d(dim, mask_size**2, 1, bias=False)) for _ in range(2)
@@ -74,12 +74,12 @@ class PSANet(nn.Module):
     """Semantic segmentation with bi-directional point-wise spatial attention on the last map of a dilated backbone.
 
     Args:
-        backbone: maps an image [N, 3, H, W] to features C2 to C5; `out_channels` lists their channels. Published with C4 and C5 at
-            stride 8.
+        backbone: maps an image [N, 3, H, W] to features C2 to C5; `out_channels` lists their channels. In the published network, C4 and C5
+            have stride 8.
         num_classes: number of classes.
         dim: channels of the attention and of the last map.
         mask_size: side of the window of attention around a position, in positions of the shrunk C5; 59 is for crops of 465 pixels.
-        shrink: factor by which the attention works on a map smaller than C5.
+        shrink: factor by which C5 is reduced before the attention.
     """
 
     def __init__(self, backbone: Backbone, num_classes: int, *, dim: int = 512, mask_size: int = 59, shrink: int = 2):

@@ -1,4 +1,4 @@
-"""PSPNet (Zhao et al., 2017), one of the networks of Table VIII that the paper compares with.
+"""PSPNet (Zhao et al., 2017), one of the networks that Table VIII compares.
 
 State-dict keys of the decoder are those of the authors' public PyTorch implementation.
 """
@@ -12,7 +12,8 @@ from .samplers import Sampler, make_samplers
 
 
 class PyramidPooling(nn.Module):
-    """Pool a map to a few cells, reduce the channels, upsample to the size of the map, and concatenate with the map.
+    """Pyramid pooling: pools a map to a few cells, reduces the channels, upsamples to the size of the map, and appends the result to the
+    map.
 
     Args:
         channels: channels of the map.
@@ -39,11 +40,11 @@ class PSPNet(nn.Module):
     """Semantic segmentation from the last map of a dilated backbone and its averages over large cells.
 
     Args:
-        backbone: maps an image [N, 3, H, W] to features C2 to C5; `out_channels` lists their channels. Published with C4 and C5 at
-            stride 8.
+        backbone: maps an image [N, 3, H, W] to features C2 to C5; `out_channels` lists their channels. In the published network, C4 and C5
+            have stride 8.
         num_classes: number of classes.
-        ppm: None upsamples pooled cells bilinearly. With a sampler of ppm_dim channels, as in the paper's UperNet, they are upsampled
-            bilinearly to half the size of C5, and the sampler does the rest.
+        ppm: None upsamples pooled cells bilinearly. A sampler, with ppm_dim channels, upsamples the last factor 2, after a bilinear
+            interpolation to half the size of C5, as in the paper's UperNet.
         dim, ppm_dim: channels of the last map and of each pooled branch.
         pool_scales: cells per side of the branches.
     """

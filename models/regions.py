@@ -44,7 +44,7 @@ def trace_regions(
     several groups are averaged.
 
     Args:
-        network: is called once, in the mode that it is in; put it into evaluation mode first.
+        network: the network, called once in its present mode; put it into evaluation mode first.
         inputs: arguments of the network, for one image.
         path: names of CARAFE modules, or patterns such as "fpn.upsample.*", that run one after the other.
         locations: L targets (down, across), as fractions of the height and the width of the output of the last module.
@@ -54,8 +54,8 @@ def trace_regions(
         location.
 
     Raises:
-        ValueError: no CARAFE module has such a name or has run, the modules do not follow one another, they see several images or
-            parts of them, or a location is outside the map.
+        ValueError: no CARAFE module matches `path`, none of the matching modules ran, the modules do not follow one another, they take
+            several images or parts of images, or a location is outside the map.
     """
     if outside := [location for location in locations if not all(0 <= part < 1 for part in location)]:
         raise ValueError(f"locations must be fractions of height and width, at least 0 and less than 1, got {outside[0]}")

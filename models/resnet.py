@@ -30,9 +30,9 @@ class Bottleneck(nn.Module):
         inputs: channels of the input.
         width: channels of the 3x3 convolution; the output has 4 times as many.
         stride: factor of the downsampling.
-        sampler: with a sampler the convolutions have stride 1, and one sampler before the 3x3 and one before the 1x1 of the shortcut
-            downsample instead.
-        norm_layer: makes the normalisation of a number of channels.
+        sampler: None means strided convolutions. With a sampler, the convolutions have stride 1, and a sampler before the 3x3 and another
+            before the 1x1 of the shortcut downsample instead.
+        norm_layer: takes a number of channels and returns the normalisation layer.
         deformable: whether the 3x3 is a DCNv2, except where a sampler precedes it (paper, section 5.2).
         dilation: dilation of the 3x3.
     """
@@ -81,15 +81,15 @@ class ResNet(nn.Module):
     Args:
         depths: number of blocks of layer1 to layer4.
         width: channels of the stem and of the 3x3 convolutions of layer1; doubles with every layer.
-        downsample: None is the published network, with the stride in the 3x3 and in the 1x1 of the shortcut, and a 3x3 max-pool in the
-            stem. A sampler takes seven places: that of the max-pool, and before the 3x3 and before the 1x1 of the shortcut in the first
-            blocks of layer2, layer3 and layer4. Sizes are the same.
-        deep_stem: whether three 3x3 convolutions replace the 7x7 of the stem, under their names in the backbones of UperNet's authors.
-        num_classes: None makes a backbone; a number adds global average pooling and the classifier `fc`.
-        norm_layer: makes the normalisation of a number of channels.
-        zero_init_residual: whether every block starts as the identity, with 0 as the last scale of its main path.
-        output_stride: 32 is the published network. 16 drops the stride (and the samplers) of layer4, whose 3x3 convolutions are dilated by
-            2 instead; 8 drops those of layer3 and layer4, with dilations 2 and 4. 8 gives the backbone of PSPNet and PSANet.
+        downsample: None means the published network, with the stride in the 3x3 and in the 1x1 of the shortcut, and a 3x3 max-pool in the
+            stem. A sampler has seven places: it replaces the max-pool, and it precedes the 3x3 and the 1x1 of the shortcut in the first
+            blocks of layer2, layer3 and layer4. The sizes of the maps stay the same.
+        deep_stem: whether three 3x3 convolutions replace the 7x7 of the stem, with the names that UperNet's authors gave them.
+        num_classes: None gives a backbone; a number adds global average pooling and the classifier `fc`.
+        norm_layer: takes a number of channels and returns the normalisation layer.
+        zero_init_residual: whether every block starts as the identity, because the scale of its last norm starts at 0.
+        output_stride: 32 gives the published network. 16 removes the stride (and the samplers) of layer4 and dilates its 3x3 convolutions
+            by 2. 8 removes those of layer3 and layer4, with dilations 2 and 4, as in the backbone of PSPNet and PSANet.
         deformable: the layers, of 1 to 4, whose 3x3 convolutions are DCNv2. The paper's "Res-2, Res-3, Res-4" are taken as (2, 3, 4), the
             stages c3 to c5 that public DCNv2 backbones deform.
         weights: a file to start from, see `carafepp.models.weights`.

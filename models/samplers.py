@@ -1,15 +1,15 @@
 """The sampler slot, and the samplers without parameters.
 
 A slot is a constructor argument `Callable[[int], nn.Module]`: it takes the channels and returns a module that keeps the channels and
-resizes by 2. Further options travel in `functools.partial`: `partial(CARAFE, up=2)`, `partial(DySample, groups=8)`.
+resizes by 2. `functools.partial` sets further options: `partial(CARAFE, up=2)`, `partial(DySample, groups=8)`.
 
-Sizes: an upsampler turns H x W into 2H x 2W, and a network crops the result where the finer map is odd (`resize`). A finer map of any
-other size is refused (`crop`). A downsampler returns ceil(H / 2) x ceil(W / 2), as a 3x3 convolution or pool of stride 2 and padding 1
-does, so that it can replace any of those.
+Sizes: an upsampler turns H x W into 2H x 2W, and the network crops the result where a side of the finer map is odd (`resize`). A finer
+map of any other size is an error (`crop`). A downsampler returns ceil(H / 2) x ceil(W / 2), as a 3x3 convolution or pool of stride 2 and
+padding 1 does, so that it can replace either.
 
 Guides: an upsampler whose class sets `needs_guide = True` also takes the finer map that its output is combined with, `sampler(x, guide)`,
 with x [N, C, H, W] and guide [N, guide_channels, h, w], where h is 2H - 1 or 2H, and w likewise. Its output is [N, C, h, w]. Networks
-pass the guide (`make_sampler`, `resize`). Without one, as in a mask head, x upsampled bilinearly is the guide.
+pass the guide (`make_sampler`, `resize`). Without a guide, as in a mask head, the sampler uses the bilinearly upsampled x as its guide.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,13 +28,13 @@ def published() -> None:
 def shared(slot: Sampler | None) -> Sampler | None:
     """Fill a slot with the sampler of the other slots.
 
-    This is the target of the `shared` configuration file. A choice for the one slot replaces that file as a whole.
+    This is the target of the `shared` configuration file. A choice for a single slot replaces that file as a whole.
     """
     return slot
 
 
 def make_sampler(slot: Sampler, channels: int, guide_channels: int) -> nn.Module:
-    """Make the sampler of a slot, `slot(channels)`; one that needs a guide also takes `guide_channels`, the channels of the finer map."""
+    """Make the sampler of a slot, `slot(channels)`; a guided sampler also takes `guide_channels`, the channels of the finer map."""
     # a partial hides its class in .func
     if getattr(getattr(slot, "func", slot), "needs_guide", False):
         return slot(channels, guide_channels=guide_channels)
@@ -80,8 +80,8 @@ def crop(y: Tensor, x: Tensor, size: Sequence[int], slot: str) -> Tensor:
 def resize(x: Tensor, size: Sequence[int], sampler: nn.Module | None, guide: Tensor | None = None, *, slot: str = "upsample") -> Tensor:
     """Resize x [N, C, H, W] to `size`.
 
-    Without a sampler this is one bilinear interpolation. A sampler resizes by 2, and its output is cropped at the bottom and right;
-    `guide` [N, guide_channels, *size] goes to a sampler that needs one.
+    Without a sampler, the interpolation is bilinear. A sampler resizes by 2, and its output is cropped at the bottom and right. `guide`
+    [N, guide_channels, *size] is passed to a sampler that needs one.
 
     Raises:
         ValueError: the output of the sampler does not fit `size` (see `check_fit`); the message names `slot`.
@@ -106,7 +106,7 @@ def upsample_bilinear(x: Tensor) -> Tensor:
 
 
 class Nearest(nn.Module):
-    """Nearest-neighbour interpolation: every pixel becomes a 2x2 block. The FPN's own upsampler (Table IV). No parameters."""
+    """Nearest-neighbour interpolation: every pixel becomes a 2x2 block. The upsampler of the published FPN (Table IV). No parameters."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -130,8 +130,8 @@ class Bilinear(nn.Module):
 class MaxPool(nn.MaxPool2d):
     """Maximum over 3x3 at stride 2 (Table III). No parameters.
 
-    The paper does not give the window. 3x3 is that of ResNet's stem; unlike 2x2, it keeps the rounded-up sizes and the centres of the
-    strided convolutions that it replaces.
+    The paper does not give the window. 3x3 is the window of ResNet's stem. Unlike 2x2, it keeps the rounded-up sizes and the window centres
+    of the strided convolutions that it replaces.
     """
 
     def __init__(self, channels: int):
@@ -141,7 +141,7 @@ class MaxPool(nn.MaxPool2d):
 class AvgPool(nn.AvgPool2d):
     """Mean over 3x3 at stride 2 (Table III), with the window of `MaxPool`. No parameters.
 
-    A window that leaves the map averages the pixels inside, so that borders are not darkened.
+    A window that extends beyond the map averages only the pixels inside, so that borders are not darkened.
     """
 
     def __init__(self, channels: int):

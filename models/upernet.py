@@ -29,8 +29,8 @@ class UperNet(nn.Module):
     Args:
         backbone: maps an image [N, 3, H, W] to features C2 to C5 of strides 4, 8, 16, 32; `out_channels` lists their channels.
         num_classes: number of classes.
-        ppm: None upsamples pooled cells bilinearly to the size of C5. With a sampler, of C5's channels, they are upsampled bilinearly to
-            half that size, and the sampler does the rest.
+        ppm: None upsamples pooled cells bilinearly to the size of C5. A sampler, with the channels of C5, upsamples the last factor 2,
+            after a bilinear interpolation to half that size.
         fpn: None upsamples bilinearly to the size of the lateral. A sampler upsamples by 2, with fpn_dim channels.
         fuse: None upsamples every level bilinearly to the size of P2. Samplers upsample and concatenate in sequence, P5 to P4 to P3 to P2,
             with fpn_dim, 2 fpn_dim and 3 fpn_dim channels.

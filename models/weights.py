@@ -1,4 +1,4 @@
-"""Start a network from trained weights: those of torchvision's ImageNet classifiers, or checkpoints of `carafepp-train`."""
+"""Loading of trained weights into a network, from torchvision's ImageNet classifiers or from checkpoints of `carafepp-train`."""
 
 import logging
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """Names of tensors after loading.
+    """The names of tensors, sorted by what happened to them in loading.
 
     Attributes:
         loaded: tensors copied from the file.
@@ -26,7 +26,7 @@ class Loaded(NamedTuple):
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Read the state dict of a file, or of a checkpoint, without changing names.
+    """Read a state dict from a file, or from a checkpoint, without changing names.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -49,7 +49,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read the weights of a backbone or classifier from a state dict or from a checkpoint of `carafepp-train`.
 
-    Of a network with a `backbone`, only the weights of the backbone are returned.
+    If the network has a `backbone`, only the weights of the backbone are returned.
 
     Raises:
         FileNotFoundError, ValueError: see `read_state`.
@@ -62,7 +62,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(network: nn.Module, weights: str | Path | Mapping[str, Tensor]) -> Loaded:
-    """Copy the tensors that `weights` and `network` share, and log which these are.
+    """Copy the tensors that `weights` and `network` share, and log how many were copied and which were not.
 
     Samplers that are not in the file keep their initial values, as does a classifier `fc` with another number of classes.
 
@@ -79,7 +79,7 @@ def load_weights(network: nn.Module, weights: str | Path | Mapping[str, Tensor])
     differ = [name for name in own if name in state and own[name].shape != state[name].shape]
     if wrong := [name for name in differ if not name.startswith("fc.")]:
         shapes = f"{wrong[0]} is {list(state[wrong[0]].shape)} there and {list(own[wrong[0]].shape)} in the network"
-        raise ValueError(f"{source} is of another network: {len(wrong)} tensors differ in shape, {shapes}")
+        raise ValueError(f"{source} belongs to another network: {len(wrong)} tensors differ in shape, {shapes}")
     loaded = [name for name in own if name in state and name not in differ]
     if not loaded:
         raise ValueError(f"{source} has no tensor in common with the network, which has {', '.join(list(own)[:3])}, ...")

@@ -29,7 +29,7 @@ class TensorView(ctypes.Structure):
 
 
 class Call(ctypes.Structure):
-    """What a function of the kernel takes, as in call.h."""
+    """The argument of the kernel's functions, as in call.h."""
 
     _fields_ = (
         ("problem", Problem),
@@ -57,7 +57,7 @@ _forked = False
 
 @functools.cache
 def openmp_parallel() -> ctypes.c_void_p | None:
-    """Find GOMP_parallel of the OpenMP runtime that PyTorch has loaded; without it (None) the kernel starts its own threads.
+    """Find GOMP_parallel of the OpenMP runtime that PyTorch has loaded. If this is None, the kernel starts its own threads.
 
     A second pool of threads would compete with PyTorch's for the same cores.
     """
@@ -81,12 +81,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def _call(name: str, spec: Spec, x: Tensor, *others: Tensor | None) -> None:
-    """Run a function of the kernel on tensors in the order of `Call`; None, and those left out at the end, are not asked for."""
+    """Run a function of the kernel on tensors in the order of `Call`; tensors that are None or missing at the end are not needed."""
     problem = (DTYPES.index(x.dtype), NORMALIZERS.index(spec.normalizer), *x.shape, *spec[:4])
     tensors = [() if t is None else (t.data_ptr(), t.stride()) for t in (x, *others)]
     call = Call(problem, torch.get_num_threads(), openmp_parallel(), *tensors)
     if getattr(library(), name)(ctypes.byref(call)):
-        raise MemoryError(f"no memory for the scratch of the CPU kernel for x of shape {tuple(x.shape)}")
+        raise MemoryError(f"the CPU kernel cannot allocate its scratch memory for x of shape {tuple(x.shape)}")
 
 
 def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> None:
@@ -95,5 +95,5 @@ def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> No
 
 
 def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, spec: Spec) -> None:
-    """Fill those of dx and dlogits that are asked for."""
+    """Fill dx and dlogits, except those that are None."""
     _call("carafepp_backward", spec, x, logits, lse, None, dy, dx, dlogits)

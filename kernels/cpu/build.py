@@ -1,4 +1,4 @@
-"""Compile the CPU kernel at first use: once per machine and source, safely when many processes start together."""
+"""Compilation of the CPU kernel at first use: once per machine and source, even if many processes start at the same time."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ COMPILERS = ("c++", "g++", "clang++")
 # no -ffast-math: infinities and NaN keep their meaning
 FLAGS = ("-std=c++17", "-O2", "-ftree-vectorize", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-shared", "-pthread")
 
-# in turn: a compiler may not know the processor, or an architecture may not have the flag
+# tried in this order: a compiler may not know the processor, or may not have the flag for the architecture
 TUNINGS = (("-march=native",), ("-mcpu=native",), ())
 
 
@@ -26,12 +26,12 @@ class BuildError(RuntimeError):
 
 
 def cache_directory() -> Path:
-    """Where compiled kernels are kept: $XDG_CACHE_HOME/carafepp, else ~/.cache/carafepp."""
+    """Return the folder of compiled kernels: $XDG_CACHE_HOME/carafepp, else ~/.cache/carafepp."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "carafepp"
 
 
 def _processor() -> str:
-    """What decides which instructions -march=native may use; homes are shared between unlike machines."""
+    """Describe the processor, which determines the instructions of -march=native: machines that share a home folder may differ."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         return "\n".join(line for line in first if line.startswith(("model name", "flags", "Features", "CPU part")))
@@ -40,7 +40,7 @@ def _processor() -> str:
 
 
 def _compile(compiler: str, source: Path, target: Path) -> None:
-    """Compile to `target`, whole or not at all."""
+    """Compile to `target`, which appears only when it is complete."""
     failure = ""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
         library = Path(folder) / target.name
@@ -51,14 +51,14 @@ def _compile(compiler: str, source: Path, target: Path) -> None:
                 os.replace(library, target)
                 return
             failure = f"{' '.join(command)} failed with\n{result.stderr.strip()[-2000:]}"
-    raise BuildError(f"{failure}\nA C++17 compiler is needed, GCC 9 or Clang 12 at least.")
+    raise BuildError(f"{failure}\nA C++17 compiler is needed: GCC 9, Clang 12 or newer.")
 
 
 def build() -> Path:
-    """Return the path of the compiled kernel, compiling it if this machine has not yet.
+    """Return the path of the compiled kernel, which is compiled first if the cache of this machine lacks it.
 
     Raises:
-        BuildError: there is no compiler, it failed, or the cache folder cannot be written.
+        BuildError: there is no compiler, the compiler failed, or the cache folder is not writable.
     """
     key = hashlib.sha256(repr((FLAGS, TUNINGS, platform.machine(), _processor())).encode())
     for path in (SOURCE, *HEADERS):
@@ -78,5 +78,5 @@ def build() -> Path:
             if not target.exists():
                 _compile(compiler, SOURCE, target)
     except OSError as error:
-        raise BuildError(f"the folder {cache} cannot be written ({error}). Set XDG_CACHE_HOME to one that can.") from error
+        raise BuildError(f"the folder {cache} is not writable ({error}). Set XDG_CACHE_HOME to a writable folder.") from error
     return target

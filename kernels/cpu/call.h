@@ -1,4 +1,4 @@
-// One call as Python passes it: sizes and options, tensors, threads. backend.py has the same structures and the same numbers.
+// One call, as Python passes it: sizes and options, tensors, threads. The structures and numbers must match backend.py.
 #pragma once
 
 #include <cstdint>
@@ -40,10 +40,10 @@ struct Tensor {
 // The signature of GOMP_parallel: runs function(data) on a team of threads of the OpenMP runtime that PyTorch itself uses.
 using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 
-// A tensor that is not asked for has no data. The forward pass writes lse and y, the backward pass dx and dlogits.
+// A tensor that is not needed has no data. The forward pass writes lse and y, the backward pass dx and dlogits.
 struct Call {
     Problem problem;
-    std::int64_t threads;  // at most
+    std::int64_t threads;  // upper limit
     Parallel parallel;     // null: the kernel starts its own threads
     Tensor x;              // [N, C, H, W]
     Tensor logits;         // [N, G * K * K, up, up, Hq, Wq]

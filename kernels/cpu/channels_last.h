@@ -19,10 +19,10 @@
 
 namespace carafepp {
 
-// Vectors of channels summed together, and taps whose gradients are.
+// Number of channel vectors that are summed together, and number of taps whose gradients are summed together.
 constexpr int CHANNEL_VECTORS = 4, GRADIENT_TAPS = 5;
 
-// What one output, or one source gradient, sums: pixels, each under one weight for each of the results that are summed together.
+// The terms of outputs, or of source gradients, that are summed together: pixels, each with one weight per result.
 template <class S, class T> struct Terms {
     std::vector<const S*> pixels;
     std::vector<T> weights;  // [pixel][result]
@@ -86,7 +86,7 @@ inline void multiply_channels(const S* const* doutput, const S* const* source, I
     Index c = 0;
     for (; c + LANES<T> <= channels; c += LANES<T>) add(c, [](Vector<T> v) { return v; });
     if (c < channels) {
-        // the last vector begins with channels that are counted already
+        // the last vector begins with channels that have already been counted
         T counted[LANES<T>];
         const Index begin = channels - LANES<T>;
         for (Index i = 0; i < LANES<T>; ++i) counted[i] = T(begin + i < c);
@@ -123,7 +123,7 @@ template <class S> PixelMap<S> output_pixels(const Task& task, const Tensor& y) 
     return {data, y.strides[2], y.strides[3], problem.output_rows(), problem.output_columns(), problem.up};
 }
 
-// From the first pixel of a cell to one that it sums, and the plane of its weight.
+// The step from the first pixel of a cell to a pixel that it sums, and the plane of the weight.
 struct Step {
     Index rows, columns, offset, weight;
 };
@@ -131,7 +131,7 @@ template <class S> Step make_step(const PixelMap<S>& map, Index rows, Index colu
     return {rows, columns, rows * map.row_stride + columns * map.column_stride, weight};
 }
 
-// Finds the pixels that a cell sums; `zeros` stands for those outside the map, of which there are none if the cell is `inside`.
+// Finds the pixels that a cell sums. `zeros` replaces pixels outside the map; a cell that is `inside` has none.
 template <class S>
 inline void find_pixels(const std::vector<Step>& steps, const PixelMap<S>& map, Index cell_row, Index cell_column, bool inside,
                         S* zeros, S** pixels) {
@@ -161,7 +161,7 @@ std::vector<std::vector<Step>> source_steps(const Task& task, const PixelMap<S>&
     return steps;
 }
 
-// Pixels of the sub-pixels of a run; `absent` stands for those that a rational scale cuts off the last cell.
+// Finds the output pixels of a run; `absent` replaces those that a rational scale cuts off the last cell.
 template <class S>
 inline void find_outputs(const PixelMap<S>& output, Index cell_row, Index cell_column, const SubRun& run, S* absent, S** outputs) {
     for (Index s = 0; s < run.count; ++s) {
@@ -201,7 +201,7 @@ template <class S, class T> void channels_last_forward(const Task& task, const S
             }
 }
 
-// For an output that NEIGHBOURS consecutive cells read, the planes of their weights; ABSENT for a cell that does not read it.
+// The planes of the weights with which NEIGHBOURS consecutive cells read one output; ABSENT for a cell that does not read it.
 constexpr int NEIGHBOURS = SUBS;
 constexpr Index ABSENT = std::numeric_limits<Index>::min();
 using WeightPlanes = std::array<Index, NEIGHBOURS>;
@@ -213,7 +213,7 @@ template <class S, class T> void channels_last_dx(const Task& task, const Scratc
     const Index channels = problem.group_channels(), halo = task.grid.halo, pitch = task.grid.pitch;
     const PixelMap<const S> output = output_pixels<const S>(task, task.call.dy);
     const PixelMap<S> source = source_pixels<S>(task, task.call.dx);
-    // by phase, then by the output's rows and columns from the first output of the first cell
+    // by phase, then by the row and column of the output relative to the first output of the first cell
     std::vector<std::map<std::pair<Index, Index>, WeightPlanes>> shared(problem.phases());
     for (const TapSource& from : task.windows.sources)
         for (int i = 0; i < NEIGHBOURS; ++i) {

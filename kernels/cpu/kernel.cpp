@@ -1,6 +1,6 @@
-// The operator on CPU, compiled at first use (build.py): plain C entry points, which take pointers and strides and know nothing of PyTorch.
-// A task is a tile of cells and one group of channels. Threads take tasks as they come; each value is computed by one thread, in an order
-// that does not depend on the tiling, so that results are bit-identical for any number of threads.
+// The operator on CPU, compiled at first use (build.py). The entry points are plain C functions of pointers and strides, independent of
+// PyTorch. A task is a tile of cells and one group of channels, and a free thread takes the next task. One thread computes each value, in
+// an order that does not depend on the tiling, so that results are bit-identical for any number of threads.
 
 #include <algorithm>
 #include <initializer_list>
@@ -21,11 +21,13 @@
 
 namespace carafepp {
 
-// Bytes that the planes of a tile may take: near the processor, and for all threads together a few per cent of the tensors.
+// Bytes that the planes of a tile may take, so that they stay in the caches and are, for all threads together, a few per cent of the
+// tensors.
 constexpr Index LEAST_BYTES = 48 << 10, FORWARD_BYTES = 640 << 10, BACKWARD_BYTES = 2048 << 10;
 constexpr Index FORWARD_SHARE = 18, BACKWARD_SHARE = 15;
 
-// At most `most`, and 1 / `share` of x and logits (`inputs` times) and y for all threads together.
+// Returns the bytes of the planes of a tile: at most `most`, and for all threads together 1 / `share` of x and logits (`inputs` times) and
+// y.
 template <class S> Index tile_bytes(const Problem& problem, Index threads, Index most, Index share, Index inputs) {
     const Index logits = problem.groups * problem.windows() * problem.cell_rows() * problem.cell_columns();
     const Index input = problem.channels * problem.height * problem.width + logits;
@@ -41,7 +43,7 @@ template <class S> bool is_channels_last(const Problem& problem, std::initialize
     return problem.group_channels() >= LANES<Compute<S>>;
 }
 
-// Channels whose planes a task holds at a time.
+// Number of channels whose planes a task holds at a time.
 inline Index held_channels(const Problem& problem, bool channels_last) {
     return channels_last ? 0 : std::min(CHUNK, problem.group_channels());
 }
@@ -91,7 +93,7 @@ template <class S> void backward(const Call& call) {
     });
 }
 
-// Calls f with a value of the storage type; returns 0, or 1 where memory runs out.
+// Calls f with a value of the storage type; returns 0, or 1 if memory runs out.
 template <class F> int with_dtype(Dtype dtype, F&& f) {
     try {
         switch (dtype) {
@@ -110,7 +112,7 @@ template <class F> int with_dtype(Dtype dtype, F&& f) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Both return 0, or 1 where memory runs out.
+// Both return 0, or 1 if memory runs out.
 EXPORT int carafepp_forward(const carafepp::Call* call) {
     return carafepp::with_dtype(call->problem.dtype, [&](auto storage) { carafepp::forward<decltype(storage)>(*call); });
 }

@@ -1,13 +1,13 @@
-// The planes that a tile of cells is held as, and how many of each kind a task needs.
+// The planes that hold a tile of cells, and the number of each kind that a task needs.
 //
-// Over cells, reassembly is a sum of products of shifted planes. Let a plane hold one value per cell of a tile, rows laid end to end:
+// Over cells, reassembly is a sum of products of shifted planes. A plane holds one value per cell of a tile, with the rows laid end to end:
 // the weights of one (tap, sub-pixel), the source pixels of one phase (row % down, column % down), the outputs of one sub-pixel. The
-// source pixel that a tap of a sub-pixel reads then lies in one phase plane at one constant distance ("shift"), for every cell alike:
-//     output[sub][f]       = sum over taps       weight[tap][sub][f] * source[phase][f + shift]
-//     dweight[tap][sub][f] = sum over channels   doutput[sub][f] * source[phase][f + shift]
-//     dsource[phase][f]    = sum over (tap, sub) weight[tap][sub][f - shift] * doutput[sub][f - shift]
-// Up, down and rational scales, any kernel size and any memory layout differ only in the table of shifts and in how planes are read and
-// written.
+// source pixel that a tap of a sub-pixel reads then lies in one phase plane at a constant distance ("shift") that is the same for all
+//     cells: output[sub][f]       = sum over taps       weight[tap][sub][f] * source[phase][f + shift] dweight[tap][sub][f] = sum over
+//     channels   doutput[sub][f] * source[phase][f + shift] dsource[phase][f]    = sum over (tap, sub) weight[tap][sub][f - shift] *
+//     doutput[sub][f - shift]
+// Upsampling, downsampling, rational scales, kernel sizes and memory formats differ only in the table of shifts and in the way planes are
+// read and written.
 #pragma once
 
 #include <array>
@@ -17,14 +17,14 @@
 
 namespace carafepp {
 
-// `sets` (taps or channels) of `planes` (sub-pixels or phases) each; with a halo they hold cells around the tile as well.
+// `sets` (taps or channels) of `planes` (sub-pixels or phases) each; planes with a halo also hold cells around the tile.
 struct PlaneSets {
     Index sets = 0, planes = 0;
     bool halo = false;
 };
 
 struct Layout {
-    PlaneSets weights;   // [tap][sub], logits at first
+    PlaneSets weights;   // [tap][sub], first the logits
     PlaneSets lse;       // [1][sub]
     PlaneSets output;    // [channel][sub]
     PlaneSets doutput;   // [channel][sub], gradients of the output
@@ -33,7 +33,7 @@ struct Layout {
     PlaneSets dsource;   // [channel][phase], gradients of the source
     PlaneSets source;    // [channel][phase]
 
-    // `channels` are held at a time, none where maps are read and written in place
+    // `channels` is the number of channels held at a time, 0 where maps are read and written in place
     static Layout forward(const Call& call, Index channels) {
         const Problem& problem = call.problem;
         Layout layout;
@@ -59,7 +59,7 @@ struct Layout {
         layout.source = {channels, problem.phases(), true};
         return layout;
     }
-    // Planes of all kinds with a halo, or of all without.
+    // Counts the planes of all kinds with a halo, or of all kinds without one.
     Index planes(bool halo) const {
         Index count = 0;
         for (const PlaneSets& kind : std::array<PlaneSets, 8>{weights, lse, output, doutput, dweights, spare, dsource, source})

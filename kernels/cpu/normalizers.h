@@ -1,4 +1,4 @@
-// Logits to weights, and gradients of weights to gradients of logits, on the planes of a task.
+// The step from logits to weights, and from gradients of weights to gradients of logits, on the planes of a task.
 #pragma once
 
 #include <algorithm>
@@ -16,18 +16,18 @@
 
 namespace carafepp {
 
-// exp(score - reference); the score is the logit for softmax, else log(sigmoid(logit)). As sigmoid(l) is exp(min(l, 0)) / (1 + exp(-|l|)),
-// nothing overflows and no logarithm is taken.
+// exp(score - reference), where the score is the logit for softmax, and log(sigmoid(logit)) otherwise. sigmoid(l) = exp(min(l, 0)) / (1 +
+// exp(-|l|)) avoids overflow and logarithms.
 template <class T> inline Vector<T> exp_score(Vector<T> logit, Vector<T> reference, Normalizer normalizer) {
     if (normalizer == SOFTMAX) return exponential<T>(logit - reference);
     return exponential<T>(minimum(logit, T(0)) - reference) / (exponential<T>(logit > T(0) ? -logit : logit) + T(1));
 }
 
-// Reads logits of the tile's cells, and of those around it whose weights dsource sums. A rational scale cuts the last cell; with `cut` its
-// sub-pixels beyond the output get no weight.
+// Reads the logits of the tile's cells, and those of the cells around it whose weights dsource sums. A rational scale cuts the last cell;
+// with `cut`, its sub-pixels beyond the output get weight 0.
 template <class S, class T> void read_logits(const Task& task, const Planes<T>& weights, bool cut) {
     const Problem& problem = task.problem;
-    // of a cell outside the map: it becomes a weight of zero
+    // the logit of a cell outside the map, which becomes a weight of 0
     const T fill = problem.normalizer == NONE ? T(0) : -std::numeric_limits<T>::infinity();
     for (Index tap = 0; tap < problem.taps(); ++tap)
         for (Index sub = 0; sub < problem.subs(); ++sub) {
@@ -40,10 +40,11 @@ template <class S, class T> void read_logits(const Task& task, const Planes<T>& 
         }
 }
 
-// Vectors of cells normalised together, so that their chains of maxima and sums run side by side.
+// Number of cell vectors normalised together, so that their chains of maxima and sums run in parallel.
 constexpr int ABREAST = 4;
 
-// Normalises the windows of one sub-pixel of V vectors of cells in place. A NaN in a window is in its sum, and so in all its weights.
+// Normalises the windows of one sub-pixel of V vectors of cells in place. A NaN in a window makes its sum NaN, and therefore all its
+// weights.
 template <int V, class T> inline void softmax(const Problem& problem, T* weights, Index tap_stride, T* lse) {
     const Normalizer normalizer = problem.normalizer;
     const Index taps = problem.taps();
@@ -97,7 +98,7 @@ template <class T> void normalize(const Task& task, const Scratch<T>& scratch) {
             });
 }
 
-// Turns logits into the same weights by the stored lse, wherever logits were read.
+// Turns all logits that were read into the weights of the forward pass, with the stored lse.
 template <class T> void restore_weights(const Task& task, const Scratch<T>& scratch) {
     const Problem& problem = task.problem;
     const Normalizer normalizer = problem.normalizer;

@@ -1,4 +1,4 @@
-// Threads that share out the tasks of a call, each with its own memory.
+// Threads that share the tasks of a call, each with its own memory.
 #pragma once
 
 #include <algorithm>
@@ -16,16 +16,16 @@
 
 namespace carafepp {
 
-// Threads that are worth starting for one pass of multiplications, or more.
+// Number of threads that are worth starting for `passes` passes of multiplications.
 inline Index useful_threads(const Call& call, Index passes) {
-    constexpr Index worthwhile = 500000;  // multiplications a thread
+    constexpr Index worthwhile = 500000;  // multiplications per thread
     const Problem& problem = call.problem;
     const Index multiplications = passes * problem.windows() * problem.batch * problem.channels * problem.cell_rows() * problem.cell_columns();
     return std::min<Index>(call.threads, multiplications / worthwhile + 1);
 }
 
-// Calls work(task, memory) for every task. Threads take tasks as they come; each has memory for `values` of T, aligned to cache lines.
-// Throws std::bad_alloc where memory runs out.
+// Calls work(task, memory) for every task. Each thread takes the next task when it is free, and has memory for `values` of T, aligned to
+// cache lines. Throws std::bad_alloc if memory runs out.
 template <class T, class F> void run_tasks(Index tasks, Index threads, Index values, Parallel parallel, F&& work) {
     constexpr Index line = 64;
     threads = std::max<Index>(1, std::min(threads, tasks));
@@ -51,7 +51,7 @@ template <class T, class F> void run_tasks(Index tasks, Index threads, Index val
     } else {
         std::vector<std::thread> team;
         team.reserve(threads - 1);
-        // those that the system refuses are not needed: the others take their tasks
+        // if the system refuses a thread, the others take its tasks
         try {
             while (Index(team.size()) < threads - 1) team.emplace_back(worker);
         } catch (const std::system_error&) {

@@ -1,4 +1,4 @@
-// The three sums of layout.h with cells in the lanes: any memory layout, read and written through planes.
+// The three sums of layout.h with cells in the lanes: maps of any memory format are read and written through planes.
 #pragma once
 
 #include <algorithm>
@@ -16,13 +16,13 @@
 
 namespace carafepp {
 
-// Channels whose planes are held at a time.
+// Number of channels whose planes are held at a time.
 constexpr Index CHUNK = 16;
-// Channels that share the loads of one weight, for a number of sub-pixels: as many as there are registers for.
+// Number of channels that share the load of one weight, for `subs` sub-pixels; the registers limit it.
 constexpr int forward_channels(int subs) { return VECTOR_BYTES == 64 && subs < 4 ? 8 : 4; }
 constexpr int BACKWARD_CHANNELS = 8, BACKWARD_TAPS = 5;
 
-// Where the sums find their factors, relative to the cell in the first lane.
+// The places of the factors of the sums, relative to the cell in the first lane.
 struct PlanarTables {
     // from a weight of a cell to the output gradient that it multiplies, for dsource
     struct Visit {

@@ -16,11 +16,11 @@ template <class T> struct Planes {
     T* at(Index set_number, Index plane_number) const { return data + set_number * set + plane_number * plane; }
 };
 
-// Hands out named planes of one block of memory; every kind lies where Layout has any.
+// Divides one block of memory into named planes, as many of each kind as `Layout` says.
 template <class T> struct Scratch {
     Planes<T> weights, lse, output, doutput, dweights, spare, dsource, source;
 
-    // values of the block
+    // number of values in the block
     static Index size(const Layout& layout, const Grid& grid) {
         return layout.planes(false) * grid.bare_plane + layout.planes(true) * grid.haloed_plane;
     }

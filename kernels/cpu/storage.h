@@ -1,4 +1,4 @@
-// What tensors store and what is computed: in all headers, S is the type of a stored value and T = Compute<S> the type of the arithmetic.
+// Storage types and compute types: in all headers, S is the type of a stored value and T = Compute<S> the type of the arithmetic.
 // Half precision is stored in 16 bits and computed in float.
 #pragma once
 
@@ -17,7 +17,7 @@ namespace carafepp {
 struct BFloat16 { std::uint16_t bits; };
 struct Float16 { std::uint16_t bits; };
 
-// The conversions serve scalars and vectors of lanes alike: Float is float or Vector<float>, Word the unsigned integers of the same size.
+// The conversions work on scalars and on vectors: Float is float or Vector<float>, Word the unsigned integer type of the same size.
 template <class Float, class Word> inline Float widen_bfloat16(Word half) { return bits<Float>(half << 16); }
 template <class Float, class Word> inline Word narrow_bfloat16(Float value) {
     Word word = bits<Word>(value);
@@ -65,7 +65,7 @@ inline Vector<float> load(const Float16* from) { return widen_float16<Vector<flo
 inline void store(BFloat16* to, Vector<float> v) { store_halves(to, narrow_bfloat16<Vector<float>, Words>(v)); }
 inline void store(Float16* to, Vector<float> v) { store_halves(to, narrow_float16<Vector<float>, Words>(v)); }
 
-// Loads the first `count` lanes only, none if it is negative and all if it exceeds their number; the other lanes are zero.
+// Loads only the first `count` lanes: none if it is negative, all if it exceeds their number. The other lanes are 0.
 template <class T, class S> inline Vector<T> load_part(const S* from, Index count) {
     if (count >= LANES<T>) return load(from);
     if (count <= 0) return Vector<T>{};

@@ -1,4 +1,4 @@
-// The tiling of a call, and the task: one tile of cells in one group of channels of one image.
+// The tiling of a call into tasks; a task is one tile of cells in one group of channels of one image.
 #pragma once
 
 #include <algorithm>
@@ -13,24 +13,24 @@
 
 namespace carafepp {
 
-// Cells whose sums take as long as the fixed cost of a row, however short the row is.
+// The fixed cost of a row of any length, in cells whose sums take as long.
 constexpr Index ROW_COST = 24;
 
-// How far a plane is needed around the cells of a tile.
+// The number of cells around a tile for which a plane is needed.
 struct Reach {
     Index above, below, side;
 };
 
-// The tiling of one call, the same for all threads. Results do not depend on it: every sum has one order, whatever the tile.
+// The tiling of one call, the same for all threads. Results do not depend on it, because the order of every sum is the same for all tiles.
 struct Grid {
     Index rows, columns;            // cells of a tile
     Index tile_rows, tile_columns;  // tiles of a map
-    Index halo;                     // cells around a tile that a plane with a halo holds as well
+    Index halo;                     // cells around a tile that a plane with a halo also holds
     Index pitch;                    // values from a row of a plane to the next
-    Index haloed_plane, origin;     // values of a plane with a halo, and where in it the tile's own first cell lies
-    Index bare_plane;               // values of a plane without
+    Index haloed_plane, origin;     // values of a plane with a halo, and the place of the tile's own first cell in it
+    Index bare_plane;               // values of a plane without a halo
 
-    // Tiles whose planes fit into `bytes`.
+    // Chooses tiles whose planes fit into `bytes`.
     template <class T> static Grid make(const Problem& problem, const Windows& windows, const Layout& layout, Index threads, Index bytes) {
         Grid grid{};
         grid.halo = windows.halo;
@@ -40,15 +40,15 @@ struct Grid {
         const Index most_cuts = ceil_div(columns, lanes);
         for (Index cuts = 1; cuts <= most_cuts; ++cuts) {
             const Index width = ceil_div(columns, cuts), tile_columns = ceil_div(columns, width);
-            // between whole rows one margin of zeros serves the row before and the row after it
+            // between whole rows, one margin of zeros serves both the row before it and the row after it
             const Index pitch = width + (tile_columns == 1 ? 1 : 2) * grid.halo;
             const Index wanted = ceil_div(4 * threads, problem.batch * problem.groups * tile_columns);
             const Index fit = (bytes / Index(sizeof(T)) / pitch - haloed * 2 * grid.halo) / (bare + haloed);
             const Index height = std::min(fit, std::max<Index>(1, rows / wanted));
-            // per cell: lanes that are margin, the fixed cost of a row, and weights that are restored for a neighbouring tile, which are
-            // a third of all work where there are none
+            // per cell: lanes of the margin, the fixed cost of a row, and weights; these are a third of the work, and more if they are
+            // restored for cells of a neighbouring tile too
             const double cost = double(pitch + ROW_COST) / width * (2 + double(height + margin) / height);
-            // the narrowest tile is taken even if it exceeds the bytes
+            // the narrowest tile is used even if it does not fit into `bytes`
             const bool only = std::isinf(least) && cuts == most_cuts;
             if ((height < 1 || cost >= least) && !only) continue;
             least = cost;
@@ -57,7 +57,7 @@ struct Grid {
         grid.tile_rows = ceil_div(rows, grid.rows);
         grid.rows = ceil_div(rows, grid.tile_rows);
         grid.origin = ceil_div(grid.halo * grid.pitch + grid.halo, lanes) * lanes;
-        // an odd number of vectors, so that the same cell of many planes does not fall into one cache set
+        // an odd number of vectors, so that the same cell of different planes does not always map to the same cache set
         const Index haloed_values = grid.origin + (grid.rows + grid.halo) * grid.pitch + grid.halo;
         grid.haloed_plane = ((ceil_div(haloed_values, lanes) + 1) | 1) * lanes;
         grid.bare_plane = (ceil_div(grid.rows * grid.pitch, lanes) | 1) * lanes;
@@ -93,9 +93,9 @@ struct Task {
           group(number / grid.tiles() % problem.groups), tile(problem, grid, number % grid.tiles()) {}
 
     Index first_channel() const { return group * problem.group_channels(); }
-    // How far around the tile a kind of planes is filled.
+    // The number of cells around the tile for which planes of a kind are filled.
     Reach reach(const PlaneSets& kind) const { return kind.halo ? Reach{grid.halo, grid.halo, grid.halo} : Reach{}; }
-    // dsource sums the weights of a tap where its output is: on one side of the source pixel.
+    // dsource sums the weights of a tap at its outputs, which lie on one side of the source pixel
     Reach weight_reach(Index sub, Index tap) const {
         if (!layout.weights.halo) return {};
         const Index move = windows.source(sub, tap).move_rows;

@@ -1,4 +1,4 @@
-// Vectors of lanes, one register each: loads, stores, shuffles and elementary functions, by the vector extensions of GCC and Clang.
+// Vectors of lanes, one register each: loads, stores, shuffles and elementary functions, with the vector extensions of GCC and Clang.
 #pragma once
 
 #include <array>
@@ -11,7 +11,7 @@
 
 namespace carafepp {
 
-// Bytes of a vector register, and the sub-pixels that share the loads of one source vector: 32 registers take more than 16.
+// Bytes of a vector register, and the sub-pixels that share the load of one source vector: more with 32 registers than with 16.
 #if defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64, SUBS = 4;
 #elif defined(__AVX__)
@@ -26,7 +26,7 @@ template <class T, class Integer> struct SimdOf {
     typedef T Vector __attribute__((vector_size(VECTOR_BYTES)));
     typedef Int Mask __attribute__((vector_size(VECTOR_BYTES)));
 };
-// undefined for other types, so that overloads of load and store take their place
+// undefined for other types, so that they use the other overloads of load and store
 template <class T> struct Simd;
 template <> struct Simd<float> : SimdOf<float, std::int32_t> {};
 template <> struct Simd<double> : SimdOf<double, std::int64_t> {};
@@ -45,7 +45,7 @@ template <class T> inline Vector<T> load(const T* from) {
     std::memcpy(&v, from, sizeof(v));
     return v;
 }
-// Loads into a register: compilers tend to fold a load into each of its uses, and then every use waits for the cache.
+// Loads into a register. Compilers tend to fold a load into each of its uses, so that every use waits for the cache.
 template <class T> inline Vector<T> load_once(const T* from) {
     Vector<T> v = load(from);
 #if defined(__x86_64__)
@@ -65,8 +65,8 @@ template <class T, int... I> inline Vector<T> shuffle(Vector<T> a, Vector<T> b) 
 #endif
 }
 
-// exp(x) for x <= 80, to about one unit in the last place; 0 below the normal numbers. It is 2**n * exp(r) with |r| <= ln(2) / 2 and exp(r)
-// by Taylor's series.
+// exp(x) for x <= 80, to about one unit in the last place; 0 below the normal numbers. It computes 2**n * exp(r) with |r| <= ln(2) / 2 and
+// a Taylor series for exp(r).
 template <class T> inline Vector<T> exponential(Vector<T> x) {
     using Mask = typename Simd<T>::Mask;
     constexpr bool single = sizeof(T) == 4;

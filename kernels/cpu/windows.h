@@ -1,4 +1,4 @@
-// Which source pixel each tap of each sub-pixel reads: the same for every cell, relative to that cell.
+// The source pixel that each tap of each sub-pixel reads, relative to the cell; it is the same for all cells.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace carafepp {
 
-// What tap `tap` of sub-pixel `sub` reads: pixel `phase` of a cell `move_rows` below and `move_columns` right of the output's own.
+// The source of tap `tap` of sub-pixel `sub`: pixel `phase` of the cell `move_rows` below and `move_columns` right of the output's own.
 struct TapSource {
     Index tap, sub, sub_row, sub_column, phase, move_rows, move_columns;
 };
@@ -31,7 +31,7 @@ template <int MOST = SUBS, class F> inline void with_count(Index count, F&& f) {
 
 struct Windows {
     Index taps;
-    Index halo = 0;  // cells, in any direction, from an output's own cell to the farthest that it reads
+    Index halo = 0;  // cells, in any direction, from an output's own cell to the farthest cell that it reads
     std::vector<TapSource> sources;  // [sub][tap]
     std::vector<SubRun> runs;
 
@@ -50,7 +50,7 @@ struct Windows {
         }
         for (Index sub = 0, end; sub < problem.subs(); sub = end) {
             for (end = sub + 1; end < problem.subs() && shares_window(sub, end);) ++end;
-            // runs of equal length: a short one has few sums for its loads
+            // runs of equal length, because a short run has few sums for its loads
             for (Index left = ceil_div(end - sub, SUBS); left; --left) {
                 runs.push_back({sub, ceil_div(end - sub, left)});
                 sub += runs.back().count;

@@ -1,6 +1,6 @@
-"""The assembly of launches: compiling for a GPU that is not present, and reading the registers, memory and instructions of the code.
+"""The assembly of launches: compilation for a GPU that is not present, and the registers, memory and instructions of the code.
 
-Triton ships the tools and uses them itself, so that the code is the code that a device would run.
+The tools are those that Triton ships and uses itself, so that the code is the code that a device would run.
 """
 
 import re
@@ -26,11 +26,11 @@ TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTC\w*MMA")
 
 
 class ResidencyLimits(NamedTuple):
-    """The most that one multiprocessor holds (CUDA programming guide, technical specifications per compute capability)."""
+    """The limits of one multiprocessor (CUDA programming guide, technical specifications per compute capability)."""
 
     warps: int
     blocks: int
-    shared: int  # bytes; each block takes 1 KiB more than it asks for
+    shared: int  # bytes; each block takes 1 KiB more than it requests
 
 
 RESIDENCY_LIMITS = {
@@ -61,12 +61,12 @@ class Assembly(NamedTuple):
 
 
 def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
-    """Compile a launch as for a device of compute capability 80 (for 8.0), 90, ..."""
+    """Compile a launch for a device of compute capability 80 (for 8.0), 90, ..."""
     return triton.compile(launch.source(), target=GPUTarget("cuda", capability, WARP_SIZE), options=launch.options)
 
 
 def read_assembly(compiled: CompiledKernel) -> Assembly:
-    """Disassemble a kernel and return what it needs and contains.
+    """Disassemble a kernel and return its resources and instructions.
 
     Raises:
         subprocess.CalledProcessError: if one of the tools fails.
@@ -124,13 +124,13 @@ def _run(tool: str, *arguments: str | Path) -> str:
 
 
 def _instructions(listing: str) -> Iterator[str]:
-    """Full opcodes up to the last EXIT; the code after it is padding."""
+    """Yield the full opcodes up to the last EXIT; the code after it is padding."""
     names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing, re.M)
     last = max((i for i, name in enumerate(names) if name == "EXIT"), default=len(names) - 1)
     yield from names[: last + 1]
 
 
 def _width(name: str) -> int:
-    """Bits per thread of LDG.E.128, LDGSTS.E.BYPASS.128, STG.E.U16, LDG.E, ..."""
+    """Return the bits per thread of LDG.E.128, LDGSTS.E.BYPASS.128, STG.E.U16, LDG.E, ..."""
     parts = re.findall(r"\.[USB]?(8|16|64|128|256)(?=\.|$)", name)
     return int(parts[-1]) if parts else 32

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-# larger than the second-level cache of any GPU; filling it four times takes about a millisecond, in which the host queues the call
+# larger than the second-level cache of any GPU; the host queues the call during the millisecond that four fills take
 FLUSH_BYTES = 2**30
 
 

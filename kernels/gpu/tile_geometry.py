@@ -1,4 +1,4 @@
-"""The geometry of a tile: which sources its targets read, which targets read its sources, and how far tile axes are rounded.
+"""The geometry of a tile: the sources that its targets read, the targets that read its sources, and the rounding of tile axes.
 
 A tile is `cells_h` x `cells_w` cells. Its targets read a halo of sources around it, and targets around it read its sources. Along rows of
 pixels, both extents begin and end at a multiple of `vector` elements, so that they can be loaded in vectors. The axes of a matrix product
@@ -12,12 +12,12 @@ from ..geometry import Spec
 
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
-# of an axis of a matrix product (Triton)
+# smallest axis of a matrix product in Triton
 SMALLEST_EXTENT = 16
 
 
 class Tile(NamedTuple):
-    """How a banded kernel cuts its work."""
+    """The division of the work of a banded kernel."""
 
     cells_h: int
     cells_w: int
@@ -29,7 +29,7 @@ class Tile(NamedTuple):
 
 
 class TileProblem(NamedTuple):
-    """What the choice of a tile depends on."""
+    """The properties of a call that the choice of a tile depends on."""
 
     spec: Spec
     channels: int  # of one group
@@ -38,7 +38,7 @@ class TileProblem(NamedTuple):
     batch: int  # images times groups
     element_size: int  # bytes
     channels_last: bool
-    x_align: int  # elements: every run of source features begins and ends at a multiple of so many
+    x_align: int  # every run of source features begins and ends at a multiple of this number of elements
     y_align: int  # the same for target features
     capability: tuple[int, int]
 

@@ -1,8 +1,8 @@
-"""Which tiles fit: the candidates, and the registers and shared memory that they need.
+"""The tiles that fit: the candidates, and the registers and shared memory that they need.
 
 A tile outside these limits may spill registers or not launch at all. The registers of a kernel are estimated from the tensors that it holds
-at the same time, in registers of 32 bits per thread. The limits on this estimate were fitted by compiling for capabilities 8.0, 9.0 and
-10.0, so that the tiles that are chosen do not spill; a few of the others do.
+at the same time, in registers of 32 bits per thread. The limits on this estimate were fitted to kernels compiled for capabilities 8.0, 9.0
+and 10.0: the chosen tiles do not spill, and only a few of the other tiles that fit do.
 
 M, P, T: targets, halo and taps of a tile, rounded up to a power of two.
 """
@@ -18,7 +18,7 @@ REGISTER_BYTES = 4
 # per program: less than the 99 KiB that a program may take at capabilities 8.6, 8.9 and 12.0 (CUDA programming guide)
 SHARED_BYTES = 96 * 1024
 
-# The cells of a tile: few, because each is compiled anew. Seven columns divide the maps of images of 224 and 800 x 1333 pixels.
+# the cells of a tile; few, because each is a separate compilation. Seven columns divide the maps of images of 224 and 800 x 1333 pixels
 CELLS = ((1, 1), (1, 2), (1, 4), (1, 8), (1, 14), (1, 16), (2, 2), (2, 4), (2, 7), (2, 8), (3, 4), (4, 4))
 VECTORS = (1, 2, 4)
 SPLITS = (1, 2, 4)
@@ -29,16 +29,16 @@ FORWARD_REGISTERS = {2: 136, 4: 128}
 FORWARD_LOGITS, BACKWARD_LOGITS = 64, 32
 # taps times sources of the halo, T * P, per thread: bounds the window
 FORWARD_WINDOW, BACKWARD_WINDOW = 128, 64
-# estimated registers of the backward kernel, and the same beside matrix units that leave less room (`has_less_room`)
+# estimated registers of the backward kernel, and the same where the matrix units leave fewer registers (`has_less_room`)
 BACKWARD_REGISTERS, BACKWARD_REGISTERS_LESS_ROOM = 128, 108
-# registers that the estimate of the gradient to the logits lacks in float32
+# registers to add to the estimate of the gradient to the logits in float32
 FLOAT32_REGISTERS = 20
 # targets [M] of the gradient to the logits; a single cell may have more, so that large scales have a tile
 BACKWARD_TARGETS = 64
 
 # channels of one product of the gradient to the sources
 SOURCE_CHANNELS = 256
-# bytes of these channels beside matrix units that leave less room, where there are too many channels for all programs to share
+# bytes of these channels where the matrix units leave fewer registers and the channels are too many for all programs to share
 SOURCE_CHANNEL_BYTES_LESS_ROOM = 256
 # targets of the same product, in bytes of one channel
 SOURCE_TARGET_BYTES = 128
@@ -63,28 +63,28 @@ def source_blocks(problem: TileProblem, tile: Tile) -> SourceBlocks:
 
 
 def has_less_room(problem: TileProblem) -> bool:
-    """Whether the matrix units leave the backward kernel fewer registers: from capability 9.0 in float32, from 10.0 in 16 bits."""
+    """Return whether the matrix units leave the backward kernel fewer registers: from capability 9.0 in float32, from 10.0 in 16 bits."""
     return problem.capability >= ((9, 0) if problem.element_size == 4 else (10, 0))
 
 
 def operand_terms(element_size: int) -> int:
-    """Return the terms that an operand of a product is split into: a float32 one into its leading and its remaining bits."""
+    """Return the number of terms of an operand of a product: a float32 operand is split into its leading and its remaining bits."""
     return 1 if element_size == 2 else 2
 
 
 def operand_registers(elements: int, element_size: int) -> float:
-    """Return the registers that so many elements of an operand take, all terms together."""
+    """Return the registers that a number of elements of an operand take, all terms together."""
     return elements * element_size / REGISTER_BYTES * operand_terms(element_size)
 
 
 def fitting_tiles(direction: Direction, problem: TileProblem) -> Iterator[Tile]:
-    """Yield the candidates of a pass that fit; none if the window is too large."""
+    """Yield the candidates that fit in one pass; none if the window is too large."""
     fits = fits_forward if direction == "forward" else fits_backward
     return (tile for tile in candidate_tiles(direction, problem) if fits(problem, tile))
 
 
 def candidate_tiles(direction: Direction, problem: TileProblem) -> Iterator[Tile]:
-    """Yield the tiles to choose from, whether they fit or not."""
+    """Yield the tiles to choose from, including those that do not fit."""
     align = problem.x_align if direction == "forward" else problem.y_align
     vectors = (1,) if problem.channels_last else tuple(vector for vector in VECTORS if align % vector == 0)
     half, newer = problem.element_size == 2, problem.capability >= (9, 0)
@@ -98,7 +98,7 @@ def candidate_tiles(direction: Direction, problem: TileProblem) -> Iterator[Tile
 
 
 def fits_forward(problem: TileProblem, tile: Tile) -> bool:
-    """Whether the forward kernel can run with this tile."""
+    """Return whether the forward kernel can run with this tile."""
     size, threads = problem.element_size, WARP_SIZE * tile.num_warps
     window = halo(problem.spec, tile.cells_h, tile.cells_w, tile.vector)
     band, features = window.m * window.p, window.p * tile.block_c
@@ -115,7 +115,7 @@ def fits_forward(problem: TileProblem, tile: Tile) -> bool:
 
 
 def fits_backward(problem: TileProblem, tile: Tile) -> bool:
-    """Whether the backward kernel can run with this tile."""
+    """Return whether the backward kernel can run with this tile."""
     limit = BACKWARD_REGISTERS_LESS_ROOM if has_less_room(problem) else BACKWARD_REGISTERS
     return _logit_gradient_fits(problem, tile, limit) and _source_gradient_fits(problem, tile, limit)
 

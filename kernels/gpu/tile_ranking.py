@@ -1,9 +1,9 @@
-"""Which tile is fast: a pure function of the shape, data type and memory format of a problem and the capability of the device.
+"""The ranking of tiles by speed: a pure function of the shape, data type and memory format of a problem and the capability of the device.
 
 A model of the work of one multiprocessor ranks the tiles that fit. It counts wavefronts of the load-store unit (lines of memory touched,
 passes over shared memory, shuffles) and instructions, which are the bounds "lsu" and "issue" of the emulator in tests/support/ptx. The
-model is coarse. Its factors count what the code of the kernels does, unless a comment names another source; docs/performance.md has the
-emulated counts of the tiles that they lead to. A measured tile (tile_tables.py) takes precedence.
+model is coarse. Its factors count the operations in the code of the kernels, unless a comment names another source; docs/performance.md has
+the emulated counts of the chosen tiles. A measured tile (tile_tables.py) takes precedence.
 
 M, P, T: targets, halo and taps of a tile, rounded up to a power of two; S, D: its sources and the targets that read them.
 """
@@ -51,7 +51,7 @@ MATRIX_UNIT_ROWS, OLDER_UNITS_FACTOR = 64, 1.5
 
 @dataclass(slots=True)
 class Work:
-    """Work of a multiprocessor."""
+    """The work of a multiprocessor."""
 
     wavefronts: float  # of the load-store unit
     instructions: float = 0.0  # of a warp
@@ -103,24 +103,24 @@ def multiprocessor_count(capability: tuple[int, int]) -> int:
 
 
 def _spread(problem: TileProblem, tile: Tile, programs: int, work: Work, issue: float) -> float:
-    """Cycles of the busiest multiprocessor if the `work` of a tile, of so many programs, is spread evenly over those in use."""
+    """Return the cycles of the busiest multiprocessor if the `work` of a tile, in `programs` programs, is spread evenly."""
     tiles = -(-problem.height // tile.cells_h) * -(-problem.width // tile.cells_w) * problem.batch
     return (work.wavefronts + work.instructions * issue) * tiles / min(multiprocessor_count(problem.capability), tiles * programs)
 
 
 def _unaligned_lines(runs: int, run_bytes: int) -> float:
-    """Lines of memory that unaligned runs of bytes touch."""
+    """Return the lines of memory that unaligned runs of bytes touch."""
     return runs * (1 + run_bytes / LINE_BYTES)
 
 
 def _feature_lines(problem: TileProblem, rows: int, cols: int) -> float:
-    """Lines of memory that all channels of rows x cols locations touch."""
+    """Return the lines of memory that all channels of rows x cols locations touch."""
     size, channels = problem.element_size, problem.channels
     return rows * cols * channels * size / LINE_BYTES if problem.channels_last else _unaligned_lines(rows * channels, cols * size)
 
 
 def _logit_lines(problem: TileProblem, tile: Tile, window: Halo) -> float:
-    """Lines of memory that the logits of a tile touch."""
+    """Return the lines of memory that the logits of a tile touch."""
     spec = problem.spec
     if problem.channels_last:
         return spec.taps * window.m / LOGITS_PER_LINE
@@ -128,31 +128,31 @@ def _logit_lines(problem: TileProblem, tile: Tile, window: Halo) -> float:
 
 
 def _load_features(problem: TileProblem, rows: int, cols: int, padded: int, vector: int, passes: float = 1.0) -> Work:
-    """Work to bring all channels of rows x cols locations, `padded` of them as an axis of a product, to the matrix units."""
+    """Return the work to bring all channels of rows x cols locations, `padded` as an axis of a product, to the matrix units."""
     size = problem.element_size
     vector = problem.x_align if problem.channels_last else vector
     whole = padded * problem.channels * size / LINE_BYTES
-    # a bank of shared memory is a register wide: a thread that stores less leaves the rest of it unused
+    # a bank of shared memory is as wide as a register: a thread that stores less leaves the rest unused
     shared = whole * max(1.0, REGISTER_BYTES / (vector * size)) + whole * OPERAND_READS[size]
     loads = padded * problem.channels / vector / WARP_SIZE
     return Work(_feature_lines(problem, rows, cols) + passes * shared, LOAD_INSTRUCTIONS * loads)
 
 
 def _store_output(problem: TileProblem, window: Halo) -> Work:
-    """Work to store the output of a tile."""
+    """Return the work to store the output of a tile."""
     passes = RESULT_PASSES * window.m * problem.channels * problem.element_size / LINE_BYTES
     return Work(_feature_lines(problem, window.rows, window.cols) + passes, window.m * problem.channels / WARP_SIZE)
 
 
 def _normalize_logits(problem: TileProblem, tile: Tile, window: Halo) -> Work:
-    """Work to load the logits of a tile and turn them into weights."""
+    """Return the work to load the logits of a tile and turn them into weights."""
     elements = window.t * window.m / WARP_SIZE
     lines = _logit_lines(problem, tile, window)
     return Work(lines + NORMALIZER_WAVEFRONTS * elements, NORMALIZER_INSTRUCTIONS * elements + WARP_INSTRUCTIONS * tile.num_warps)
 
 
 def _build_forward_band(problem: TileProblem, tile: Tile, window: Halo) -> Work:
-    """Work to gather the band from the weights, and for every warp to read it for every block of channels."""
+    """Return the work to gather the band from the weights, which every warp then reads for every block of channels."""
     size, elements = problem.element_size, window.p * window.m / WARP_SIZE
     blocks = -(-problem.channels // (tile.block_c * tile.split))
     shuffles = window.t / WARP_SIZE
@@ -161,7 +161,7 @@ def _build_forward_band(problem: TileProblem, tile: Tile, window: Halo) -> Work:
 
 
 def _logit_gradient(problem: TileProblem, tile: Tile, window: Halo, x_vector: int) -> Work:
-    """Work of the gradient to the logits: the product of features and gradients, from which every window takes its band."""
+    """Return the work of the gradient to the logits: the product of features and gradients, from which every window takes its band."""
     features = _load_features(problem, window.height, window.width, window.p, x_vector, LOGIT_GRADIENT_PASSES)
     gradients = _load_features(problem, window.rows, window.cols, window.m, tile.vector, LOGIT_GRADIENT_PASSES)
     gather = WINDOW_WAVEFRONTS * window.p * window.m / WARP_SIZE * (1 + window.t / WARP_SIZE)
@@ -171,7 +171,7 @@ def _logit_gradient(problem: TileProblem, tile: Tile, window: Halo, x_vector: in
 
 
 def _source_gradient(problem: TileProblem, tile: Tile) -> Work:
-    """Work of the gradient to the sources: for every block of channels, a band is built from the logits and multiplied."""
+    """Return the work of the gradient to the sources: for every block of channels, a band is built from the logits and multiplied."""
     spec, size, channels = problem.spec, problem.element_size, problem.channels
     reached, blocks = reach(spec, tile.cells_h, tile.cells_w, tile.vector), source_blocks(problem, tile)
     targets = -(-reached.height * reached.width // blocks.targets) * blocks.targets

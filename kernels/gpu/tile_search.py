@@ -1,4 +1,4 @@
-"""The search for the fastest tile of a problem: by the clock on a GPU, by counting compiled instructions where there is none."""
+"""The search for the fastest tile of a problem: by measured times on a GPU, or by counts of compiled instructions without one."""
 
 import functools
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from .tile_geometry import Direction, Tile
 from .tile_ranking import rank_tiles
 from .training_step import TrainingStep
 
-# measurements of a tile, of which the median counts
+# measurements of a tile; the result is their median
 MEASUREMENTS = 21
 
 
@@ -35,7 +35,7 @@ def time_tiles(step: TrainingStep, direction: Direction, limit: int) -> Iterator
 def count_instructions(step: TrainingStep, direction: Direction, limit: int, capability: int) -> Iterator[tuple[float, Tile]]:
     """Yield millions of warp instructions of the `limit` highest-ranked tiles, except tiles that spill or do not fit.
 
-    The instructions of a program are counted as the assembler wrote them, each of them once, loops included.
+    Every instruction in the code of a program counts once, also inside loops.
 
     Args:
         step: tensors, usually on "meta".

@@ -26,7 +26,7 @@ def table_path() -> Path:
 
 
 def table_key(direction: Direction, problem: TileProblem) -> str:
-    """Return the key of a pass. Problems share a key, and so a tile, if they differ only in their area within a power of two."""
+    """Return the key of a pass. Problems share a key, and therefore a tile, if they differ only in an area within the same power of two."""
     spec = problem.spec
     scale = f"k{spec.kernel_size} up{spec.up} down{spec.down} c{problem.channels}"
     layout = "channels_last" if problem.channels_last else f"nchw align{problem.x_align}"

@@ -21,7 +21,7 @@ class TrainingStep(NamedTuple):
     spec: Spec
 
     def problem(self, capability: tuple[int, int] | None = None) -> TileProblem:
-        """Return what the choice of a tile depends on, for the device of the tensors or for one of this capability."""
+        """Return the properties that the choice of a tile depends on, for the device of the tensors or for one of this capability."""
         return problem_of(self.x, self.logits, self.y, self.spec, capability)
 
     def build_launches(self, direction: Direction, *, tile: Tile | None = None, capability: tuple[int, int] | None = None) -> list[Launch]:

@@ -108,7 +108,7 @@ def test_every_tensor_is_used_or_reported(state, tmp_path):
 def test_another_network_is_an_error(state, tmp_path):
     path = tmp_path / "faster.pth"
     torch.save({name: value for name, value in state.items() if "mask_head" not in name}, path)
-    with pytest.raises(ValueError, match=r"faster.pth is of another network: it lacks 14 tensors, .*mask_head"):
+    with pytest.raises(ValueError, match=r"faster.pth belongs to another network: it lacks 14 tensors, .*mask_head"):
         mask_rcnn_carafe(weights=path)
     plain = {name: value for name, value in state.items() if "upsample" not in name}
     torch.save(plain, path)

@@ -50,5 +50,5 @@ def test_wrong_weights_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"list\.pth does not hold a state dict"):
         tiny(weights=tmp_path / "list.pth")
     torch.save(tiny(deep_stem=True).state_dict(), tmp_path / "deep.pth")
-    with pytest.raises(ValueError, match=r"deep\.pth is of another network: .* conv1\.weight is \[16, 3, 3, 3\] there"):
+    with pytest.raises(ValueError, match=r"deep\.pth belongs to another network: .* conv1\.weight is \[16, 3, 3, 3\] there"):
         tiny(weights=tmp_path / "deep.pth")
