@@ -51,8 +51,8 @@ def make_samplers(slot: Sampler | None, channels: int, guide_channels: int, coun
 def check_fit(coarse: Sequence[int], sampled: Sequence[int], fine: Sequence[int], slot: str) -> None:
     """Check that a map of size `sampled`, which a sampler makes from one of size `coarse`, fits a finer map of size `fine`.
 
-    It fits where less than one cell of the coarse map has to be cropped. Otherwise the levels of the network do not have the ratio of the
-    sampler, and a crop would keep the top left corner of the features, enlarged.
+    It fits if less than one cell of the coarse map has to be cropped. Otherwise the ratio of the levels of the network is not that of the
+    sampler, and a crop would keep only the top left corner of the features.
 
     Raises:
         ValueError: the sizes do not fit; the message names them and the slot.

@@ -1,4 +1,4 @@
-"""Image classification (paper, section 5.1; Tables II and XII); it also trains the backbones of the other tasks."""
+"""Image classification (paper, section 5.1; Tables II and XII), which also trains the backbones of the other tasks."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ from .task import MakeOptimizer, MakeSchedule, Task, View, register_metrics
 
 
 class Classification(Task):
-    """Train and evaluate a network that maps images [N, 3, H, W] to logits [N, classes].
+    """Task that trains and evaluates a network from images [N, 3, H, W] to logits [N, classes].
 
     Scores are the top-1 and top-5 accuracy over the whole validation set, as fractions, for one crop of each image as the data set cuts it.
 
@@ -20,7 +20,7 @@ class Classification(Task):
         model: the network, as a function of the number of classes.
         num_classes: the number of classes; labels are in 0..num_classes - 1.
         optimizer, schedule: see `Task`; norms and biases have no weight decay.
-        inference_transform: cuts a whole photograph to what the network is validated on; None keeps it whole.
+        inference_transform: crops a photograph to the part that the network is validated on; None keeps the whole photograph.
         mean, std: mean and standard deviation of the images' channels, in [0, 1].
     """
 
@@ -75,7 +75,7 @@ class Classification(Task):
         return self._classify(self._crop(image))
 
     def draw(self, image: Tensor) -> Tensor:
-        """Draw the likeliest class and its probability below an image [3, H, W] in [0, 1] -> [3, H + a line, W]."""
+        """Write the likeliest class and its probability below an image [3, H, W] in [0, 1] -> [3, H + a line, W]."""
         return _caption_class(image, self.predict(image))
 
     def view(self, image: Tensor) -> View:
@@ -89,7 +89,7 @@ class Classification(Task):
         return {"image": image, "truth": caption(image, f"{label}"), "prediction": _caption_class(image, self._classify(image))}
 
     def _crop(self, image: Tensor) -> Tensor:
-        """Cut a photograph [3, H, W] to what the network is validated on."""
+        """Crop a photograph [3, H, W] to the part that the network is validated on."""
         return self.inference_transform(image) if self.inference_transform else image
 
     def _classify(self, image: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Detections in COCO's results format, and their average precision by pycocotools."""
+"""Detections in COCO's results format, and their average precision, computed by pycocotools."""
 
 import contextlib
 import io
@@ -52,8 +52,8 @@ def format_results(found: dict[str, Tensor], image_id: int, category_ids: Sequen
 def read_ground_truth(data: Any, class_names: Sequence[str]) -> dict:
     """Return the content of a COCO annotation file for a data set whose items are (image, torchvision's target).
 
-    A data set that has such a file returns it from its method `ground_truth`. For any other, all items are read, and label 1, 2, ... is
-    category 1, 2, ... with the names `class_names`.
+    If the data set has such a file, its method `ground_truth` returns the content. Otherwise all items are read, and labels 1, 2, ...
+    become categories 1, 2, ... with the names `class_names`.
     """
     if hasattr(data, "ground_truth"):
         return data.ground_truth()
@@ -65,7 +65,7 @@ def read_ground_truth(data: Any, class_names: Sequence[str]) -> dict:
         masks = encode_masks(target["masks"]) if "masks" in target else [None] * len(target["labels"])
         columns = target["labels"].tolist(), to_corner_and_size(target["boxes"]), target["area"].tolist(), target["iscrowd"].tolist(), masks
         for label, box, area, crowd, mask in zip(*columns, strict=True):
-            # ids start at 1: pycocotools counts a match with annotation 0 as none
+            # ids start at 1, because pycocotools counts a match with annotation 0 as no match
             entry = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label, "bbox": box, "area": area, "iscrowd": crowd}
             annotations.append(entry | ({"segmentation": mask} if mask else {}))
     categories = [{"id": label, "name": name} for label, name in enumerate(class_names, start=1)]
@@ -80,17 +80,17 @@ def average_precision(
     image_ids: Collection[int] | None = None,
     sides: tuple[float, float] = COCO_SIDES,
 ) -> dict[str, float]:
-    """Compute AP, AP50, AP75, APs, APm and APl as fractions, by pycocotools' COCOeval.
+    """Compute AP, AP50, AP75, APs, APm and APl as fractions, with pycocotools' COCOeval.
 
     Args:
         truth: the content of an annotation file.
         found: the entries of a results file.
         kind: "bbox" or "segm".
-        image_ids: the images to evaluate; None is all of `truth`.
+        image_ids: the images to evaluate; None means all images of `truth`.
         sides: sides in pixels of the squares whose areas separate small from medium, and medium from large objects.
 
     Returns:
-        Scores by name, without those of sizes that `truth` has no object of (-1 in pycocotools).
+        Scores by name, except those for sizes of which `truth` has no object (-1 in pycocotools).
     """
     # pycocotools prints its progress
     with contextlib.redirect_stdout(io.StringIO()):

@@ -19,8 +19,8 @@ class SizedDataset(Protocol):
 class TrainBatches(Sampler[list[tuple[int, int]]]):
     """Every batch of a whole training, as lists of (epoch, index) keys in a shuffled order fixed by (seed, epoch).
 
-    All epochs form one stream; setting `start` continues it at any batch. A global batch is cut into `accumulate` parts for each of
-    `world_size` processes. The samples of an optimizer step depend on neither.
+    All epochs form one stream; setting `start` continues it at any batch. A global batch is divided into `accumulate` parts for each of
+    `world_size` processes. The samples of an optimizer step do not depend on either.
 
     Args:
         length: number of samples of the data set; an epoch omits samples that do not fill a global batch.
@@ -29,8 +29,8 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         seed: fixes the order.
         accumulate: batches per optimizer step.
         rank, world_size: this process among those that share a global batch.
-        groups: the group of every sample, for instance upright or not, or None. Samples then come in pairs of one group, and a global batch
-            is ordered by group, so that most of its parts are of one group and need less padding.
+        groups: the group of every sample, for instance upright or not, or None. Samples then come in pairs of the same group, and a global
+            batch is sorted by group, so that most of its parts have one group and need less padding.
 
     Raises:
         ValueError: the global batch does not divide by devices x accumulation, or is larger than the data set.
@@ -71,7 +71,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
             return order
         waiting, pairs = {}, []
         for index in order:
-            # a pair takes the place of its second sample
+            # a pair stands at the position of its second sample
             first = waiting.pop(self.groups[index], None)
             if first is None:
                 waiting[self.groups[index]] = index
@@ -95,7 +95,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
 
 
 class EvalIndices(Sampler[int]):
-    """This process's share of the indices, each exactly once over all processes (no padding)."""
+    """The indices of this process; over all processes, every index occurs exactly once, without padding."""
 
     def __init__(self, data: Sized, rank: int, world_size: int) -> None:
         self.indices = range(rank, len(data), world_size)
@@ -111,8 +111,8 @@ class Data(L.LightningDataModule):
     """Training and validation sets of one task.
 
     Args:
-        train: map-style data set that takes keys (epoch, index); an attribute `groups`, if it has one, is handed to `TrainBatches`. None
-            for validation only.
+        train: map-style data set that takes keys (epoch, index); its attribute `groups`, if it has one, is passed to `TrainBatches`. None
+            means validation only.
         val: map-style data set that takes an index.
         batch_size: the global training batch.
         epochs: passes over `train`, not necessarily an integer. Together they are one Lightning epoch, so that validation intervals are
@@ -120,7 +120,7 @@ class Data(L.LightningDataModule):
         seed: fixes the order of the training samples.
         workers: processes that load data, for each device.
         val_batch_size: images per validation batch on one device.
-        collate: merges samples into a batch; None is torch's default.
+        collate: merges samples into a batch; None means torch's default.
         root: folder of the data set; the configuration passes it to `train` and `val`.
     """
 
@@ -156,7 +156,7 @@ class Data(L.LightningDataModule):
         return self.trainer
 
     def _loader(self, data: Any, **options: Any) -> DataLoader:
-        # with its own generator, an iterator does not draw from torch's global one, which the checkpoint restores
+        # with its own generator, an iterator does not draw from torch's global generator, which the checkpoint restores
         generator = torch.Generator().manual_seed(self.seed)
         pin_memory = torch.cuda.is_available()
         return DataLoader(data, num_workers=self.workers, collate_fn=self.collate, generator=generator, pin_memory=pin_memory, **options)
@@ -185,5 +185,5 @@ class Data(L.LightningDataModule):
 
 
 def get_data(trainer: L.Trainer) -> Data:
-    """Return the data module that a trainer works with."""
+    """Return the data module of a trainer."""
     return trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]

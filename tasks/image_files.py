@@ -14,18 +14,18 @@ from .keyed import keyed_rng, split_key
 
 logger = logging.getLogger(__name__)
 
-# After this many damaged files in a row, the whole data set is taken to be damaged.
+# After this many damaged files in a row, reading ends with an error.
 MOST_DAMAGED = 20
 
 
 class ImageFiles(Dataset, ABC):
-    """Samples that are read, transformed and returned as tensors, the image [3, H, W] as float32 in [0, 1].
+    """Base of data sets that read samples, transform them and return tensors, the image [3, H, W] as float32 in [0, 1].
 
     A subclass has a length and reads one sample, see `read`. The randomness of the transforms is a function of (seed, epoch, index):
-    `data[index]` is of epoch 0, `data[epoch, index]` of any epoch.
+    `data[index]` belongs to epoch 0, `data[epoch, index]` to any epoch.
 
-    With `skip_damaged`, a sample that cannot be read is logged as a warning and the next one takes its place, so that one damaged file in a
-    million does not end a training. Without, it is an error: a score would be that of another set.
+    With `skip_damaged`, a sample that cannot be read is logged as a warning and replaced by the next one, so that one damaged file in a
+    million does not end a training. Without it, such a sample is an error, because a score would belong to another set.
 
     Args:
         transforms: see `transform`; None leaves samples as they are.
@@ -33,11 +33,11 @@ class ImageFiles(Dataset, ABC):
         skip_damaged: replace samples that cannot be read.
 
     Raises:
-        FileNotFoundError, ValueError: on access, naming the file: it is missing or cannot be used, or too many in a row cannot.
+        FileNotFoundError, ValueError: a file is missing or cannot be used when it is accessed, or too many in a row; the message names it.
     """
 
     def __init__(self, transforms: Callable | None, seed: int, *, skip_damaged: bool) -> None:
-        # not called while it is None
+        # `transform` is not called if it is None
         self.transforms: Any = transforms
         self.seed, self.skip_damaged = seed, skip_damaged
 
@@ -47,7 +47,7 @@ class ImageFiles(Dataset, ABC):
 
     @abstractmethod
     def read(self, index: int) -> tuple[Any, ...]:
-        """Read a sample: an image as PIL or uint8 [3, H, W], and what belongs to it.
+        """Read a sample: an image as PIL or uint8 [3, H, W], and its label or target, if any.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing or cannot be used; the message names it.
@@ -58,7 +58,7 @@ class ImageFiles(Dataset, ABC):
         return self.transforms(sample[0]), *sample[1:]
 
     def __getitem__(self, key: int | tuple[int, int]) -> Any:
-        """Return the sample `index` or `(epoch, index)` as a tuple, or the image where nothing belongs to it."""
+        """Return the sample `index` or `(epoch, index)` as a tuple, or as a single image if it has no label or target."""
         epoch, index = split_key(key, len(self))
         sample = self._read_or_next(index)
         if self.transforms is not None:
@@ -82,7 +82,7 @@ class ImageFiles(Dataset, ABC):
 
 
 def to_plain(value: Any) -> Any:
-    """Turn tv_tensors into plain tensors, those of a target {name: value} too."""
+    """Turn tv_tensors, including those of a target {name: value}, into plain tensors."""
     if isinstance(value, dict):
         return {name: to_plain(each) for name, each in value.items()}
     return value.as_subclass(Tensor) if isinstance(value, Tensor) else value

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class ImageNet(ImageFiles):
-    """Images with the number of their class: item (image [3, H, W] float32 in [0, 1], label), labels by the sorted names of the folders.
+    """Images with the number of their class: item (image [3, H, W] float32 in [0, 1], label); labels follow the sorted folder names.
 
     `transforms` maps a PIL image to another, for instance by torchvision.transforms.v2. In training, a damaged image is replaced by the
     next one; in validation it is an error. See `ImageFiles`.
@@ -46,7 +46,7 @@ class ImageNet(ImageFiles):
             trained, _ = find_classes(root / "train")
             if odd := sorted(set(trained) ^ set(self.class_names)):
                 raise ValueError(
-                    f"train/ and val/ of {root} must have the same classes, {len(odd)} are in one alone, the first is {odd[0]}"
+                    f"train/ and val/ of {root} must have the same classes, {len(odd)} are in only one of them, the first is {odd[0]}"
                 )
         if len(self.class_names) > classes:
             raise ValueError(f"{root / split} has {len(self.class_names)} classes, more than num_classes={classes}")

@@ -1,4 +1,4 @@
-"""Read image files of any kind as RGB."""
+"""Reading of image files of any kind as RGB."""
 
 from pathlib import Path
 from typing import BinaryIO
@@ -21,7 +21,7 @@ def read_image(path: str | Path | BinaryIO, kind: str = "image") -> Image.Image:
 
     Args:
         path: the file, or its content as a stream.
-        kind: what error messages call it.
+        kind: the name of the file in error messages.
 
     Raises:
         FileNotFoundError: there is no such file; the message names it.

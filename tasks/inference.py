@@ -1,4 +1,4 @@
-"""Labels for pictures of any size, optionally at several scales, mirrored, and window by window."""
+"""Label prediction for pictures of any size, optionally at several scales, mirrored, and in windows."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
-# Windows begin at multiples of this, which all strides of networks divide, so that cells of their maps coincide.
+# Windows begin at multiples of this number. The strides of all networks divide it, so that the cells of their maps coincide.
 ALIGNMENT = 32
 
 SMALLEST_WINDOW = 4 * ALIGNMENT
 
-# So many scores at the size of the labels are held at a time.
+# Number of scores at the size of the labels that are held at a time.
 BAND = 2**24
 
 
 def check_inference(scales: Sequence[float], window: int | None) -> None:
-    """Raise ValueError for scales or a window that `predict_labels` cannot work with."""
+    """Raise ValueError if `predict_labels` does not support the scales or the window."""
     if not isinstance(scales, Sequence) or not scales or min(scales) <= 0:
         raise ValueError(f"scales must be a list of one or more numbers above 0, got {scales}")
     if window is not None and window < SMALLEST_WINDOW:
@@ -27,7 +27,7 @@ def check_inference(scales: Sequence[float], window: int | None) -> None:
 
 
 def _interpolate(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Sample `x` [N, C, h, w] bilinearly where rows and columns, -1..1 from edge to edge, cross -> [N, C, rows, columns]."""
+    """Sample `x` [N, C, h, w] bilinearly at all pairs of rows and columns, -1..1 from edge to edge -> [N, C, rows, columns]."""
     grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).to(x.device, x.dtype)
     return F.grid_sample(x, grid.expand(len(x), -1, -1, -1), padding_mode="border", align_corners=False)
 
@@ -77,8 +77,8 @@ def predict_labels(
         network: maps images [N, 3, h, w] to logits [N, classes, ceil(h / s), ceil(w / s)], where s divides 32.
         base: resizes images to scale 1; None keeps their size.
         scales: factors of that size.
-        flip: average over mirrored images, too.
-        window: the largest height and width that the network sees; larger images are cut into overlapping windows. None is unlimited.
+        flip: also average over mirrored images.
+        window: the largest height and width that the network sees; larger images are divided into overlapping windows. None means no limit.
     """
     whole = base(images) if base else images
     views = [whole if scale == 1 else resize(images, [max(1, round(scale * side)) for side in whole.shape[-2:]]) for scale in scales]

@@ -44,15 +44,15 @@ def shrink(image: Tensor, mask: Tensor, max_side: int | None) -> tuple[Tensor, T
 
 
 class Inpainting(Task):
-    """Train and evaluate a generator that maps (images [N, 3, H, W] in [-1, 1], masks [N, 1, H, W]) to images in [-1, 1].
+    """Task that trains and evaluates a generator from (images [N, 3, H, W] in [-1, 1], masks [N, 1, H, W]) to images in [-1, 1].
 
     The result is the generator's output inside the hole and the input outside. The loss has three parts: the mean absolute error in the
-    hole, the mean absolute error outside, and an adversarial loss (hinge) over the patches of the result that the hole touches. Each is
+    hole, the mean absolute error outside, and an adversarial loss (hinge) over the patches of the result that overlap the hole. Each is
     averaged over an image and then over images.
 
-    One optimizer steps generator and discriminator together, with gradients at the same weights (simultaneous gradient descent). Adam's
-    state belongs to single parameters, so this equals two optimizers with the same settings. Lightning's accumulation, loss scaling,
-    multiple processes and resuming work as in every other training here, because a step is one optimizer step.
+    One optimizer steps generator and discriminator together, with gradients at the same weights (simultaneous gradient descent). Adam keeps
+    its state for each parameter, so that this equals two optimizers with the same settings. A step is one optimizer step, so that
+    Lightning's accumulation, loss scaling, multiple processes and resuming work as in the other tasks.
 
     Scores are averages over images, over the whole area ("val/L1", "val/psnr", "val/ssim") and over the hole alone ("val/L1_hole",
     "val/psnr_hole"). L1 is the mean absolute error of values in [0, 1]; the paper's percentages are 100 times that. PSNR is in dB.
@@ -86,7 +86,7 @@ class Inpainting(Task):
         self.scores = register_metrics({name: MeanMetric() for name in ("L1", "psnr", "ssim", "L1_hole", "psnr_hole")})
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Fill the holes of images [N, 3, H, W] in [0, 1], where masks [N, 1, H, W] are 1 -> [N, 3, H, W] in [0, 1]; None is no hole."""
+        """Fill the holes of images [N, 3, H, W] in [0, 1], where masks [N, 1, H, W] are 1 -> [N, 3, H, W] in [0, 1]; None means no hole."""
         masks = torch.zeros_like(images[:, :1]) if masks is None else masks
         generated = self.model(2 * images - 1, masks).to(images.dtype)
         return torch.where(masks > 0, (generated + 1) / 2, images)
@@ -133,7 +133,7 @@ class Inpainting(Task):
         return [{"params": list(network.parameters())} for network in (self.model, self.discriminator)]
 
     def read(self, path: Path, mask_path: Path | None, max_side: int) -> tuple[Tensor, Tensor, int]:
-        """Read a photograph [3, H, W] in [0, 1] at its own size and its mask [1, H, W], 1 in the hole; `max_side` is handed on.
+        """Read a photograph [3, H, W] in [0, 1] at its own size and its mask [1, H, W], 1 in the hole; return `max_side` with them.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing or cannot be used, or photograph and mask differ in size.
@@ -166,7 +166,7 @@ class Inpainting(Task):
         return self.predict(image, mask, max_side)
 
     def view(self, image: Tensor, mask: Tensor, max_side: int | None = None) -> View:
-        """Return what the generator sees of an image [3, H, W] in [0, 1] with a hole, see `predict`."""
+        """Return the input of the generator for an image [3, H, W] in [0, 1] with a hole, see `predict`."""
         small, hole = shrink(image, mask, max_side)
         inputs = (2 * small[None].to(self.device) - 1, hole[None].to(self.device))
         return View(self.model, inputs, self.show(image, mask))

@@ -1,4 +1,4 @@
-"""Randomness keyed by (seed, epoch, index): a sample depends neither on the worker that draws it, nor on the order, nor on a resume."""
+"""Randomness keyed by (seed, epoch, index): a sample does not depend on the worker that draws it, on the order, or on a resumption."""
 
 import contextlib
 import random

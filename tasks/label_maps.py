@@ -1,4 +1,4 @@
-"""Images with files that give every pixel a label, of any data set."""
+"""The base of data sets with an annotation file that gives every pixel of an image a label."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ class LabelMaps(ImageFiles):
     """Images with a map of classes: item (image [3, H, W] float32 in [0, 1], map [H, W] int64), 255 where the class is ignored.
 
     `transforms` maps (tv_tensors.Image uint8, tv_tensors.Mask int64) to another such pair, for instance by torchvision.transforms.v2; a
-    transform that pads must fill the mask with 255. A damaged file is an error in training, too. See `ImageFiles`.
+    transform that pads must fill the mask with 255. A damaged file is also an error in training. See `ImageFiles`.
 
     Args:
         images, annotations: the files, in the same order; annotations are 8-bit grey or indexed.
@@ -30,7 +30,8 @@ class LabelMaps(ImageFiles):
 
     Raises:
         FileNotFoundError: an image has no annotation.
-        ValueError: on access, naming the file: it cannot be read, image and annotation differ in size, or it holds another label.
+        ValueError: when an item is read, its file cannot be read, image and annotation differ in size, or the annotation holds another
+            label; the message names the file.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class LabelMaps(ImageFiles):
         transforms: Callable[[Tensor, Tensor], tuple] | None = None,
         seed: int = 0,
     ) -> None:
-        # list each folder once: asking for every file takes minutes on network file systems
+        # each folder is listed once, because a query for every file takes minutes on network file systems
         present = {path for folder in {path.parent for path in annotations} if folder.is_dir() for path in folder.iterdir()}
         if missing := [path for path in annotations if path not in present]:
             raise FileNotFoundError(f"{len(missing)} of {len(images)} images have no annotation, the first is {missing[0]}")

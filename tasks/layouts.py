@@ -1,4 +1,4 @@
-"""Write scenes to files in the layouts of COCO 2017, ADE20K, ImageNet and Places365, for any reader of those data sets."""
+"""Scenes as files in the layouts of COCO 2017, ADE20K, ImageNet and Places365, for any reader of these data sets."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def write_scenes(
 ) -> None:
     """Write `train` training scenes and `val` validation scenes to the folder `out`; item i of a split is `Scenes(...)[i]`.
 
-    Every file appears at once and complete. A second call with the same arguments writes the files that are missing.
+    Every file appears only when it is complete. A second call with the same arguments writes the files that are missing.
 
     Args:
         layout: a key of LAYOUTS.
@@ -53,7 +53,7 @@ def write_scenes(
 
 
 def _claim(out: Path, arguments: dict) -> None:
-    """Mark the folder as one of scenes, or check that it holds scenes of the same arguments."""
+    """Mark the folder as a folder of scenes, or check that it holds scenes of the same arguments."""
     arguments = json.loads(json.dumps(arguments))
     if (out / MARKER).exists():
         found = json.loads((out / MARKER).read_text())
@@ -67,7 +67,7 @@ def _claim(out: Path, arguments: dict) -> None:
 
 
 def _write(path: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write a file that does not exist yet; it appears under its name when it is complete."""
+    """Let `save` write a file that does not exist yet; the file gets its name when it is complete."""
     if not path.exists():
         part = path.with_name(f".{path.name}.part")
         save(part)
@@ -102,7 +102,7 @@ def write_coco(out: Path, scenes: Scenes) -> None:
     name = f"{scenes.split}2017"
     pictures, images, annotations = _folder(out, name), [], []
     for scene in _each(scenes):
-        # image ids start at 1, because some programs take 0 for "none"
+        # image ids start at 1, because some programs treat 0 as "none"
         image_id = scene.index + 1
         file_name = f"{image_id:012d}.jpg"
         _write_jpeg(pictures / file_name, scene)

@@ -21,9 +21,9 @@ DrawHole = Callable[[np.random.Generator, int, int], np.ndarray]
 class FreeForm:
     """Free-form holes as a user would brush them (Yu et al., "Free-form image inpainting with gated convolution", 2018).
 
-    A hole is one to three zigzag strokes of 4 to 11 turns, round at every vertex. Steps are an eighth of the diagonal long on average, at
-    about 72 degrees; every other step turns back. The constants are those of the public code. Its mirroring has no effect there and does
-    here.
+    A hole is one to three zigzag strokes of 4 to 11 turns, round at every vertex. The average step is an eighth of the diagonal long, at
+    about 72 degrees; every other step turns back. The constants are those of the public code. Holes are also mirrored at random, which has
+    no effect in the public code.
 
     Args:
         width: least and largest width of a stroke in pixels; the default is for images of 256 pixels.
@@ -127,22 +127,22 @@ def read_mask(path: str | Path) -> np.ndarray:
     odd = pixels[(pixels > 0) & (pixels < 255)]
     if odd.size:
         raise ValueError(
-            f"mask {path} must be black (known) and white (hole) alone, got {odd.size} values between, such as {odd[0]}: "
+            f"mask {path} must contain only black (known) and white (hole), got {odd.size} values between, such as {odd[0]}: "
             f"threshold it and save it as PNG, because JPEG blurs edges"
         )
     if (pixels != pixels[..., :1]).any():
-        raise ValueError(f"mask {path} must be black (known) and white (hole) alone, got colours")
+        raise ValueError(f"mask {path} must contain only black (known) and white (hole), got colours")
     hole = pixels[..., 0] > 0
     if not hole.any():
-        raise ValueError(f"mask {path} has no hole: paint what is to be filled white (255), the rest black (0)")
+        raise ValueError(f"mask {path} has no hole: paint the pixels to fill white (255) and the others black (0)")
     return hole
 
 
 class Masked(Dataset):
     """Images with holes: item (image [3, H, W], mask [1, H, W] of the image's dtype, 1 in the hole).
 
-    A hole is a function of (seed, epoch, index) alone: `data[epoch, index]` gives training a new hole in every epoch, `data[index]` gives
-    validation the hole of epoch 0.
+    A hole is a function of (seed, epoch, index) alone. `data[epoch, index]` gives a new hole in every epoch, for training. `data[index]`
+    gives the hole of epoch 0, for validation.
 
     Args:
         images: items [3, H, W] by index or (epoch, index).

@@ -9,9 +9,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def group_parameters(model: nn.Module) -> list[dict]:
-    """Put the trainable parameters into two groups: matrices with weight decay, vectors (norms, biases, DPP's exponents) without.
+    """Divide the trainable parameters into matrices, with weight decay, and vectors (norms, biases, DPP's exponents), without.
 
-    Goyal et al. (section 5.1) and UperNet exempt norms and biases from weight decay, Saeedan et al. DPP's exponents.
+    Goyal et al. (section 5.1) and UperNet exempt norms and biases from weight decay, and Saeedan et al. exempt DPP's exponents.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed, kept = ([p for p in trainable if (p.ndim > 1) == matrix] for matrix in (True, False))
@@ -29,15 +29,15 @@ def linear_scaling(
     milestones: Sequence[float] = (30, 60, 80),
     gamma: float = 0.1,
 ) -> LambdaLR:
-    """Scale the learning rate with the batch, warm it up and step it, as Goyal et al. (2017); step after every optimizer step.
+    """Build Goyal et al.'s schedule (2017): scaling with the batch, warm-up and milestones; step it after every optimizer step.
 
     The optimizer's rate is that of `reference_batch` images. The schedule raises it linearly by the factor batch_size / reference_batch (a
-    smaller batch starts at its final rate) and multiplies it by `gamma` at each milestone. torch's LinearLR refuses factors above 1.
+    smaller batch starts at its final rate) and multiplies it by `gamma` at each milestone. torch's LinearLR does not allow factors above 1.
 
     Args:
         total_iters: steps of the training.
         batch_size: the global batch.
-        epochs: length of the training that `warmup_epochs` and `milestones` are stated for; they scale with the actual length.
+        epochs: length of the training to which `warmup_epochs` and `milestones` refer; they scale with the actual length.
     """
     scale, per_epoch = batch_size / reference_batch, total_iters / epochs
     return _warmup_and_steps(optimizer, min(scale, 1), scale, warmup_epochs * per_epoch, [m * per_epoch for m in milestones], gamma)
@@ -53,11 +53,11 @@ def stepped(
     warmup_iters: int = 500,
     warmup_factor: float = 1 / 3,
 ) -> LambdaLR:
-    """Step the learning rate after a linear warm-up: the 1x schedule of Detectron and MMDetection; step after every optimizer step.
+    """Build the 1x schedule of Detectron and MMDetection: linear warm-up and milestones; step it after every optimizer step.
 
     Args:
         total_iters: steps of the training.
-        epochs: length of the training that `milestones` are stated for; they scale with the actual length, so that 24 epochs make the 2x
+        epochs: length of the training to which `milestones` refer; they scale with the actual length, so that 24 epochs give the 2x
             schedule.
         gamma: factor of the rate at each milestone.
         warmup_iters: steps in which the rate rises from `warmup_factor` of its value to its value; they do not scale.
@@ -66,7 +66,7 @@ def stepped(
 
 
 def _warmup_and_steps(optimizer: Optimizer, start: float, end: float, warmup: float, milestones: Sequence[float], gamma: float) -> LambdaLR:
-    """Make a schedule whose factor goes from `start` to `end` in `warmup` steps and is multiplied by `gamma` at each milestone."""
+    """Build a schedule whose factor goes from `start` to `end` in `warmup` steps and is multiplied by `gamma` at each milestone."""
 
     def factor(step: int) -> float:
         done = min(step / warmup, 1) if warmup else 1

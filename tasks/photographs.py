@@ -1,11 +1,12 @@
 """Real images that pip installs with scikit-learn and scikit-image: photographs and scanned digits, split for training and validation.
 
 Only files inside the two wheels are used; nothing is downloaded. Three photographs are omitted on purpose: `page` and `text` show
-writing, which may contain digits without a label; `motorcycle_right` is `motorcycle_left` seen from a few centimetres aside, which would
-defeat a split by photograph.
+writing, which may contain digits without a label; `motorcycle_right` shows `motorcycle_left` from a few centimetres to the side, which
+would defeat a split by photograph.
 
-The split is by photograph and not by regions of photographs, because few photographs suffice. A small U-Net (0.4 M parameters), trained on
-16,000 scenes of 64 pixels, reached the following mIoUs on 600 scenes each. Unknown photographs cost nothing, and unknown scans little:
+The split is by photograph and not by region of a photograph, because few photographs suffice. A small U-Net (0.4 M parameters), trained on
+16,000 scenes of 64 pixels, reached the following mIoUs on 600 scenes each. Unknown photographs do not lower the score, and unknown scans
+lower it little:
 
     digits of      training photographs    validation photographs
     training              0.403                   0.404
@@ -22,7 +23,7 @@ from PIL import Image
 
 from .splits import check_split
 
-# Textures, micrographs and sky stay in training; validation has everyday photographs, one night shot, one grey one and one texture.
+# Textures, micrographs and sky are for training; validation has everyday photographs, a night shot, a grey photograph and a texture.
 PHOTOGRAPHS = {
     "train": (
         "china.jpg",

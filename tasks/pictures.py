@@ -1,4 +1,4 @@
-"""Pictures of what a network predicts."""
+"""Pictures of predictions."""
 
 import colorsys
 import math
@@ -17,12 +17,12 @@ from torchvision.utils import make_grid, save_image
 from .data import get_data
 from .task import Task
 
-# Least sides in pixels of a picture that is drawn on, and of a picture beside others.
+# Least side in pixels of a picture that is drawn on, and of a picture in a grid.
 DRAWN_SIDE, GRID_SIDE = 320, 160
 
 
 def enlarge(picture: Tensor, factor: int | None = None) -> Tensor:
-    """Repeat pixels [..., H, W] -> [..., factor * H, factor * W]; None takes the factor that makes the longer side at least DRAWN_SIDE."""
+    """Repeat pixels [..., H, W] -> [..., factor * H, factor * W]; None means the factor that makes the longer side at least DRAWN_SIDE."""
     factor = factor or -(-DRAWN_SIDE // max(picture.shape[-2:]))
     return picture.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
@@ -36,7 +36,7 @@ def pick_colors(size: int) -> list[tuple[int, int, int]]:
 
 
 def overlay(image: Tensor, labels: Tensor, *, unpainted: Collection[int], alpha: float = 0.6) -> Tensor:
-    """Colour the labels [H, W] over an image [3, H, W] in [0, 1]; `unpainted` labels are left out."""
+    """Colour the labels [H, W] over an image [3, H, W] in [0, 1]; `unpainted` labels are not coloured."""
     colors = torch.tensor(pick_colors(int(labels.max()) + 1)).float() / 255
     opacity = torch.full([len(colors)], alpha)
     opacity[[label for label in unpainted if label < len(colors)]] = 0
@@ -60,20 +60,20 @@ def draw_instances(
     instances = list(zip(boxes.tolist(), names, colors, strict=True))[::-1]
     for box, _, color in instances:
         draw.rectangle(box, outline=color, width=2)
-    # after the boxes, so that none crosses a name
+    # names follow all boxes, so that no box crosses a name
     for (left, top, _, _), name, color in instances:
         width, height = math.ceil(font.getlength(name)) + 4, sum(font.getmetrics())
         # above the box where there is room, and never beyond the right edge
         x, y = max(0, min(left, picture.width - width)), max(0, top - height)
         draw.rectangle((x, y, x + width, y + height), fill=color)
-        # the brightness that the eye perceives
+        # perceived brightness
         bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 128
         draw.text((x + 2, y), name, "black" if bright else "white", font)
     return pil_to_tensor(picture).float() / 255
 
 
 def draw_legend(names: dict[int, str], width: int) -> Tensor:
-    """Draw each label's colour in `overlay` and its name, in lines of `width` pixels -> [3, 12 * lines, width] in [0, 1]."""
+    """Draw a legend of label names with their colours in `overlay`, in lines of `width` pixels -> [3, 12 * lines, width] in [0, 1]."""
     font, lines, x = ImageFont.load_default(), [[]], 0
     for label, name in names.items():
         step = 14 + math.ceil(font.getlength(name))
@@ -108,7 +108,7 @@ def arrange(rows: list[list[Tensor]]) -> Tensor:
 
 
 class Pictures(L.Callback):
-    """After training, write the task's pictures of the first `count` validation samples, all to pictures.png and each to pictures/."""
+    """Callback that writes pictures of the first `count` validation samples after training, all to pictures.png and each to pictures/."""
 
     def __init__(self, folder: str | Path, count: int = 6) -> None:
         self.folder, self.count = Path(folder), count

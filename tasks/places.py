@@ -1,4 +1,4 @@
-"""Photographs alone: Places365 as its archives unpack, or any two folders of images."""
+"""Photographs without labels: Places365 in the layouts of its archives, or any two folders of images."""
 
 import os
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class Places(ImageFiles):
         folder = next((Path(root) / name for name in FOLDERS[split] if (Path(root) / name).is_dir()), None)
         if folder is None:
             raise FileNotFoundError(f"root={root} should hold the {split} images of Places365 in a folder {' or '.join(FOLDERS[split])}")
-        # strings: a million Path objects take a gigabyte
+        # strings, because a million Path objects take a gigabyte
         self.names = sorted(os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names if is_image(Path(name)))
         if not self.names:
             raise FileNotFoundError(f"{folder} holds no images")

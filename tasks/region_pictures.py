@@ -17,12 +17,12 @@ RED = (1.0, 0.1, 0.1)
 def draw_regions(view: View, path: str | Sequence[str], locations: Sequence[tuple[float, float]]) -> Tensor:
     """Draw where the features at each location come from: a row for each location, over the picture and over every map of a path.
 
-    Sources are red, and the higher their weight, the deeper the red. The location is a green dot. Maps show the norm of their features in
-    the order of computation: the first is the coarsest on an upsampling path and the finest on a downsampling path. The picture is shaded
-    with the weights of the first map.
+    Sources are red, and a stronger red means a larger weight. A green dot marks the location. Maps show the norm of their features, in the
+    order of computation: the first is the coarsest on an upsampling path and the finest on a downsampling path. The picture shows the
+    weights of the first map in red.
 
     Args:
-        view: the picture and the network that sees it.
+        view: the picture, the network and its inputs.
         path: names or patterns of the network's CARAFE modules, see `carafepp.models.regions.trace_regions`.
         locations: (down, across), as fractions of the picture.
 

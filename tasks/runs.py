@@ -28,14 +28,14 @@ from .task import Task
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that a reader never meets half of it, even after a kill."""
+    """Write a file under a temporary name and rename it, so that a reader never finds an incomplete file, even after a kill."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     temporary.replace(path)
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows by `write_atomically`, with every column that any row has; a value that is None or missing is empty."""
+    """Write rows with `write_atomically`, with every column that any row has; a value that is None or missing is empty."""
     text = io.StringIO()
     table = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
     table.writeheader()
@@ -55,7 +55,7 @@ def hash_weights(model: nn.Module) -> str:
 def count_flops(model: nn.Module, image: torch.Tensor) -> int:
     """Count the floating-point operations, two for each multiply-add, of one inference on an image [3, H, W].
 
-    A task is counted under its full load, see `Task.full_load`.
+    The FLOPs of a task are counted in its context `Task.full_load`.
     """
     training, load = model.training, model.full_load() if isinstance(model, Task) else contextlib.nullcontext()
     # a compiled network hides its operators from the counter
@@ -66,7 +66,7 @@ def count_flops(model: nn.Module, image: torch.Tensor) -> int:
 
 
 class LastCheckpoint(L.Callback):
-    """Write `folder`/last.ckpt every `every_n_steps` optimizer steps and after each validation.
+    """Callback that writes `folder`/last.ckpt every `every_n_steps` optimizer steps and after each validation.
 
     If a validation follows a step, the checkpoint is written after it, because Lightning does not repeat an interrupted validation.
     """
@@ -89,7 +89,7 @@ class LastCheckpoint(L.Callback):
 
 
 class RandomState(L.Callback):
-    """Carry the states of the random generators through checkpoints."""
+    """Callback that stores the states of the random generators in checkpoints and restores them."""
 
     def __init__(self) -> None:
         self.restored: dict | None = None
@@ -124,7 +124,7 @@ class RandomState(L.Callback):
 
 
 class RunRecord(L.Callback):
-    """Write metrics.csv while training and result.json at its end.
+    """Callback that writes metrics.csv during training and result.json at its end.
 
     Args:
         folder: the run folder.
@@ -139,11 +139,11 @@ class RunRecord(L.Callback):
 
     @staticmethod
     def _clocks() -> dict[str, float]:
-        # cpu_seconds sums over all threads and stands still while other programs have the processor
+        # cpu_seconds sums over all threads and does not advance while other programs use the processor
         return {"seconds": time.monotonic(), "cpu_seconds": time.process_time()}
 
     def _spent(self) -> dict[str, float]:
-        """Return the seconds by either clock, including those before an interruption."""
+        """Return the wall-clock and CPU seconds, including those before an interruption."""
         return {name: round(self.spent[name] + now - self.started[name], 1) for name, now in self._clocks().items()}
 
     def state_dict(self) -> dict:

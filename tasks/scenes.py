@@ -1,4 +1,4 @@
-"""Scenes: scanned digits on crops of photographs, with exact masks, boxes, classes and semantic maps; made on the fly, without downloads.
+"""Scenes: scanned digits on crops of photographs, with exact masks, boxes, classes and semantic maps; generated without downloads.
 
 A scene contains one large digit, the *dominant* one, and optionally smaller digits on top of it and of each other. Each digit is a real
 scan, slanted, stretched, rotated by at most 20 degrees (so that 6 and 9 remain distinct), and coloured to differ in luminance from its
@@ -74,16 +74,18 @@ class Scene(NamedTuple):
 
 
 def compose(split: str, size: tuple[int, int], key: tuple[int, int, int], objects: tuple[int, int]) -> Scene:
-    """Make the scene of `key` (seed, epoch, index): `size` is (height, width) in pixels, `objects` the least and largest number of digits.
+    """Generate the scene of `key` (seed, epoch, index): `size` is (height, width) in pixels, `objects` the least and largest number of
+    digits.
 
-    A digit is omitted if every place that is tried hides too much of the others, so that crowded scenes can contain fewer digits.
+    A digit is omitted if it would hide too much of the others at every place that is tried. Crowded scenes can therefore contain fewer
+    digits.
     """
     rng = np.random.default_rng((SPLITS.index(split), *key))
     image = _background(rng, load_photographs(split), *size)
     owner = np.zeros(size, np.uint8)
     labels, areas = [], [0]
     for position in range(rng.integers(objects[0], objects[1] + 1)):
-        # dominant digits take turns, so that any ten consecutive scenes contain all classes
+        # dominant digits cycle, so that any ten consecutive scenes contain all classes
         digit = int(rng.integers(10)) if position else key[-1] % 10
         scans = load_digit_scans(split)[digit]
         low, high = HEIGHT if position else DOMINANT_HEIGHT
@@ -203,8 +205,8 @@ class Scenes(Dataset):
     """Scenes as a data set for one task.
 
     Images are float32 [3, H, W] in [0, 1], not normalised (see MEAN, STD). An item depends only on (seed, split, size, objects, epoch,
-    index), and not on order, worker or process. `scenes[index]` is of epoch 0; `scenes[epoch, index]` gives training new scenes in every
-    epoch.
+    index), and not on order, worker or process. `scenes[index]` belongs to epoch 0; `scenes[epoch, index]` gives new scenes in every epoch,
+    for training.
 
     Args:
         split: "train" or "val".
@@ -212,8 +214,8 @@ class Scenes(Dataset):
         size: side, or (height, width), in pixels, each at least 16.
         seed: fixes the scenes.
         objects: least and largest number of digits in a scene.
-        view: what an item is: "classification" (image, digit), "segmentation" (image, class map), "detection" (image, torchvision's target
-            with masks), or "photograph" (a crop without digits, for inpainting).
+        view: the form of an item: "classification" (image, digit), "segmentation" (image, class map), "detection" (image, torchvision's
+            target with masks), or "photograph" (a crop without digits, for inpainting).
 
     Raises:
         ValueError: an argument is out of its domain.

@@ -20,7 +20,7 @@ def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
     """Compute the scores of a whole set from its confusion matrix [classes, classes], whose rows are the truth.
 
     Returns:
-        "IoU" [classes], NaN for a class that is in neither truth nor prediction; "mIoU", the mean over the other classes;
+        "IoU" [classes], NaN for a class that is neither in the truth nor in the prediction; "mIoU", the mean over the other classes;
         "pixel_accuracy".
     """
     confusion = confusion.double()
@@ -30,12 +30,12 @@ def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
 
 
 def reduce_labels(labels: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Take labels [N, H, W] at the centres of the cells of a map -> [N, *size]; bilinear interpolation puts a cell's logits there, too."""
+    """Take labels [N, H, W] at the centres of the cells of a map -> [N, *size]; bilinear interpolation of logits uses the same centres."""
     return F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].long()
 
 
 class PadToStride:
-    """Merge samples of several sizes: pad images with 0 and labels with 255 to the largest size, rounded up to a multiple of `stride`."""
+    """Collate function: pads images with 0 and labels with 255 to the largest size of the batch, rounded up to a multiple of `stride`."""
 
     def __init__(self, stride: int) -> None:
         self.stride = stride
@@ -53,9 +53,9 @@ class PadToStride:
 
 
 class Segmentation(Task):
-    """Train and evaluate a network that maps images [N, 3, H, W] to logits [N, classes, h, w], where h and w are a fraction of H and W.
+    """Task that trains and evaluates a network from images [N, 3, H, W] to logits [N, classes, h, w], with h and w a fraction of H and W.
 
-    The loss is computed at the resolution of the logits, with labels by nearest neighbour, as in UperNet's reference implementation. Scores
+    The loss is computed at the resolution of the logits, with nearest-neighbour labels, as in UperNet's reference implementation. Scores
     are computed at the resolution of the labels, with logits interpolated bilinearly.
 
     Args:
@@ -70,7 +70,8 @@ class Segmentation(Task):
     Raises:
         ValueError: a scale is not above 0, or the window is too small.
 
-    A row of `per_class` holds a class, its IoU (None if it is in neither truth nor prediction) and its pixels in the truth.
+    A row of `per_class` holds a class, its IoU (None if the class is neither in the truth nor in the prediction) and its pixels in the
+    truth.
     """
 
     monitor = "val/mIoU"
@@ -102,21 +103,21 @@ class Segmentation(Task):
         self.confusion = MulticlassConfusionMatrix(len(class_names), ignore_index=IGNORED)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images [N, 3, H, W] in [0, 1] to logits at the network's resolution, in training to a tuple with auxiliary logits if any."""
+        """Map images [N, 3, H, W] in [0, 1] to logits at the network's resolution; in training, auxiliary logits may follow in a tuple."""
         return self.model(normalize(images, self.mean, self.std))
 
     def setup(self, stage: str) -> None:
-        """Check that the network has as many classes as the data.
+        """Check that the network has enough classes for the data.
 
         Raises:
-            ValueError: the data has more.
+            ValueError: the data has more classes than the network.
         """
         for name in ("train", "val"):
             classes = getattr(getattr(get_data(self.trainer), name), "num_classes", 0)
             if classes > len(self.class_names):
                 raise ValueError(
                     f"class_names must name the {classes} classes of data.{name}, got {len(self.class_names)} names; "
-                    f"where the files have no more, +data.{name}.classes={len(self.class_names)}"
+                    f"if the files have no more classes than that, set +data.{name}.classes={len(self.class_names)}"
                 )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -155,7 +156,7 @@ class Segmentation(Task):
         return self._paint(image, self.predict(image))
 
     def view(self, image: Tensor) -> View:
-        """Return what the network sees of an image [3, H, W] in [0, 1]: the whole of it, at scale 1."""
+        """Return the input of the network for an image [3, H, W] in [0, 1]: the whole image, at scale 1."""
         seen = image[None].to(self.device)
         seen = base(seen) if (base := self.inference["base"]) else seen
         return View(self.model, (normalize(seen, self.mean, self.std),), image)

@@ -1,4 +1,4 @@
-"""WebDataset shards, tar files that are read as streams, for clusters and object stores. Needs carafepp[shards]."""
+"""WebDataset shards: tar files that are read as streams, for clusters and object stores. They need carafepp[shards]."""
 
 import io
 import random
@@ -24,18 +24,18 @@ class Shards(IterableDataset):
     A sample of a shard is an image (jpg, jpeg, png, webp) and the number of its class (cls) under one name. Every process and worker reads
     its own shards, in an order fixed by (seed, epoch), through a buffer that shuffles samples.
 
-    A training that continues at batch `start` skips the shards that were read before. It continues at a shard and not at a sample, so that
+    A training that continues at batch `start` skips the shards that were already read. It continues at the beginning of a shard, so that
     one epoch repeats some samples and omits others. Data sets that are not streams continue exactly.
 
     Args:
         shards: names, paths or addresses, as webdataset opens them; "train-{0000..0127}.tar" means 128.
         transforms: maps a PIL image to another; its randomness is a function of (seed, epoch, name of the sample).
         seed: fixes orders and transforms.
-        buffer: the number of samples that are shuffled among each other.
+        buffer: the number of samples in the shuffling buffer.
 
     Raises:
         ModuleNotFoundError: webdataset is missing.
-        ValueError: there are fewer shards than readers; while reading, naming shard and sample, an image or a label cannot be read.
+        ValueError: there are fewer shards than readers, or an image or a label cannot be read; the message then names shard and sample.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class ShardData(Data):
         """Return a loader whose single pass is the whole training."""
         train, trainer = self.train, self._attached()
         accumulate, train.rank, train.world_size = trainer.accumulate_grad_batches, trainer.global_rank, trainer.world_size
-        # a stream needs the number of batches, and nothing else of TrainBatches
+        # a stream only needs the number of batches from TrainBatches
         train.batches = len(
             TrainBatches(
                 self.length, self.batch_size, epochs=self.epochs, seed=self.seed, accumulate=accumulate, world_size=train.world_size

@@ -1,4 +1,4 @@
-"""The contract of a task: what the commands ask of a network, its training, its scores and its pictures."""
+"""The contract of a task: the interface through which the commands use a network, its training, its scores and its pictures."""
 
 import contextlib
 from abc import ABC, abstractmethod
@@ -32,7 +32,7 @@ def register_metrics(named: Mapping[str, Metric]) -> Mapping[str, Metric]:
 
 
 class View(NamedTuple):
-    """A picture as a task's network sees it."""
+    """A picture as input of a task's network."""
 
     network: nn.Module
     # arguments of the network, for this picture alone
@@ -49,7 +49,7 @@ class Task(L.LightningModule, ABC):
     A subclass names its `monitor` and the monitor's `direction`, implements the abstract methods, and logs its scores as "val/NAME".
     The items of its data sets begin with an image [3, H, W] in [0, 1].
 
-    A new task takes a module with the subclass, its data sets, and the files conf/task/NAME.yaml and conf/setting/NAME_small.yaml.
+    A new task consists of a module with the subclass, its data sets, and the files conf/task/NAME.yaml and conf/setting/NAME_small.yaml.
 
     Args:
         model: the network.
@@ -62,9 +62,9 @@ class Task(L.LightningModule, ABC):
         direction: whether the "max" or the "min" of the monitor is best.
         takes_mask: whether `read` needs a mask for every image.
         bench_size: height and width in pixels of the image that `carafepp-bench models` measures the network on.
-        flops_size: height and width in pixels of the image that the FLOPs of a run are counted for; None is the size of the first
+        flops_size: height and width in pixels of the image for which the FLOPs of a run are counted; None means the size of the first
             validation image.
-        per_class: rows of the last validation, one for each class, which are written to per_class.csv; empty if there are none.
+        per_class: rows of the last validation, one for each class, for per_class.csv; empty if the task has no scores of classes.
     """
 
     monitor: ClassVar[str]
@@ -100,7 +100,7 @@ class Task(L.LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def full_load(self) -> AbstractContextManager[None]:
-        """Return a context in which the network computes as much as any image can make it compute; FLOPs are counted inside."""
+        """Return a context in which every image takes the largest possible number of operations; FLOPs are counted in this context."""
         return contextlib.nullcontext()
 
     def read(self, path: Path, mask_path: Path | None, max_side: int) -> tuple[Any, ...]:
@@ -119,7 +119,7 @@ class Task(L.LightningModule, ABC):
 
     @abstractmethod
     def predict(self, *inputs: Any, **options: Any) -> Any:
-        """Return what the network predicts for the inputs of one photograph, on the CPU."""
+        """Return the prediction for the inputs of one photograph, on the CPU."""
 
     @abstractmethod
     def draw(self, *inputs: Any, **options: Any) -> Tensor:
@@ -127,7 +127,7 @@ class Task(L.LightningModule, ABC):
 
     @abstractmethod
     def view(self, *inputs: Any, **options: Any) -> View:
-        """Return what the network sees of the inputs of one photograph."""
+        """Return the picture and the network's inputs for one photograph."""
 
     def show(self, *inputs: Any, **options: Any) -> Tensor:
         """Draw the inputs of one photograph without a prediction -> [3, height, width] in [0, 1]; here the image itself."""
@@ -135,4 +135,4 @@ class Task(L.LightningModule, ABC):
 
     @abstractmethod
     def pictures(self, sample: Any) -> dict[str, Tensor]:
-        """Draw one validation sample -> pictures [3, H, W] in [0, 1] by name: "image", "truth", "prediction", and what else helps."""
+        """Draw one validation sample -> pictures [3, H, W] in [0, 1] by name: "image", "truth", "prediction" and any others."""
