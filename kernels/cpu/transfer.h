@@ -1,4 +1,4 @@
-// Between maps in memory and planes of a tile, a row at a time, while the part of the map that comes later is prefetched.
+// Copies between maps in memory and planes of a tile, one row at a time, with a prefetch of the map that comes later.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +38,7 @@ template <class T, class Order, int U, int W, int STEP = 1> inline Vector<T> gat
     else return gather<T, Order, U, W, STEP + 1>(v, gather_step<T, Order, W, STEP>(first, v[STEP], std::make_index_sequence<LANES<T>>{}));
 }
 
-// `count` cells of U adjacent values each to U planes, and back.
+// Copies `count` cells of U adjacent values each to U planes, and back.
 template <int U, class S, class T, std::size_t... I>
 inline void split_adjacent(const S* from, T* to, Index plane, Index count, std::index_sequence<I...>) {
     for (; count >= LANES<T>; count -= LANES<T>, from += U * LANES<T>, to += LANES<T>) {
@@ -60,7 +60,7 @@ inline void merge_adjacent(const T* from, Index plane, S* to, Index count, std::
     (store_part<T>(to + I * LANES<T>, gather<T, Merge<U, LANES<T>>, U, int(I)>(v, v[0]), count * U - Index(I) * LANES<T>), ...);
 }
 
-// The same for values `stride` apart; U = 0 stands for any number of phases and any stride.
+// The same for values `stride` apart; U = 0 means any number of phases and any stride.
 template <int U, class S, class T> inline void split_row(const S* from, Index stride, T* to, Index plane, Index phases, Index count) {
     if constexpr (U) return split_adjacent<U>(from, to, plane, count, std::make_index_sequence<U>{});
     for (Index u = 0; u < phases; ++u)
@@ -81,8 +81,8 @@ template <class F> inline void with_phases(Index phases, Index stride, F&& f) {
     else f(std::integral_constant<int, 4>{});
 }
 
-// A map [height, width] of one channel, whose row q * phases + u belongs to cell q and phase u. Maps of many channels are visited in turn
-// and lie too far apart for the processor to foresee: while one is read or written, the same part of `next` is fetched.
+// A map [height, width] of one channel, whose row q * phases + u belongs to cell q and phase u. The maps of the channels lie too far apart
+// for the hardware prefetcher. While one is read or written, the same part of `next` is therefore prefetched.
 template <class S> struct MapView {
     S *data, *next;
     Index row_stride, column_stride, height, width, phases;
@@ -92,8 +92,8 @@ template <int WRITE, class S> inline void fetch(const S* from, Index count) {
     for (Index i = 0; i < count + line - 1; i += line) __builtin_prefetch(from + i, WRITE);
 }
 
-// Reads the cells of the task's tile and around it into planes [phases * phases], the first at `planes` and then `plane` values apart;
-// `fill` stands for what lies outside the map.
+// Reads the cells of the task's tile and around it into planes [phases * phases], the first at `planes` and the others `plane` values
+// apart; `fill` is the value outside the map.
 template <int U, class S, class T>
 NOINLINE void read_rows(const Task& task, const MapView<const S>& map, const Reach& reach, T fill, T* planes, Index plane) {
     const Tile& tile = task.tile;
@@ -149,7 +149,7 @@ template <class S, class T> void write_map(const Task& task, const T* planes, In
     });
 }
 
-// Channels from a map to the one that is fetched meanwhile.
+// Distance, in channels, from a map to the map that is prefetched meanwhile.
 constexpr Index CHANNELS_AHEAD = 2, LOGITS_AHEAD = 8;
 
 // x or dx, and y or dy: a channel of the task's group.
