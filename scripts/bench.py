@@ -1,4 +1,4 @@
-"""carafepp-bench: the operator beside its rivals; with a first argument `samplers`, `models` or `growth`, another bench."""
+"""carafepp-bench: the operator beside other implementations; the first argument `samplers`, `models` or `growth` selects another bench."""
 
 from .benching import bench_growth, bench_models, bench_operator, bench_samplers
 from .common.app import dispatch

@@ -1,4 +1,4 @@
-"""carafepp-inspect: compile every kernel for GPUs that this machine need not have, and report on the machine code."""
+"""carafepp-inspect: compile every kernel for GPUs that need not be present, and report on the machine code."""
 
 import importlib.util
 import itertools
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def find_kernels(options: Mapping[str, Any], capability: int) -> Iterator[tuple[dict[str, str], "Launch"]]:
-    """Yield every different kernel that the operator launches at the sites, with the first site and options that launch it."""
+    """Yield every distinct kernel that the operator launches at the sites, with the first site and options that launch it."""
     from ..kernels.gpu.tile_geometry import DIRECTIONS
     from ..kernels.gpu.training_step import build_training_step
 
@@ -41,7 +41,7 @@ def find_kernels(options: Mapping[str, Any], capability: int) -> Iterator[tuple[
 
 
 def format_table(rows: list[dict]) -> str:
-    """Format rows of the same keys as aligned columns."""
+    """Format rows with the same keys as aligned columns."""
     heads = [name.replace("_", " ") for name in rows[0]]
     lines = [heads] + [[format_value(value) for value in row.values()] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
@@ -49,7 +49,7 @@ def format_table(rows: list[dict]) -> str:
 
 
 def format_value(value: object) -> str:
-    """Format a count, a share (per cent) or the counts of several instructions."""
+    """Format a count, a share (in per cent) or the counts of several instructions."""
     if isinstance(value, dict):
         return " ".join(f"{count} {name}" for name, count in value.items()) or "-"
     return f"{value:.0%}" if isinstance(value, float) else str(value)

@@ -54,14 +54,14 @@ def load_tasks(cfg: DictConfig) -> dict[str, Task]:
     """Load the tasks of one or several checkpoints, each labelled with the overrides of its run.
 
     Raises:
-        ValueError: a task takes masks and none are given, or takes none and some are.
+        ValueError: a task takes masks and none are given, or masks are given and a task takes none.
     """
     tasks = {}
     for path in [cfg.checkpoint] if isinstance(cfg.checkpoint, str) else cfg.checkpoint:
         task, config = load_task(path, cfg.task)
         omitted = [*INCIDENTAL, "scale", "experiment"]
         label = ", ".join(o for o in config.run.overrides if not is_under(o.partition("=")[0], omitted)) or Path(path).parent.name
-        # runs that differ only in their seed have the same label, as have checkpoints of one run
+        # runs that differ only in their seed have the same label, and so do checkpoints of the same run
         tasks[f"{label}, {path}" if label in tasks else label] = task.to(cfg.device)
         if task.takes_mask and cfg.masks is None:
             raise ValueError(f"checkpoint={path} takes a mask for every image: give masks=")
@@ -71,7 +71,7 @@ def load_tasks(cfg: DictConfig) -> dict[str, Task]:
 
 
 def draw(tasks: dict[str, Task], inputs: dict[str, tuple], cfg: DictConfig) -> Tensor:
-    """Draw what each network makes of its inputs, as `Task.read` returns them; pictures of several networks stand side by side."""
+    """Draw the prediction or the regions of each network for its inputs (see `Task.read`), several networks side by side."""
     if cfg.regions is not None:
         pictures = {label: draw_regions(task.view(*inputs[label]), cfg.regions, cfg.locations) for label, task in tasks.items()}
     else:

@@ -46,7 +46,7 @@ def report_runs(cfg: DictConfig) -> None:
     folders = [Path(folder) for folder in ([cfg.runs] if isinstance(cfg.runs, str) else cfg.runs)]
     runs, problems = read_runs(folders)
     settings, repeated = group_runs(runs, read_paper()[0])
-    # output in another format than terminal goes into a file, without messages
+    # output in other formats than terminal is meant for a file, without messages
     notes = sys.stdout if cfg.format == "terminal" else sys.stderr
     print(*problems, *repeated, sep="\n", end="\n" if problems or repeated else "", file=notes)
     if not settings:

@@ -1,4 +1,4 @@
-"""carafepp-train: train and evaluate one configuration, or resume an interrupted run."""
+"""carafepp-train: train and evaluate a configuration, or resume an interrupted run."""
 
 import logging
 from pathlib import Path
@@ -24,7 +24,7 @@ from .common.run_folders import is_first_process, lock_folder, read_config, reco
 
 
 def find_missing_keys(node: object, key: str = "") -> list[str]:
-    """List the keys of an unresolved configuration that have no value, including those that only interpolations refer to."""
+    """List the keys without a value in an unresolved configuration, including those that only interpolations refer to."""
     if isinstance(node, dict):
         return [missing for name, child in node.items() for missing in find_missing_keys(child, f"{key}.{name}".lstrip("."))]
     return [key] if node == "???" else []
@@ -68,7 +68,7 @@ def resume_run(folder: Path) -> DictConfig:
 
 
 def build_logger(cfg: DictConfig, folder: Path) -> Logger | bool:
-    """Build the logger that runs beside metrics.csv, or return False if the configuration has none.
+    """Build the logger that supplements metrics.csv, or return False if the configuration has none.
 
     Raises:
         ModuleNotFoundError: the package of the logger is not installed.
@@ -84,7 +84,7 @@ def build_logger(cfg: DictConfig, folder: Path) -> Logger | bool:
 
 
 def train(cfg: DictConfig, folder: Path) -> None:
-    """Train one resolved configuration to its end in `folder`, from the last checkpoint there if there is one."""
+    """Train a resolved configuration to its end in `folder`, from the last checkpoint in this folder if there is one."""
     silence_lightning()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     config = read_options(cfg)
@@ -113,7 +113,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
 def main(cfg: DictConfig) -> None:
     """Train in Hydra's output folder.
 
-    `resume=FOLDER` continues the run of that folder; a repeated sweep continues the unfinished runs of its own.
+    `resume=FOLDER` continues the run of that folder. A repeated sweep continues its unfinished runs.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     if not is_first_process():

@@ -61,7 +61,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def store_tile(path: Path, device: str, key: str, tile: list[int]) -> None:
-    """Write the fastest tile of a kernel to the table, which other processes may be writing too."""
+    """Write the fastest tile of a kernel to the table, which other processes may also write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         table = read_table(path)

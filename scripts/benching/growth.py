@@ -24,7 +24,7 @@ KERNEL_SIZES = (1, 3, 5, 7, 9)
 
 
 def list_variants(cfg: DictConfig) -> Iterator[tuple[str, int, dict, int]]:
-    """Yield what varies, its value, the changes of the configuration `op`, and the number of threads."""
+    """Yield the varied quantity, its value, the changes of the configuration `op`, and the number of threads."""
     n, c, h, w = cfg.op.shape
     threads = torch.get_num_threads()
     for channels in sorted({max(1, round(c * factor / cfg.op.groups)) * cfg.op.groups for factor in CHANNEL_FACTORS}):

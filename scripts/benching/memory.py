@@ -36,7 +36,7 @@ def measure_extra_bytes(function: Callable[[], tuple[Tensor | None, ...]], devic
         return torch.cuda.max_memory_allocated() - before - sum(t.nbytes for t in results if t is not None)
     status = Path("/proc/self/status")
     try:
-        # freed memory is returned to the system first, so that memory which the call takes is new
+        # freed memory is returned to the system first, so that the call takes new memory
         ctypes.CDLL(None).malloc_trim(0)
         before = read_resident_bytes(status, "VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
@@ -53,7 +53,7 @@ def read_resident_bytes(status: Path, name: str) -> int:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Within this context, track the bytes of the live tensors that were created in it; `peak` is their maximum."""
+    """Context that tracks the bytes of the live tensors that were created in it; `peak` is their maximum."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -47,10 +47,10 @@ def choose_rows(tables: dict, table: str, rows: Sequence[str] | None) -> dict[st
 
 @torch.no_grad()
 def measure_networks(cfg: DictConfig) -> list[dict]:
-    """Measure the networks of a table in turns and return a row of figures for each.
+    """Measure the networks of a table in interleaved rounds and return a row of figures for each.
 
-    "ms" is the median time of an inference on one image, "relative" its ratio to that of the baseline, "paper_relative" the same ratio from
-    the frames per second of the paper; figures that are not available are None.
+    "ms" is the median time of an inference on one image, "relative" its ratio to the time of the baseline, and "paper_relative" the same
+    ratio from the paper's frames per second. Figures that are not available are None.
     """
     tables, _ = read_paper()
     fps = choose_rows(tables, cfg.table, cfg.rows)

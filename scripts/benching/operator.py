@@ -1,4 +1,4 @@
-"""carafepp-bench: the operator beside its rivals, timed in turns in one process."""
+"""carafepp-bench: the operator beside other implementations, timed in interleaved rounds in one process."""
 
 import importlib.util
 import platform
@@ -22,7 +22,7 @@ from .timing import quantile, time_in_turns
 
 MODES = ("forward", "backward", "both")
 OURS = ("cpu", "triton")
-# a call that took less is warmed before it is timed
+# a call that took less is repeated before it is timed
 WARM_MS = 100
 
 
@@ -38,7 +38,7 @@ class ProviderCalls:
         self.gradients(retain_graph=True)
 
     def gradients(self, y: Tensor | None = None, **options: bool) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x and logits from an output, that of the constructor by default."""
+        """Return the gradients of x and logits from an output, by default from the output of the constructor."""
         return torch.autograd.grad(self.y if y is None else y, (self.x, self.logits), self.dy, allow_unused=True, **options)
 
     def forward(self) -> tuple[Tensor, ...]:
@@ -47,7 +47,7 @@ class ProviderCalls:
             return (self.provider(self.x, self.logits),)
 
     def backward(self) -> tuple[Tensor | None, ...]:
-        """Compute the gradients of an output that is at hand."""
+        """Compute the gradients of the output of the constructor."""
         return self.gradients(retain_graph=True)
 
     def both(self) -> tuple[Tensor | None, ...]:
@@ -67,7 +67,7 @@ class ProviderCalls:
 
 
 def measure_operator(cfg: DictConfig, spec: Spec) -> Iterator[dict]:
-    """Time every applicable provider in turns, and yield a row of figures for each provider and mode.
+    """Time every applicable provider in interleaved rounds, and yield a row of figures for each provider and mode.
 
     Raises:
         ValueError: a chosen provider does not exist.
@@ -85,7 +85,7 @@ def measure_operator(cfg: DictConfig, spec: Spec) -> Iterator[dict]:
     for name in cfg.providers or found:
         provider = found[name]
         if isinstance(provider, str):
-            print(f"{name} is left out: {provider}")
+            print(f"{name} is skipped: {provider}")
         else:
             runs[name] = ProviderCalls(provider, x, logits)
     calls = {(name, mode): getattr(run, mode) for mode in MODES for name, run in runs.items()}

@@ -31,7 +31,7 @@ def plot_growth(rows: list[dict], title: str, path: Path) -> None:
             for mode, label in (("forward", "forward"), ("both", "forward + backward")):
                 chosen = sorted((row["value"], row["ms"]) for row in rows if row["varies"] == panel and row["mode"] == mode)
                 axis.plot(*zip(*chosen, strict=True), "o-", markersize=3, label=label)
-                # the line passes through the largest value, where constant costs weigh least; for threads, through one thread
+                # the line passes through the largest value, where constant costs matter least, or through one thread
                 at, ms = chosen[0 if panel == "threads" else -1]
                 axis.plot(
                     [v for v, _ in chosen],

@@ -14,12 +14,12 @@ from ...kernels import reassemble
 from ...kernels.geometry import Spec
 from ...kernels.reference import reassembly_kernels, weighted_sum
 
-# output of features x [N, C, H, W] and logits [N, G * K * K * up * up, Hq, Wq]
+# maps features x [N, C, H, W] and logits [N, G * K * K * up * up, Hq, Wq] to the output
 Provider = Callable[[Tensor, Tensor], Tensor]
 
 
 def unfold_output(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
-    """Unfold the nearest-upsampled map into every window at output resolution, then sum by einsum."""
+    """Unfold the nearest-upsampled map into every window at output resolution, then sum with einsum."""
     n, c, _, _ = x.shape
     kernels = reassembly_kernels(logits, spec, *x.shape[2:])  # [N, G, K * K, Ho, Wo]
     larger = F.interpolate(x, scale_factor=spec.up, mode="nearest") if spec.up > 1 else x
@@ -30,7 +30,7 @@ def unfold_output(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
 
 
 def unfold_source(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
-    """Unfold the map into every window at source resolution, then multiply matrices, one for each cell."""
+    """Unfold the map into every window at source resolution, then compute one matrix product for each cell."""
     n, c, _, _ = x.shape
     cells = logits.shape[2:]
     windows = F.unfold(x, spec.kernel_size, padding=spec.kernel_size // 2, stride=spec.down)
@@ -41,7 +41,7 @@ def unfold_source(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
 
 
 def sum_shifted_maps(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
-    """Sum shifted maps at source resolution; of the forms tried, torch.compile makes the fastest code from this one."""
+    """Sum shifted maps at source resolution, the form for which torch.compile generates the fastest code of those tried."""
     n, c, _, _ = x.shape
     rows, columns = logits.shape[2:]
     kernels = logits.view(n, spec.groups, spec.taps, spec.up, spec.up, rows, columns).softmax(2).permute(0, 1, 2, 5, 3, 6, 4)
@@ -80,7 +80,7 @@ def list_providers(spec: Spec, shape: tuple[int, ...], device: str, max_bytes: f
 
     def unfolded(provider: Callable[..., Tensor], size: float) -> Provider | str:
         if not integer or spec.normalizer != "softmax":
-            return "written for integer scales and softmax"
+            return "supports only integer scales and softmax"
         return when(size <= max_bytes, functools.partial(provider, spec=spec), f"its unfolded copy takes {size / 1e9:.1f} GB")
 
     interpolation = functools.partial(F.interpolate, scale_factor=spec.up)
@@ -104,7 +104,7 @@ def find_mmcv(spec: Spec, kind: str) -> Provider | str:
     if kind != "cuda" or not importlib.util.find_spec("mmcv"):
         return "needs mmcv and device=cuda"
     if spec.down > 1 or spec.normalizer != "softmax":
-        return "upsamples only, and with softmax only"
+        return "supports only upsampling with softmax"
     carafe = importlib.import_module("mmcv.ops").carafe
 
     def run(x: Tensor, logits: Tensor) -> Tensor:

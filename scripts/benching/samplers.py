@@ -23,14 +23,15 @@ from .timing import time_in_turns
 
 GROUPS = files("carafepp.conf")
 
-# C, H, W of the source: the feature pyramid of an 800 x 1344 image, and where ResNet-50 downsamples a 224 x 224 image
+# C, H, W of the source: in the feature pyramid of an 800 x 1344 image, and where ResNet-50 downsamples a 224 x 224 image
 SITES = {
     "upsampler": [(256, 25, 42), (256, 50, 84), (256, 100, 168)],
     "downsampler": [(64, 112, 112), (128, 56, 56), (256, 56, 56), (256, 28, 28), (512, 28, 28), (512, 14, 14), (1024, 14, 14)],
 }
-# the sampler that times are divided by
+# the sampler by whose times the other times are divided
 BASELINES = {"upsampler": "nearest", "downsampler": "strided_conv"}
-# parameters at C = 256: CARAFE (Wang et al., 2019), Table 2, the convolutions and CARAFE exactly; DySample (Liu et al., 2023)
+# parameters at C = 256 from CARAFE (Wang et al., 2019), Table 2, exact for the convolutions and CARAFE, and from DySample (Liu et al.,
+# 2023)
 PUBLISHED = {
     "nearest": "0",
     "bilinear": "0",
@@ -48,7 +49,7 @@ aten = torch.ops.aten
 
 
 def flops_per_output(flops: int) -> Callable[..., int]:
-    """Make a FLOP formula that counts `flops` for every element of the output."""
+    """Return a FLOP formula that counts `flops` for every element of the output."""
     return lambda *args, out_shape, **kwargs: flops * torch.Size(out_shape).numel()
 
 
@@ -81,7 +82,7 @@ def make_inputs(
 
 
 def count_flops_per_pixel(slot: Callable[[int], nn.Module], shape: tuple[int, ...]) -> float:
-    """Count the FLOPs of a forward (2 for a multiply-add, none for normalisation layers) per pixel of the output [N, C, Ho, Wo]."""
+    """Count the FLOPs of a forward pass (2 for a multiply-add, 0 for normalisation layers) per pixel of the output [N, C, Ho, Wo]."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         module = slot(shape[1])
         y = module(*(x.detach() for x in make_inputs(module, shape)))
@@ -154,7 +155,7 @@ def measure_samplers(cfg: DictConfig) -> list[dict]:
     look_up("names", cfg.names or (), dict.fromkeys(sorted({name for group in SITES for name in load_slots(group)})))
     layout = "channels_last" if cfg.channels_last else "contiguous"
     print(f"batch {cfg.batch}, {cfg.dtype}, {layout}, {describe_hardware(cfg.device)}, torch {torch.__version__}")
-    print("FLOPs of a forward per output pixel; median ms of a forward, and of a forward and backward; peak MB of the latter")
+    print("FLOPs of a forward pass per output pixel; median ms of forward, and of forward and backward; peak MB of forward and backward")
     rows = []
     for group in cfg.groups:
         relative = f"/ {BASELINES[group].split('_')[-1]}"

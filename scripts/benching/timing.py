@@ -1,4 +1,4 @@
-"""Timing of calls in turns, so that a disturbance of the machine affects all of them alike."""
+"""Timing of calls in interleaved rounds, so that a disturbance of the machine affects all calls equally."""
 
 import math
 import time
@@ -37,7 +37,7 @@ def time_in_turns(
         calls: functions by key.
         device: the device of their tensors.
         rounds: the largest number of times that each call is timed.
-        seconds: a call is not timed again once its times exceed this sum and it was timed `at_least` times.
+        seconds: a call is not timed again after its times sum to this and it was timed `at_least` times.
         at_least: see `seconds`.
         warm_below_ms: a call whose last time is below this is repeated before it is timed, because the previous call in turn has
             replaced the content of the caches.

@@ -20,7 +20,7 @@ class Command(Protocol):
 
 
 def app(config_name: str) -> Callable[[Callable[[DictConfig], None]], Command]:
-    """Turn a function of the configuration `config_name` into a command, which answers a misspelt key with the valid ones."""
+    """Turn a function of the configuration `config_name` into a command; for a misspelt key, it prints the valid ones."""
 
     def decorate(task: Callable[[DictConfig], None]) -> Command:
         run = hydra.main(version_base="1.3", config_path="pkg://carafepp.conf", config_name=config_name)(task)
@@ -42,7 +42,7 @@ def app(config_name: str) -> Callable[[Callable[[DictConfig], None]], Command]:
 
 
 def dispatch(default: Command, **subcommands: Command) -> Command:
-    """Make a command that runs the sub-command named by its first argument, or `default` if the first argument names none."""
+    """Return a command that runs the sub-command named by its first argument, or `default` if the first argument names none."""
 
     def main(arguments: Sequence[str] | None = None) -> None:
         given = list(sys.argv[1:] if arguments is None else arguments)

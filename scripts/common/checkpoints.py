@@ -1,4 +1,4 @@
-"""Checkpoints of `carafepp-train`: reading them, and building the task and the data of their run."""
+"""Reading of checkpoints of `carafepp-train`, and construction of the task and the data of their runs."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +30,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def drop_weight_paths(config: Any) -> Any:
-    """Copy a resolved configuration without the files of initial weights of its networks, which a checkpoint replaces anyway."""
+    """Copy a resolved configuration without the files of initial weights of its networks, because a checkpoint replaces these weights."""
     if isinstance(config, list):
         return [drop_weight_paths(value) for value in config]
     if not isinstance(config, dict):
@@ -78,6 +78,8 @@ def configure_data(run: DictConfig, options: DictConfig) -> DictConfig:
     """
     if "root" in options:
         if run.data.get("root") is None:
-            raise ValueError(f"data.root={options.root}: the data of the run is not in a folder, {run.data.val._target_} makes it")
+            raise ValueError(
+                f"data.root={options.root}: the data of the run is not read from a folder, {run.data.val._target_} generates it"
+            )
         run.data = relocate_paths(OmegaConf.to_container(run.data, resolve=True), run.data.root, options.root)
     return cast(DictConfig, OmegaConf.merge(run.data, options))

@@ -29,7 +29,8 @@ def find_hints(config_name: str, arguments: Sequence[str]) -> list[str]:
 
 
 def selects_group(override: Override, groups: Sequence[str]) -> bool:
-    """Whether an override chooses a file of a group (`upsampler=carafe`, `upsampler@model.fpn=carafe`) instead of setting a value."""
+    """Return whether an override chooses a file of a group (`upsampler=carafe`, `upsampler@model.fpn=carafe`) instead of setting a
+    value."""
     return override.key_or_group.split("@")[0] in groups
 
 

@@ -1,4 +1,4 @@
-"""Jobs of a sweep: a repeated sweep continues each of them in its folder, and a job that fails or is killed does not stop the others."""
+"""Jobs of a sweep: a repeated sweep continues each job in its folder, and a job that fails or is killed does not stop the others."""
 
 import os
 import signal
@@ -15,12 +15,12 @@ from .run_folders import read_config
 
 
 def is_job() -> bool:
-    """Whether this run is a job of a sweep."""
+    """Return whether this run is a job of a sweep."""
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def shares_process() -> bool:
-    """Whether this process also runs other jobs, as it does under every Hydra launcher except submitit's."""
+    """Return whether this process also runs other jobs, as under every Hydra launcher except submitit's."""
     return is_job() and "SUBMITIT_EXECUTOR" not in os.environ
 
 
@@ -37,7 +37,7 @@ def read_repeated_job(folder: Path) -> DictConfig:
 
 
 def train_in_subprocess(folder: Path) -> None:
-    """Train the run of a folder in a process of its own, so that a kill does not end the sweep and jobs share no global state.
+    """Train the run of a folder in a separate process, so that a kill does not end the sweep and jobs share no global state.
 
     Raises:
         RuntimeError: the training failed or was killed.

@@ -1,4 +1,4 @@
-"""Messages of Lightning that a run does not show."""
+"""Lightning's messages that a run does not show."""
 
 import logging
 import warnings
@@ -10,6 +10,6 @@ def silence_lightning() -> None:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
-    # the state of the data module, the position in the stream, makes such a run resumable
+    # the data module stores its position in the stream, so that such a run continues exactly
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
     warnings.filterwarnings("ignore", message="The `srun` command is available")

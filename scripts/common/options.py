@@ -24,7 +24,7 @@ def read_options(cfg: DictConfig) -> dict[str, Any]:
 
 
 def look_up(option: str, names: Iterable[str], choices: Mapping[str, Value]) -> list[Value]:
-    """Look up the values that an option names.
+    """Look up the values whose names an option gives.
 
     Raises:
         ValueError: a name is not among the choices.

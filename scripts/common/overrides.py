@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-# affect where and how a run computes, not what it computes
+# keys that affect where and how a run computes, and not its result
 INCIDENTAL = ["seed", "resume", "hydra", "logger", "log_every_n_steps", "checkpoint_every_n_steps", "data.root", "data.workers"]
 INCIDENTAL += ["channels_last", "compile"]
 INCIDENTAL += [
@@ -11,6 +11,6 @@ INCIDENTAL += [
 
 
 def is_under(key: str, names: Iterable[str]) -> bool:
-    """Whether the key of an override is one of the names or below one; the prefix ~ and the package after @ are ignored."""
+    """Return whether the key of an override is one of the names or below one; the prefix ~ and the package after @ are ignored."""
     key = key.lstrip("~").split("@")[0]
     return any(key == name or key.startswith(f"{name}.") for name in names)

@@ -9,7 +9,7 @@ from .options import read_options
 
 
 def read_paper() -> tuple[dict, dict]:
-    """Read the tables of the paper by name, and the names that runs give their metrics, by task and column."""
+    """Read the tables of the paper by name, and the names of metrics in runs by task and column."""
     tables = read_options(cast(DictConfig, OmegaConf.create(files("carafepp.conf").joinpath("paper.yaml").read_text())))
     return tables, tables.pop("metrics")
 
@@ -26,7 +26,7 @@ def list_rows(tables: dict, name: str) -> list[dict]:
 
 
 def find_baseline(table: dict, row: str) -> str | None:
-    """Return the name of the row that `row` is compared with, if there is one."""
+    """Return the name of the baseline of `row`, if there is one."""
     baseline = table["baseline"]
     return baseline if isinstance(baseline, str) else baseline.get(row)
 

@@ -1,4 +1,4 @@
-"""Run folders: one run holds a folder at a time, and a failure is recorded there."""
+"""Run folders: only one run at a time uses a folder, which also records a failure."""
 
 import contextlib
 import traceback
@@ -14,7 +14,7 @@ from ...tasks.runs import write_atomically
 
 
 def is_first_process() -> bool:
-    """Whether this process is the only one of a run, or the first of several."""
+    """Return whether this process is the only one of a run, or the first of several."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
@@ -25,7 +25,7 @@ def read_config(folder: Path) -> DictConfig:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock a run folder in the first process of a run; the other processes of the run rely on that lock.
+    """Lock a run folder in the first process of a run; the other processes of the run rely on this lock.
 
     Raises:
         RuntimeError: another run has locked the folder.
@@ -49,7 +49,7 @@ def record_failure(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # among several processes, the first to fail knows the cause
+        # among several processes, the first failure is the cause of the others
         if not record.exists():
             write_atomically(record, f"{type(error).__name__}: {' '.join(str(error).split())}\n\n{traceback.format_exc()}")
         raise

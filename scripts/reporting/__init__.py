@@ -1,4 +1,4 @@
-"""Reports: finished runs below folders, grouped into tables beside the figures of the paper, as text, plots and pictures."""
+"""Reports of finished runs: tables with the figures of the paper, as text, plots and pictures."""
 
 from .cells import format_rows, format_time_taken
 from .overview import report_paper

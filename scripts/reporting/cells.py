@@ -1,4 +1,4 @@
-"""The text of a table's cells, with as many digits as the table and the paper give."""
+"""The text of a table's cells, with the decimal places of the table and of the paper."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -17,10 +17,10 @@ def format_rows(table: Table) -> Rows:
     ]
     published = {name: [line.cells[name].paper for line in table.lines if name in line.cells] for name in names}
     places = {name: count_decimals(figures) for name, figures in published.items() if any(figure is not None for figure in figures)}
-    # beside no figure of the paper, the difference of single runs says no more than the two scores
+    # without a figure of the paper, the difference of single runs adds nothing to the two scores
     cells = [(name, cell) for line in table.lines for name, cell in line.cells.items()]
     differing = {name for name, cell in cells if cell.difference and (name in places or cell.difference.half is not None)}
-    # other work on the machine changes the wall-clock time, so processor time is shown if every line has it
+    # other work on the machine affects wall-clock time, so that CPU time is shown if every line has it
     by_clock = any(line.setting.cpu_seconds is None for line in table.lines if line.setting)
     rows = []
     for line in table.lines:
@@ -45,11 +45,12 @@ def format_time_taken(tables: Sequence[Table]) -> str:
     """State the number of runs in the tables and the hours that they took together."""
     # a run that is a row of one table and the baseline of another counts once
     runs = {run.folder: run for table in tables for line in table.lines if line.setting for run in line.setting.runs.values()}.values()
-    processor = [run.cpu_seconds for run in runs if run.cpu_seconds is not None]
+    cpu = [run.cpu_seconds for run in runs if run.cpu_seconds is not None]
     clock = [run.seconds for run in runs if run.cpu_seconds is None]
-    parts = [f"{math.fsum(processor) / 3600:.2f} hours of processor time"] if processor else []
+    parts = [f"{math.fsum(cpu) / 3600:.2f} hours of CPU time"] if cpu else []
     if clock:
-        parts.append(f"{math.fsum(clock) / 3600:.2f} hours by the clock" + (f" of the {len(clock)} that lack it" if processor else ""))
+        without = f" for the {len(clock)} without CPU time" if cpu else ""
+        parts.append(f"{math.fsum(clock) / 3600:.2f} hours of wall-clock time{without}")
     return f"{len(runs)} run{'s' * (len(runs) > 1)}: {' and '.join(parts)}"
 
 

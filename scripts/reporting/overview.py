@@ -1,4 +1,4 @@
-"""carafepp-report paper: every row of the paper's tables with its command, the figures of the paper, and ours at each scale."""
+"""carafepp-report paper: every row of the paper's tables with its command, the paper's figures, and our scores at each scale."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +15,11 @@ from .tables import SettingFinder
 
 
 def tabulate_overview(settings: Sequence[Setting], digits: int) -> list[tuple[str, Rows]]:
-    """Make a title and the text of the rows for each table of the paper.
+    """Format the title and the rows of each table of the paper.
 
-    `gain` is the first figure of a row less that of the baseline, `ours` our score in the settings of the paper, `difference` our score
-    less the figure of the paper, `small` our score at `scale=small`, and `small gain` its paired difference from the baseline there.
+    `gain` is the first figure of a row minus that of the baseline, `ours` our score with the settings of the paper, `difference` our score
+    minus the figure of the paper, `small` our score at `scale=small`, and `small gain` its paired difference from the baseline at this
+    scale.
     """
     tables, metrics = read_paper()
     finder = SettingFinder(settings)

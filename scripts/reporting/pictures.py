@@ -1,4 +1,4 @@
-"""Pictures of the runs of a table, side by side."""
+"""Side-by-side pictures of the runs of a table."""
 
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
@@ -8,7 +8,7 @@ from .tables import Table
 
 
 def compare_pictures(table: Table) -> list[list[Tensor]]:
-    """List the pictures of each validation sample that one run of every line has drawn.
+    """List the pictures of each validation sample for which one run of every line has pictures.
 
     Returns:
         For each sample the image, the hole if there is one, the truth, and a prediction for each line; pictures are [3, H, W] in [0, 1].
@@ -24,7 +24,7 @@ def compare_pictures(table: Table) -> list[list[Tensor]]:
         if not all(path.exists() for path in paths):
             break
         pictures = [decode_image(str(path), ImageReadMode.RGB).float() / 255 for path in paths]
-        # a caption needs this width
+        # a caption needs at least this width
         pictures = [enlarge(picture, -(-GRID_SIDE // picture.shape[2])) for picture in pictures]
         names = [labels[0], *["hole"] * mask.exists(), *labels[1:]]
         rows.append([caption(picture, name) for picture, name in zip(pictures, names, strict=True)])

@@ -33,9 +33,9 @@ def first_cell(line: Line) -> Cell | None:
 
 
 def find_coordinates(line: Line, axes: list[str]) -> tuple[str, ...] | None:
-    """Return the values of a line on the axes of an ablation, or None if it has none.
+    """Return the values of a line on the axes of an ablation, or None if it has no values.
 
-    The values are those of the overrides of these names, or the numbers in the name of the row; "none" is a value too.
+    They are the values of the overrides of these names, or the numbers in the name of the row; "none" is also a value.
     """
     if all(axis in line.labels for axis in axes):
         found = [line.labels[axis].lower().replace("null", "none") for axis in axes]
@@ -51,7 +51,7 @@ def label_line(line: Line) -> str:
 
 
 def none_last(text: str) -> float:
-    """Sort key of numbers in which none comes last."""
+    """Return the sort key of a number; none comes last."""
     return float("inf") if text == "none" else float(text)
 
 
@@ -66,7 +66,7 @@ class Series(NamedTuple):
 
 
 def list_series(points: dict[tuple[str, ...], Cell], table: Table) -> list[Series]:
-    """List the series of our scores and that of the figures of the paper, as far as there are any."""
+    """List the series of our scores and of the figures of the paper, without empty ones."""
     ours = {
         at: (cell.scores.mean, cell.scores.deviation or 0) for at, cell in points.items() if cell.scores and math.isfinite(cell.scores.mean)
     }
@@ -76,7 +76,7 @@ def list_series(points: dict[tuple[str, ...], Cell], table: Table) -> list[Serie
 
 
 def make_figure(count: int, table: Table) -> tuple["Figure", Sequence["Axes"]]:
-    """Make a figure with `count` panels beside each other and the title of the table."""
+    """Create a figure with `count` panels side by side and the title of the table."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * count, 4.5), layout="constrained")
@@ -103,7 +103,7 @@ def plot_ablation(points: dict[tuple[str, ...], Cell], table: Table, path: Path)
         axis.set_xticks(range(len(order)), [at[0] for at in order])
         axis.set(xlabel=table.axes[0], ylabel=next(iter(table.lines[0].cells)))
         axis.legend()
-        # differences below the rounding shall look flat
+        # differences below the rounding look flat
         (low, high), least = axis.get_ylim(), 10 * 10.0 ** -min(digits for *_, digits in panel)
         if high - low < least:
             axis.set_ylim((low + high - least) / 2, (low + high + least) / 2)

@@ -1,4 +1,4 @@
-"""Tables as text: for the terminal, as Markdown, LaTeX or CSV."""
+"""Tables as text for the terminal, as Markdown, LaTeX or CSV."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .cells import Rows, format_rows, format_time_taken
 from .tables import Table
 
-# of the CSV file
+# columns of the CSV file
 COLUMNS = ["table", "protocol", "row", "task", "metric", "paper", "runs", "mean", "deviation", "baseline", "difference", "low", "high"]
 COLUMNS += ["common_seeds", "parameters", "flops", "seconds", "cpu_seconds"]
 
@@ -22,7 +22,7 @@ def align(rows: Rows) -> tuple[list[str], list[list[str]]]:
 
 
 def render_terminal(title: str, rows: Rows) -> str:
-    """Render columns under their headings."""
+    """Render aligned columns with headings."""
     rule, (head, *lines) = align(rows)
     return "\n".join([*([title, ""] if title else []), *("  ".join(cells).rstrip() for cells in (head, rule, *lines)), ""])
 
@@ -66,7 +66,7 @@ def render_tables(tables: Sequence[Table], name: str) -> str:
     """
     if name == "csv":
         return render_csv(tables)
-    # the only table of a sweep outside the paper's experiments needs no title
+    # a table of runs outside the paper's experiments needs no title if it is the only one
     alone = len(tables) == 1 and tables[0].name == "others"
     text = render_rows([("" if alone else table.title, format_rows(table)) for table in tables], name)
     return f"{text}\n{'% ' * (name == 'latex')}{format_time_taken(tables)}\n"
@@ -75,7 +75,7 @@ def render_tables(tables: Sequence[Table], name: str) -> str:
 def escape_latex(text: str) -> str:
     """Escape the characters that LaTeX would interpret."""
     marks = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
-    # LaTeX takes a bracket at the start of a line for an option of the line break before it
+    # LaTeX reads a bracket at the start of a line as an option of the preceding line break
     marks |= {"±": "$\\pm$", "<": "\\textless{}", ">": "\\textgreater{}", "|": "\\textbar{}", "[": "{[}"}
     return "".join(marks.get(character, character) for character in text)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ..common.overrides import INCIDENTAL, is_under
 
-# affect the data and the training: runs that differ in these are in different tables
+# keys that affect the data and the training; runs that differ in these are in different tables
 PROTOCOL = ["scale", "setting", "data", "optimizer", "schedule", "trainer"]
-# the file of initial weights depends on the downsamplers of the network, so only its presence is compared
+# the file of initial weights depends on the downsamplers of the network, so that only its presence is compared
 WEIGHTS = "backbone.weights"
 
 
@@ -26,7 +26,7 @@ class FinishedRun:
     parameters: int
     flops: int
     seconds: float
-    # of the processor; None if the run did not record it
+    # CPU time; None if the run did not record it
     cpu_seconds: float | None
     curve: list[dict[str, float]]
 
@@ -35,7 +35,7 @@ class FinishedRun:
         """Read a result.json file.
 
         Raises:
-            ValueError, KeyError, TypeError, AttributeError, OSError: the file is not one that carafepp-train writes.
+            ValueError, KeyError, TypeError, AttributeError, OSError: the file was not written by carafepp-train.
         """
         found = json.loads(path.read_text())
         if unknown := {type(choice).__name__ for choice in found["choices"].values()} - {"str", "NoneType"}:
@@ -59,7 +59,7 @@ class FinishedRun:
 class Setting:
     """Runs that differ only in their seed."""
 
-    # the table of the paper that is their experiment, or ""
+    # the table of their experiment, or ""
     table: str
     # the row of that table, or ""
     row: str
@@ -85,13 +85,13 @@ class Setting:
 
     @property
     def cpu_seconds(self) -> float | None:
-        """Mean processor time of the runs that recorded it, or None if none did."""
+        """Mean CPU time of the runs that recorded it, or None if no run did."""
         found = [run.cpu_seconds for run in self.runs.values() if run.cpu_seconds is not None]
         return statistics.fmean(found) if found else None
 
 
 def numeric_order(path: Path) -> list[tuple[bool, int, str]]:
-    """Sort key that puts run 10 after run 9."""
+    """Return a sort key that puts run 10 after run 9."""
     return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.parts]
 
 
@@ -121,7 +121,7 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
 
 
 def group_runs(runs: Iterable[FinishedRun], tables: dict) -> tuple[list[Setting], list[str]]:
-    """Group runs that differ only in their seed, in the order of their folders, and describe the runs that repeat another.
+    """Group runs that differ only in their seed, in the order of their folders, and describe the runs that repeat another run.
 
     Args:
         runs: finished runs.
@@ -152,7 +152,7 @@ def group_runs(runs: Iterable[FinishedRun], tables: dict) -> tuple[list[Setting]
         identity = (table, row, *protocol.items(), None, *sorted(options.items()))
         setting = settings.setdefault(identity, Setting(table, row, protocol, options))
         if run.seed in setting.runs:
-            repeated.append(f"{run.folder}: left out, it repeats seed {run.seed} of {setting.runs[run.seed].folder}")
+            repeated.append(f"{run.folder}: omitted, because it repeats seed {run.seed} of {setting.runs[run.seed].folder}")
         else:
             setting.runs[run.seed] = run
     return list(settings.values()), repeated

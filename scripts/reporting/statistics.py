@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 def t_quantile(degrees: int, confidence: float = 0.95) -> float:
-    """Return the t between whose negative and itself lies the share `confidence` of Student's distribution with `degrees` of freedom."""
+    """Return the t for which the share `confidence` of Student's distribution with `degrees` of freedom lies between -t and t."""
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2
@@ -16,7 +16,7 @@ def t_quantile(degrees: int, confidence: float = 0.95) -> float:
 
 
 def _mass(angle: float, degrees: int) -> float:
-    """P(|T| < sqrt(degrees) * tan(angle)), by the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    """Return P(|T| < sqrt(degrees) * tan(angle)), by the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
     sine, cosine, odd = math.sin(angle), math.cos(angle), degrees % 2
     term, total = cosine**odd, 0.0
     for power in range(odd, degrees - 1, 2):
@@ -51,7 +51,7 @@ class Difference(NamedTuple):
 def compare_paired(values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = 0.95) -> Difference | None:
     """Compare values by seed with those of a baseline; return None if they have no common seed.
 
-    The confidence interval is Student's, for differences that are drawn independently from one normal distribution.
+    The confidence interval is Student's and assumes that the differences are independent samples of one normal distribution.
     """
     differences = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
     if not differences:
@@ -65,5 +65,5 @@ def compare_paired(values: Mapping[int, float], baseline: Mapping[int, float], c
 def _deviation(values: list[float]) -> float | None:
     if len(values) < 2:
         return None
-    # an undefined metric, such as the AP of object sizes that do not occur, is not a number
+    # an undefined metric, such as the AP of object sizes that do not occur, is NaN
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan

@@ -1,4 +1,4 @@
-"""Tables of settings: those of the paper, with its figures beside ours, and one of all other runs."""
+"""Tables of settings: the tables of the paper, with its figures beside ours, and a table of all other runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from .statistics import Difference, Scores, compare_paired, summarize
 class Cell:
     """One metric of one line: the figure of the paper, our scores, and our difference from the baseline."""
 
-    # name of the metric in result.json, and the factor from there to the unit of the table
+    # name of the metric in result.json, and the factor to the unit of the table
     metric: str = ""
     scale: float = 1
     paper: float | None = None
@@ -50,7 +50,7 @@ class Table:
     baseline: str
     # printed metrics; None for all
     shown: Sequence[str] | None
-    # of an ablation: the options whose values are the numbers in the names of the rows
+    # in an ablation, the options whose values are the numbers in the names of the rows
     axes: list[str]
     lines: list[Line]
 
@@ -61,9 +61,9 @@ class Table:
 
 
 class SettingFinder:
-    """Finds settings by table, row, protocol and options.
+    """Index of settings by table, row, protocol and options.
 
-    Rows that have the same figures in two tables of the paper are the same configuration, so that runs of one serve as runs of the other.
+    Rows with the same figures in two tables of the paper are the same configuration, so that the runs of one row also serve the other.
     """
 
     def __init__(self, settings: Sequence[Setting]) -> None:
@@ -95,13 +95,13 @@ class SettingFinder:
         return next((self.settings[key] for key in keys if key in self.settings), None)
 
     def find_reference(self, setting: Setting, table: str, row: str) -> Setting | None:
-        """Return the setting of the given row to compare a setting with: the one with the same options, or else the one without options."""
+        """Return the setting of the given row to compare a setting with: with the same options, or else without options."""
         found = (self.find(table, row, setting.protocol, options) for options in (setting.options, {}))
         return next((other for other in found if other and other is not setting), None)
 
 
 def tabulate_paper(settings: Sequence[Setting], columns: Sequence[str], digits: int, baseline: str | None) -> list[Table]:
-    """Make one table for each experiment of the paper and each protocol of its runs, with the rows in the order of the paper.
+    """Build one table for each experiment of the paper and each protocol of its runs, with the rows in the order of the paper.
 
     Args:
         settings: runs grouped by `group_runs`; those outside the experiments of the paper are ignored.
@@ -144,12 +144,12 @@ def tabulate_paper(settings: Sequence[Setting], columns: Sequence[str], digits: 
 
 
 def tabulate_others(settings: Sequence[Setting], digits: int, baseline: str | None) -> Table:
-    """Make one table of settings outside the experiments of the paper, with the overrides that distinguish them and all metrics.
+    """Build one table of settings outside the experiments of the paper, with the overrides that distinguish them and all metrics.
 
     Args:
         settings: the rows.
         digits: decimal places of the metrics.
-        baseline: label of the setting to compare with; the first setting if there is none with this label.
+        baseline: label of the setting to compare with; if no setting has this label, the first one.
     """
     keys = dict.fromkeys(key for setting in settings for key in setting.options)
     varying = [key for key in keys if len({setting.options.get(key, "") for setting in settings}) > 1]
@@ -164,7 +164,7 @@ def tabulate_others(settings: Sequence[Setting], digits: int, baseline: str | No
 
 
 def make_cell(line: Line, metric: str, scale: float, figure: float | None) -> Cell:
-    """Make the cell of a metric, whose values in result.json are multiplied by `scale`."""
+    """Build the cell of a metric, whose values in result.json are multiplied by `scale`."""
     values = {seed: scale * value for seed, value in line.setting.values(metric).items()} if line.setting else {}
     others = {seed: scale * value for seed, value in line.baseline.values(metric).items()} if line.baseline else {}
     return Cell(metric, scale, figure, summarize(values), compare_paired(values, others))

@@ -34,7 +34,7 @@ def test_rivals_compute_the_same(spec):
 def test_every_provider_is_offered_or_says_why_not():
     rational = providers.list_providers(Spec(5, 3, 2), (1, 4, 6, 7), "cpu", 1e9)
     assert callable(rational["cpu"])
-    assert rational["unfold"] == "written for integer scales and softmax"
+    assert rational["unfold"] == "supports only integer scales and softmax"
     large = providers.list_providers(Spec(5, 2), (512, 256, 14, 14), "cpu", 4e9)
     assert large["unfold"] == "its unfolded copy takes 10.3 GB"
     assert callable(large["unfold_source"])

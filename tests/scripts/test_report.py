@@ -1,4 +1,4 @@
-"""Reports from result.json files: grouping of runs, comparisons, and messages about runs that are left out."""
+"""Reports from result.json files: grouping of runs, comparisons, and messages about omitted runs."""
 
 import csv
 import json
@@ -179,8 +179,8 @@ def test_time_is_of_the_processor_where_every_line_has_it(tmp_path):
     assert [row.get("CPU seconds") for row in format_rows(two)] == ["40", "50", None, None]
     assert next(row for row in format_rows(eight) if row["runs"])["CPU seconds"] == "1800"
     assert not any("CPU seconds" in row for row in format_rows(nine))
-    assert format_time_taken([eight]) == "1 run: 0.50 hours of processor time"
-    assert format_time_taken(found) == "5 runs: 0.53 hours of processor time and 0.03 hours by the clock of the 2 that lack it"
+    assert format_time_taken([eight]) == "1 run: 0.50 hours of CPU time"
+    assert format_time_taken(found) == "5 runs: 0.53 hours of CPU time and 0.03 hours of wall-clock time for the 2 without CPU time"
     assert render_tables(found, "latex").endswith(f"\n% {format_time_taken(found)}\n")
     times = {(line["row"], line["seconds"], line["cpu_seconds"]) for line in csv.DictReader(render_csv([two]).splitlines())}
     assert {("resnet50", "60.0", "40.0"), ("resnet50_carafe", "60.0", "50.0")} < times
@@ -212,7 +212,7 @@ def test_broken_unfinished_and_failed_runs_are_named_and_the_rest_is_reported(tm
     assert problems[2].startswith(f"{tmp_path}/unfinished: unfinished")
     (setting,), repeated = group_runs(runs, read_paper()[0])
     assert list(setting.runs) == [0]
-    assert repeated == [f"{tmp_path}/twice: left out, it repeats seed 0 of {good}"]
+    assert repeated == [f"{tmp_path}/twice: omitted, because it repeats seed 0 of {good}"]
 
 
 def call(monkeypatch, capsys, *arguments: str) -> str:

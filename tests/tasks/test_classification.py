@@ -116,7 +116,7 @@ def test_wrong_layouts_are_named(root, tmp_path):
     for name in ("train/a", "train/b", "val/a"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
-    with pytest.raises(ValueError, match="must have the same classes, 1 are in one alone, the first is b"):
+    with pytest.raises(ValueError, match="must have the same classes, 1 are in only one of them, the first is b"):
         ImageNet(tmp_path, "val")
     (tmp_path / "val" / "b").mkdir()
     with pytest.raises(FileNotFoundError, match=r"class.* b"):

@@ -157,7 +157,7 @@ def test_images_without_annotations_leave_a_file_to_submit(tmp_path):
 
 @pytest.mark.parametrize(
     ("lost", "message"),
-    [("segmentation", "predicts masks, and the annotations have none"), ("object", "has no object to score detections by")],
+    [("segmentation", "predicts masks, and the annotations have none"), ("object", "has no objects, so that detections cannot be scored")],
 )
 def test_what_a_training_needs_is_missed_before_it_begins(tmp_path, lost, message):
     bare = content()

@@ -241,7 +241,7 @@ def test_a_checkpoint_is_evaluated_where_its_data_is_now(trained):
     moved = {"_target_": "X", "root": "/new", "file": "/new/b.txt", "other": "old/adequate"}
     assert configure_data(run, options) == {"root": "/new", "workers": 0, "val": moved}
     _, run = load_task(trained / "last.ckpt")
-    with pytest.raises(ValueError, match=r"data\.root=/new: the data of the run is not in a folder, .*Scenes makes it"):
+    with pytest.raises(ValueError, match=r"data\.root=/new: the data of the run is not read from a folder, .*Scenes generates it"):
         configure_data(run, options)
 
 
