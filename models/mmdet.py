@@ -4,7 +4,7 @@ They differ from the detectors of `carafepp.models.detection` in these points:
 
 - The pyramid has a fifth level, learned from C5, that takes part in the top-down path; there are four CARAFE modules.
 - The sizes of images are rounded to the nearest pixel, and their pixels to 8 bits. Images are padded to multiples of 64.
-- Anchors are not rounded, and box deltas are clipped from below too.
+- Anchors are not rounded, and box deltas are also clipped from below.
 - RoIAlign samples at pixel centres, with as many samples as a cell has pixels.
 - Masks are interpolated between cell centres, without rounding the box first.
 - In the files, the background is the last class and has no outputs for boxes and masks.

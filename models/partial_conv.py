@@ -51,9 +51,9 @@ class PartialSampler(nn.Module):
     mask therefore gives plain CARAFE++, a constant image gives the same output as without a hole at known targets, and a target whose whole
     window lies in the hole stays in the hole.
 
-    In exact arithmetic softmax weights are positive. Hence m' is 1 where the window contains a known pixel, and S(x m) / S(m) is the sum
-    weighted by the softmax over the known taps only. Both are computed in this form, so that small weights of known pixels cannot underflow
-    in half precision.
+    In exact arithmetic, softmax weights are positive. Therefore m' is 1 where the window contains a known pixel, and S(x m) / S(m) is the
+    sum weighted by the softmax over the known taps only. Both are computed in this form, so that small weights of known pixels cannot
+    underflow in half precision.
 
     The outputs of Nearest, Bilinear and AvgPool are divided by the sampled mask in the same way.
 

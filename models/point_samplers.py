@@ -50,7 +50,7 @@ class DySample(nn.Module):
         channels: C, divisible by `groups`, and for "pl" also by 4.
         style: "lp" or "pl".
         groups: number of channel groups, each with its own offsets; the authors use 4, and 8 for "pl" with dynamic scope.
-        dynamic_scope: whether the scale of the offsets is predicted too.
+        dynamic_scope: whether the scale of the offsets is also predicted.
 
     Raises:
         ValueError: the style is unknown, or `channels` is not divisible as required.

@@ -1,4 +1,4 @@
-"""The operator on a GPU: the launches for given tensors, and the entry points behind the ops.
+"""The operator on a GPU: the launches for given tensors, and the functions that the ops call.
 
 Forward saves one float32 log-sum-exp per window and group for backward, and nothing else. No launch uses atomics or scratch memory, so that
 both gradients are deterministic.
@@ -26,7 +26,7 @@ from .tile_tables import measured_tile
 
 TAP_BLOCKS = {"BLOCK_M": 32, "BLOCK_C": 32}
 TAP_OPTIONS = {"num_warps": 4, "num_stages": 2}
-# the capability that a launch is planned for if its tensors are not on a GPU
+# the capability for which a launch is planned if its tensors are not on a GPU
 DEFAULT_CAPABILITY = (8, 0)
 INTERPRETED = not isinstance(banded_forward, triton.JITFunction)
 
@@ -38,12 +38,12 @@ def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> No
 
 
 def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, spec: Spec) -> None:
-    """Fill those of dx and dlogits that are not None; tensors as for `forward`."""
+    """Fill dx and dlogits, except those that are None; the other tensors are as for `forward`."""
     _check_device(x)
     _run(backward_launches, (dy, x, logits, lse, dx, dlogits), spec)
 
 
-# the launches of a call, by everything that they depend on: planning them takes the host longer than starting them
+# the launches of a call, by everything that they depend on, because planning takes more host time than starting
 _plans: dict[tuple, list[Plan]] = {}
 MAX_PLANS = 4096
 
@@ -66,7 +66,7 @@ def _run(build: Callable[..., list[Launch]], tensors: tuple[Tensor | None, ...],
 
 
 def _device_guard(tensor: Tensor) -> AbstractContextManager:
-    """Make the device of a tensor the current one, which Triton launches on."""
+    """Make the device of a tensor the current device, on which Triton launches."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
@@ -78,7 +78,7 @@ def _check_device(x: Tensor) -> None:
 
 
 def problem_of(x: Tensor, logits: Tensor, y: Tensor, spec: Spec, capability: tuple[int, int] | None = None) -> TileProblem:
-    """Return what the choice of a tile depends on; `y` is the output or its gradient."""
+    """Return the properties that the choice of a tile depends on; `y` is the output or its gradient."""
     n, c, _, _ = x.shape
     capability = capability or (torch.cuda.get_device_capability(x.device) if x.is_cuda else DEFAULT_CAPABILITY)
     channels, last = c // spec.groups, is_channels_last(x)
@@ -105,7 +105,7 @@ def _alignment(features: Tensor, channels: int, channels_last: bool) -> int:
 
 
 def _precision() -> str:
-    """Return how products of float32 blocks are computed: with TF32 only where torch uses it for float32 matrix products."""
+    """Return the precision of products of float32 blocks: plain TF32 only if torch uses it for float32 matrix products."""
     if INTERPRETED:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
@@ -145,9 +145,9 @@ def forward_launches(
     tile: Tile | None = None,
     capability: tuple[int, int] | None = None,
 ) -> list[Launch]:
-    """Return the launches that fill y and lse; arguments as for `forward`, on any device, "meta" included.
+    """Return the launches that fill y and lse; arguments as for `forward`, on any device, including "meta".
 
-    `tile` replaces the measured or chosen one, `capability` that of the device.
+    `tile` replaces the measured or chosen tile, and `capability` that of the device.
     """
     problem = problem_of(x, logits, y, spec, capability)
     tile = tile or measured_tile("forward", problem, _device_name(x)) or choose_tile("forward", problem)
@@ -185,13 +185,13 @@ def backward_launches(
     tile: Tile | None = None,
     capability: tuple[int, int] | None = None,
 ) -> list[Launch]:
-    """Return the launches that fill those of dx and dlogits that are given; arguments as for `backward`, on any device, "meta" included.
+    """Return the launches that fill dx and dlogits, unless they are None; arguments as for `backward`, on any device, including "meta".
 
-    `tile` replaces the measured or chosen one, `capability` that of the device.
+    `tile` replaces the measured or chosen tile, and `capability` that of the device.
     """
     problem = problem_of(x, logits, dy, spec, capability)
     tile = tile or measured_tile("backward", problem, _device_name(x)) or choose_tile("backward", problem)
-    # the kernel does not touch a gradient that is None: the input takes its place
+    # the kernel does not touch a gradient that is None, so that the input can replace it
     to_x, to_logits = x if dx is None else dx, logits if dlogits is None else dlogits
     arguments = {
         "sizes": _sizes(x, logits, spec),

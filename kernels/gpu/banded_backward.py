@@ -2,13 +2,13 @@
 
 Two programs share a tile of cells. One computes the gradient to the logits from the targets m of the tile and the sources p of its halo:
 
-    dw = x dy^T [p, m], summed over channels; every window takes its band of it; then the gradient of the normalizer
+    dw = x dy^T [p, m], summed over channels; every window takes its band of dw; the gradient of the normalizer follows
 
 The other computes the gradient to the features from the sources s of the tile and the targets d whose windows reach into it:
 
     dx = B^T dy [s, c],  B[d, s] = weight with which target d read source s, rebuilt from its logit and the log-sum-exp of its window
 
-Both run at the same time, so that dy comes from memory once. The axes m, p, s and t (taps of a window) are rounded up to a power of two.
+Both run at the same time, so that dy is read from memory once. The axes m, p, s and t (taps of a window) are rounded up to a power of two.
 """
 
 import triton
@@ -71,7 +71,7 @@ def compute_logit_gradient(
     if WINDOW.normalized:
         lse = tl.load(lse_address(lse_ptr, sizes, 0, row, col, WINDOW), mask=exists, other=0.0)
     w = weight(l, lse[None, :], WINDOW)
-    # the gradient of a target that a rational scale cuts off was read as zero
+    # targets that a rational scale cuts off have a gradient of zero
     dl = logit_gradient(l, w, dw, tl.sum(w * dw, axis=0)[None, :], WINDOW)
     tl.store(
         dlogits.ptr + logit_offset(dlogits, row, col, WINDOW)[None, :] + (t * dlogits.stride_c)[:, None],
@@ -157,7 +157,7 @@ def banded_backward(
     NEED_DX: tl.constexpr,
     NEED_DLOGITS: tl.constexpr,
 ):
-    """Fill those of dx and dlogits that are needed; one program computes the gradient to the logits of a tile, or a part of that to x."""
+    """Fill dx and dlogits if needed; one program computes the gradient to the logits of a tile, or a part of the gradient to x."""
     AXIS: tl.constexpr = LAYOUT.axis
     ROLES: tl.constexpr = NEED_DLOGITS + NEED_DX * TILE.split
     sizes = align_sizes(sizes, LAYOUT)

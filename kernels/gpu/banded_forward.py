@@ -3,8 +3,8 @@
 The targets m of a tile of cells share a halo of source pixels p. Their weights form a matrix A [p, m] that is zero outside each window, so
 that y = A^T x is a product for the tensor cores. A is built once from the logits and serves all channels of a group.
 
-The axes m, p and t are targets, sources of the halo and taps of a window, rounded up to a power of two. At least one tap is left over: it
-has weight zero and stands for everything outside a window.
+The axes m, p and t are targets, sources of the halo and taps of a window, rounded up to a power of two. At least one tap remains: it has
+weight zero and represents everything outside a window.
 """
 
 import triton

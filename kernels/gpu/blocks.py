@@ -1,7 +1,7 @@
-"""Blocks of features for matrix products: how they are addressed, loaded, multiplied and stored.
+"""Blocks of features for matrix products: addresses, loads, products and stores.
 
-A block is [locations, channels] where channels are the fastest axis of the features, and [channels, locations] elsewhere: AXIS is the axis
-of the locations.
+A block is [locations, channels] if channels are the fastest axis of the features, and [channels, locations] otherwise. AXIS is the axis of
+the locations.
 """
 
 import triton
@@ -77,7 +77,7 @@ def store(features: Features, row, col, exists, c, channels, block, AXIS: tl.con
 def product(a, b, PRECISION: tl.constexpr):
     """Return the matrix product of two blocks, accumulated in float32."""
     if PRECISION == "ieee":
-        # for the interpreter, which multiplies bfloat16 as if it were an integer
+        # the interpreter multiplies bfloat16 as if it were an integer
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
         return tl.dot(a, b, input_precision=PRECISION)

@@ -15,13 +15,13 @@ from triton.compiler import ASTSource, CompiledKernel
 
 INT32_MAX = 2**31 - 1
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-# The same code serves maps of any size and any alignment: the alignment of rows, which vectors depend on, is among the constants.
-# A one is compiled in, except in these fields.
+# The same code serves maps of any size and any alignment, because the alignment of rows is among the constants.
+# A value of 1 is compiled in as a constant, except in these fields.
 SIZES_OF_MAPS = ("h", "w", "ho", "wo", "hq", "wq")
-# Code for multiples of 16 is compiled apart for these fields and for pointers.
+# These fields and pointers have separate code for multiples of 16.
 DIVISIBLE = ("groups", "c")
 
-# ast.parse in two threads at a time sometimes fails, because CPython counts the depth of both together (python/cpython issue 106905)
+# ast.parse sometimes fails in two threads at a time, because CPython counts their depths together (python/cpython issue 106905)
 PARSER = threading.Lock()
 
 
@@ -52,7 +52,7 @@ class Launch(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages} | registers
 
     def start(self, compiled: CompiledKernel) -> None:
-        """Start code that was compiled for this launch, or for one that differs by its tensors only."""
+        """Start code that was compiled for this launch, or for a launch that differs only in its tensors."""
         compiled[self.grid](*self.arguments.values(), *self.constants.values())
 
     def interpret(self) -> None:
@@ -60,11 +60,11 @@ class Launch(NamedTuple):
         self.kernel[self.grid](*self.arguments.values(), *self.constants.values())
 
     def parameters(self) -> list[Tensor | int]:
-        """Return what the compiled code takes at run time, in the order of its parameters."""
+        """Return the run-time arguments of the compiled code, in the order of its parameters."""
         return [value for _, name, value in self._fields_of_arguments() if _type(name, value) != "constexpr"]
 
     def source(self) -> Source:
-        """Return what to compile, specialised for these arguments."""
+        """Return the source to compile, specialised for these arguments."""
         names = self.kernel.arg_names
         types = {name: _types(name, argument) for name, argument in self.arguments.items()}
         fields = list(self._fields_of_arguments())
@@ -76,7 +76,7 @@ class Launch(NamedTuple):
         )
 
     def _fields_of_arguments(self) -> Iterator[tuple[tuple[int, ...], str, Tensor | int]]:
-        """Yield the path, the name and the value of every field of a record, and of every tensor that stands alone."""
+        """Yield the path, the name and the value of every field of a record, and of every tensor outside records."""
         for name, argument in self.arguments.items():
             index = self.kernel.arg_names.index(name)
             if isinstance(argument, Tensor):
@@ -86,11 +86,11 @@ class Launch(NamedTuple):
 
 
 class Plan:
-    """A launch to be started again and again, with other tensors of the same layouts, in a fraction of the host time of Triton's call."""
+    """A launch that starts repeatedly, with other tensors of the same layouts, in a fraction of the host time of Triton's call."""
 
     def __init__(self, launch: Launch, tensors: tuple[Tensor | None, ...]):
         places = {id(tensor): place for place, tensor in enumerate(tensors)}
-        # of every tensor: the name of its argument, its place among the tensors of a call, its strides
+        # for every tensor: the name of its argument, its place among the tensors of a call, its strides
         self.pointers: list[tuple[str, int, tuple[int, ...]]] = []
         # a plan keeps no tensor alive
         arguments: dict[str, Any] = launch.arguments.copy()
@@ -101,7 +101,7 @@ class Plan:
                 arguments[name] = argument._replace(ptr=None) if strides else None
         self.launch = launch._replace(arguments=arguments)
         self.values = arguments | launch.constants
-        # by which tensors begin at a multiple of 16 bytes, because the code may rely on it
+        # keyed by the alignment of the tensors to 16 bytes, on which the code may rely
         self.starts: dict[tuple[bool, ...], Callable[..., None]] = {}
 
     def run(self, tensors: tuple[Tensor | None, ...]) -> None:
@@ -129,7 +129,7 @@ _compiled: dict[tuple, CompiledKernel] = {}
 def compile_for_current_device(launch: Launch) -> CompiledKernel:
     """Return the code of a launch, compiled once in a process for each device.
 
-    Triton's own call of a kernel compiles for other values of every number of a record, whatever the kernel asks for.
+    Triton's own call of a kernel compiles again for other values of any number in a record, whatever the kernel requests.
     """
     source = launch.source()
     key = (source.hash(), launch.num_warps, launch.num_stages, triton.runtime.driver.active.get_current_device())
@@ -139,7 +139,7 @@ def compile_for_current_device(launch: Launch) -> CompiledKernel:
 
 
 def _types(name: str, argument: Tensor | tuple) -> str | tuple:
-    """Return the type of an argument as Triton writes it, a record of types for a record."""
+    """Return the type of an argument in Triton's notation; for a record, a record of types."""
     if isinstance(argument, Tensor):
         return _type(name, argument)
     return type(argument)(*map(_type, argument._fields, argument))
@@ -157,10 +157,10 @@ def _attributes(name: str, value: Tensor | int) -> list[list]:
     """Return what the compiler may assume of a value: that it is a multiple of 16, and how far offsets from a pointer reach."""
     if not isinstance(value, Tensor):
         return [["tt.divisibility", 16]] if name in DIVISIBLE and value % 16 == 0 else []
-    # a meta tensor has no address: assume that its storage begins where an allocator would place it
+    # a meta tensor has no address; its storage is assumed to be aligned like that of an allocator
     address = value.storage_offset() * value.element_size() if value.is_meta else value.data_ptr()
     attributes = [["tt.divisibility", 16]] if address % 16 == 0 else []
-    # loads and stores of buffers on AMD GPUs take offsets of 32 bits
+    # buffer loads and stores on AMD GPUs have 32-bit offsets
     if torch.version.hip and value.untyped_storage().size() <= INT32_MAX:
         attributes.append(["tt.pointer_range", 32])
     return attributes

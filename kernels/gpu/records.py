@@ -1,7 +1,8 @@
 """The parameters of the kernels: records of run-time values, and records of compile-time constants.
 
 The `ptr` of a record is a tensor on the host, and the address of its first element in a kernel. Kernels use only the fields of a record,
-because the compiler does not evaluate properties and methods. It does not take strings either in records of run-time values.
+because the compiler does not evaluate properties and methods. Records of run-time values hold no strings, because the compiler does not
+support them there.
 """
 
 from typing import NamedTuple
@@ -46,7 +47,7 @@ class Sizes(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Which sources a window covers, and how its weights follow from the logits. A constant."""
+    """The sources that a window covers, and the step from its logits to its weights. A constant."""
 
     kernel_size: int
     up: int
@@ -56,9 +57,9 @@ class Window(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the banded kernels address features. A constant."""
+    """The addressing of features in the banded kernels. A constant."""
 
     axis: int  # of locations in a block of features: 0 where channels are the fastest axis of the features, else 1
-    x_align: int  # elements: every run of source features begins and ends at a multiple of so many
+    x_align: int  # every run of source features begins and ends at a multiple of this number of elements
     y_align: int  # the same for target features
     index: tl.dtype  # type of offsets within one image

@@ -8,8 +8,8 @@ output.
     dw[m, t] = sum_c dy[m, c] x[window(m) + t, c]
     dx[s] = sum_t sum_{m: window(m) + t = s} w[m, t] dy[m]
 
-A program computes BLOCK_M locations of one group of one image. Its blocks of features are [BLOCK_M, BLOCK_C] where channels are the fastest
-axis of the features, and [BLOCK_C, BLOCK_M] elsewhere: AXIS is the axis of the locations.
+A program computes BLOCK_M locations of one group of one image. Its blocks of features are [BLOCK_M, BLOCK_C] if channels are the fastest
+axis of the features, and [BLOCK_C, BLOCK_M] otherwise. AXIS is the axis of the locations.
 """
 
 import triton
@@ -110,7 +110,7 @@ def tap_logit_gradient(
     x_ptr = x.ptr + (n * x.stride_n + g * sizes.c * x.stride_c)
     dy_ptr = dy.ptr + (n * dy.stride_n + g * sizes.c * dy.stride_c + tl.expand_dims(row * dy.stride_h + col * dy.stride_w, 1 - AXIS))
     mean = tl.zeros([BLOCK_M], tl.float32)
-    # every gradient of a normalizer needs the sum over the window, so that a first pass over the taps computes the sum
+    # the gradients of these normalizers need a sum over the window, which a first pass over the taps computes
     for step in range(2 * K * K if NORMALIZED else K * K):
         tap = step % (K * K)
         i, j, inside = tap_source(row, col, tap, output, sizes, WINDOW)
@@ -153,7 +153,7 @@ def tap_source_gradient(
     n, g = ng // sizes.groups, ng % sizes.groups
     logits = group_logits(logits, n, g, WINDOW)
     dy_ptr = dy.ptr + (n * dy.stride_n + g * sizes.c * dy.stride_c)
-    # expanded before use: Triton 3.6 gives masks that are expanded later another layout than their pointers
+    # expanded before use, because Triton 3.6 gives masks that are expanded later a different layout from their pointers
     i, j, mask = tl.expand_dims(i, 1 - AXIS), tl.expand_dims(j, 1 - AXIS), tl.expand_dims(mask, 1 - AXIS)
     dx_ptr = dx.ptr + (n * dx.stride_n + g * sizes.c * dx.stride_c + i * dx.stride_h + j * dx.stride_w)
     for start in range(0, sizes.c, BLOCK_C):

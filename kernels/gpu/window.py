@@ -1,4 +1,4 @@
-"""Where windows lie, and how their weights follow from the logits: shared by all Triton kernels of the operator.
+"""The place of windows, and the step from logits to weights, which all Triton kernels of the operator share.
 
 The weight of tap t is exp(score_t - lse), where a score is the logit (softmax) or its log-sigmoid (normalised sigmoid) and lse is the
 log-sum-exp of the scores of a window. One number per window restores all of its weights. The other normalizers need no sum.
@@ -65,6 +65,6 @@ def logit_offset(logits: Logits, row, col, WINDOW: tl.constexpr):
 
 @triton.jit
 def lse_address(lse_ptr, sizes: Sizes, ng, row, col, WINDOW: tl.constexpr):
-    """Return the address of the log-sum-exp of the window of an output location, for group ng as counted through all images."""
+    """Return the address of the log-sum-exp of the window of an output location, with ng the number of the group over all images."""
     u, v, q, r = row % WINDOW.up, col % WINDOW.up, row // WINDOW.up, col // WINDOW.up
     return lse_ptr + (((ng * WINDOW.up + u) * WINDOW.up + v) * sizes.hq + q) * sizes.wq + r
