@@ -8,8 +8,9 @@ map of any other size is an error (`crop`). A downsampler returns ceil(H / 2) x 
 padding 1 does, so that it can replace either.
 
 Guides: an upsampler whose class sets `needs_guide = True` also takes the finer map that its output is combined with, `sampler(x, guide)`,
-with x [N, C, H, W] and guide [N, guide_channels, h, w], where h is 2H - 1 or 2H, and w likewise. Its output is [N, C, h, w]. Networks
-pass the guide (`make_sampler`, `resize`). Without a guide, as in a mask head, the sampler uses the bilinearly upsampled x as its guide.
+with x [N, C, H, W] and guide [N, guide_channels, h, w], where h is 2H - 1 or 2H, and w is 2W - 1 or 2W. Its output is [N, C, h, w].
+Networks pass the guide (`make_sampler`, `resize`). Without a guide, as in a mask head, the sampler uses the bilinearly upsampled x as its
+guide.
 """
 
 from collections.abc import Callable, Sequence

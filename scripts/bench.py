@@ -1,4 +1,4 @@
-"""carafepp-bench: the operator beside other implementations; the first argument `samplers`, `models` or `growth` selects another bench."""
+"""carafepp-bench: times of the operator and other implementations; the first argument can select the bench samplers, models or growth."""
 
 from .benching import bench_growth, bench_models, bench_operator, bench_samplers
 from .common.app import dispatch

@@ -1,4 +1,4 @@
-"""carafepp-report: tables, plots and pictures of finished runs beside the figures of the paper; `carafepp-report paper` lists its rows."""
+"""carafepp-report: tables, plots and pictures of finished runs, with the figures of the paper; `carafepp-report paper` lists its rows."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""Benches: the operator beside other implementations, the growth of its time, the samplers, and the networks of the paper's tables."""
+"""Benches: the operator and other implementations, the growth of its time, the samplers, and the networks of the paper's tables."""
 
 from .growth import bench_growth
 from .models import bench_models

@@ -1,4 +1,4 @@
-"""carafepp-bench: the operator beside other implementations, timed in interleaved rounds in one process."""
+"""carafepp-bench: the operator and other implementations, timed in interleaved rounds in one process."""
 
 import importlib.util
 import platform

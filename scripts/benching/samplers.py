@@ -1,4 +1,4 @@
-"""carafepp-bench samplers: parameters, FLOPs, time and memory of every sampler, beside published figures."""
+"""carafepp-bench samplers: parameters, FLOPs, time and memory of every sampler, with published figures."""
 
 import math
 from collections.abc import Callable

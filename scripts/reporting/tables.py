@@ -1,4 +1,4 @@
-"""Tables of settings: the tables of the paper, with its figures beside ours, and a table of all other runs."""
+"""Tables of settings: the tables of the paper, with its figures and ours, and a table of all other runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
