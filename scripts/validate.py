@@ -1,4 +1,4 @@
-"""carafepp-validate: problems of annotations in COCO format, by image, annotation and rule."""
+"""carafepp-validate: the problems of annotations in COCO's format, by image, annotation and rule."""
 
 from collections import Counter
 from pathlib import Path
@@ -39,7 +39,7 @@ def find_problems(annotations: Path, images: Path, decode: bool, *, allow_outsid
 
 @app("validate")
 def main(cfg: DictConfig) -> None:
-    """Print every problem and their number by rule; exit with status 1 if there are any."""
+    """Print every problem, and the number of problems by rule; exit with status 1 if there is one."""
     problems = []
     for annotations, images in find_files(cfg):
         found = find_problems(annotations, images, cfg.decode, allow_outside=cfg.allow_outside)

@@ -34,24 +34,25 @@ class COCO(ImageFiles):
 
     The target holds boxes [n, 4] (x1, y1, x2, y2 in pixels), labels [n] in 1..classes in the order of the categories' ids, masks [n, H, W]
     uint8 if the file has any, area [n], iscrowd [n] and image_id. Targets omit crowds and annotations that are not trained on
-    (`coco_check.RULES`). An object whose mask is missing or damaged stays: its mask has the pixels that can be decoded, maybe none.
+    (`coco_check.RULES`). An object whose mask is missing or damaged is kept: its mask has the pixels that can be decoded, possibly none.
     Evaluation takes the annotations from `ground_truth`.
 
-    A training set omits images without an object, unless `keep_empty`. It replaces an image that is damaged, or of another size than the
-    file says, by the next one. A validation set decodes all images beforehand.
+    A training set omits images without an object, unless `keep_empty` is set. It replaces an image that is damaged, or whose size differs
+    from that in the file, by the next one. A validation set decodes all images in advance.
 
     `transforms` maps (tv_tensors.Image uint8, target) to another such pair, for instance by torchvision.transforms.v2. See `ImageFiles`.
 
     Args:
         annotations: JSON file.
         images: folder of the files that it names.
-        class_names: names of its categories in the order of their ids; numbers are allowed, since a command line makes them of digits.
+        class_names: names of its categories in the order of their ids; numbers are allowed, because a command line turns digits into
+            numbers.
         train: whether the set is trained on.
-        keep_empty: whether to train on images without an object, too.
-        allow_outside: whether file names of the annotations may lead out of the folder `images`.
+        keep_empty: whether to train also on images without an object.
+        allow_outside: whether file names in the annotations may lead out of the folder `images`.
 
     Attributes:
-        groups: 1 for every image that is upright, 0 for every other, so that batches are of one kind.
+        groups: 1 for every upright image, 0 for every other, so that most batches have images of one orientation.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -92,7 +93,7 @@ class COCO(ImageFiles):
         self._keep(content, labels, self.unusable | {problem.position for problem in problems if problem.severity == UNTRAINED})
 
     def _keep(self, content: dict, labels: dict[int, int], left_out: set[int | None]) -> None:
-        """Keep the records that `read` makes items of."""
+        """Keep the records from which `read` builds items."""
         objects = defaultdict(list)
         sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
         for position, annotation in enumerate(content["annotations"]):
@@ -105,15 +106,15 @@ class COCO(ImageFiles):
         if not kept or (self.train and not any(objects.values())):
             raise ValueError(f"annotations={self.annotations} has no object to train on")
         if empty := len(content["images"]) - len(kept):
-            logger.info("%s: %d images without an object to train on left out", self.annotations, empty)
+            logger.info("%s: omitted %d images without an object to train on", self.annotations, empty)
         self.groups = [int(image["height"] > image["width"]) for image in kept]
         records = [pickle.dumps((image["id"], image["file_name"], image["height"], image["width"], objects[image["id"]])) for image in kept]
-        # one array: Python objects are copied into every worker as their reference counts change
+        # one array, because changes of reference counts would copy Python objects into every worker
         self.ends = np.cumsum([len(record) for record in records])
         self.records = np.frombuffer(b"".join(records), np.uint8)
 
     def ground_truth(self) -> dict:
-        """Return the content of the annotation file, crowds included, without the annotations that are unusable.
+        """Return the content of the annotation file, including crowds, without the unusable annotations.
 
         Where a mask is missing or damaged, and other objects have one, the segmentation has the pixels that can be decoded, maybe none.
         """

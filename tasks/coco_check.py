@@ -1,4 +1,4 @@
-"""Check COCO annotation files: every problem is reported with image id, annotation id and the broken rule."""
+"""The checks of COCO annotation files, which report every problem with image id, annotation id and the broken rule."""
 
 import json
 import logging
@@ -125,7 +125,7 @@ def read_annotations(path: str | Path) -> dict:
 
 
 def check_annotations(content: dict, images: str | Path, *, allow_outside: bool = False) -> list[Violation]:
-    """Find every problem of the content of an annotation file, and every image file that is missing in the folder `images`.
+    """Find every problem in the content of an annotation file, and every image file that is missing in the folder `images`.
 
     `check_images` checks what the image files contain. `allow_outside` allows names of files outside the folder.
     """

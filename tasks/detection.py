@@ -32,7 +32,7 @@ DRAWN_SCORE = 0.5
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    """Merge samples of several sizes: a list of images [3, H, W] and a list of targets, of plain tensors."""
+    """Merge samples of several sizes into a list of images [3, H, W] and a list of targets of plain tensors."""
     images, targets = zip(*samples, strict=True)
     return list(images), [to_plain(target) for target in targets]
 
@@ -50,7 +50,7 @@ def with_masks(target: Target) -> Target:
 
 
 class Detection(Task):
-    """Train and evaluate a detector with the interface of torchvision's (`carafepp.models.detection`); it resizes and normalises images.
+    """Task that trains and evaluates a detector with torchvision's interface (`carafepp.models.detection`), which also normalises images.
 
     Scores are the AP, AP50, AP75, APs, APm and APl of pycocotools as fractions, with the prefix `box_` and, if the network predicts masks,
     `mask_`. Every validation writes its detections in COCO's results format to detections_bbox.json and detections_segm.json in the
@@ -67,7 +67,7 @@ class Detection(Task):
     monitor = "val/box_AP"
     direction = "max"
     bench_size = (800, 1333)
-    # the parts of torchvision's detectors have no types
+    # the parts of torchvision's detectors have no type hints
     model: Any
 
     def __init__(
@@ -93,12 +93,13 @@ class Detection(Task):
         return self.model.roi_heads.has_mask()
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> dict[str, Tensor] | list[Target]:
-        """Map images [3, H, W] in [0, 1] to what torchvision's detectors return: losses in training, else boxes, labels, scores, masks."""
+        """Map images [3, H, W] in [0, 1] to the output of torchvision's detectors: losses in training, else boxes, labels, scores,
+        masks."""
         return self.model(list(images), targets)
 
     @contextlib.contextmanager
     def full_load(self) -> Iterator[None]:
-        """Let as many proposals and detections through as there is room for, so that FLOPs depend neither on the image nor on weights."""
+        """Keep the largest possible number of proposals and detections, so that FLOPs do not depend on the image or on the weights."""
         rpn, heads = self.model.rpn, self.model.roi_heads
         before = rpn.nms_thresh, rpn.score_thresh, heads.nms_thresh, heads.score_thresh
         rpn.nms_thresh, rpn.score_thresh, heads.nms_thresh, heads.score_thresh = 1.0, 0.0, 1.0, -1.0
@@ -124,7 +125,7 @@ class Detection(Task):
         return loss
 
     def setup(self, stage: str) -> None:
-        """Read the ground truth, and check that the data has what training and validation need.
+        """Read the ground truth, and check that the data suffices for training and validation.
 
         Raises:
             ValueError: the validation set of a training has no objects, or the network predicts masks and the annotations have none.
@@ -133,13 +134,13 @@ class Detection(Task):
         self.truth = read_ground_truth(data.val, self.class_names)
         objects = any(not annotation["iscrowd"] for annotation in self.truth["annotations"])
         if fits and not objects:
-            raise ValueError("the validation set has no object to score detections by")
+            raise ValueError("the validation set has no objects, so that detections cannot be scored")
         used = [each for each, is_used in ((data.train, fits), (data.val, objects)) if is_used]
         if self.has_masks and not all(getattr(each, "masks", True) for each in used):
             raise ValueError("the network predicts masks, and the annotations have none: model=faster_rcnn needs boxes only")
 
     def on_validation_epoch_start(self) -> None:
-        """Start to collect detections."""
+        """Clear the collected detections."""
         self.category_ids = sorted(category["id"] for category in self.truth["categories"])
         self.image_ids, self.found = [], {kind: [] for kind in KINDS if kind == "bbox" or self.has_masks}
 
@@ -155,7 +156,7 @@ class Detection(Task):
         """Evaluate the detections of all processes and log the average precisions."""
         image_ids = _gather(self.image_ids)
         found = {kind: _gather(entries) for kind, entries in self.found.items()}
-        # one process evaluates: the others would need as much memory and time for the same scores
+        # one process evaluates, because the others would need as much memory and time for the same scores
         scores: list[Any] = [self._evaluate(image_ids, found) if self.trainer.is_global_zero else None]
         if dist.is_initialized():
             dist.broadcast_object_list(scores)
@@ -199,7 +200,7 @@ class Detection(Task):
         return self._overlay(image, found, number_detections(found["boxes"], found["boxes"][:0] if truth is None else truth))
 
     def view(self, image: Tensor) -> View:
-        """Return what backbone and feature pyramid see of an image [3, H, W] in [0, 1]."""
+        """Return the input of backbone and feature pyramid for an image [3, H, W] in [0, 1]."""
         images, _ = self.model.transform([image.to(self.device)])
         height, width = images.tensors.shape[2:]
         (seen_height, seen_width), *_ = images.image_sizes
@@ -218,14 +219,14 @@ class Detection(Task):
 
 
 def number_detections(found: Tensor, truth: Tensor) -> list[int]:
-    """Number the boxes `found` [n, 4], best first: with the number of the object of `truth` [m, 4] that they find, or one from m on.
+    """Number the boxes `found` [n, 4], best first, by the object of `truth` [m, 4] that they find; boxes without one get m, m + 1, ...
 
     A box finds the object that it overlaps most, if no better box finds it and the intersection over union is at least one half.
     """
     overlaps = torch.cat([box_iou(found, truth), torch.full((len(found), len(found)), 0.5)], dim=1)
     numbers = []
     for row in overlaps:
-        # argmax returns the first of the largest: an object, or the next unused number from m on
+        # argmax returns the first maximum: an object, or the next unused number from m on
         numbers.append(int(row.argmax()))
         overlaps[:, numbers[-1]] = 0
     return numbers
