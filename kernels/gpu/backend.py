@@ -7,6 +7,7 @@ both gradients are deterministic.
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -48,7 +49,7 @@ _plans: dict[tuple, list[Plan]] = {}
 MAX_PLANS = 4096
 
 
-def _run(build: Callable[..., list[Launch]], tensors: tuple[Tensor | None, ...], spec: Spec) -> None:
+def _run(build: Callable[..., list[Launch]], tensors: tuple[Any, ...], spec: Spec) -> None:
     like = tensors[0]
     if INTERPRETED:
         for launch in build(*tensors, spec):
@@ -82,8 +83,9 @@ def problem_of(x: Tensor, logits: Tensor, y: Tensor, spec: Spec, capability: tup
     n, c, _, _ = x.shape
     capability = capability or (torch.cuda.get_device_capability(x.device) if x.is_cuda else DEFAULT_CAPABILITY)
     channels, last = c // spec.groups, is_channels_last(x)
-    aligned = (_alignment(t, channels, last) for t in (x, y))
-    return TileProblem(spec, channels, *logits.shape[4:], n * spec.groups, x.element_size(), last, *aligned, capability)
+    x_align, y_align = (_alignment(t, channels, last) for t in (x, y))
+    height, width = logits.shape[4:]
+    return TileProblem(spec, channels, height, width, n * spec.groups, x.element_size(), last, x_align, y_align, capability)
 
 
 def _device_name(x: Tensor) -> str:

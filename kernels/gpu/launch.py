@@ -6,7 +6,7 @@ emulator also takes `launch.parameters()`. All of them compile the same source.
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -28,7 +28,7 @@ PARSER = threading.Lock()
 class Source(ASTSource):
     """A kernel to compile, in any thread."""
 
-    def make_ir(self, *arguments, **options):
+    def make_ir(self, *arguments: Any, **options: Any) -> Any:
         """Parse and lower the Python code of one kernel at a time."""
         with PARSER:
             return super().make_ir(*arguments, **options)
@@ -37,9 +37,9 @@ class Source(ASTSource):
 class Launch(NamedTuple):
     """One kernel, and everything that determines its code and its work."""
 
-    kernel: triton.JITFunction
+    kernel: Any  # triton.JITFunction, or the function that stands for it in the interpreter
     grid: tuple[int, int, int]  # programs in x, y, z
-    arguments: dict[str, Tensor | tuple]  # tensors and records (records.py) by name, in the order of the parameters
+    arguments: dict[str, Any]  # tensors and records (records.py) by name, in the order of the parameters
     constants: dict[str, Any]  # compile-time parameters, in their order after the arguments
     num_warps: int
     num_stages: int
@@ -93,18 +93,18 @@ class Plan:
         # for every tensor: the name of its argument, its place among the tensors of a call, its strides
         self.pointers: list[tuple[str, int, tuple[int, ...]]] = []
         # a plan keeps no tensor alive
-        arguments: dict[str, Any] = launch.arguments.copy()
+        arguments = launch.arguments.copy()
         for name, argument in launch.arguments.items():
             tensor, *strides = argument if isinstance(argument, tuple) else (argument,)
             if isinstance(tensor, Tensor):
                 self.pointers.append((name, places[id(tensor)], tuple(strides)))
-                arguments[name] = argument._replace(ptr=None) if strides else None
+                arguments[name] = cast(Any, argument)._replace(ptr=None) if strides else None
         self.launch = launch._replace(arguments=arguments)
         self.values = arguments | launch.constants
         # keyed by the alignment of the tensors to 16 bytes, on which the code may rely
         self.starts: dict[tuple[bool, ...], Callable[..., None]] = {}
 
-    def run(self, tensors: tuple[Tensor | None, ...]) -> None:
+    def run(self, tensors: tuple[Any, ...]) -> None:
         """Start the kernel on the current device, with `tensors` in place of the tensors of the constructor."""
         addresses = [tensors[place].data_ptr() for _, place, _ in self.pointers]
         aligned = tuple([address % 16 == 0 for address in addresses])
@@ -116,7 +116,7 @@ class Plan:
             values[name] = (address, *strides) if strides else address
         start(*values.values())
 
-    def _launch_of(self, tensors: tuple[Tensor | None, ...]) -> Launch:
+    def _launch_of(self, tensors: tuple[Any, ...]) -> Launch:
         arguments = self.launch.arguments
         given = {name: arguments[name]._replace(ptr=tensors[at]) if strides else tensors[at] for name, at, strides in self.pointers}
         return self.launch._replace(arguments=arguments | given)
@@ -132,13 +132,14 @@ def compile_for_current_device(launch: Launch) -> CompiledKernel:
     Triton's own call of a kernel compiles again for other values of any number in a record, whatever the kernel requests.
     """
     source = launch.source()
-    key = (source.hash(), launch.num_warps, launch.num_stages, triton.runtime.driver.active.get_current_device())
+    driver: Any = triton.runtime.driver.active
+    key = (source.hash(), launch.num_warps, launch.num_stages, driver.get_current_device())
     if key not in _compiled:
         _compiled[key] = triton.compile(source, options=launch.options)
     return _compiled[key]
 
 
-def _types(name: str, argument: Tensor | tuple) -> str | tuple:
+def _types(name: str, argument: Any) -> str | tuple:
     """Return the type of an argument in Triton's notation; for a record, a record of types."""
     if isinstance(argument, Tensor):
         return _type(name, argument)

@@ -71,7 +71,7 @@ def test_kernels_are_parsed_one_at_a_time(monkeypatch):
         inside.remove(self)
 
     monkeypatch.setattr(ASTSource, "make_ir", make_ir)
-    launch = Launch(product, (1, 1, 1), {"x_ptr": 0, "y_ptr": 0}, {"BLOCK": 16}, num_warps=1, num_stages=1)
+    launch = Launch(product, (1, 1, 1), {"x_ptr": torch.empty(1), "y_ptr": torch.empty(1)}, {"BLOCK": 16}, num_warps=1, num_stages=1)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda source: source.make_ir(None), [launch.source() for _ in range(4)]))
     assert overlaps == [False] * 4
