@@ -42,7 +42,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.published:
         task, run = load_published(cfg.published, cfg.checkpoint, OmegaConf.masked_copy(cfg, ["task", "data"]))
     else:
-        task, run = load_task(cfg.checkpoint, cfg.task)
+        task, run = load_task(cfg.checkpoint, cfg.task, cfg.trust)
     folder = Path(HydraConfig.get().runtime.output_dir)
     # training data may no longer exist, and is not needed
     data = instantiate(configure_data(run, cfg.data), train=None)

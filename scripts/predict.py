@@ -58,7 +58,7 @@ def load_tasks(cfg: DictConfig) -> dict[str, Task]:
     """
     tasks = {}
     for path in [cfg.checkpoint] if isinstance(cfg.checkpoint, str) else cfg.checkpoint:
-        task, config = load_task(path, cfg.task)
+        task, config = load_task(path, cfg.task, cfg.trust)
         omitted = [*INCIDENTAL, "scale", "experiment"]
         label = ", ".join(o for o in config.run.overrides if not is_under(o.partition("=")[0], omitted)) or Path(path).parent.name
         # runs that differ only in their seed have the same label, and so do checkpoints of the same run

@@ -1,6 +1,7 @@
 """carafepp-train: train and evaluate a configuration, or resume an interrupted run."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import lightning as L
@@ -21,6 +22,7 @@ from .common.jobs import is_job, read_repeated_job, shares_process, train_in_sub
 from .common.lightning_messages import silence_lightning
 from .common.options import read_options
 from .common.run_folders import is_first_process, lock_folder, read_config, record_failure
+from .common.trust import find_foreign
 
 
 def find_missing_keys(node: object, key: str = "") -> list[str]:
@@ -42,7 +44,7 @@ def start_run(cfg: DictConfig, folder: Path) -> DictConfig:
         raise RuntimeError(f"{folder} already holds a run: continue it with resume={folder}, or choose another folder")
     with record_failure(folder):
         OmegaConf.set_struct(cfg, False)
-        del cfg.resume
+        del cfg.resume, cfg.trust
         if missing := find_missing_keys(OmegaConf.to_container(cfg)):
             raise ValueError(f"this configuration needs {', '.join(f'{key}=...' for key in missing)}; scale=small needs no data set")
         choices = {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra/")}
@@ -53,18 +55,20 @@ def start_run(cfg: DictConfig, folder: Path) -> DictConfig:
     return cfg
 
 
-def resume_run(folder: Path) -> DictConfig:
-    """Read the configuration of a run to continue.
+def resume_run(folder: Path, trust: str | Iterable[str]) -> DictConfig:
+    """Read the configuration of a run to continue, which may name what conf/ names and what `trust` holds.
 
     Raises:
         FileNotFoundError: the folder holds no run.
-        ValueError: the command line has other overrides.
+        ValueError: the command line has other overrides, or the configuration names something else.
     """
     if not (folder / "config.yaml").is_file():
         raise FileNotFoundError(f"resume={folder} is not a run folder: it has no config.yaml")
-    if others := [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]:
-        raise ValueError(f"resume= continues a run with its own configuration and takes no other override, got {' '.join(others)}")
-    return read_config(folder)
+    if others := [o for o in HydraConfig.get().overrides.task if not o.startswith(("resume=", "trust="))]:
+        raise ValueError(
+            f"resume= continues a run with its own configuration and takes no other override except trust=, got {' '.join(others)}"
+        )
+    return read_config(folder, trust)
 
 
 def build_logger(cfg: DictConfig, folder: Path) -> Logger | bool:
@@ -121,11 +125,15 @@ def main(cfg: DictConfig) -> None:
         logging.disable(logging.INFO)
     with lock_folder(folder):
         if not OmegaConf.is_missing(cfg, "resume"):
-            cfg = resume_run(folder)
+            trust = cfg.trust
+            cfg = resume_run(folder, trust)
         elif is_job() and (folder / "config.yaml").exists():
-            cfg = read_repeated_job(folder)
+            # what this command line names, the folder may name
+            trust = find_foreign(OmegaConf.to_container(cfg, resolve=True))
+            cfg = read_repeated_job(folder, trust)
         else:
             cfg = start_run(cfg, folder)
+            trust = find_foreign(read_options(cfg))
         if (folder / "result.json").exists():
             rank_zero_only(print)(f"{folder} is finished: see result.json")
             return
@@ -134,7 +142,7 @@ def main(cfg: DictConfig) -> None:
                 train(cfg, folder)
             rank_zero_only(print)(f"run folder: {folder}")
             return
-    train_in_subprocess(folder)
+    train_in_subprocess(folder, trust)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Reading of checkpoints of `carafepp-train`, and construction of the task and the data of their runs."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,6 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ...tasks.task import Task
+from .trust import check_config
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -39,17 +41,20 @@ def drop_weight_paths(config: Any) -> Any:
     return {key: None if network and key == "weights" else drop_weight_paths(value) for key, value in config.items()}
 
 
-def load_task(path: str | Path, options: DictConfig | None = None) -> tuple[Task, DictConfig]:
+def load_task(path: str | Path, options: DictConfig | None = None, trust: str | Iterable[str] = ()) -> tuple[Task, DictConfig]:
     """Build the task of a checkpoint with its weights, and return it, in evaluation mode, with the configuration of the run.
 
     Args:
         options: options of the task that replace those of the run.
+        trust: modules and import paths that the checkpoint may name besides those that conf/ names.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a checkpoint (see `load_checkpoint`), or its weights do not fit a task with these options.
+        ValueError: the file is not a checkpoint (see `load_checkpoint`), or names something that is not trusted (see `check_config`), or
+            its weights do not fit a task with these options.
     """
     checkpoint = load_checkpoint(path)
+    check_config(checkpoint["config"], trust, f"checkpoint={path}")
     config = cast(DictConfig, OmegaConf.create(drop_weight_paths(checkpoint["config"])))
     config.task = OmegaConf.merge(config.task, options or {})
     task = hydra.utils.instantiate(config.task)

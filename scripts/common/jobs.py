@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -24,20 +25,25 @@ def shares_process() -> bool:
     return is_job() and "SUBMITIT_EXECUTOR" not in os.environ
 
 
-def read_repeated_job(folder: Path) -> DictConfig:
+def read_repeated_job(folder: Path, trust: Iterable[str]) -> DictConfig:
     """Read the configuration that an earlier run of the same sweep left in a job's folder.
 
     Raises:
         RuntimeError: the folder holds a run with other overrides.
+        ValueError: see `read_config`.
     """
-    cfg = read_config(folder)
+    cfg = read_config(folder, trust)
     if sorted(cfg.run.overrides) != sorted(HydraConfig.get().overrides.task):
         raise RuntimeError(f"{folder} holds a run of {' '.join(cfg.run.overrides)}: choose another folder with hydra.sweep.dir=")
     return cfg
 
 
-def train_in_subprocess(folder: Path) -> None:
+def train_in_subprocess(folder: Path, trust: Iterable[str]) -> None:
     """Train the run of a folder in a separate process, so that a kill does not end the sweep and jobs share no global state.
+
+    Args:
+        folder: the run folder, which holds the configuration.
+        trust: what the configuration may name besides what conf/ names.
 
     Raises:
         RuntimeError: the training failed or was killed.
@@ -45,7 +51,10 @@ def train_in_subprocess(folder: Path) -> None:
     record = folder / "error.txt"
     record.unlink(missing_ok=True)
     path = str(folder).replace("'", "\\'")
-    status = subprocess.run([sys.executable, "-P", "-m", "carafepp.scripts.train", f"resume='{path}'"]).returncode
+    command = [sys.executable, "-P", "-m", "carafepp.scripts.train", f"resume='{path}'"]
+    if names := ",".join(f"'{name}'" for name in trust):
+        command.append(f"trust=[{names}]")
+    status = subprocess.run(command).returncode
     if status and not record.exists():
         end = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
         write_atomically(record, f"{end}, continue it with carafepp-train resume={folder}\n")

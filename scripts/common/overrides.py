@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 # keys that affect where and how a run computes, and not its result
 INCIDENTAL = ["seed", "resume", "hydra", "logger", "log_every_n_steps", "checkpoint_every_n_steps", "data.root", "data.workers"]
-INCIDENTAL += ["channels_last", "compile"]
+INCIDENTAL += ["channels_last", "compile", "trust"]
 INCIDENTAL += [
     f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches", "enable_progress_bar")
 ]

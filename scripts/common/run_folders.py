@@ -2,15 +2,15 @@
 
 import contextlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import cast
 
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from ...tasks.runs import write_atomically
+from .trust import check_config, read_yaml
 
 
 def is_first_process() -> bool:
@@ -18,9 +18,15 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def read_config(folder: Path) -> DictConfig:
-    """Read the resolved configuration of the run in a folder."""
-    return cast(DictConfig, OmegaConf.load(folder / "config.yaml"))
+def read_config(folder: Path, trust: str | Iterable[str] = ()) -> DictConfig:
+    """Read the resolved configuration of the run in a folder.
+
+    Raises:
+        ValueError: it is not a configuration, or it names something that neither conf/ names nor `trust` holds.
+    """
+    config = read_yaml(folder / "config.yaml")
+    check_config(config, trust, str(folder / "config.yaml"))
+    return OmegaConf.create(config)
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ def run(folder: Path, *overrides: str) -> Path:
     with initialize_config_module("carafepp.conf", version_base="1.3"):
         cfg = compose("train", overrides=list(overrides))
     OmegaConf.set_struct(cfg, False)
-    del cfg.resume
+    del cfg.resume, cfg.trust
     cfg.run = {"choices": {}, "overrides": list(overrides)}
     OmegaConf.resolve(cfg)
     OmegaConf.save(cfg, folder / "config.yaml")

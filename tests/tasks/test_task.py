@@ -127,13 +127,13 @@ def test_every_command_works_with_a_task_of_ones_own(package, tmp_path, monkeypa
     assert (folder / "pictures.png").exists()
     assert not (folder / "per_class.csv").exists()
 
-    call(monkeypatch, "eval", f"checkpoint={folder}/best.ckpt", *quick, f"hydra.run.dir={tmp_path}/eval")
+    call(monkeypatch, "eval", f"checkpoint={folder}/best.ckpt", "trust=enlarging", *quick, f"hydra.run.dir={tmp_path}/eval")
     scores = json.loads((tmp_path / "eval" / "eval.json").read_text())["metrics"]
     errors = [point["val/error"] for point in found["curve"]]
     assert scores["val/error"] == pytest.approx(min(errors))
 
     Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(tmp_path / "photograph.png")
-    predicted = [f"images={tmp_path}/photograph.png", f"checkpoint={folder}/best.ckpt"]
+    predicted = [f"images={tmp_path}/photograph.png", f"checkpoint={folder}/best.ckpt", "trust=enlarging"]
     call(monkeypatch, "predict", *predicted, f"hydra.run.dir={tmp_path}/predicted")
     assert Image.open(tmp_path / "predicted" / "photograph.png.png").size == (60, 40)
     call(monkeypatch, "predict", *predicted, "regions='0'", f"hydra.run.dir={tmp_path}/regions")
