@@ -101,7 +101,8 @@ def main(cfg: DictConfig) -> None:
     skipped = []
     for path, mask in tqdm(list(zip(paths, masks, strict=True)), unit="image"):
         try:
-            inputs = {label: task.read(path, mask, cfg.max_side) for label, task in tasks.items()}
+            options = {} if mask is None else {"invert": cfg.invert_masks, "threshold": cfg.mask_threshold}
+            inputs = {label: task.read(path, mask, cfg.max_side, **options) for label, task in tasks.items()}
         except (OSError, ValueError) as error:
             skipped.append(f"skipped: {error}")
             continue

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 from torchvision.datasets import Cityscapes as TorchvisionCityscapes
 
+from .images import is_hidden
 from .label_maps import IGNORED, LabelMaps
 from .splits import check_split
 
@@ -28,7 +29,7 @@ class Cityscapes(LabelMaps):
         for folder in (images, annotations):
             if not folder.is_dir():
                 raise FileNotFoundError(f"{folder} is missing: root={root} should hold leftImg8bit/ and gtFine/ of Cityscapes")
-        paths = sorted(path for path in images.glob(f"*/*{SUFFIX}") if not path.name.startswith("."))
+        paths = sorted(path for path in images.glob(f"*/*{SUFFIX}") if not is_hidden(path.name) and not is_hidden(path.parent.name))
         if not paths:
             raise FileNotFoundError(f"{images} holds no folders with images named *{SUFFIX}")
         masks = [annotations / path.parent.name / path.name.replace(SUFFIX, "_gtFine_labelIds.png") for path in paths]

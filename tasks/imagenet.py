@@ -1,18 +1,45 @@
 """ImageNet-1k, or any images in its layout: train/ and val/, each with one folder of images for each class."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import find_classes
 
 from .image_files import ImageFiles
-from .images import is_image, read_image
+from .images import is_hidden, is_image, read_image, walk_images
 from .splits import check_split
 
 logger = logging.getLogger(__name__)
+
+# A line for a shell that sorts the flat folder of ImageNet's validation archive by the list that comes with it.
+SORT = (
+    "tail -n +2 LOC_val_solution.csv | while IFS=', ' read -r image class rest; "
+    'do mkdir -p "val/$class" && mv "val/$image.JPEG" "val/$class/"; done'
+)
+
+
+def find_classes(folder: Path) -> list[str]:
+    """Return the sorted names of the folders of classes; hidden folders are passed over.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    with os.scandir(folder) as entries:
+        found = [(entry.name, entry.is_dir()) for entry in entries if not is_hidden(entry.name)]
+    classes = sorted(name for name, is_folder in found if is_folder)
+    loose = [name for name, is_folder in found if not is_folder and is_image(Path(name))]
+    if not classes and loose:
+        raise FileNotFoundError(
+            f"{folder} holds {len(loose)} images and no folder for each class: move each image into the folder of its class. "
+            f"For ImageNet's validation images, this command in the folder above does so, from the list of Kaggle's archive: {SORT}"
+        )
+    if not classes:
+        raise FileNotFoundError(f"{folder} holds no folder for each class")
+    if loose:
+        logger.warning("%s: %d images outside the folders of the classes are not used, the first is %s", folder, len(loose), min(loose))
+    return classes
 
 
 class ImageNet(ImageFiles):
@@ -22,7 +49,7 @@ class ImageNet(ImageFiles):
     next one; in validation it is an error. See `ImageFiles`.
 
     Raises:
-        FileNotFoundError: a folder is missing or empty.
+        FileNotFoundError: a folder is missing or empty, or holds images that are not sorted by classes.
         ValueError: there are more classes than `classes`, or train/ and val/ have different classes.
     """
 
@@ -40,10 +67,17 @@ class ImageNet(ImageFiles):
             raise FileNotFoundError(
                 f"{root / split} is missing: root={root} should hold train/ and val/, each with a folder for each class"
             )
-        folder = ImageFolder(str(root / split), is_valid_file=lambda path: is_image(Path(path)))
-        self.samples, self.class_names = folder.samples, folder.classes
+        self.class_names = find_classes(root / split)
+        self.samples = [
+            (path, label)
+            for label, name in enumerate(self.class_names)
+            # the order of torchvision's ImageFolder: the images of a folder come before those of its folders
+            for path in sorted(walk_images(root / split / name, follow_links=True), key=os.path.split)
+        ]
+        if empty := sorted(set(range(len(self.class_names))) - {label for _, label in self.samples}):
+            raise FileNotFoundError(f"{len(empty)} folders of classes in {root / split} hold no image: {self.class_names[empty[0]]}")
         if split == "val" and (root / "train").is_dir():
-            trained, _ = find_classes(root / "train")
+            trained = find_classes(root / "train")
             if odd := sorted(set(trained) ^ set(self.class_names)):
                 raise ValueError(
                     f"train/ and val/ of {root} must have the same classes, {len(odd)} are in only one of them, the first is {odd[0]}"

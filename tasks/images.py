@@ -1,5 +1,7 @@
-"""Reading of image files of any kind as RGB."""
+"""Finding of image files, and reading of those of any kind as RGB."""
 
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -8,16 +10,33 @@ from PIL import Image, ImageOps
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
+# Folders that file systems, archives and photo servers leave behind; some hold copies of the images.
+FOREIGN_FOLDERS = ("__MACOSX", "@eaDir", "lost+found")
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name, such as .ipynb_checkpoints, is no part of a data set."""
+    return (name.startswith(".") and name not in (".", "..")) or name in FOREIGN_FOLDERS
+
 
 def is_image(path: Path) -> bool:
     """Return whether the name of `path` is that of an image file that is not hidden."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in SUFFIXES and not is_hidden(path.name)
+
+
+def walk_images(folder: str | Path, *, follow_links: bool = False) -> Iterator[str]:
+    """Yield the image files below a folder, in no fixed order; hidden files and folders are passed over."""
+    # strings: a million Path objects take a gigabyte
+    for parent, folders, names in os.walk(folder, followlinks=follow_links):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        yield from (os.path.join(parent, name) for name in names if is_image(Path(name)))
 
 
 def read_image(path: str | Path | BinaryIO, kind: str = "image") -> Image.Image:
     """Read an image file as 8-bit RGB, turned as its EXIF orientation says.
 
-    Grey, 16-bit grey, palette and CMYK images are converted; transparent pixels keep the colour that the file gives them.
+    Grey, 16-bit grey, palette and CMYK images are converted; transparent pixels keep the colour that the file gives them. Floats in [0, 1]
+    are scaled to 8 bits, and whole floats and 32-bit integers in 0..255 are taken as they are.
 
     Args:
         path: the file, or its content as a stream.
@@ -25,16 +44,47 @@ def read_image(path: str | Path | BinaryIO, kind: str = "image") -> Image.Image:
 
     Raises:
         FileNotFoundError: there is no such file; the message names it.
-        ValueError: the file cannot be decoded, for instance because it is truncated; the message names it.
+        ValueError: the file cannot be decoded, for instance because it is truncated, or has another range of values; the message names it.
     """
+    return _decode(path, kind, _convert)
+
+
+def read_layer(path: str | Path, kind: str = "image") -> Image.Image:
+    """Read an image file with its transparency as 8-bit RGBA; see `read_image`."""
+    return _decode(path, kind, lambda image: (image if image.has_transparency_data else _convert(image)).convert("RGBA"))
+
+
+def _decode(path: str | Path | BinaryIO, kind: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16") or image.mode == "I":
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            return image.convert("RGB")
+            return convert(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise FileNotFoundError(f"{kind} {path} does not exist") from None
     # what Pillow raises for damaged files depends on the decoder
     except Exception as error:
         raise ValueError(f"{kind} {path} cannot be read: {error}") from error
+
+
+def _convert(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to 8-bit RGB."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = Image.fromarray(_to_bytes(np.asarray(image), image.mode))
+    return image.convert("RGB")
+
+
+def _to_bytes(values: np.ndarray, mode: str) -> np.ndarray:
+    """Scale grey values of a mode of more than 8 bits to 0..255, as uint8.
+
+    Raises:
+        ValueError: their range is that of no common format.
+    """
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    # comparisons with NaN are false
+    if mode == "F" and 0 <= low <= high <= 1:
+        return (values * 255).round().astype(np.uint8)
+    if mode.startswith("I;16") or (mode == "I" and low >= 0 and 255 < high <= 65535):
+        return (values // 257).astype(np.uint8)
+    if 0 <= low <= high <= 255 and (values == values.round()).all():
+        return values.astype(np.uint8)
+    kind, ranges = ("floats", "0 to 1, or whole numbers from 0 to 255") if mode == "F" else ("integers", "0 to 65,535")
+    raise ValueError(f"mode {mode}, 32-bit {kind}, must have values from {ranges}, got {low} to {high}")

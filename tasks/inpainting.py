@@ -1,6 +1,7 @@
 """Image inpainting (paper, sections 4.3 and 5.1; Table X)."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,15 +133,17 @@ class Inpainting(Task):
         """Return the parameters of the generator and those of the discriminator, all with weight decay."""
         return [{"params": list(network.parameters())} for network in (self.model, self.discriminator)]
 
-    def read(self, path: Path, mask_path: Path | None, max_side: int) -> tuple[Tensor, Tensor, int]:
+    def read(self, path: Path, mask_path: Path | None, max_side: int, **mask_options: Any) -> tuple[Tensor, Tensor, int]:
         """Read a photograph [3, H, W] in [0, 1] at its own size and its mask [1, H, W], 1 in the hole; return `max_side` with them.
+
+        `mask_options` are those of `read_mask`.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing or cannot be used, or photograph and mask differ in size.
         """
         if mask_path is None:
             raise ValueError(f"{path} needs a mask")
-        image, mask = pil_to_tensor(read_image(path)).float() / 255, torch.from_numpy(read_mask(mask_path))
+        image, mask = pil_to_tensor(read_image(path)).float() / 255, torch.from_numpy(read_mask(mask_path, **mask_options))
         if mask.shape != image.shape[1:]:
             (height, width), (mask_height, mask_width) = image.shape[1:], mask.shape
             raise ValueError(f"mask {mask_path} must have the size of {path}, {width} x {height} pixels, got {mask_width} x {mask_height}")

@@ -1,8 +1,11 @@
 """Holes for image inpainting: brush strokes, boxes, mask files. A mask is 1 in the hole, whose pixels are to be filled, and 0 elsewhere."""
 
+import functools
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +14,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .data import SizedDataset
-from .images import is_image, read_image
+from .images import is_image, read_layer
 from .keyed import split_key
+
+logger = logging.getLogger(__name__)
+
+# A hole that covers more of the picture than this is probably meant inverted.
+MOST_HOLE = 0.95
 
 # (generator, height, width) -> hole [height, width] bool.
 DrawHole = Callable[[np.random.Generator, int, int], np.ndarray]
@@ -95,13 +103,18 @@ class Box:
 
 
 class MaskFiles:
-    """Holes from the mask images of a folder, a random one for each image, resized to it by nearest neighbour (see `read_mask`).
+    """Holes from the mask images of a folder, a random one for each image, resized to it by nearest neighbour.
+
+    Args:
+        folder: the folder.
+        invert, threshold: see `read_mask`.
 
     Raises:
         FileNotFoundError: the folder is missing or holds no image.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, invert: bool = False, threshold: int | None = None) -> None:
+        self.options: Any = {"invert": invert, "threshold": threshold}
         folder = Path(folder)
         self.paths = sorted(path for path in folder.iterdir() if is_image(path)) if folder.is_dir() else []
         if not self.paths:
@@ -110,32 +123,68 @@ class MaskFiles:
     def __call__(self, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
         """Draw a hole for an image of `height` x `width` pixels -> [height, width] bool."""
         path = self.paths[rng.integers(len(self.paths))]
-        hole = np.asarray(Image.fromarray(read_mask(path)).resize((width, height), Image.Resampling.NEAREST))
+        hole = np.asarray(Image.fromarray(read_mask(path, **self.options)).resize((width, height), Image.Resampling.NEAREST))
         if not hole.any():
             raise ValueError(f"mask {path} has no hole left at {height} x {width} pixels")
         return hole
 
 
-def read_mask(path: str | Path) -> np.ndarray:
+def read_mask(path: str | Path, *, invert: bool = False, threshold: int | None = None) -> np.ndarray:
     """Read a mask image -> [H, W] bool: white (255) is the hole, black (0) is known.
+
+    In a layer, an image that is transparent except for strokes of one colour other than black, the strokes are the hole.
+
+    Args:
+        path: the file.
+        invert: whether black is the hole instead, or what is not painted of a layer.
+        threshold: grey values, or opacities of a layer, of at least this are white, in 1..255; None allows black and white only.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, holds other values than black and white, or has no hole.
+        ValueError: it cannot be read, holds other values than black and white, has transparent pixels and is not a layer, or has no hole.
     """
-    pixels = np.asarray(read_image(path, "mask"))  # [H, W, 3]
-    odd = pixels[(pixels > 0) & (pixels < 255)]
-    if odd.size:
+    if threshold is not None and not 1 <= threshold <= 255:
+        raise ValueError(f"threshold must be in 1..255, got {threshold}")
+    pixels = np.asarray(read_layer(path, "mask"))  # [H, W, 4]
+    colors, opacity = pixels[..., :3], pixels[..., 3]
+    if opacity.min(initial=255) == 255:
+        values = _read_grey(colors, path, threshold)
+    else:
+        painted = colors[opacity > 0]
+        if painted.size and (painted != painted[0]).any():
+            raise ValueError(f"mask {path} has transparent pixels and strokes of several colours: paint in white alone")
+        if painted.size and not painted.any():
+            raise ValueError(f"mask {path} has transparent and black pixels, either may be the hole: paint it white")
+        values = opacity
+    least = 255 if threshold is None else threshold
+    odd = values[(values > 0) & (values < 255)]
+    if threshold is None and odd.size:
         raise ValueError(
             f"mask {path} must contain only black (known) and white (hole), got {odd.size} values between, such as {odd[0]}: "
-            f"threshold it and save it as PNG, because JPEG blurs edges"
+            f"give a threshold, or save it as PNG with hard edges, because JPEG blurs edges"
         )
-    if (pixels != pixels[..., :1]).any():
-        raise ValueError(f"mask {path} must contain only black (known) and white (hole), got colours")
-    hole = pixels[..., 0] > 0
+    hole = (values >= least) != invert
     if not hole.any():
         raise ValueError(f"mask {path} has no hole: paint the pixels to fill white (255) and the others black (0)")
+    if hole.mean() > MOST_HOLE:
+        _warn_of_hole(str(path), float(hole.mean()))
     return hole
+
+
+def _read_grey(colors: np.ndarray, path: str | Path, threshold: int | None) -> np.ndarray:
+    """Return the grey values of an opaque mask [H, W, 3] -> [H, W]."""
+    if (colors == colors[..., :1]).all():
+        return colors[..., 0]
+    odd = colors[(colors > 0) & (colors < 255)]
+    if threshold is None and odd.size == 0:
+        raise ValueError(f"mask {path} must contain only black (known) and white (hole), got colours")
+    return np.asarray(Image.fromarray(colors).convert("L"))
+
+
+# once for each file, however often it is read
+@functools.cache
+def _warn_of_hole(path: str, part: float) -> None:
+    logger.warning("mask %s: %.1f %% of the picture is hole; if black is meant to be the hole, invert the mask", path, 100 * part)
 
 
 class Masked(Dataset):

@@ -1,13 +1,12 @@
 """Photographs without labels: Places365 in the layouts of its archives, or any two folders of images."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
 
 from .image_files import ImageFiles
-from .images import is_image, read_image
+from .images import read_image, walk_images
 from .splits import check_split
 
 # Folders of a split: the first is that of the "easy directory" archive, the others those of the original archives.
@@ -29,8 +28,7 @@ class Places(ImageFiles):
         folder = next((Path(root) / name for name in FOLDERS[split] if (Path(root) / name).is_dir()), None)
         if folder is None:
             raise FileNotFoundError(f"root={root} should hold the {split} images of Places365 in a folder {' or '.join(FOLDERS[split])}")
-        # strings, because a million Path objects take a gigabyte
-        self.names = sorted(os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names if is_image(Path(name)))
+        self.names = sorted(walk_images(folder))
         if not self.names:
             raise FileNotFoundError(f"{folder} holds no images")
         super().__init__(transforms, seed, skip_damaged=split == "train")

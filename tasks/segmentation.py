@@ -130,7 +130,10 @@ class Segmentation(Task):
         return loss
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), reduce_labels(labels, logits.shape[-2:]), ignore_index=IGNORED)
+        labels = reduce_labels(labels, logits.shape[-2:])
+        total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+        # the mean over no pixel would be NaN
+        return total / (labels != IGNORED).sum().clamp(min=1)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add a batch, as in training, to the confusion matrix."""

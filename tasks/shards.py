@@ -12,10 +12,14 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 from torchvision.transforms.v2 import functional as F
 
 from .data import Data, SizedDataset, TrainBatches
-from .images import read_image
+from .images import is_hidden, read_image
 from .keyed import keyed_rng
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
+
+
+def _is_visible(name: str) -> bool:
+    return not any(is_hidden(part) for part in name.split("/"))
 
 
 class Shards(IterableDataset):
@@ -75,7 +79,8 @@ class Shards(IterableDataset):
         while True:
             names = list(self.names)
             random.Random(hash((self.seed, epoch))).shuffle(names)
-            stream = tarfile_samples({"url": name} for name in names[reader::readers][skipped:])
+            urls = ({"url": name} for name in names[reader::readers][skipped:])
+            stream = tarfile_samples(urls, select_files=_is_visible)
             empty = True
             for sample in shuffle(self.buffer, rng=random.Random(hash((self.seed, epoch, reader))))(stream):
                 empty = False

@@ -103,8 +103,8 @@ class Task(L.LightningModule, ABC):
         """Return a context in which every image takes the largest possible number of operations; FLOPs are counted in this context."""
         return contextlib.nullcontext()
 
-    def read(self, path: Path, mask_path: Path | None, max_side: int) -> tuple[Any, ...]:
-        """Read a photograph and, if the task takes one, its mask.
+    def read(self, path: Path, mask_path: Path | None, max_side: int, **mask_options: Any) -> tuple[Any, ...]:
+        """Read a photograph and, if the task takes one, its mask, with `mask_options`.
 
         Returns:
             The arguments of `predict`, `draw`, `view` and `show`; here one image [3, H, W] in [0, 1], its longer side at most `max_side`

@@ -275,3 +275,16 @@ def test_validate_names_what_would_end_pycocotools(tmp_path):
     assert "2 x image file missing: training does not begin" in done.stdout
     assert "Traceback" not in done.stderr
     assert "\x1b" not in done.stdout
+
+
+def test_mask_network_on_a_batch_without_a_mask(tmp_path):
+    made = content()
+    for annotation in made["annotations"][1:]:
+        annotation["segmentation"] = None
+    data = load(write(tmp_path / "root", made), "train")
+    task = Detection(network(MaskRCNN, mask_dim=8, mask_convs=1), class_names=NAMES, optimizer=torch.optim.SGD, schedule=PolynomialLR)
+    task.log = task.log_dict = lambda *_, **__: None
+    loss = task.training_step(collate([data[1]]), 0)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in task.parameters())

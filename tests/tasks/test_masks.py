@@ -100,9 +100,9 @@ def test_wrong_mask_files_are_named(tmp_path):
     Image.fromarray(red).save(tmp_path / "red.png")
     (tmp_path / "text.png").write_text("no mask")
     for name, message in (
-        ("grey", "grey.png must be black .* got 192 values between, such as 128"),
+        ("grey", "grey.png must contain only black .* got 64 values between, such as 128"),
         ("none", "none.png has no hole"),
-        ("red", "red.png must be black .* got colours"),
+        ("red", "red.png must contain only black .* got colours"),
         ("text", "mask .*text.png cannot be read"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -122,3 +122,81 @@ def test_folder_of_masks_draws_holes_for_images_of_any_size(tmp_path):
         draw(np.random.default_rng(0), 1, 1)
     with pytest.raises(FileNotFoundError, match=r"mask folder .*nowhere is missing"):
         MaskFiles(tmp_path / "nowhere")
+
+
+def layer(path, color, hole, background=(0, 0, 0, 0), opacity=255):
+    """Save an image of strokes of one colour on a transparent background."""
+    pixels = np.empty((*hole.shape, 4), np.uint8)
+    pixels[:] = background
+    pixels[hole] = (*color, opacity)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def hole():
+    made = np.zeros((20, 30), bool)
+    made[5:9, 3:20] = True
+    return made
+
+
+@pytest.mark.parametrize("color", [(255, 255, 255), (255, 0, 0), (90, 200, 40)])
+@pytest.mark.parametrize("background", [(0, 0, 0, 0), (255, 255, 255, 0), (7, 8, 9, 0)])
+def test_strokes_on_a_transparent_layer_are_the_hole(tmp_path, hole, color, background):
+    path = layer(tmp_path / "layer.png", color, hole, background)
+    assert np.array_equal(read_mask(path), hole)
+    assert np.array_equal(read_mask(path, invert=True), ~hole)
+    assert np.array_equal(MaskFiles(tmp_path)(np.random.default_rng(0), *hole.shape), hole)
+
+
+def test_grey_and_indexed_layers(tmp_path, hole):
+    grey = np.stack([np.full(hole.shape, 255, np.uint8), np.where(hole, 255, 0).astype(np.uint8)], -1)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert np.array_equal(read_mask(tmp_path / "grey.png"), hole)
+    indexed = Image.fromarray(hole.astype(np.uint8)).convert("P")
+    indexed.putpalette([255, 255, 255] * 256)
+    indexed.save(tmp_path / "indexed.png", transparency=0)
+    assert np.array_equal(read_mask(tmp_path / "indexed.png"), hole)
+
+
+def test_transparency_of_two_meanings_is_an_error(tmp_path, hole):
+    with pytest.raises(ValueError, match=r"black.png has transparent and black pixels, either may be the hole"):
+        read_mask(layer(tmp_path / "black.png", (0, 0, 0), hole, (255, 255, 255, 0)))
+    layer(tmp_path / "both.png", (255, 255, 255), hole)
+    pixels = np.array(Image.open(tmp_path / "both.png"))
+    pixels[0] = (0, 0, 0, 255)
+    Image.fromarray(pixels).save(tmp_path / "both.png")
+    with pytest.raises(ValueError, match=r"both.png has transparent pixels and strokes of several colours"):
+        read_mask(tmp_path / "both.png")
+    with pytest.raises(ValueError, match=r"none.png has no hole"):
+        read_mask(layer(tmp_path / "none.png", (255, 255, 255), hole & False))
+    soft = layer(tmp_path / "soft.png", (255, 255, 255), hole, opacity=200)
+    with pytest.raises(ValueError, match=r"soft.png must contain only black .* got 68 values between, such as 200: give a threshold"):
+        read_mask(soft)
+    assert np.array_equal(read_mask(soft, threshold=128), hole)
+
+
+def test_inverted_and_soft_masks(tmp_path, hole, caplog):
+    Image.fromarray(np.where(hole, 0, 255).astype(np.uint8)).save(tmp_path / "inverted.png")
+    assert np.array_equal(read_mask(tmp_path / "inverted.png", invert=True), hole)
+    Image.fromarray(np.where(hole, 255, 0).astype(np.uint8)).save(tmp_path / "blurred.jpg", quality=30)
+    with pytest.raises(ValueError, match="values between"):
+        read_mask(tmp_path / "blurred.jpg")
+    assert (read_mask(tmp_path / "blurred.jpg", threshold=128) == hole).mean() > 0.97
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    assert np.array_equal(read_mask(tmp_path / "ramp.png", threshold=100), ramp >= 100)
+    assert np.array_equal(read_mask(tmp_path / "ramp.png", threshold=100, invert=True), ramp < 100)
+    for threshold in (0, 256):
+        with pytest.raises(ValueError, match=f"threshold must be in 1..255, got {threshold}"):
+            read_mask(tmp_path / "ramp.png", threshold=threshold)
+    assert "hole" not in caplog.text
+
+
+def test_nearly_everything_hole_is_a_warning(tmp_path, caplog):
+    pixels = np.full((20, 30), 255, np.uint8)
+    pixels[0, :5] = 0
+    Image.fromarray(pixels).save(tmp_path / "all.png")
+    for _ in range(3):
+        read_mask(tmp_path / "all.png")
+    assert caplog.text.count("99.2 % of the picture is hole; if black is meant to be the hole, invert the mask") == 1

@@ -266,3 +266,41 @@ def test_every_class_of_the_data_has_a_name(tmp_path):
 def test_impossible_inference_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         stub(nn.Conv2d(3, 2, 1), ["a", "b"], **options)
+
+
+class Auxiliary(nn.Module):
+    """A network of two classifiers, the second an auxiliary one."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Conv2d(3, num_classes, 3, 2, 1) for _ in range(2))
+
+    def forward(self, images):
+        logits = [head(images) for head in self.heads]
+        return tuple(logits) if self.training else logits[0]
+
+
+def test_batch_without_a_label_has_no_loss_and_no_gradient():
+    task = Segmentation(Auxiliary, class_names=["a", "b", "c"], optimizer=None, schedule=None)
+    task.log = lambda *_, **__: None
+    images, ignored = torch.rand(2, 3, 16, 16), torch.full((2, 16, 16), IGNORED)
+    loss = task.training_step((images, ignored), 0)
+    loss.backward()
+    assert loss == 0
+    assert all((parameter.grad == 0).all() for parameter in task.parameters())
+
+
+def test_loss_is_the_mean_over_the_labelled_pixels():
+    task = Segmentation(Auxiliary, class_names=["a", "b", "c"], optimizer=None, schedule=None)
+    task.log = lambda *_, **__: None
+    images, labels = torch.rand(2, 3, 16, 16), torch.randint(3, (2, 16, 16))
+    labels[0, :9] = IGNORED
+    reduced = reduce_labels(labels, (8, 8))
+    logits, auxiliary = task(images)
+    expected = nn.functional.cross_entropy(logits, reduced, ignore_index=IGNORED)
+    expected = expected + 0.4 * nn.functional.cross_entropy(auxiliary, reduced, ignore_index=IGNORED)
+    gradients = torch.autograd.grad(expected, list(task.parameters()))
+    loss = task.training_step((images, labels), 0)
+    loss.backward()
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in zip(task.parameters(), gradients, strict=True))
