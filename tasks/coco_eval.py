@@ -72,15 +72,15 @@ def read_ground_truth(data: Any, class_names: Sequence[str]) -> dict:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def average_precision(
+def evaluate_detections(
     truth: dict,
     found: list[dict],
     kind: str,
     *,
     image_ids: Collection[int] | None = None,
     sides: tuple[float, float] = COCO_SIDES,
-) -> dict[str, float]:
-    """Compute AP, AP50, AP75, APs, APm and APl as fractions, with pycocotools' COCOeval.
+) -> Any:
+    """Evaluate detections -> pycocotools' COCOeval after its three steps.
 
     Args:
         truth: the content of an annotation file.
@@ -88,9 +88,6 @@ def average_precision(
         kind: "bbox" or "segm".
         image_ids: the images to evaluate; None means all images of `truth`.
         sides: sides in pixels of the squares whose areas separate small from medium, and medium from large objects.
-
-    Returns:
-        Scores by name, except those for sizes of which `truth` has no object (-1 in pycocotools).
     """
     # pycocotools prints its progress
     with contextlib.redirect_stdout(io.StringIO()):
@@ -109,4 +106,25 @@ def average_precision(
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    return evaluation
+
+
+def read_scores(evaluation: Any) -> dict[str, float]:
+    """Return AP, AP50, AP75, APs, APm and APl of `evaluate_detections` as fractions.
+
+    Scores for sizes of which the ground truth has no object (-1 in pycocotools) are left out.
+    """
     return {name: float(score) for name, score in zip(SCORES, evaluation.stats, strict=False) if score > -1}
+
+
+def class_precision(evaluation: Any) -> dict[int, float | None]:
+    """Return the AP of `evaluate_detections` by category id, None for a category without objects."""
+    # [thresholds, recalls, categories], for objects of all sizes and the largest number of detections
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    columns = zip(evaluation.params.catIds, np.moveaxis(precision, 2, 0), strict=True)
+    return {category: float(values.mean()) if (values > -1).all() else None for category, values in columns}
+
+
+def average_precision(truth: dict, found: list[dict], kind: str, **options: Any) -> dict[str, float]:
+    """Return the scores of detections by name; see `evaluate_detections` and `read_scores`."""
+    return read_scores(evaluate_detections(truth, found, kind, **options))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from .coco_eval import COCO_SIDES, average_precision, format_results, read_ground_truth
+from .coco_eval import COCO_SIDES, class_precision, evaluate_detections, format_results, read_ground_truth, read_scores
 from .data import get_data
 from .image_files import to_plain
 from .pictures import draw_instances, enlarge, pick_colors
@@ -62,6 +63,9 @@ class Detection(Task):
         optimizer, schedule: see `Task`; norms and biases have no weight decay.
         sides: sides in pixels of the squares whose areas separate small from medium, and medium from large objects.
         flops_size: see `Task`.
+
+    A row of `per_class` holds a class, its box AP and, if the network predicts masks, its mask AP, and the number of its objects, crowds
+    aside. The AP of a class without an object is None.
     """
 
     monitor = "val/box_AP"
@@ -157,24 +161,33 @@ class Detection(Task):
         image_ids = _gather(self.image_ids)
         found = {kind: _gather(entries) for kind, entries in self.found.items()}
         # one process evaluates, because the others would need as much memory and time for the same scores
-        scores: list[Any] = [self._evaluate(image_ids, found) if self.trainer.is_global_zero else None]
+        evaluated: list[Any] = list(self._evaluate(image_ids, found)) if self.trainer.is_global_zero else [None, None]
         if dist.is_initialized():
-            dist.broadcast_object_list(scores)
+            dist.broadcast_object_list(evaluated)
         self.image_ids, self.found = [], {}
-        for name, score in scores[0].items():
+        scores, self.per_class = evaluated
+        for name, score in scores.items():
             self.log(f"val/{name}", score, prog_bar=name.endswith("AP"))
 
-    def _evaluate(self, image_ids: list[int], found: dict[str, list[dict]]) -> dict[str, float]:
-        """Write the detections and return the scores by name."""
+    def _evaluate(self, image_ids: list[int], found: dict[str, list[dict]]) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Write the detections and return the scores by name, and those of the classes."""
         for kind, entries in found.items():
             write_atomically(Path(self.trainer.default_root_dir) / f"detections_{kind}.json", json.dumps(entries))
         if not self.truth["annotations"]:
-            return {}
-        return {
-            f"{KINDS[kind]}_{name}": score
+            return {}, []
+        evaluations = {
+            KINDS[kind]: evaluate_detections(self.truth, entries, kind, image_ids=image_ids, sides=self.sides)
             for kind, entries in found.items()
-            for name, score in average_precision(self.truth, entries, kind, image_ids=image_ids, sides=self.sides).items()
         }
+        scores = {f"{kind}_{name}": score for kind, each in evaluations.items() for name, score in read_scores(each).items()}
+        by_class = {f"{kind}_AP": class_precision(each) for kind, each in evaluations.items()}
+        seen = set(image_ids)
+        objects = Counter(a["category_id"] for a in self.truth["annotations"] if not a["iscrowd"] and a["image_id"] in seen)
+        rows = [
+            {"class": name, **{kind: precision[category] for kind, precision in by_class.items()}, "objects": objects[category]}
+            for name, category in zip(self.class_names, self.category_ids, strict=True)
+        ]
+        return scores, rows
 
     def pictures(self, sample: tuple[Tensor, Target]) -> dict[str, Tensor]:
         """Draw a validation sample -> "image", "truth" and "prediction", [3, height, width] in [0, 1]; small images are enlarged."""

@@ -6,13 +6,15 @@ import json
 import subprocess
 import sys
 
+import lightning as L
 import pytest
 import torch
 from carafepp.models.detection import FasterRCNN, MaskRCNN
 from carafepp.models.resnet import tiny
 from carafepp.tasks.coco import COCO
 from carafepp.tasks.coco_check import check_annotations, read_annotations
-from carafepp.tasks.coco_eval import SCORES, average_precision
+from carafepp.tasks.coco_eval import SCORES, average_precision, class_precision, evaluate_detections, read_scores
+from carafepp.tasks.data import Data
 from carafepp.tasks.detection import Detection, collate, with_masks
 from coco_files import NAMES, SIZES, content, write
 from pycocotools import mask as rle
@@ -288,3 +290,34 @@ def test_mask_network_on_a_batch_without_a_mask(tmp_path):
     loss.backward()
     assert loss.isfinite()
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in task.parameters())
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_scores_of_classes_are_those_of_pycocotools_on_one_category(tmp_path, kind):
+    data = load(write(tmp_path / "root", damage(annotation=7003, category_id=17)))
+    found = detections(kind)
+    evaluation = evaluate_detections(data.ground_truth(), found, kind)
+    scores = class_precision(evaluation)
+    assert scores[90] is None
+    for category in (3, 17):
+        reader = quietly(Reader, str(data.annotations))
+        alone = COCOeval(reader, quietly(reader.loadRes, found), kind)
+        alone.params.catIds = [category]
+        for step in (alone.evaluate, alone.accumulate, alone.summarize):
+            quietly(step)
+        assert scores[category] == pytest.approx(alone.stats[0], abs=1e-12)
+    assert (scores[3] + scores[17]) / 2 == pytest.approx(read_scores(evaluation)["AP"])
+
+
+def test_table_of_classes(tmp_path):
+    """A validation leaves a row for each class, in the order of the labels."""
+    folder = write(tmp_path / "root", damage(annotation=7003, category_id=17))
+    data = Data(None, load(folder), batch_size=1, epochs=1, collate=collate)
+    task = Detection(network(MaskRCNN, mask_dim=8, mask_convs=1), class_names=NAMES, optimizer=torch.optim.SGD, schedule=PolynomialLR)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)
+    scores = trainer.validate(task, data, verbose=False)[0]
+    assert [(row["class"], row["objects"]) for row in task.per_class] == [("car", 2), ("cat", 2), ("brush", 0)]
+    for kind in ("box_AP", "mask_AP"):
+        values = [row[kind] for row in task.per_class]
+        assert values[2] is None
+        assert sum(values[:2]) / 2 == pytest.approx(scores[f"val/{kind}"])
