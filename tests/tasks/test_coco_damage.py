@@ -83,7 +83,7 @@ def quietly(function, *arguments):
 def score_by_pycocotools(annotations, found, kind):
     """Compute the scores of pycocotools alone, from the file."""
     reader = quietly(Reader, str(annotations))
-    evaluation = COCOeval(reader, quietly(reader.loadRes, found), kind)
+    evaluation = COCOeval(reader, quietly(reader.loadRes, [dict(entry) for entry in found]), kind)
     for step in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
         quietly(step)
     return {name: score for name, score in zip(SCORES, evaluation.stats, strict=False) if score > -1}
@@ -301,7 +301,7 @@ def test_scores_of_classes_are_those_of_pycocotools_on_one_category(tmp_path, ki
     assert scores[90] is None
     for category in (3, 17):
         reader = quietly(Reader, str(data.annotations))
-        alone = COCOeval(reader, quietly(reader.loadRes, found), kind)
+        alone = COCOeval(reader, quietly(reader.loadRes, [dict(entry) for entry in found]), kind)
         alone.params.catIds = [category]
         for step in (alone.evaluate, alone.accumulate, alone.summarize):
             quietly(step)
