@@ -116,7 +116,7 @@ class COCO(ImageFiles):
     def ground_truth(self) -> dict:
         """Return the content of the annotation file, including crowds, without the unusable annotations.
 
-        Where a mask is missing or damaged, and other objects have one, the segmentation has the pixels that can be decoded, maybe none.
+        If a mask is missing or damaged, and other objects have one, its segmentation has the pixels that can be decoded, possibly none.
         """
         content = read_annotations(self.annotations)
         sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}

@@ -54,7 +54,7 @@ RULES = {
 # Boxes with a smaller side in pixels, and smaller areas, count as empty.
 SMALLEST = 0.01
 
-# Numbers that other programs take for integers.
+# Entries that other programs read as integers.
 _INTEGERS = {
     "images": ("id", "width", "height"),
     "annotations": ("id", "image_id", "category_id", "iscrowd"),
@@ -86,7 +86,8 @@ class Violation(NamedTuple):
 def read_annotations(path: str | Path) -> dict:
     """Read an annotation file, or a list of images without annotations such as that of COCO's test-dev.
 
-    A missing `iscrowd` is 0, and a missing `area` is that of the box. Whole floats, such as 64.0, become integers where integers belong.
+    A missing `iscrowd` is 0, and a missing `area` is that of the box. Whole floats, such as 64.0, become integers where the format has
+    integers.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -146,14 +147,14 @@ def check_annotations(content: dict, images: str | Path, *, allow_outside: bool 
 
 
 def leaves_folder(name: str) -> bool:
-    """Return whether a file name is absolute, or leads out of the folder that it is relative to."""
+    """Return whether a file name is absolute, or leads out of its folder."""
     return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    # too long, for instance
+    # for instance because the path is too long
     except OSError:
         return False
 
@@ -173,7 +174,7 @@ def _is_integer(value: object) -> bool:
 
 
 def _describe(value: object) -> str:
-    """Describe a value of JSON that is not the integer that it should be."""
+    """Describe a JSON value that should be an integer and is not."""
     return f"the string {show(value)}" if isinstance(value, str) else show(value)
 
 

@@ -1,4 +1,4 @@
-"""Segmentations in COCO's format, polygons or run lengths: what can be decoded of a damaged one, and its pixels."""
+"""Segmentations in COCO's format, polygons or run lengths: their pixels, and the usable part of damaged ones."""
 
 import math
 import reprlib
@@ -16,14 +16,14 @@ _shortened.maxstring = _shortened.maxother = 100
 
 
 def show(value: object) -> str:
-    """Return a value of a JSON file for a message: on one line, shortened, however deep or long it is."""
+    """Return a value of a JSON file for a message, on one line and shortened, even if it is deep or long."""
     return _shortened.repr(value)[:300]
 
 
 class UsableMask(NamedTuple):
-    """What can be decoded of a segmentation.
+    """The part of a segmentation that can be decoded.
 
-    `shape` is polygons or run lengths for `decode_mask`, None if there are none. `fault` says what is wrong with the rest, None if nothing.
+    `shape` is polygons or run lengths for `decode_mask`, or None if there are none. `fault` describes the damage, or is None.
     """
 
     shape: list | dict | None
@@ -32,9 +32,10 @@ class UsableMask(NamedTuple):
 
 
 def read_mask(shape: object, size: tuple[int, int]) -> UsableMask:
-    """Find what can be decoded of the segmentation of an object in an image of `size` (height, width).
+    """Find the part of a segmentation that can be decoded, for an object in an image of `size` (height, width).
 
-    Polygons that cannot be decoded are left out, as is the odd number at the end of one. None, [] and [[]] hold no mask and no fault.
+    Polygons that cannot be decoded are omitted, and so is an odd number at the end of a polygon. None, [] and [[]] have no mask and
+    no fault.
     """
     if shape is None or (isinstance(shape, list) and all(part == [] for part in shape)):
         return UsableMask(None, None, False)
@@ -58,7 +59,7 @@ def read_mask(shape: object, size: tuple[int, int]) -> UsableMask:
 
 
 def _read_polygon(part: object) -> tuple[list[float] | None, str | None]:
-    """Return the numbers that pycocotools can decode, or None, and what is wrong, or None."""
+    """Return the numbers that pycocotools can decode, or None, and the fault, or None."""
     if not isinstance(part, list) or len(part) < 6:
         return None, f"a polygon must be a list of at least three x, y, got {show(part)}"
     try:
@@ -87,10 +88,10 @@ def _measure_outline(numbers: list[float]) -> float:
 
 
 def _read_run_lengths(shape: dict, size: tuple[int, int]) -> list[int]:
-    """Return run lengths, of the background first.
+    """Return run lengths, beginning with the background.
 
     Raises:
-        ValueError: they are not run lengths of a mask of `size`.
+        ValueError: they are not the run lengths of a mask of `size`.
     """
     counts = shape.get("counts")
     if counts is None or shape.get("size") != list(size):
@@ -120,7 +121,7 @@ def _decompress(counts: str) -> list[int]:
         value |= (code & 31) << shift
         shift += 5
         if not code & 32:
-            # bit 4 of the last character is the sign; from the fourth on, lengths are differences to the second last
+            # bit 4 of the last character is the sign; from the fourth on, lengths are differences from the last but one
             value -= (code >> 4 & 1) << shift
             lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
             if lengths[-1] < 0:

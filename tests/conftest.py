@@ -17,7 +17,7 @@ TRITON = [pytest.param("triton", marks=pytest.mark.gpu)] if ON_GPU else ["triton
 
 @pytest.fixture(scope="session")
 def compiler() -> str:
-    """Path of a C++ compiler; a test that needs one is skipped where there is none."""
+    """Return the path of a C++ compiler, or skip the test if there is none."""
     found = next(filter(None, map(shutil.which, COMPILERS)), None)
     return found or pytest.skip("no C++ compiler")
 
@@ -38,9 +38,9 @@ def device(backend: str) -> str:
 
 @pytest.fixture(scope="module")
 def poisoned_memory() -> Iterator[None]:
-    """Fill all that `torch.empty` and its relatives allocate with NaN, so that a place that a kernel leaves out shows."""
+    """Fill the memory that `torch.empty` and similar functions allocate with NaN, so that a place that a kernel does not write shows."""
     before = torch.are_deterministic_algorithms_enabled()
-    # PyTorch fills memory in this mode; what has no deterministic implementation is not a matter of these tests
+    # PyTorch fills memory in this mode; operations without a deterministic implementation may still run
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1).isnan()
     yield
@@ -49,7 +49,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def threads_restored() -> Iterator[None]:
-    """Give later tests the number of threads that this module found."""
+    """Restore the number of threads after the tests of this module."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

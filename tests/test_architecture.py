@@ -57,7 +57,7 @@ KERNELS = pytest.mark.parametrize("path", [p for p in MODULES if package_of(p)[1
 
 @KERNELS
 def test_implementations_are_loaded_by_choice_only(path):
-    """kernels/ holds what every backend agrees on. The implementations know that and not each other."""
+    """kernels/ holds the code that all backends share. The implementations import it, and not each other."""
     rooms = ("carafepp.kernels.cpu", "carafepp.kernels.gpu")
     room = ".".join(package_of(path))
     if room in rooms:

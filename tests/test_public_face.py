@@ -1,4 +1,4 @@
-"""What `import carafepp` gives, wherever it comes from, and what it costs."""
+"""The names of `import carafepp` from a checkout, an editable install and a wheel, and the cost of the import."""
 
 import importlib.metadata
 import os
@@ -15,7 +15,7 @@ import carafepp
 ROOT = Path(__file__).parent.parent
 PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
 
-# an editable install lends the checkout to every interpreter of its environment
+# an editable install adds the checkout to every interpreter of its environment
 NOT_INSTALLED = 'import sys\nsys.meta_path = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]\n'
 USE = """
 import pathlib

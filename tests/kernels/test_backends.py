@@ -1,4 +1,4 @@
-"""What every backend promises: the results of the definition for any size, dtype and memory layout, and the same bits every time.
+"""The promises of every backend: the results of the definition for any size, dtype and memory layout, and the same bits every time.
 
 The tests that take `backend` run for each one that this machine can run; tests/kernels/gpu/test_triton.py runs them in Triton's
 interpreter.
@@ -137,7 +137,7 @@ def test_infinite_logits_close_taps_as_in_softmax(backend, device):
 
 @pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", "sigmoid_normalized"])
 def test_extreme_logits(normalizer, backend, device):
-    """Scores far beyond the range of exp, and windows masked by minus infinity, give what the definition gives in float64."""
+    """Scores far beyond the range of exp, and windows masked by minus infinity, give the results of the definition in float64."""
     x, logits = torch.randn(1, 16, 4, 5, device=device), torch.randn(1, 9, 4, 5, device=device)
     logits[:, 2] = 300
     logits[:, 3] = -torch.inf

@@ -1,4 +1,4 @@
-"""What torch's FLOP counter makes of the operator."""
+"""The operator in torch's FLOP counter."""
 
 import pytest
 from carafepp.kernels import reassemble

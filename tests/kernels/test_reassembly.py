@@ -1,4 +1,4 @@
-"""The public functions: which arguments they refuse and how, what they read in place, autocast."""
+"""The public functions: errors for wrong arguments, inputs that are read in place, autocast."""
 
 import pytest
 import torch

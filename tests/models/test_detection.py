@@ -27,7 +27,7 @@ def targets(masks: bool = True, size: int = 64) -> list[dict]:
 
 
 def trains(model: nn.Module) -> bool:
-    """Whether one step moves every parameter that is to be trained, on an image with an object and one without."""
+    """Return whether one step moves every trainable parameter, on an image with an object and one without."""
     losses = model.train()([torch.rand(3, 64, 64), torch.rand(3, 64, 64)], targets())
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())

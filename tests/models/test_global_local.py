@@ -1,4 +1,4 @@
-"""Generators of image inpainting: the published layers, samplers in the place of strides, any size, any mask."""
+"""Generators of image inpainting: the published layers, samplers instead of strides, any size, any mask."""
 
 from functools import partial
 

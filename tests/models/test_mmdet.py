@@ -26,7 +26,7 @@ def state() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def path(state, tmp_path_factory):
     path = tmp_path_factory.mktemp("mmdet") / "mask_rcnn_r50_fpn_carafe_1x_coco.pth"
-    # as of 2020, when files were no zip archives
+    # as in 2020, when files were not zip archives
     content = {"meta": {"CLASSES": ("person", "bicycle"), "epoch": 12, "iter": 87960, "config": "model = dict("}, "state_dict": state}
     torch.save(content, path, _use_new_zipfile_serialization=False)
     yield path
@@ -42,7 +42,7 @@ def small(model):
 
 @pytest.fixture
 def image() -> Tensor:
-    """[3, 61, 130], smooth, in 8-bit steps: no multiple of 64 after resizing."""
+    """A smooth image [3, 61, 130] in 8-bit steps, whose sides are not multiples of 64 after resizing."""
     coarse = torch.rand(1, 3, 5, 4, generator=torch.Generator().manual_seed(1))
     return F.interpolate(coarse, (61, 130), mode="bicubic")[0].clamp(0, 1).mul(255).round() / 255
 

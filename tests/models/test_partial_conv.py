@@ -17,7 +17,7 @@ DOWN, UP = partial(CARAFE, down=2), partial(CARAFE, up=2)
 
 
 def fixed_carafe(channels: int, logits: torch.Tensor, **options) -> CARAFE:
-    """A CARAFE that predicts the same `logits` [K * K * up**2] everywhere, whatever it sees."""
+    """A CARAFE that predicts the same `logits` [K * K * up**2] everywhere, for any input."""
     module = CARAFE(channels, **options)
     nn.init.zeros_(module.content_encoder.weight)
     module.content_encoder.bias.data.copy_(logits)

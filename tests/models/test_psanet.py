@@ -50,7 +50,7 @@ def test_attention_collects_and_distributes(mask_size, shrink):
         for a, b, j in zip(wanted, offered, positions, strict=True):
             collected[0, :, *i] += a * values[0][0, :, *j]
             given[0, :, *i] += b * values[1][0, :, *j]
-    # projected first, then enlarged: what was left out is in the middle between its neighbours
+    # the map is projected first and then enlarged, so that an omitted position is the mean of its neighbours
     expected = torch.zeros_like(x)
     expected[..., ::shrink, ::shrink] = layer.proj(torch.cat([collected, given], 1))
     if shrink == 2:

@@ -156,7 +156,7 @@ def test_predict_draws_regions(runs, photograph, tmp_path, monkeypatch, name, pa
     mask = [f"masks={tmp_path}/mask.png"] if name == "inpainting" else []
     predict(monkeypatch, tmp_path / "out", f"checkpoint={runs[name]}/last.ckpt", f"images={photograph}", f"regions={path}", *mask)
     figure = np.asarray(Image.open(tmp_path / "out" / "photograph.png.png"))
-    # the picture, a map each and the output beside each other, four locations below each other
+    # the picture, one map for each module and the output side by side; one row for each of four locations
     width, height = 118 * 3, 75 * 3 + 12
     assert figure.shape[1] >= (maps + 2) * width
     assert figure.shape[0] >= 4 * height

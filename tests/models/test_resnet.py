@@ -1,4 +1,4 @@
-"""ResNet: torchvision's network, samplers in the place of its strides, dilated stages, and what samplers cost."""
+"""ResNet: torchvision's network, samplers instead of its strides, dilated stages, and the cost of samplers."""
 
 from functools import partial
 
@@ -39,7 +39,7 @@ def test_seven_carafe_add_their_parameters_to_resnet50(norm, added):
     sampled = resnet50(downsample=partial(CARAFE, down=2, compressor_norm=norm))
     assert sum(isinstance(module, CARAFE) for module in sampled.modules()) == 7
     assert count_parameters(sampled) - count_parameters(resnet50()) == added
-    # the network's own layers keep their names, so that published weights load beside the samplers
+    # the network's own layers keep their names, so that published weights load into a network with samplers
     assert set(resnet50().state_dict()) <= set(sampled.state_dict())
 
 
@@ -110,7 +110,7 @@ def test_dilated_layers_have_no_samplers_and_may_be_deformable():
     ]
     plain = dilated_resnet(downsample=MaxPool)
     assert [level.shape for level in net(torch.randn(1, 3, 45, 33))] == [level.shape for level in plain(torch.randn(1, 3, 45, 33))]
-    # a deformable convolution starts as half the plain one, dilated alike
+    # a deformable convolution starts as half the plain one, with the same dilation
     torch.manual_seed(0)
     x = torch.randn(1, 32, 9, 9)
     plain.layer4[1].conv2.load_state_dict({"weight": net.layer4[1].conv2.weight})

@@ -195,7 +195,7 @@ def test_parameters_are_the_published_ones(sampler, parameters):
 
 
 def test_initial_states():
-    """What each starts as, before it learns anything."""
+    """The initial state of each sampler, before it learns anything."""
     x = torch.randn(1, 8, 6, 6)
     torch.testing.assert_close(LIP(8)(x), torch.nn.AvgPool2d(3, 2, 1, count_include_pad=False)(x))
     upsampled = torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear")

@@ -72,7 +72,7 @@ def test_upernet_has_the_authors_decoder():
 
 @pytest.fixture
 def primary(tmp_path):
-    """A primary configuration that chooses a model and what its slots follow, seen beside the package's groups."""
+    """A primary configuration that chooses a model and the source of its slots, on the search path of the package's groups."""
     (tmp_path / "primary.yaml").write_text(
         yaml.safe_dump(
             {

@@ -1,4 +1,4 @@
-"""The configuration composes and instantiates, and a misspelt override is answered with the valid keys."""
+"""The configuration composes and instantiates, and the error for a misspelt override lists the valid keys."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Loggers that run beside metrics.csv, chosen by an override."""
+"""Loggers in addition to metrics.csv, chosen by an override."""
 
 import csv
 

@@ -1,4 +1,4 @@
-"""Small networks, and what several tests of networks count or draw."""
+"""Small networks, and the counts and random inputs that several tests of networks share."""
 
 from functools import partial
 

@@ -13,7 +13,7 @@ MANY_TILES = st.tuples(st.integers(1, 3), st.integers(20, 310))
 
 
 class DrawnCall(NamedTuple):
-    """What fixes one call, with its random inputs."""
+    """One call with its options and random inputs."""
 
     size: tuple[int, int, int, int]  # n, c, h, w
     spec: Spec
@@ -46,6 +46,6 @@ def assert_call_matches_definition(backend: str, call: DrawnCall) -> None:
     inputs = random_inputs(*call.size, call.spec, call.dtype, call.layouts, seed=call.seed, spread=2.0)
     tolerance = TOLERANCES[call.dtype]
     if call.layouts[1:] == ("expanded", "expanded") and call.dtype.itemsize >= 4:
-        # equal terms round alike, and their errors add up instead of averaging out
+        # equal terms have equal rounding errors, which add up instead of averaging out
         tolerance *= 3
     assert_matches_definition(backend, *inputs, call.spec, tolerance=tolerance)

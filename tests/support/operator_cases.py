@@ -115,7 +115,7 @@ def assert_matches_definition(
     Args:
         backend: what computes the results in the dtype of `x`, on its device.
         x, logits, dy, spec: the call and the gradient of its output.
-        needs: which of dx and dlogits are asked for.
+        needs: which of dx and dlogits are needed.
         tolerance: largest error over the largest value; by default that of the dtype.
     """
     options = spec._asdict()

@@ -1,4 +1,4 @@
-"""Every sampler, and beside it its definition: one output pixel at a time where that is feasible, from the equations of its paper.
+"""Every sampler with its definition: one output pixel at a time where that is feasible, from the equations of its paper.
 
 A definition takes (module, x [N, C, H, W], guide or None) in float64 and reads nothing from the module but parameters.
 """

@@ -13,7 +13,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 
 
 def available() -> bool:
-    """Whether the programs are installed and can be started; slurmd requires root."""
+    """Return whether the programs are installed and can be started; slurmd requires root."""
     return os.name == "posix" and os.geteuid() == 0 and all(map(shutil.which, PROGRAMS))
 
 

@@ -1,4 +1,4 @@
-"""Trainings, and what follows them, inside the test's process."""
+"""Trainings and the other commands inside the test's process."""
 
 import importlib
 import json
@@ -37,7 +37,7 @@ def processes(*words: str) -> list[int]:
 
 
 def run(folder: Path, *overrides: str) -> Path:
-    """Do what `carafepp-train` does with these overrides, without a process of its own."""
+    """Run `carafepp-train` with these overrides in this process."""
     folder.mkdir()
     with initialize_config_module("carafepp.conf", version_base="1.3"):
         cfg = compose("train", overrides=list(overrides))
@@ -59,12 +59,12 @@ def weights(folder: Path) -> dict:
 
 
 def call(monkeypatch, name: str, *arguments: object) -> None:
-    """Do what `carafepp-NAME` does with these arguments, without a process of its own."""
+    """Run `carafepp-NAME` with these arguments in this process."""
     monkeypatch.setattr(sys, "argv", [f"carafepp-{name}", *map(str, arguments)])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     importlib.import_module(f"carafepp.scripts.{name}").main()
 
 
 def predict(monkeypatch, out: Path, *arguments: object) -> None:
-    """Do what `carafepp-predict` does with these overrides, without a process of its own."""
+    """Run `carafepp-predict` with these overrides in this process."""
     call(monkeypatch, "predict", *arguments, f"hydra.run.dir={out}")

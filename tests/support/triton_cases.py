@@ -1,4 +1,4 @@
-"""What the Triton kernels must get right, for any device: the interpreter's tests and the GPU's run the same cases."""
+"""Cases for the Triton kernels on any device: the tests in the interpreter and on a GPU run the same cases."""
 
 import math
 
@@ -32,12 +32,12 @@ SIZES = [
 
 
 def poisoned(like: torch.Tensor) -> torch.Tensor:
-    """A tensor of NaN in the layout of `like`, so that a place that a kernel leaves out shows."""
+    """A tensor of NaN in the layout of `like`, so that a place that a kernel does not write shows."""
     return torch.empty_like(like).fill_(math.nan)
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest error over the largest expected value; not a number where the result is not."""
+    """Largest error over the largest expected value; NaN if the result has a NaN."""
     return ((result.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
 
 

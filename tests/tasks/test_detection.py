@@ -67,7 +67,7 @@ def trainer(folder, **options):
 
 
 def by_hand(annotations, detections, kind):
-    """AP, AP50, ... of two files by pycocotools."""
+    """AP, AP50, ... of two files, computed by pycocotools."""
     with contextlib.redirect_stdout(io.StringIO()):
         reader = Reader(str(annotations))
         evaluation = COCOeval(reader, reader.loadRes(str(detections)), kind)

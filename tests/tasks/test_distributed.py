@@ -24,7 +24,7 @@ EXACT += ["+backbone.norm_layer={_target_:torchvision.ops.FrozenBatchNorm2d,_par
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """One process, one batch a step."""
+    """A run with one process and one batch per step."""
     return run(tmp_path_factory.mktemp("alone") / "run", *EXACT)
 
 

@@ -204,7 +204,7 @@ def trained(tmp_path_factory):
 
 
 def test_two_processes_score_as_one(trained, tmp_path):
-    """Exactly: every image is counted, and counted once."""
+    """The scores are exact: every image is counted once."""
     command = [
         sys.executable,
         "-P",

@@ -11,7 +11,7 @@ from carafepp.tasks.task import Task
 from PIL import Image
 from training import call, result
 
-# A package of someone else's: a network, a task and its data.
+# A user's package: a network, a task and its data.
 MODULE = '''
 import torch
 from carafepp.models.carafe import CARAFE
@@ -106,7 +106,7 @@ optimizer: {_target_: torch.optim.Adam, _partial_: true, lr: 0.01}
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """A folder with a module and a configuration, as a package beside carafepp has them."""
+    """A folder with a module and a configuration, as in a package of a user."""
     folder = tmp_path_factory.mktemp("package")
     (folder / "enlarging.py").write_text(MODULE)
     for name, text in CONFIGURATION.items():

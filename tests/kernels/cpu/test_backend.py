@@ -81,7 +81,7 @@ def test_own_threads_give_the_same(monkeypatch):
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
 def test_forked_workers_do_not_wait_for_threads_of_the_parent():
     torch.set_num_threads(2)
-    # work for two threads here, too small to be shared out by PyTorch itself, which does not survive a fork
+    # enough work for two threads of the kernel, and too little for PyTorch's own threads, which do not survive a fork
     x, logits = torch.randn(1, 16, 16, 16), torch.randn(1, 196, 16, 16)
 
     def digest() -> str:

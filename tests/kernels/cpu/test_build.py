@@ -1,4 +1,4 @@
-"""Compiling the CPU kernel: once for all processes, with errors that say what to do, and what runs where it cannot be compiled."""
+"""Compilation of the CPU kernel: once for all processes, with errors that say what to do, and the replacement without a compiler."""
 
 import ctypes
 import os
@@ -36,7 +36,7 @@ def test_many_processes_build_once(tmp_path, compiler):
     assert [process.returncode for process in processes] == [0] * 6
     assert log.read_text().splitlines() == ["run"]
     assert ctypes.CDLL(built).carafepp_forward
-    # nothing half-built stays
+    # no unfinished build remains
     assert {file.suffix for file in Path(built).parent.iterdir()} <= {".so", ".lock"}
 
 

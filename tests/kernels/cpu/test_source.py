@@ -1,4 +1,4 @@
-"""The C++ source by itself: headers that can be read alone, and structures that agree with those of Python."""
+"""The C++ source: headers that compile alone, and structures that agree with those in Python."""
 
 import ctypes
 import re
@@ -38,7 +38,7 @@ DECLARED_IN = {name: header for header, names in STANDARD.items() for name in na
 
 
 def check(compiler: str, source: str) -> None:
-    """Fail with what the compiler says about `source`, warnings included."""
+    """Fail with the compiler's errors and warnings about `source`."""
     command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{SOURCE.parent}", "-x", "c++", "-"]
     result = subprocess.run(command, input=source, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

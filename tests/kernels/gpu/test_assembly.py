@@ -1,4 +1,4 @@
-"""Compiling launches for GPUs that are not present, and reading their assembly."""
+"""Compilation of launches for GPUs that are not present, and their assembly."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""A launch as data: what its code depends on, and how a plan starts it again."""
+"""A launch as data: the properties that its code depends on, and repeated starts by a plan."""
 
 import pytest
 import torch

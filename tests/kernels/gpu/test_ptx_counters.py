@@ -1,4 +1,4 @@
-"""The emulator counts what a profiler would: access patterns and instructions with known answers, written in PTX."""
+"""The emulator's counters, which agree with a profiler: access patterns and instructions with known counts, written in PTX."""
 
 import numpy as np
 import pytest

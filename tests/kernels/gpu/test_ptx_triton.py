@@ -1,4 +1,4 @@
-"""The emulator runs what Triton compiles as a GPU would: its outputs against NumPy and PyTorch in float64."""
+"""The emulator runs Triton's compiled code like a GPU: its outputs against NumPy and PyTorch in float64."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Which tiles fit: every common problem has one, and none takes more than a GPU has."""
+"""The tiles that fit: every common problem has one, and no tile takes more than a GPU has."""
 
 import pytest
 from carafepp.kernels.geometry import Spec

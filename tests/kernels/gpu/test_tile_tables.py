@@ -1,4 +1,4 @@
-"""The tables of measured tiles: who finds which tile, and what a broken table says."""
+"""The tables of measured tiles: the tile that each problem finds, and the error of a broken table."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The Triton backend: in the interpreter, compiled offline, and on a GPU where there is one."""
+"""The Triton backend: in the interpreter, compiled offline, and on a GPU if there is one."""
 
 import os
 import pathlib
@@ -91,7 +91,7 @@ def test_gpu_at_real_sizes(normalizer, dtype, memory_format, scale):
 @pytest.mark.gpu
 @gpu
 def test_gpu_starts_again_what_it_has_compiled():
-    """With other tensors of the same layouts, whether or not they begin where a vector does."""
+    """The code serves other tensors of the same layouts, whether or not they are aligned to vectors."""
     spec = Spec(5, up=2)
     for seed, offset in enumerate((0, 0, 1, 1, 0)):
         x, logits = (

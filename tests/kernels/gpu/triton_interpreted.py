@@ -91,7 +91,7 @@ def test_forward_saves_inputs_and_one_number_per_window():
 
 
 def test_poison_shows():
-    """The check itself: a result with one place left out does not pass."""
+    """The check itself: a result with one unwritten place does not pass."""
     result = torch.ones(4)
     result[0] = poisoned(result)[0]
     assert not relative_error(result, torch.ones(4, dtype=torch.float64)) < 1.0

@@ -23,11 +23,11 @@ class GPU:
     threads: int  # per multiprocessor
 
     def resident(self, threads: int, shared: int) -> int:
-        """Blocks of so many threads and bytes of shared memory that one multiprocessor holds (registers aside)."""
+        """Number of blocks, with these threads and bytes of shared memory, that one multiprocessor holds, regardless of registers."""
         return max(1, min(32, self.threads // threads, (self.l1_size - (16 << 10)) // max(1, shared + 1024)))
 
     def l1(self, threads: int, shared: int) -> int:
-        """Bytes that are left for caching beside the shared memory of the resident blocks."""
+        """Bytes that the shared memory of the resident blocks leaves for caching."""
         taken = self.resident(threads, shared) * (shared + 1024 if shared else 0)
         return max(16 << 10, self.l1_size - taken)
 
@@ -35,7 +35,7 @@ class GPU:
 A100 = GPU(multiprocessors=108, clock=1.41, dram=2039, l2_size=40 << 20, l2_width=5120, l1_size=192 << 10, threads=2048)
 H100 = GPU(multiprocessors=132, clock=1.755, dram=3352, l2_size=50 << 20, l2_width=5632, l1_size=256 << 10, threads=2048)
 GPUS = {80: A100, 90: H100}
-# what a copy kernel reaches of the peak
+# share of the peak that a copy kernel reaches
 DRAM_EFFICIENCY = 0.92
 
 
@@ -65,7 +65,7 @@ def report(machine: Machine, gpu: GPU, blocks_run: int, blocks_total: int) -> di
 
 
 def dram_microseconds(size: int, gpu: GPU) -> float:
-    """Least time to move so many bytes from or to memory."""
+    """Least time to move a number of bytes from or to memory."""
     return size / (gpu.dram * 1e3 * DRAM_EFFICIENCY)
 
 

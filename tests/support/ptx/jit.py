@@ -19,7 +19,7 @@ def launch(kernel, grid, *args, num_warps: int = 4, num_stages: int = 2, capabil
     """Run `kernel[grid](*args, **constants)` under the emulator and return what it counts.
 
     Args:
-        args: CPU tensors (bases count as aligned), arrays and numbers, in the order of the parameters that are no constants.
+        args: CPU tensors (bases count as aligned), arrays and numbers, in the order of the parameters that are not constants.
     """
     names = [name for name in kernel.arg_names if name not in constants]
     given = dict(zip(names, args, strict=True))

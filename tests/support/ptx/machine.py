@@ -86,7 +86,7 @@ class Machine:
         for name, value in special.items():
             self.registers["%" + name] = np.broadcast_to(np.asarray(value).astype(np.uint32), (self.total,))
         self.shared_stride = -(-max(self.shared_size, 16) // 16) * 16
-        # NaN in every format: what is read before it is written shows
+        # NaN in every format, so that a value that is read before it is written shows
         self.shared = np.full(len(blocks) * self.shared_stride, 0xFF, np.uint8)
         end = len(self.kernel.instructions)
         self.pc = np.where(thread < self.threads, 0, end)

@@ -14,7 +14,7 @@ BANKS = 32
 
 
 class Fault(Exception):
-    """What a GPU would abort the kernel for."""
+    """An error for which a GPU would abort the kernel."""
 
 
 def untouched(size: int) -> np.ndarray:
