@@ -58,13 +58,13 @@ def check_fit(coarse: Sequence[int], sampled: Sequence[int], fine: Sequence[int]
     Raises:
         ValueError: the sizes do not fit; the message names them and the slot.
     """
-    # a coarse cell is sampled / coarse wide
+    # a coarse cell has a width of sampled / coarse
     if not all(f <= s and (s - f) * c < s for c, s, f in zip(coarse, sampled, fine, strict=True)):
         sizes = [f"{height} x {width}" for height, width in (coarse, sampled, fine)]
         raise ValueError(
-            f"the sampler in slot {slot} makes {sizes[1]} pixels of {sizes[0]}, but the finer map has {sizes[2]}: leave this slot empty "
-            "(None; `published` on the command line), or choose strides of the network (output_stride of the backbone) whose levels have "
-            "the ratio of the sampler"
+            f"the sampler in slot {slot} turns {sizes[0]} into {sizes[1]} pixels, but the finer map has {sizes[2]}: leave this slot "
+            "empty (None; `published` on the command line), or choose an output_stride of the backbone with which the ratio of the levels "
+            "is that of the sampler"
         )
 
 

@@ -25,7 +25,8 @@ SAMPLERS = [UP, Nearest, Bilinear, NearestConv, Deconv, PixelShuffle, DySample, 
 
 def sizes(fine: tuple[int, int], coarse: tuple[int, int]) -> str:
     """The part of the message that names both maps, as a pattern."""
-    return rf"of {coarse[0]} x {coarse[1]}, but the finer map has {fine[0]} x {fine[1]}: leave this slot empty.*output_stride"
+    maps = rf"turns {coarse[0]} x {coarse[1]} into .* pixels, but the finer map has {fine[0]} x {fine[1]}"
+    return rf"{maps}: leave this slot empty.*output_stride"
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: getattr(sampler, "__name__", "CARAFE"))
@@ -44,7 +45,7 @@ def sizes(fine: tuple[int, int], coarse: tuple[int, int]) -> str:
 )
 def test_levels_of_another_ratio_are_refused(sampler, fine, coarse):
     module = sampler(8)
-    with pytest.raises(ValueError, match="sampler in slot fpn makes .*" + sizes(fine, coarse)):
+    with pytest.raises(ValueError, match="sampler in slot fpn .*" + sizes(fine, coarse)):
         resize(torch.rand(1, 8, *coarse), fine, module, torch.rand(1, 8, *fine), slot="fpn")
 
 
@@ -135,10 +136,10 @@ def test_mask_head_takes_any_ratio():
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
-        ({"downsample": partial(CARAFE, down=3), "upsample": UP}, "makes 4 x 4 pixels of 2 x 2, but the finer map has 6 x 6"),
-        ({"downsample": partial(CARAFE, down=2), "upsample": partial(CARAFE, up=3)}, "makes 12 x 12 pixels of 4 x 4, but .* 8 x 8"),
-        ({"upsample": partial(CARAFE, up=3)}, "makes 12 x 12 pixels of 4 x 4, but .* 8 x 8"),
-        ({"downsample": partial(CARAFE, down=3)}, "makes 4 x 4 pixels of 2 x 2, but the finer map has 6 x 6"),
+        ({"downsample": partial(CARAFE, down=3), "upsample": UP}, "turns 2 x 2 into 4 x 4 pixels, but the finer map has 6 x 6"),
+        ({"downsample": partial(CARAFE, down=2), "upsample": partial(CARAFE, up=3)}, "turns 4 x 4 into 12 x 12 pixels, but .* 8 x 8"),
+        ({"upsample": partial(CARAFE, up=3)}, "turns 4 x 4 into 12 x 12 pixels, but .* 8 x 8"),
+        ({"downsample": partial(CARAFE, down=3)}, "turns 2 x 2 into 4 x 4 pixels, but the finer map has 6 x 6"),
     ],
     ids=["down 3", "up 3", "up 3 alone", "down 3 alone"],
 )
