@@ -46,7 +46,7 @@ struct Grid {
             const Index fit = (bytes / Index(sizeof(T)) / pitch - haloed * 2 * grid.halo) / (bare + haloed);
             const Index height = std::min(fit, std::max<Index>(1, rows / wanted));
             // per cell: lanes of the margin, the fixed cost of a row, and weights; these are a third of the work, and more if they are
-            // restored for cells of a neighbouring tile too
+            // restored for cells of a neighbouring tile as well
             const double cost = double(pitch + ROW_COST) / width * (2 + double(height + margin) / height);
             // the narrowest tile is used even if it does not fit into `bytes`
             const bool only = std::isinf(least) && cuts == most_cuts;

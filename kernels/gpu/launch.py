@@ -37,7 +37,7 @@ class Source(ASTSource):
 class Launch(NamedTuple):
     """One kernel, and everything that determines its code and its work."""
 
-    kernel: Any  # triton.JITFunction, or the function that stands for it in the interpreter
+    kernel: Any  # triton.JITFunction, or the function that replaces it in the interpreter
     grid: tuple[int, int, int]  # programs in x, y, z
     arguments: dict[str, Any]  # tensors and records (records.py) by name, in the order of the parameters
     constants: dict[str, Any]  # compile-time parameters, in their order after the arguments

@@ -46,12 +46,12 @@ def load_task(path: str | Path, options: DictConfig | None = None, trust: str | 
 
     Args:
         options: options of the task that replace those of the run.
-        trust: modules and import paths that the checkpoint may name besides those that conf/ names.
+        trust: modules and import paths that the checkpoint may name in addition to those in conf/.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a checkpoint (see `load_checkpoint`), or names something that is not trusted (see `check_config`), or
-            its weights do not fit a task with these options.
+        ValueError: the file is not a checkpoint (see `load_checkpoint`), its configuration names something that is not trusted (see
+            `check_config`), or its weights do not fit a task with these options.
     """
     checkpoint = load_checkpoint(path)
     check_config(checkpoint["config"], trust, f"checkpoint={path}")

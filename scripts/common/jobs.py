@@ -43,7 +43,7 @@ def train_in_subprocess(folder: Path, trust: Iterable[str]) -> None:
 
     Args:
         folder: the run folder, which holds the configuration.
-        trust: what the configuration may name besides what conf/ names.
+        trust: names that the configuration may contain in addition to those in conf/.
 
     Raises:
         RuntimeError: the training failed or was killed.

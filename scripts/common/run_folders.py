@@ -22,7 +22,7 @@ def read_config(folder: Path, trust: str | Iterable[str] = ()) -> DictConfig:
     """Read the resolved configuration of the run in a folder.
 
     Raises:
-        ValueError: it is not a configuration, or it names something that neither conf/ names nor `trust` holds.
+        ValueError: the file is not a configuration, or contains a name that is neither in conf/ nor in `trust`.
     """
     config = read_yaml(folder / "config.yaml")
     check_config(config, trust, str(folder / "config.yaml"))

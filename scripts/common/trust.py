@@ -1,7 +1,7 @@
-"""What a checkpoint or a run folder may name: its configuration is checked before anything in it is called.
+"""The names that a checkpoint or a run folder may contain: its configuration is checked before anything in it is called.
 
-A configuration decides which classes are built and functions called. The command line decides freely. A file that someone else may have
-written names only what the configuration of carafepp (`conf/`) names, and what the command line trusts by `trust=`.
+A configuration names the classes to build and the functions to call. The command line may name anything. A file that other people may have
+written may contain only names from the configuration of carafepp (`conf/`) and names that the command line trusts with `trust=`.
 """
 
 import functools
@@ -17,15 +17,15 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-# classes that the documentation offers for the command line, and the class behind the backbones of conf/backbone
+# classes that the documentation gives for the command line, and the class of the backbones in conf/backbone
 DOCUMENTED = {"carafepp.models.resnet.ResNet", "carafepp.tasks.masks.Box", "carafepp.tasks.masks.MaskFiles"}
-# webdataset runs what follows pipe: in a shell, and commands such as curl for other addresses
+# webdataset runs the text after pipe: in a shell, and commands such as curl for other addresses
 OPENS_ADDRESSES = "carafepp.tasks.shards.Shards"
 LOGGERS = "lightning.pytorch.loggers."
 # paths, and settings of the service that wandb starts
 LEADS_AWAY = re.compile(r"[/\\~{]|\.\.")
 
-# a configuration of carafepp-train has some hundred values, 10 levels deep, and 5 kB of text
+# a configuration of carafepp-train has some hundred values, 10 levels and 5 kB of text
 MOST_BYTES, MOST_VALUES, MOST_LEVELS = 200_000, 100_000, 40
 
 
@@ -54,7 +54,7 @@ def list_values(config: Any, source: str) -> list[tuple[str, Any, str]]:
     found, left = [], [("", config, "", 0)]
     while left:
         key, value, target, level = left.pop()
-        # a value that several others refer to counts each time
+        # a value to which several others refer counts each time
         if len(found) > MOST_VALUES or level > MOST_LEVELS:
             raise ValueError(f"{source} holds more than {MOST_VALUES} values or {MOST_LEVELS} levels, more than any configuration")
         if type(value) is dict:
@@ -69,7 +69,7 @@ def list_values(config: Any, source: str) -> list[tuple[str, Any, str]]:
 
 
 def find_foreign(config: Any, source: str = "the configuration") -> dict[str, str]:
-    """Find what a configuration of dictionaries and lists names and conf/ does not, with the key of each.
+    """Find the names in a configuration of dictionaries and lists that are not in conf/, with the key of each.
 
     These are import paths, schemes of addresses such as "pipe:", and loggers with options that could lead out of the run folder.
 
@@ -84,14 +84,14 @@ def find_foreign(config: Any, source: str = "the configuration") -> dict[str, st
         elif type(value) is dict:
             if target.startswith(LOGGERS) and any(LEADS_AWAY.search(str(option)) for name, option in value.items() if name != "_target_"):
                 foreign[target] = key
-        # the overrides of a run label it, and are not read again
+        # the overrides of a run are only its label, and are not read again
         elif isinstance(value, str) and not key.startswith("run.") and ("://" in value or (target == OPENS_ADDRESSES and ":" in value)):
             foreign |= dict.fromkeys(re.findall(r"[^\s:/]*:", value), key)
     return foreign
 
 
 def is_trusted(name: str, trust: Iterable[str]) -> bool:
-    """Whether `trust` holds a name, or the module that defines the object of this name: what a trusted module imports is not trusted."""
+    """Return whether `trust` holds a name, or the module that defines its object; objects that a trusted module imports are not trusted."""
     if name in trust:
         return True
     modules = [entry for entry in trust if name.startswith(f"{entry}.")]
@@ -100,7 +100,7 @@ def is_trusted(name: str, trust: Iterable[str]) -> bool:
 
 
 def check_config(config: Any, trust: str | Iterable[str], source: str) -> None:
-    """Refuse a stored configuration that names something which neither conf/ names nor the command line trusts.
+    """Refuse a stored configuration with a name that is not in conf/ and that the command line does not trust.
 
     Args:
         config: the configuration as dictionaries and lists.
@@ -108,7 +108,7 @@ def check_config(config: Any, trust: str | Iterable[str], source: str) -> None:
         source: the file, for messages.
 
     Raises:
-        ValueError: something is not trusted; the configuration has interpolations; see `list_values`.
+        ValueError: a name is not trusted, or the configuration has interpolations; see also `list_values`.
     """
     trust = [trust] if isinstance(trust, str) else list(trust)
     if type(config) is not dict:
@@ -120,7 +120,7 @@ def check_config(config: Any, trust: str | Iterable[str], source: str) -> None:
         names = ", ".join(f"{name} ({key})" for name, key in foreign.items())
         raise ValueError(
             f"{source} names {names}, and the configuration of carafepp does not. A file from elsewhere can run any code in this way. "
-            f"If this is code of yours, name its module: trust=my.module; several: trust=[my.module,other.module]"
+            f"If this is your own code, name its module: trust=my.module; several: trust=[my.module,other.module]"
         )
 
 
@@ -137,7 +137,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         level = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            # a few aliases of aliases stand for billions of values
+            # a few aliases of aliases can represent billions of values
             if isinstance(event, yaml.AliasEvent) or level > MOST_LEVELS:
                 raise ValueError(f"aliases, or more than {MOST_LEVELS} levels, at line {event.start_mark.line + 1}")
             if isinstance(event, yaml.ScalarEvent) and level == 0:
