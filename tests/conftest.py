@@ -1,8 +1,9 @@
-"""Fixtures that more than one folder of tests uses: the backends that run here, memory that starts as NaN, threads, and commands."""
+"""Fixtures that more than one folder of tests uses: the backends that run here, memory that starts as NaN, threads, tables of tiles."""
 
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,3 +54,11 @@ def threads_restored() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tile_table(tmp_path, monkeypatch) -> Path:
+    """Path of the user's table of tiles, which does not exist and which no process has read."""
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv("CARAFEPP_TILES", str(path))
+    return path

@@ -3,12 +3,11 @@
 import importlib.metadata
 import os
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from commands import run_code
 
 import carafepp
 
@@ -32,11 +31,7 @@ print(carafepp.__version__, *(pathlib.Path(module.__file__).resolve().parent for
 
 def run(code: str, *, path: tuple[Path, ...] = (ROOT,), cwd: Path | None = None, options: tuple[str, ...] = ()):
     """Run `code` in a new interpreter that looks for modules in `path`, and in `cwd` if it is given."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
-    command = [sys.executable, *(options if cwd else ("-P", *options)), "-c", NOT_INSTALLED + code]
-    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done
+    return run_code(NOT_INSTALLED + code, *options, isolated=cwd is None, cwd=cwd, PYTHONPATH=os.pathsep.join(map(str, path)))
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from carafepp.models import mmdet
 from carafepp.models.mmdet import faster_rcnn_carafe, load, mask_rcnn_carafe, paste_masks
-from carafepp.scripts import eval as evaluation
 from carafepp.tasks.coco_eval import format_results
 from carafepp.tasks.images import read_image
 from coco_files import content, write
+from commands import call
 from configurations import compose_config
 from mmdet_by_hand import MAX_SIZE, MIN_SIZE, PROPOSALS, detect, pasted, random_state
 from torch import Tensor
@@ -149,8 +149,7 @@ def test_one_command_evaluates_the_published_file(path, tmp_path, monkeypatch):
         "trainer.accelerator=cpu",
         "trainer.enable_progress_bar=false",
     ]
-    monkeypatch.setattr("sys.argv", ["eval", "published=mmdet_mask_rcnn_carafe", f"hydra.run.dir={tmp_path}/eval", *options])
-    evaluation.main()
+    call("eval", "published=mmdet_mask_rcnn_carafe", f"hydra.run.dir={tmp_path}/eval", *options)
     scores = json.loads((tmp_path / "eval" / "eval.json").read_text())["metrics"]
     assert {"val/box_AP", "val/box_APs", "val/mask_AP"} <= scores.keys()
     assert all(0 <= score <= 1 for score in scores.values())

@@ -8,11 +8,12 @@ from carafepp.models.regions import trace_regions
 from carafepp.models.resnet import tiny
 from carafepp.tasks.region_pictures import draw_regions
 from carafepp.tasks.task import View
+from commands import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
-from training import predict, run
+from training import train_in
 
 LOCATIONS = [(0.0, 0.0), (0.4, 0.7), (0.99, 0.99), (0.5, 0.0)]
 
@@ -131,7 +132,7 @@ def runs(tmp_path_factory):
         "detector": [*lengths, "task=detection", "model=faster_rcnn", "upsampler=carafe"],
         "inpainting": ["experiment=table10", "row=table10/global_local_carafe", "data.train.images.length=8", "data.val.images.length=4"],
     }
-    return {name: run(folder / name, *short, *overrides) for name, overrides in told.items()}
+    return {name: train_in(folder / name, *short, *overrides) for name, overrides in told.items()}
 
 
 @pytest.fixture
@@ -152,9 +153,16 @@ def photograph(tmp_path):
         ("inpainting", "[stages.12.0,stages.14.0]", 2),
     ],
 )
-def test_predict_draws_regions(runs, photograph, tmp_path, monkeypatch, name, path, maps):
+def test_predict_draws_regions(runs, photograph, tmp_path, name, path, maps):
     mask = [f"masks={tmp_path}/mask.png"] if name == "inpainting" else []
-    predict(monkeypatch, tmp_path / "out", f"checkpoint={runs[name]}/last.ckpt", f"images={photograph}", f"regions={path}", *mask)
+    call(
+        "predict",
+        f"hydra.run.dir={tmp_path / 'out'}",
+        f"checkpoint={runs[name]}/last.ckpt",
+        f"images={photograph}",
+        f"regions={path}",
+        *mask,
+    )
     figure = np.asarray(Image.open(tmp_path / "out" / "photograph.png.png"))
     # the picture, one map for each module and the output side by side; one row for each of four locations
     width, height = 118 * 3, 75 * 3 + 12
@@ -164,25 +172,33 @@ def test_predict_draws_regions(runs, photograph, tmp_path, monkeypatch, name, pa
     assert green.any(0).sum() >= maps + 2
 
 
-def test_predict_sets_networks_side_by_side(runs, photograph, tmp_path, monkeypatch):
+def test_predict_sets_networks_side_by_side(runs, photograph, tmp_path):
     both = f"checkpoint=[{runs['published']}/last.ckpt,{runs['upernet']}/last.ckpt]"
-    predict(monkeypatch, tmp_path / "out", both, f"images={photograph}")
+    call("predict", f"hydra.run.dir={tmp_path / 'out'}", both, f"images={photograph}")
     figure = Image.open(tmp_path / "out" / "photograph.png.png")
     assert figure.width >= 3 * 118
     pixels = np.asarray(figure).astype(int)
     image = np.asarray(Image.open(photograph)).astype(int)
     assert (pixels[4:79, 4:122] == image).all(), "the first is the photograph"
     # two checkpoints of one run are two networks
-    predict(
-        monkeypatch, tmp_path / "twice", *(f"checkpoint=[{runs['upernet']}/last.ckpt,{runs['upernet']}/best.ckpt]", f"images={photograph}")
+    call(
+        "predict",
+        f"hydra.run.dir={tmp_path / 'twice'}",
+        *(f"checkpoint=[{runs['upernet']}/last.ckpt,{runs['upernet']}/best.ckpt]", f"images={photograph}"),
     )
     assert Image.open(tmp_path / "twice" / "photograph.png.png").width == figure.width
     with pytest.raises(ValueError, match="takes a mask for every image: give masks="):
-        predict(
-            monkeypatch,
-            tmp_path / "out",
+        call(
+            "predict",
+            f"hydra.run.dir={tmp_path / 'out'}",
             f"checkpoint=[{runs['upernet']}/last.ckpt,{runs['inpainting']}/last.ckpt]",
             f"images={photograph}",
         )
     with pytest.raises(ValueError, match="it has no CARAFE module"):
-        predict(monkeypatch, tmp_path / "out", f"checkpoint={runs['published']}/last.ckpt", f"images={photograph}", "regions=fpn_up.*")
+        call(
+            "predict",
+            f"hydra.run.dir={tmp_path / 'out'}",
+            f"checkpoint={runs['published']}/last.ckpt",
+            f"images={photograph}",
+            "regions=fpn_up.*",
+        )

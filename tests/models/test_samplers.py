@@ -8,10 +8,11 @@ from carafepp.models.point_samplers import DySample
 from carafepp.models.pooling import DPP, LIP, BlurPool, SoftPool
 from carafepp.models.resnet import ResNet
 from carafepp.models.upernet import UperNet
+from configurations import CONF
 from hydra.utils import instantiate
 from networks import count_parameters
 from omegaconf import OmegaConf
-from sampler_cases import CASES, GROUPS
+from sampler_cases import CASES
 
 CHANNELS = 8
 every_sampler = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.group}-{case.id}")
@@ -34,13 +35,13 @@ def inputs(case, height=5, width=3, odd=(0, 0), channels=CHANNELS):
 
 
 def test_every_configuration_file_is_among_the_cases():
-    files = {(path.parent.name, path.stem) for path in GROUPS.glob("*sampler/*.yaml")}
+    files = {(path.parent.name, path.stem) for path in CONF.glob("*sampler/*.yaml")}
     assert {file for file in files if file[1] not in ("published", "shared")} == {(case.group, case.name) for case in CASES}
 
 
 @pytest.mark.parametrize("group", ["upsampler", "downsampler"])
 def test_published_is_an_empty_slot(group):
-    assert instantiate(OmegaConf.load(GROUPS / group / "published.yaml")) is None
+    assert instantiate(OmegaConf.load(CONF / group / "published.yaml")) is None
 
 
 @every_sampler

@@ -8,9 +8,9 @@ import pytest
 import torch
 from carafepp.kernels import reassemble_reference
 from carafepp.kernels.geometry import Spec
-from carafepp.scripts import bench
 from carafepp.scripts.benching import providers
 from carafepp.scripts.benching.operator import MODES
+from commands import call
 
 
 @pytest.mark.parametrize("spec", [Spec(5, 2), Spec(3, 3, groups=2), Spec(5, 1, 2), Spec(3)], ids=str)
@@ -42,10 +42,9 @@ def test_every_provider_is_offered_or_says_why_not():
     assert list(rational) == list(large)
 
 
-def test_table_and_file_tell_the_same(tmp_path, monkeypatch, capsys):
+def test_table_and_file_tell_the_same(tmp_path, capsys):
     arguments = ["op=down2", "op.shape=[1,8,9,10]", "providers=[cpu,avg_pool]", "rounds=2", f"hydra.run.dir={tmp_path}"]
-    monkeypatch.setattr("sys.argv", ["carafepp-bench", *arguments])
-    bench.main()
+    call("bench", *arguments)
     printed = capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "times.csv").open()))
     assert [(row["provider"], row["mode"]) for row in rows] == [(name, mode) for mode in MODES for name in ("cpu", "avg_pool")]
@@ -59,7 +58,7 @@ def test_growth_varies_one_thing_at_a_time(tmp_path):
     arguments = ["growth", "op.shape=[1,8,4,4]", "threads=2", "rounds=1", f"hydra.run.dir={tmp_path}"]
     before = list(sys.argv)
     threads = torch.get_num_threads()
-    bench.main(arguments)
+    call("bench", *arguments)
     assert sys.argv == before
     torch.set_num_threads(threads)
     rows = [row for row in csv.DictReader((tmp_path / "growth.csv").open()) if row["mode"] == "forward"]
@@ -73,7 +72,6 @@ def test_growth_varies_one_thing_at_a_time(tmp_path):
     assert (tmp_path / "growth.svg").read_text().count("source pixels") == 1
 
 
-def test_unknown_provider_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+def test_unknown_provider_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"providers must be among cpu, triton.*got 'gpu'"):
-        bench.main(["op=up2", "providers=[gpu]", f"hydra.run.dir={tmp_path}"])
+        call("bench", "op=up2", "providers=[gpu]", f"hydra.run.dir={tmp_path}")

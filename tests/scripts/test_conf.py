@@ -1,43 +1,30 @@
 """The configuration composes and instantiates, and the error for a misspelt override lists the valid keys."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from carafepp.models.carafe import CARAFE
 from carafepp.models.samplers import Bilinear
 from carafepp.scripts.common.hints import find_hints
-from hydra import compose, initialize_config_module
+from commands import run_command
+from configurations import choices, compose_config
 from hydra.utils import instantiate
 
-CONF = Path(__file__).parents[2] / "conf"
 
-
-@pytest.fixture
-def config():
-    with initialize_config_module("carafepp.conf", version_base="1.3"):
-        yield lambda *overrides, name="train": compose(name, overrides=list(overrides))
-
-
-def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-
-
-@pytest.mark.parametrize("backbone", options("backbone"))
-@pytest.mark.parametrize("samplers", options("samplers"))
-def test_every_network_instantiates(config, backbone, samplers):
+@pytest.mark.parametrize("backbone", choices("backbone"))
+@pytest.mark.parametrize("samplers", choices("samplers"))
+def test_every_network_instantiates(backbone, samplers):
     with torch.device("meta"):
-        task = instantiate(config("scale=small", f"backbone={backbone}", f"samplers={samplers}").task)
+        task = instantiate(compose_config("train", "scale=small", f"backbone={backbone}", f"samplers={samplers}").task)
         assert task.model(torch.rand(1, 3, 65, 33)).shape == (1, 11, 17, 9)
 
 
-def test_one_slot_can_differ_from_the_others(config):
-    model = instantiate(config("scale=small", "upsampler=carafe", "upsampler.kernel_size=7", "upsampler@model.fpn=bilinear").model)
+def test_one_slot_can_differ_from_the_others():
+    model = instantiate(
+        compose_config("train", "scale=small", "upsampler=carafe", "upsampler.kernel_size=7", "upsampler@model.fpn=bilinear").model
+    )
     assert model.keywords["fpn"].func is Bilinear
     assert model.keywords["ppm"].keywords["kernel_size"] == model.keywords["fuse"].keywords["kernel_size"] == 7
-    model = instantiate(config("scale=small", "upsampler@model.fpn=carafe").model)
+    model = instantiate(compose_config("train", "scale=small", "upsampler@model.fpn=carafe").model)
     assert model.keywords["fpn"].func is CARAFE
     assert model.keywords["ppm"] is model.keywords["fuse"] is None
 
@@ -67,15 +54,15 @@ def test_option_that_must_be_added_is_answered_with_how():
 
 
 def test_misspelt_choice_is_answered_with_the_valid_ones():
-    done = subprocess.run([sys.executable, "-P", "-m", "carafepp.scripts.train", "upsampler=carfe"], capture_output=True, text=True)
+    done = run_command("train", "upsampler=carfe")
     assert done.returncode != 0
     assert "Available options in 'upsampler'" in done.stderr
-    for option in options("upsampler"):
+    for option in choices("upsampler"):
         assert option in done.stderr
 
 
 def test_help_shows_the_choices():
-    done = subprocess.run([sys.executable, "-P", "-m", "carafepp.scripts.train", "--help"], capture_output=True, text=True)
+    done = run_command("train", "--help")
     assert done.returncode == 0, done.stderr
     for group in ("upsampler", "downsampler", "backbone", "scale", "setting"):
-        assert f"{group}: {', '.join(options(group))}" in done.stdout
+        assert f"{group}: {', '.join(choices(group))}" in done.stdout

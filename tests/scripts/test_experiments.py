@@ -2,16 +2,14 @@
 
 import itertools
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from carafepp.scripts.common.paper import list_rows, read_paper
-from hydra import compose, initialize_config_module
+from configurations import CONF, compose_config
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-CONF = Path(__file__).parents[2] / "conf"
 TABLES, METRICS = read_paper()
 ROWS = [f"{table}/{row}" for table in TABLES for row in dict.fromkeys(row["row"] for row in list_rows(TABLES, table))]
 
@@ -42,16 +40,15 @@ ABLATED = {
 
 def made_of(*overrides: str) -> dict:
     """Compose the task, data and trainer of a run with these overrides."""
-    config = compose("train", overrides=[*overrides, "data.root=FOLDER"] if "scale=small" not in overrides else list(overrides))
+    config = compose_config("train", *([*overrides, "data.root=FOLDER"] if "scale=small" not in overrides else list(overrides)))
     return {key: OmegaConf.to_container(config[key], resolve=True) for key in ("task", "data", "trainer")}
 
 
 @pytest.fixture(scope="module")
 def configs():
     """Compose every row ("table4/carafe") and every experiment without a row ("table4") in the settings of the paper."""
-    with initialize_config_module("carafepp.conf", version_base="1.3"):
-        rows = {row: made_of(f"experiment={row.split('/')[0]}", f"row={row}") for row in ROWS}
-        return rows | {table: made_of(f"experiment={table}") for table in TABLES}
+    rows = {row: made_of(f"experiment={row.split('/')[0]}", f"row={row}") for row in ROWS}
+    return rows | {table: made_of(f"experiment={table}") for table in TABLES}
 
 
 def figures(place: str) -> dict[tuple[str, str], float]:
@@ -81,9 +78,8 @@ def test_every_row_builds(configs, table):
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_experiment_builds_in_small(table):
-    with initialize_config_module("carafepp.conf", version_base="1.3"):
-        rows = [row for row in ROWS if row.startswith(f"{table}/")]
-        small = made_of(f"experiment={table}", f"row={rows[-1]}", "scale=small")
+    rows = [row for row in ROWS if row.startswith(f"{table}/")]
+    small = made_of(f"experiment={table}", f"row={rows[-1]}", "scale=small")
     with torch.device("meta"):
         task = instantiate(OmegaConf.create(small["task"]))
     assert 1e5 < sum(p.numel() for p in task.parameters()) < 2e7
@@ -100,8 +96,7 @@ def test_rows_are_the_same_run_where_the_paper_gives_the_same_figures(configs):
             same.add(pair)
     assert ("table4/carafe", "table5/fpn") in expected
     assert same == expected
-    with initialize_config_module("carafepp.conf", version_base="1.3"):
-        small = {row: made_of(f"experiment={row.split('/')[0]}", f"row={row}", "scale=small") for row in ROWS}
+    small = {row: made_of(f"experiment={row.split('/')[0]}", f"row={row}", "scale=small") for row in ROWS}
     # the runs of one serve as runs of the other at either scale
     assert all(small[first] == small[second] for first, second in expected)
     # at scale=small both ResNets are the same tiny network

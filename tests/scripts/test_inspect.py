@@ -2,22 +2,20 @@
 
 import importlib.util
 import json
-import sys
 
 import pytest
+from commands import call
 
 pytest.importorskip("triton")
 
 from carafepp.kernels.gpu import assembly
-from carafepp.scripts import inspect
 
 ONE_SITE = ["~sites", "+sites.one={n: 1, channels: 16, height: 8, width: 8, kernel_size: 3, up: 2}"]
 
 
 def run(monkeypatch, tmp_path, *arguments):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["carafepp-inspect", *ONE_SITE, "dtypes=[float16]", *arguments])
-    inspect.main()
+    call("inspect", *ONE_SITE, "dtypes=[float16]", *arguments)
 
 
 def test_table_and_json_hold_every_kernel_of_a_site(monkeypatch, tmp_path, capsys):
@@ -45,6 +43,5 @@ def test_without_triton_it_says_what_is_missing(monkeypatch, tmp_path):
 
 
 def test_an_unknown_architecture_is_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ValueError, match=r"architectures must be among sm_80, .*, got 'sm_12'"):
         run(monkeypatch, tmp_path, "architectures=[sm_12]")

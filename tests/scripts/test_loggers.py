@@ -4,12 +4,12 @@ import csv
 
 import pytest
 from omegaconf import OmegaConf
-from training import TINY, run
+from training import TINY, train_in
 
 
 def test_tensorboard_gets_what_metrics_csv_gets(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    folder = run(tmp_path / "run", *TINY, "data.epochs=1", "data.batch_size=4", "logger=tensorboard")
+    folder = train_in(tmp_path / "run", *TINY, "data.epochs=1", "data.batch_size=4", "logger=tensorboard")
     found = events.EventAccumulator(str(folder / "tensorboard"))
     found.Reload()
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
@@ -26,4 +26,4 @@ def test_tensorboard_gets_what_metrics_csv_gets(tmp_path):
 def test_missing_package_is_named_with_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
     with pytest.raises(ModuleNotFoundError, match=r"WandbLogger needs a package: pip install 'carafepp\[loggers\]'"):
-        run(tmp_path / "run", *TINY, "data.batch_size=4", "logger=wandb")
+        train_in(tmp_path / "run", *TINY, "data.batch_size=4", "logger=wandb")

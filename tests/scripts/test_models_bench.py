@@ -3,8 +3,8 @@
 import csv
 
 import pytest
-from carafepp.scripts import bench
 from carafepp.scripts.benching.models import measure_networks
+from commands import call
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 
@@ -55,11 +55,10 @@ def test_unknown_names_are_answered_with_the_known(override, message):
         rows(override)
 
 
-def test_command_writes_its_table(tmp_path, monkeypatch, capsys):
+def test_command_writes_its_table(tmp_path, capsys):
     GlobalHydra.instance().clear()
     options = ["table=table3", "rows=[max_pool]", "overrides=['scale=small']", "size=[96,96]", "rounds=1", f"hydra.run.dir={tmp_path}"]
-    monkeypatch.setattr("sys.argv", ["carafepp-bench", "models", *options])
-    bench.main()
+    call("bench", "models", *options)
     assert "max_pool" in capsys.readouterr().out
     with (tmp_path / "models.csv").open() as file:
         assert [row["row"] for row in csv.DictReader(file)] == ["conv", "max_pool"]

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from carafepp.tasks.pictures import caption
+from commands import call
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 from PIL import Image
-from training import call, predict, result
+from training import read_result
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -26,9 +27,9 @@ def folder(tmp_path):
     return Path(shutil.copytree(DATA / "run_of_0.1.0", tmp_path / "run"))
 
 
-def test_an_old_run_is_resumed_to_its_end(folder, monkeypatch):
+def test_an_old_run_is_resumed_to_its_end(folder):
     begun = (folder / "metrics.csv").read_text().splitlines()
-    call(monkeypatch, "train", f"resume={folder}")
+    call("train", f"resume={folder}")
     lines = (folder / "metrics.csv").read_text().splitlines()
     # the checkpoint is of step 9, the last rows were written after it
     assert lines[:11] == begun[:11]
@@ -36,23 +37,23 @@ def test_an_old_run_is_resumed_to_its_end(folder, monkeypatch):
     assert len(losses) == 20
     # rounding differs from one processor to another, and the training is in double precision
     assert losses[8:] == pytest.approx(LOSSES, rel=1e-5)
-    assert result(folder)["steps"] == 20
-    assert result(folder)["metrics"] == pytest.approx({"val/top1": TOP1, "val/top5": TOP5})
+    assert read_result(folder)["steps"] == 20
+    assert read_result(folder)["metrics"] == pytest.approx({"val/top1": TOP1, "val/top5": TOP5})
     assert (folder / "best.ckpt").exists()
 
 
-def test_an_old_checkpoint_is_evaluated(folder, monkeypatch):
+def test_an_old_checkpoint_is_evaluated(folder):
     out = folder / "eval"
-    call(monkeypatch, "eval", f"checkpoint={folder}/last.ckpt", "trainer.enable_progress_bar=false", f"hydra.run.dir={out}")
+    call("eval", f"checkpoint={folder}/last.ckpt", "trainer.enable_progress_bar=false", f"hydra.run.dir={out}")
     scores = json.loads((out / "eval.json").read_text())["metrics"]
     assert scores == pytest.approx({"val/top1": 6 / 60, "val/top5": 28 / 60})
 
 
-def test_an_old_checkpoint_predicts(folder, monkeypatch):
+def test_an_old_checkpoint_predicts(folder):
     rows, columns = np.mgrid[:48, :64]
     pixels = np.stack([columns * 4, rows * 5, rows * columns % 256], -1).astype(np.uint8)
     Image.fromarray(pixels).save(folder / "photograph.png")
-    predict(monkeypatch, folder / "out", f"checkpoint={folder}/last.ckpt", f"images={folder}/photograph.png")
+    call("predict", f"hydra.run.dir={folder / 'out'}", f"checkpoint={folder}/last.ckpt", f"images={folder}/photograph.png")
     drawn = np.asarray(Image.open(folder / "out" / "photograph.png.png"))
     expected = caption(torch.from_numpy(pixels).permute(2, 0, 1) / 255, "8  12%")
     assert (drawn == (expected * 255).round().byte().permute(1, 2, 0).numpy()).all()

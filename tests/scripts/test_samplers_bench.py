@@ -5,10 +5,10 @@ import csv
 import pytest
 import torch
 from carafepp.models.samplers import Nearest
-from carafepp.scripts import bench
 from carafepp.scripts.benching import samplers as bench_samplers
 from carafepp.scripts.benching.memory import PeakMemory
 from carafepp.scripts.benching.samplers import count_flops_per_pixel, load_slots
+from commands import call
 from omegaconf import OmegaConf
 
 
@@ -70,10 +70,9 @@ def test_tables(cfg, capsys):
     assert line.split()[1:3] == ["74,148", "74,148"]
 
 
-def test_command_leaves_its_rows_in_the_run_folder(cfg, monkeypatch, tmp_path):
+def test_command_leaves_its_rows_in_the_run_folder(cfg, tmp_path):
     arguments = ["groups=[downsampler]", "names=[max_pool]", "rounds=1", "seconds=0.01", f"hydra.run.dir={tmp_path}"]
-    monkeypatch.setattr("sys.argv", ["carafepp-bench", "samplers", *arguments])
-    bench.main()
+    call("bench", "samplers", *arguments)
     with (tmp_path / "samplers.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["sampler"], row["parameters"]) for row in rows] == [("strided_conv", "584"), ("max_pool", "0")]

@@ -1,10 +1,8 @@
 """A checkpoint or run folder from elsewhere runs no code: it may name what conf/ names, and what the command line trusts."""
 
-import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,11 +13,12 @@ import yaml
 from carafepp.scripts.common.checkpoints import load_task
 from carafepp.scripts.common.run_folders import read_config
 from carafepp.scripts.common.trust import DOCUMENTED, check_config, find_foreign, known_targets, read_yaml
-from hydra import compose, initialize_config_module
+from commands import call, command_line, run_line
+from configurations import choices, compose_config
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
-from training import call, result
+from training import read_result
 
 ROOT = Path(__file__).parents[2]
 OLD = ROOT / "tests" / "data" / "run_of_0.1.0"
@@ -77,7 +76,7 @@ def poison(folder: Path, place: str, value: object) -> None:
     (folder / "config.yaml").write_text(yaml.dump(config))
 
 
-def use(monkeypatch, command: str, folder: Path, *more: str) -> None:
+def use(command: str, folder: Path, *more: str) -> None:
     """Predict with, evaluate or resume the run of a folder."""
     where = f"hydra.run.dir={folder.parent}/out"
     image = ROOT / "docs" / "scenes.jpg"
@@ -86,7 +85,7 @@ def use(monkeypatch, command: str, folder: Path, *more: str) -> None:
         "eval": [f"checkpoint={folder}/last.ckpt", "trainer.enable_progress_bar=false", where],
         "train": [f"resume={folder}"],
     }[command]
-    call(monkeypatch, command, *arguments, *more)
+    call(command, *arguments, *more)
 
 
 COMMANDS = pytest.mark.parametrize("command", ["predict", "eval", "train"])
@@ -94,10 +93,10 @@ COMMANDS = pytest.mark.parametrize("command", ["predict", "eval", "train"])
 
 @COMMANDS
 @pytest.mark.parametrize("target", ATTACKS)
-def test_an_attack_is_refused_by_name_before_anything_is_called(folder, monkeypatch, command, target):
+def test_an_attack_is_refused_by_name_before_anything_is_called(folder, command, target):
     poison(folder, "task.optimizer", {"_target_": target, **ATTACKS[target]})
     with pytest.raises(ValueError, match=rf"names .*{re.escape(target)} \(task\.optimizer\._target_\)"):
-        use(monkeypatch, command, folder)
+        use(command, folder)
     assert not list(Path.cwd().glob(f"{OWNED}*"))
 
 
@@ -160,13 +159,13 @@ ADDRESSES = ["pipe:touch owned", "{pipe,x}:touch owned", "a.tar::pipe:touch owne
 
 @COMMANDS
 @pytest.mark.parametrize("address", ADDRESSES)
-def test_shards_from_commands_and_addresses_are_refused(folder, monkeypatch, command, address):
+def test_shards_from_commands_and_addresses_are_refused(folder, command, address):
     poison(folder, "data.train", SHARDS | {"shards": address})
     with pytest.raises(ValueError, match=r"\(data\.train\.shards\)"):
-        use(monkeypatch, command, folder)
+        use(command, folder)
     poison(folder, "data.train", SHARDS | {"_args_": [[address]], "_partial_": True})
     with pytest.raises(ValueError, match=r"\(data\.train\._args_\.0\.0\)"):
-        use(monkeypatch, command, folder)
+        use(command, folder)
     assert not list(Path.cwd().glob(f"{OWNED}*"))
 
 
@@ -202,20 +201,20 @@ def test_own_modules_are_trusted_by_the_command_line(folder, monkeypatch):
     poison(folder, "task.model.downsample._target_", "trusted_samplers.Own")
     for command in ("predict", "eval", "train"):
         with pytest.raises(ValueError, match=r"names trusted_samplers\.Own \(task\.model\.downsample\._target_\)"):
-            use(monkeypatch, command, folder)
+            use(command, folder)
         with pytest.raises(ValueError, match="names"):
-            use(monkeypatch, command, folder, "trust=trusted")
-        use(monkeypatch, command, folder, "trust=[trusted_other,trusted_samplers]")
-    assert result(folder)["steps"] == 20
+            use(command, folder, "trust=trusted")
+        use(command, folder, "trust=[trusted_other,trusted_samplers]")
+    assert read_result(folder)["steps"] == 20
     # what a trusted module imports is not trusted
     for name in ("trusted_samplers.subprocess.getoutput", "trusted_samplers.Own.__init__.__globals__.get"):
         with pytest.raises(ValueError, match="names"):
             check_config({"task": {"_target_": name}}, "trusted_samplers", "file")
 
 
-def test_resume_takes_no_other_override(folder, monkeypatch):
+def test_resume_takes_no_other_override(folder):
     with pytest.raises(ValueError, match="no other override except trust=, got seed=1"):
-        use(monkeypatch, "train", folder, "trust=torch.optim", "seed=1")
+        use("train", folder, "trust=torch.optim", "seed=1")
 
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
@@ -229,7 +228,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '
         "x: " + "1" * 100_000,
     ],
 )
-def test_a_configuration_that_is_a_bomb_or_damaged_is_refused_in_a_second(folder, monkeypatch, text):
+def test_a_configuration_that_is_a_bomb_or_damaged_is_refused_in_a_second(folder, text):
     (folder / "config.yaml").write_text(text)
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"config\.yaml"):
@@ -298,20 +297,20 @@ def test_old_import_paths_are_known():
     assert set((ROOT / "tests" / "data" / "targets_of_0.1.0.txt").read_text().split()) <= known_targets()
 
 
-@pytest.mark.parametrize("experiment", [path.stem for path in sorted((ROOT / "conf" / "experiment").glob("*.yaml"))])
+@pytest.mark.parametrize("experiment", choices("experiment"))
 def test_every_experiment_can_be_resumed(experiment):
-    with initialize_config_module("carafepp.conf", version_base="1.3"):
-        for more in (["scale=small", "logger=tensorboard"], ["scale=paper", "logger=wandb", "data.root=/data"]):
-            cfg = compose("train", overrides=[f"experiment={experiment}", *more])
-            OmegaConf.set_struct(cfg, False)
-            del cfg.resume
-            check_config(OmegaConf.to_container(cfg, resolve=True), (), "file")
+    for more in (["scale=small", "logger=tensorboard"], ["scale=paper", "logger=wandb", "data.root=/data"]):
+        cfg = compose_config("train", f"experiment={experiment}", *more)
+        OmegaConf.set_struct(cfg, False)
+        del cfg.resume
+        check_config(OmegaConf.to_container(cfg, resolve=True), (), "file")
 
 
 def test_a_sweep_trusts_what_its_command_line_names(tmp_path):
     (tmp_path / "swept_samplers.py").write_text("from carafepp.models.samplers import Bilinear\nclass Own(Bilinear): ...\n")
     arguments = ["scale=small", "data.train.length=8", "data.train.size=32", "data.val.length=2", "data.val.size=32", "data.batch_size=4"]
     arguments += ["data.epochs=1", "upsampler._target_=swept_samplers.Own", "+upsampler._partial_=true"]
-    command = [sys.executable, "-P", "-m", "carafepp.scripts.train", "-m", *arguments, f"hydra.sweep.dir={tmp_path}/sweep"]
-    subprocess.run(command, cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])})
-    assert json.loads((tmp_path / "sweep" / "0" / "result.json").read_text())["steps"] == 2
+    line = command_line("train", "-m", *arguments, f"hydra.sweep.dir={tmp_path}/sweep")
+    done = run_line(line, cwd=tmp_path, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    assert done.returncode == 0, done.stderr
+    assert read_result(tmp_path / "sweep" / "0")["steps"] == 2

@@ -1,7 +1,6 @@
 """carafepp-tune: what it times, what it stores, and how it continues after an interruption."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -9,24 +8,16 @@ from carafepp.kernels.geometry import Spec
 from carafepp.kernels.gpu.tile_geometry import TileProblem
 from carafepp.kernels.gpu.tile_ranking import rank_tiles
 from carafepp.kernels.gpu.tile_tables import table_key, write_table
+from commands import call
 
 PROBLEM = TileProblem(Spec(5, up=2), 64, 25, 42, 1, 2, False, 2, 4, (8, 0))
 
 
 @pytest.fixture
-def table(tmp_path, monkeypatch):
-    """Return the path of the table of the user, which no process has read yet."""
-    path = tmp_path / "tiles.json"
-    monkeypatch.setenv("CARAFEPP_TILES", str(path))
-    return path
-
-
-@pytest.fixture
-def tune(table, monkeypatch):
+def tune(tile_table, monkeypatch):
     """Run carafepp-tune as if on a GPU where the last tile is the fastest; return the directions that it timed."""
     pytest.importorskip("triton")
     from carafepp.kernels.gpu import tile_search, training_step
-    from carafepp.scripts.tune import main
 
     timed = []
 
@@ -45,20 +36,19 @@ def tune(table, monkeypatch):
         timed.clear()
         size = "+sites.a={n: 1, channels: 64, height: 25, width: 42, kernel_size: 5, up: 2}"
         arguments = ["~sites", size, "dtypes=[float16]", "memory_formats=[contiguous]", "limit=3"]
-        monkeypatch.setattr(sys, "argv", ["carafepp-tune", *arguments, *words])
-        main()
+        call("tune", *arguments, *words)
         return list(timed)
 
     return run
 
 
-def test_tuning_keeps_the_fastest_and_goes_on_where_it_stopped(tune, table):
+def test_tuning_keeps_the_fastest_and_goes_on_where_it_stopped(tune, tile_table):
     assert tune() == ["forward", "backward"]
-    tiles = json.loads(table.read_text())["A GPU"]
+    tiles = json.loads(tile_table.read_text())["A GPU"]
     assert tiles[table_key("forward", PROBLEM)] == list(rank_tiles("forward", PROBLEM)[2])
     # as if interrupted after the first kernel
     del tiles[table_key("backward", PROBLEM)]
-    write_table(table, {"A GPU": tiles})
+    write_table(tile_table, {"A GPU": tiles})
     assert tune() == ["backward"]
     assert tune() == []
     assert tune("again=true") == ["forward", "backward"]

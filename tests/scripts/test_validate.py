@@ -1,12 +1,11 @@
 """carafepp-validate: its list of problems by image, annotation and rule, and its exit status."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from carafepp.scripts.validate import find_files, find_problems
 from coco_files import content, write
+from commands import run_command
 from omegaconf import OmegaConf
 
 
@@ -16,8 +15,7 @@ def test_problems_are_listed_and_counted(tmp_path):
     made["annotations"][3]["bbox"] = [200, 10, 5, 5]
     folder = write(tmp_path / "root", made)
     (folder / "val2017" / "000000000632.jpg").unlink()
-    command = [sys.executable, "-P", "-m", "carafepp.scripts.validate", f"data={folder}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_command("validate", f"data={folder}")
     assert done.returncode == 1
     assert done.stdout.count("image 139, annotation 7001: unknown category (category_id 5)") == 2
     assert done.stdout.count("image 285, annotation 813: box outside the image") == 2

@@ -19,8 +19,8 @@ def compose_config(name: str, *overrides: str) -> DictConfig:
 
 
 def choices(group: str) -> list[str]:
-    """Names of the files of a configuration group, such as "upsampler" or "row/table1"; files that only others include are not choices."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem != "shared")
+    """Names of the files of a configuration group, such as "upsampler" or "row/table1"."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def configured_sampler(group: str, name: str) -> partial[nn.Module] | None:

@@ -8,6 +8,7 @@ from carafepp.kernels.geometry import LSE_NORMALIZERS, Spec
 from carafepp.kernels.gpu import backend as triton_backend
 from carafepp.kernels.gpu.launch import Launch
 from carafepp.kernels.reference import reassemble_reference
+from operator_cases import differentiate, random_inputs, relative_error
 from ptx import GPU, dram_microseconds
 from ptx.bounds import GPUS
 from ptx.jit import execute
@@ -57,17 +58,14 @@ def training_step(n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=tor
         capability: 80 or 90, what to compile for and the GPU to count for (A100, H100).
         place: takes the name ("x", "logits", "y", "dy", "dx", "dlogits") and the size of a tensor and returns where to keep it, or None.
     """
-    generator = torch.Generator().manual_seed(0)
-    source = (n, c, h, w)
-    target = (n, c, spec.output_size(h), spec.output_size(w))
-    weights = (n, spec.groups * spec.taps * spec.up**2, spec.cells(h), spec.cells(w))
 
     def tensor(name, size):
         kept = place(name, size) if place else None
         return torch.empty(size, dtype=dtype, memory_format=memory_format) if kept is None else kept
 
-    x, logits, dy = (tensor(*t).copy_(torch.randn(t[1], generator=generator)) for t in (("x", source), ("logits", weights), ("dy", target)))
-    y, dx, dlogits = (tensor(*t).fill_(math.nan) for t in (("y", target), ("dx", source), ("dlogits", weights)))
+    drawn = zip(("x", "logits", "dy"), random_inputs(n, c, h, w, spec, dtype), strict=True)
+    x, logits, dy = (tensor(name, values.shape).copy_(values) for name, values in drawn)
+    y, dx, dlogits = (tensor(name, like.shape).fill_(math.nan) for name, like in (("y", dy), ("dx", x), ("dlogits", logits)))
     cells, dcells = (t.unflatten(1, (spec.groups * spec.taps, spec.up, spec.up)) for t in (logits, dlogits))
     lse = torch.full((n, spec.groups, *cells.shape[2:]) if spec.normalizer in LSE_NORMALIZERS else (0,), math.nan)
 
@@ -75,10 +73,8 @@ def training_step(n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=tor
     forward = _run(triton_backend.forward_launches(x, cells, y, lse, spec, **planned), (x, logits, y), capability)
     launches = triton_backend.backward_launches(dy, x, cells, lse, dx, dcells, spec, **planned)
     backward = _run(launches, (dy, x, logits, dx, dlogits), capability)
-    x64, logits64 = x.double().requires_grad_(), logits.double().requires_grad_()
-    expected = reassemble_reference(x64, logits64, **spec._asdict())
-    expected.backward(dy.double())
-    errors = {"y": error(y, expected.detach()), "dx": error(dx, x64.grad), "dlogits": error(dlogits, logits64.grad)}
+    expected = differentiate(reassemble_reference, x.double(), logits.double(), dy.double(), **spec._asdict())
+    errors = {name: relative_error(result, expected[name]) for name, result in {"y": y, "dx": dx, "dlogits": dlogits}.items()}
     return Step(errors, forward, backward)
 
 
@@ -87,8 +83,3 @@ def _run(launches: list[Launch], tensors, capability: int) -> Pass:
     for launch in launches:
         stats[f"{launch.kernel.__name__} {len(stats)}"] = emulate(launch, capability)
     return Pass(stats, sum(t.numel() * t.element_size() for t in tensors), GPUS[capability])
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest error over the largest expected value."""
-    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from carafepp.tasks.cityscapes import Cityscapes
-from hydra import compose, initialize_config_module
+from configurations import compose_config
 from PIL import Image
 from torchvision import datasets
-from training import result, run
+from training import read_result, train_in
 
 
 def write(root, split, city, frame, labels, image=None):
@@ -72,18 +72,17 @@ def test_any_network_trains_on_it(root, tmp_path_factory):
     crop = ["data.train.transforms.transforms.0.min_size=[40,56]", "data.train.transforms.transforms.1.size=[32,64]"]
     small = ["backbone=tiny", "decoder.dim=8", "decoder.ppm_dim=8", "decoder.mask_size=7", "data.batch_size=2", "data.epochs=1.3"]
     machine = ["data.workers=0", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "trainer.val_check_interval=1.0"]
-    folder = run(
+    folder = train_in(
         tmp_path_factory.mktemp("run") / "run",
         *("experiment=table8", "row=table8/upernet_resnet50_carafe", "setting=segmentation_cityscapes", f"data.root={root}"),
         *(*crop, *small, *machine),
     )
     # a third pass over three batches that is cut off
-    assert result(folder)["steps"] == 4
+    assert read_result(folder)["steps"] == 4
     assert len((folder / "per_class.csv").read_text().splitlines()) == 1 + 19
 
 
 def test_the_setting_names_the_classes_of_the_benchmark():
-    with initialize_config_module("carafepp.conf", version_base="1.3"):
-        names = compose("train", overrides=["setting=segmentation_cityscapes"]).class_names
+    names = compose_config("train", "setting=segmentation_cityscapes").class_names
     known = sorted((label.train_id, label.name) for label in datasets.Cityscapes.classes if 0 <= label.train_id < 255)
     assert list(names) == [name for _, name in known]

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,10 +11,11 @@ from carafepp.tasks.digits import Digits
 from carafepp.tasks.imagenet import ImageNet
 from carafepp.tasks.optimization import linear_scaling
 from carafepp.tasks.runs import LastCheckpoint
-from hydra import compose, initialize_config_module
+from commands import run_command
+from configurations import compose_config
 from PIL import Image
 from torchvision.transforms import v2
-from training import result, run
+from training import read_result, train_in
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +50,13 @@ SMALL = [
 SMALL += ["num_classes=3", "trainer.enable_progress_bar=false", "checkpoint_every_n_steps=2", "trainer.val_check_interval=1.0"]
 
 
-def call(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-P", "-m", f"carafepp.scripts.{script}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
 def test_table2_trains_resumes_and_evaluates_on_an_imagenet_folder(root, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
-    done = call("train", *SMALL, f"data.root={root}", f"hydra.run.dir={whole}")
+    done = run_command("train", *SMALL, f"data.root={root}", f"hydra.run.dir={whole}")
     assert done.returncode == 0, done.stderr
     assert f"{root}/train/n03/2.JPEG cannot be read" in done.stdout + done.stderr
-    assert result(whole)["steps"] == 9
-    assert result(whole)["metrics"]["val/top5"] == 1  # of three classes
+    assert read_result(whole)["steps"] == 9
+    assert read_result(whole)["metrics"]["val/top5"] == 1  # of three classes
 
     class Crashed(Exception):
         pass
@@ -74,16 +68,16 @@ def test_table2_trains_resumes_and_evaluates_on_an_imagenet_folder(root, tmp_pat
     saves = LastCheckpoint.on_train_batch_end
     monkeypatch.setattr(LastCheckpoint, "on_train_batch_end", lambda *arguments: (saves(*arguments), crash(*arguments)))
     with pytest.raises(Crashed):
-        run(tmp_path / "crashed", *SMALL, f"data.root={root}")
+        train_in(tmp_path / "crashed", *SMALL, f"data.root={root}")
     assert torch.load(tmp_path / "crashed" / "last.ckpt", weights_only=True)["global_step"] == 4
-    done = call("train", f"resume={tmp_path}/crashed")
+    done = run_command("train", f"resume={tmp_path}/crashed")
     assert done.returncode == 0, done.stderr
-    assert result(tmp_path / "crashed")["weights_sha256"] == result(whole)["weights_sha256"]
+    assert read_result(tmp_path / "crashed")["weights_sha256"] == read_result(whole)["weights_sha256"]
 
-    done = call("eval", f"checkpoint={whole}/last.ckpt", "trainer.accelerator=cpu", f"hydra.run.dir={tmp_path}/eval")
+    done = run_command("eval", f"checkpoint={whole}/last.ckpt", "trainer.accelerator=cpu", f"hydra.run.dir={tmp_path}/eval")
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "eval" / "eval.json").read_text())["metrics"]
-    assert scores["val/top1"] == pytest.approx(result(whole)["metrics"]["val/top1"])
+    assert scores["val/top1"] == pytest.approx(read_result(whole)["metrics"]["val/top1"])
 
 
 def test_every_kind_of_jpeg_is_read_and_a_damaged_one_replaced(root, caplog):
@@ -192,10 +186,9 @@ def test_pictures_show_class_and_guess():
 
 @pytest.mark.parametrize("experiment", ["table2", "table12"])
 def test_experiment_is_the_papers_or_small(experiment):
-    with initialize_config_module("carafepp.conf", version_base="1.3"):
-        row = {"table2": "row=table2/resnet50_carafe", "table12": "row=table12/cm16"}[experiment]
-        paper = compose("train", overrides=[f"experiment={experiment}", row, "data.root=."])
-        small = compose("train", overrides=[f"experiment={experiment}", row, "scale=small", "setting=classification_digits"])
+    row = {"table2": "row=table2/resnet50_carafe", "table12": "row=table12/cm16"}[experiment]
+    paper = compose_config("train", f"experiment={experiment}", row, "data.root=.")
+    small = compose_config("train", f"experiment={experiment}", row, "scale=small", "setting=classification_digits")
     assert (paper.data.batch_size, paper.data.epochs) == (1024, 90)
     assert paper.backbone._target_.endswith("resnet50")
     assert paper.downsampler.compressor_norm

@@ -25,7 +25,7 @@ from pycocotools.coco import COCO as Reader
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.optim.lr_scheduler import PolynomialLR
-from training import result, run
+from training import read_result, train_in
 
 TINY = ["task=detection", "model=mask_rcnn", "model.fpn_dim=8", "model.head_dim=16", "model.box_batch_size_per_image=8"]
 TINY += ["model.rpn_post_nms_top_n_train=20", "model.rpn_post_nms_top_n_test=20", "log_every_n_steps=1"]
@@ -78,14 +78,14 @@ def by_hand(annotations, detections, kind):
 
 def test_protocol_runs_on_coco_files(tmp_path):
     root = write(tmp_path / "coco")
-    folder = run(
+    folder = train_in(
         tmp_path / "run",
         *(*TINY, "backbone=tiny", "model.min_size=64", "model.max_size=96", f"data.root={root}", f"class_names=[{','.join(NAMES)}]"),
         *("data.batch_size=2", "data.epochs=2", "data.workers=0", "trainer.val_check_interval=1.0", "task.flops_size=[48,64]"),
         # an untrained network finds something
         "+model.box_score_thresh=0.0",
     )
-    found = result(folder)
+    found = read_result(folder)
     assert found["steps"] == 2
     assert found["flops_input"] == [3, 48, 64]
     for kind, name in (("bbox", "box"), ("segm", "mask")):
@@ -99,7 +99,7 @@ def test_protocol_runs_on_coco_files(tmp_path):
 def test_training_that_was_cut_off_continues_bit_identically(tmp_path, monkeypatch):
     small = [*TINY, "scale=small", "data.train.length=16", "data.val.length=4", "data.batch_size=4", "data.epochs=2", "model.min_size=64"]
     small += ["checkpoint_every_n_steps=3", "trainer.val_check_interval=0.5", "model.max_size=64"]
-    whole = run(tmp_path / "whole", *small)
+    whole = train_in(tmp_path / "whole", *small)
     step = Detection.training_step
 
     def cut_off(self, batch, batch_idx):
@@ -109,12 +109,12 @@ def test_training_that_was_cut_off_continues_bit_identically(tmp_path, monkeypat
 
     monkeypatch.setattr(Detection, "training_step", cut_off)
     with pytest.raises(KeyError):
-        run(tmp_path / "cut", *small)
+        train_in(tmp_path / "cut", *small)
     monkeypatch.setattr(Detection, "training_step", step)
     folder = tmp_path / "cut"
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 4
     train(OmegaConf.load(folder / "config.yaml"), folder)
-    assert result(folder)["weights_sha256"] == result(whole)["weights_sha256"]
+    assert read_result(folder)["weights_sha256"] == read_result(whole)["weights_sha256"]
     assert (folder / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
     assert (folder / "detections_segm.json").read_text() == (whole / "detections_segm.json").read_text()
 

@@ -3,8 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,13 +15,14 @@ from carafepp.tasks.inpainting import Inpainting, mean_within, psnr
 from carafepp.tasks.layouts import write_scenes
 from carafepp.tasks.places import Places
 from carafepp.tasks.runs import LastCheckpoint
-from hydra import compose, initialize_config_module
+from commands import call, run_line, torchrun_line, wait_for_rows
+from configurations import compose_config
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
-from training import predict, result, run, weights
+from training import read_result, read_weights, train_in
 
 SMALL = ["experiment=table10", "scale=small", "data.train.images.length=16", "data.val.images.length=6", "data.val_batch_size=2"]
 SMALL += ["data.train.images.size=32", "data.val.images.size=32", "data.batch_size=4", "model.width=4", "task.discriminator.width=4"]
@@ -94,11 +93,11 @@ def test_losses_move_each_network_its_own_way(monkeypatch):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """One run of Global&Local with CARAFE++."""
-    return run(tmp_path_factory.mktemp("whole") / "run", *SMALL, "row=table10/global_local_carafe", "data.epochs=3")
+    return train_in(tmp_path_factory.mktemp("whole") / "run", *SMALL, "row=table10/global_local_carafe", "data.epochs=3")
 
 
 def test_run_has_scores_and_pictures(whole):
-    found = result(whole)
+    found = read_result(whole)
     assert found["steps"] == 12
     assert found["metrics"].keys() == {"val/L1", "val/psnr", "val/ssim", "val/L1_hole", "val/psnr_hole"}
     assert 0 < found["metrics"]["val/L1"] < found["metrics"]["val/L1_hole"] < 1
@@ -106,7 +105,7 @@ def test_run_has_scores_and_pictures(whole):
     assert found["flops"] > 0
     # parameters of the generator alone
     assert found["parameters"] == sum(
-        v.numel() for k, v in weights(whole).items() if k.startswith("model.") and "running" not in k and "num_b" not in k
+        v.numel() for k, v in read_weights(whole).items() if k.startswith("model.") and "running" not in k and "num_b" not in k
     )
     pictures = {name: np.asarray(Image.open(whole / "pictures" / f"0_{name}.png")) for name in ("image", "mask", "prediction", "truth")}
     hole = pictures["mask"] == 255
@@ -124,7 +123,7 @@ class Crashed(Exception):
 def test_crashed_run_resumes_bit_identically(whole, tmp_path, monkeypatch, precision):
     arguments = [*SMALL, "row=table10/global_local_carafe", "data.epochs=3", f"trainer.precision={precision}"]
     if precision != "32-true":
-        whole = run(tmp_path / "whole", *arguments)
+        whole = train_in(tmp_path / "whole", *arguments)
     saves = LastCheckpoint.on_train_batch_end
 
     def crash(self, trainer, *others):
@@ -135,57 +134,52 @@ def test_crashed_run_resumes_bit_identically(whole, tmp_path, monkeypatch, preci
     with monkeypatch.context() as context:
         context.setattr(LastCheckpoint, "on_train_batch_end", crash)
         with pytest.raises(Crashed):
-            run(tmp_path / "crashed", *arguments)
+            train_in(tmp_path / "crashed", *arguments)
     saved = torch.load(tmp_path / "crashed" / "last.ckpt", weights_only=True)
     assert saved["global_step"] in (6, 8)
     train(OmegaConf.load(tmp_path / "crashed" / "config.yaml"), tmp_path / "crashed")
-    assert result(tmp_path / "crashed")["weights_sha256"] == result(whole)["weights_sha256"]
+    assert read_result(tmp_path / "crashed")["weights_sha256"] == read_result(whole)["weights_sha256"]
     assert (tmp_path / "crashed" / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
-    moved = [name for name, tensor in weights(whole).items() if not torch.equal(tensor, saved["state_dict"][name])]
+    moved = [name for name, tensor in read_weights(whole).items() if not torch.equal(tensor, saved["state_dict"][name])]
     assert {name.split(".")[0] for name in moved} == {"model", "discriminator"}
 
 
 def test_two_processes_killed_and_resumed_train_as_one(tmp_path):
-    alone = run(tmp_path / "alone", *EXACT)
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", "--rdzv-id=job", "-m", "carafepp.scripts.train"]
+    alone = train_in(tmp_path / "alone", *EXACT)
     folder = tmp_path / "runs" / "job"
     arguments = [*EXACT, "trainer.devices=2", "trainer.strategy=ddp", f"hydra.run.dir={folder}"]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([*command, *arguments], cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        if (folder / "metrics.csv").exists() and len((folder / "metrics.csv").read_text().splitlines()) > 6:
-            break
-        time.sleep(0.01)
+        process = subprocess.Popen(
+            torchrun_line(2, "job", "train", *arguments), cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
+        )
+    wait_for_rows(folder, 7, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert (folder / "last.ckpt").exists(), (tmp_path / "log").read_text()
     assert not (folder / "result.json").exists(), "the run must be killed before its end for this test to say anything"
-    done = subprocess.run([*command, f"resume={folder}"], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = run_line(torchrun_line(2, "job", "train", f"resume={folder}"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert result(folder)["steps"] == result(alone)["steps"] == 24
-    torch.testing.assert_close(weights(folder), weights(alone), rtol=1e-8, atol=1e-8)
-    assert result(folder)["metrics"] == pytest.approx(result(alone)["metrics"])
+    assert read_result(folder)["steps"] == read_result(alone)["steps"] == 24
+    torch.testing.assert_close(read_weights(folder), read_weights(alone), rtol=1e-8, atol=1e-8)
+    assert read_result(folder)["metrics"] == pytest.approx(read_result(alone)["metrics"])
 
 
 def test_every_row_composes_at_both_scales():
-    with initialize_config_module("carafepp.conf", version_base="1.3"):
-        for scale in ("paper", "small"):
-            for row in ("global_local", "global_local_carafe", "partial_conv", "partial_conv_carafe"):
-                config = compose("train", overrides=["experiment=table10", f"row=table10/{row}", f"scale={scale}"])
-                with torch.device("meta"):
-                    task = instantiate(config.task)
-                    masks = torch.ones(1, 1, 37, 30)
-                    assert task(torch.rand(1, 3, 37, 30), masks).shape == (1, 3, 37, 30)
-                assert type(task.model).__name__ == ("GlobalLocal" if row.startswith("global") else "PartialGlobalLocal")
-                carafes = [module for module in task.modules() if type(module).__name__ == "CARAFE"]
-                assert len(carafes) == (4 if row.endswith("carafe") else 0)
-                # BN and ReLU behind the compressor are for backbones
-                assert all(isinstance(module.compressor_norm, nn.Identity) for module in carafes)
-        assert (config.optimizer.lr, *config.optimizer.betas) == (0.001, 0.5, 0.9)
-        config = compose("train", overrides=["experiment=table10"])
-        assert (config.optimizer.lr, *config.optimizer.betas, config.data.batch_size) == (0.0001, 0.5, 0.9, 32)
+    for scale in ("paper", "small"):
+        for row in ("global_local", "global_local_carafe", "partial_conv", "partial_conv_carafe"):
+            config = compose_config("train", "experiment=table10", f"row=table10/{row}", f"scale={scale}")
+            with torch.device("meta"):
+                task = instantiate(config.task)
+                masks = torch.ones(1, 1, 37, 30)
+                assert task(torch.rand(1, 3, 37, 30), masks).shape == (1, 3, 37, 30)
+            assert type(task.model).__name__ == ("GlobalLocal" if row.startswith("global") else "PartialGlobalLocal")
+            carafes = [module for module in task.modules() if type(module).__name__ == "CARAFE"]
+            assert len(carafes) == (4 if row.endswith("carafe") else 0)
+            # BN and ReLU behind the compressor are for backbones
+            assert all(isinstance(module.compressor_norm, nn.Identity) for module in carafes)
+    assert (config.optimizer.lr, *config.optimizer.betas) == (0.001, 0.5, 0.9)
+    config = compose_config("train", "experiment=table10")
+    assert (config.optimizer.lr, *config.optimizer.betas, config.data.batch_size) == (0.0001, 0.5, 0.9, 32)
 
 
 def test_table10_trains_on_places_files(tmp_path):
@@ -194,9 +188,9 @@ def test_table10_trains_on_places_files(tmp_path):
     arguments += ["data.train.images.transforms.transforms.0.size=40", "data.train.images.transforms.transforms.1.size=32"]
     arguments += ["data.val.images.transforms.transforms.0.size=40", "data.val.images.transforms.transforms.1.size=32", "data.batch_size=2"]
     arguments += ["data.epochs=1", "trainer.val_check_interval=1.0", "trainer.sync_batchnorm=false", "trainer.accelerator=cpu"]
-    folder = run(tmp_path / "run", *arguments, "trainer.enable_progress_bar=false")
-    assert result(folder)["steps"] == 2
-    assert result(folder)["flops_input"] == [3, 32, 32]
+    folder = train_in(tmp_path / "run", *arguments, "trainer.enable_progress_bar=false")
+    assert read_result(folder)["steps"] == 2
+    assert read_result(folder)["flops_input"] == [3, 32, 32]
 
 
 def test_places_are_read_in_every_layout(tmp_path):
@@ -237,11 +231,11 @@ def photographs(tmp_path):
 
 
 @pytest.mark.parametrize("max_side", [1000, 40])
-def test_predict_fills_holes_and_keeps_the_rest(whole, photographs, monkeypatch, max_side):
+def test_predict_fills_holes_and_keeps_the_rest(whole, photographs, max_side):
     out = photographs / "out"
-    predict(
-        monkeypatch,
-        out,
+    call(
+        "predict",
+        f"hydra.run.dir={out}",
         *(f"checkpoint={whole}/last.ckpt", f"images={photographs}/photographs", f"masks={photographs}/masks", f"max_side={max_side}"),
     )
     assert len(list(out.glob("*.png"))) == 3
@@ -267,7 +261,7 @@ def test_filling_does_not_look_into_the_hole(photographs):
     assert everything.isfinite().all()
 
 
-def test_wrong_masks_are_named(whole, photographs, monkeypatch):
+def test_wrong_masks_are_named(whole, photographs):
     masks, photograph = photographs / "masks", photographs / "photographs" / "odd.png"
     Image.new("L", (46, 61), 255).save(masks / "other.png")
     Image.new("L", (47, 61), 128).save(masks / "grey.png")
@@ -279,9 +273,9 @@ def test_wrong_masks_are_named(whole, photographs, monkeypatch):
         ("none.png", "none.png has no hole"),
     ):
         with pytest.raises(ValueError, match=message):
-            predict(monkeypatch, photographs / "out", checkpoint, f"images={photograph}", f"masks={masks / mask}")
+            call("predict", f"hydra.run.dir={photographs / 'out'}", checkpoint, f"images={photograph}", f"masks={masks / mask}")
     with pytest.raises(ValueError, match="takes a mask for every image: give masks="):
-        predict(monkeypatch, photographs / "out", checkpoint, f"images={photograph}")
+        call("predict", f"hydra.run.dir={photographs / 'out'}", checkpoint, f"images={photograph}")
     with pytest.raises(FileNotFoundError, match=r"masks=.*nowhere does not exist"):
         find_masks(photographs / "nowhere", [photograph])
     with pytest.raises(FileNotFoundError, match=r"has no mask for 1 of 2 images: lost.png is missing"):

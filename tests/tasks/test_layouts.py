@@ -2,16 +2,15 @@
 
 import json
 import os
-import sys
 
 import numpy as np
 import pytest
 import torch
-from carafepp.scripts.scenes import main
 from carafepp.tasks.ade20k import ADE20K, class_names
 from carafepp.tasks.images import read_image
 from carafepp.tasks.layouts import LAYOUTS, write_scenes
 from carafepp.tasks.scenes import CLASSES, Scenes
+from commands import call
 from PIL import Image
 from pycocotools.coco import COCO
 from torchvision.datasets import CocoDetection, ImageFolder, wrap_dataset_for_transforms_v2
@@ -140,8 +139,7 @@ def test_other_folders_are_left_alone(written, tmp_path):
 
 def test_command_writes_and_leaves_nothing_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["carafepp-scenes", "layout=places365", "out=pictures", "train=2", "val=1", "size=[16,24]"])
-    main()
+    call("scenes", "layout=places365", "out=pictures", "train=2", "val=1", "size=[16,24]")
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
     assert {str(path) for path in contents(tmp_path / "pictures")} == {
         "scenes.json",

@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import command_line, run_command, wait_for_rows
 from PIL import Image
+from training import read_result
 
 SMALL = [
     "scale=small",
@@ -21,30 +21,18 @@ SMALL = [
 ]
 
 
-def command(script: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-P", "-m", f"carafepp.scripts.{script}", *arguments]
-
-
-def call(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(command(script, *arguments), capture_output=True, text=True, cwd=cwd, timeout=600)
-
-
-def result(folder: Path) -> dict:
-    return json.loads((folder / "result.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """One run from start to end."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    done = call("train", *SMALL, "samplers=carafe", f"hydra.run.dir={folder}", cwd=folder.parent)
+    done = run_command("train", *SMALL, "samplers=carafe", f"hydra.run.dir={folder}", cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     return folder
 
 
 def test_run_folder_is_complete(whole_run):
     assert {"config.yaml", "metrics.csv", "result.json", "last.ckpt", "best.ckpt", "pictures.png"} <= set(os.listdir(whole_run))
-    found = result(whole_run)
+    found = read_result(whole_run)
     assert found["choices"]["samplers"] == "carafe"
     assert found["steps"] == 32
     assert 0 <= found["metrics"]["val/mIoU"] <= 1
@@ -63,28 +51,24 @@ def test_checkpoints_hold_only_tensors_and_primitives(whole_run):
 def test_killed_run_resumes_bit_identically(whole_run, tmp_path, workers):
     folder = tmp_path / "killed"
     arguments = [*SMALL, "samplers=carafe", f"data.workers={workers}", f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(command("train", *arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command_line("train", *arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     rows = 11 + 9 * bool(workers)  # in the middle of an epoch, between two checkpoints
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        if (folder / "metrics.csv").exists() and len((folder / "metrics.csv").read_text().splitlines()) >= rows:
-            break
-        time.sleep(0.01)
+    wait_for_rows(folder, rows, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / "result.json").exists(), "the run must be killed before its end for this test to say anything"
-    done = call("train", f"resume={folder}", cwd=tmp_path)
+    done = run_command("train", f"resume={folder}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert result(folder)["weights_sha256"] == result(whole_run)["weights_sha256"]
+    assert read_result(folder)["weights_sha256"] == read_result(whole_run)["weights_sha256"]
     assert (folder / "metrics.csv").read_text() == (whole_run / "metrics.csv").read_text()
-    assert result(folder)["metrics"] == result(whole_run)["metrics"]
+    assert read_result(folder)["metrics"] == read_result(whole_run)["metrics"]
 
 
 def test_multirun_writes_a_folder_a_job_and_report_tables_them(tmp_path):
     # the first job fails, the others go on
-    done = call("train", "-m", *SMALL, "data.epochs=1", "seed=none,0,1", f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path)
+    done = run_command("train", "-m", *SMALL, "data.epochs=1", "seed=none,0,1", f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path)
     assert done.returncode != 0
-    first, second = result(tmp_path / "sweep" / "1"), result(tmp_path / "sweep" / "2")
+    first, second = read_result(tmp_path / "sweep" / "1"), read_result(tmp_path / "sweep" / "2")
     assert (first["seed"], second["seed"]) == (0, 1)
     assert first["weights_sha256"] != second["weights_sha256"]
 
@@ -93,7 +77,7 @@ def test_multirun_writes_a_folder_a_job_and_report_tables_them(tmp_path):
     (tmp_path / "sweep" / "broken" / "result.json").write_text('{"metrics": ')
     (tmp_path / "sweep" / "unfinished").mkdir()
     (tmp_path / "sweep" / "unfinished" / "config.yaml").write_text("seed: 0\n")
-    done = call("report", f"runs={tmp_path}/sweep", cwd=tmp_path)
+    done = run_command("report", f"runs={tmp_path}/sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path}/sweep/0: failed (" in done.stdout
     assert f"{tmp_path}/sweep/broken/result.json: broken" in done.stdout
@@ -104,7 +88,7 @@ def test_multirun_writes_a_folder_a_job_and_report_tables_them(tmp_path):
 
 
 def test_folder_in_use_or_finished_is_not_shared(whole_run, tmp_path):
-    again = call("train", *SMALL, f"hydra.run.dir={whole_run}", cwd=tmp_path)
+    again = run_command("train", *SMALL, f"hydra.run.dir={whole_run}", cwd=tmp_path)
     assert again.returncode != 0
     assert "already holds a run" in again.stderr
     code = "import sys; from filelock import FileLock\nwith FileLock(sys.argv[1]): print('held', flush=True); input()"
@@ -112,17 +96,17 @@ def test_folder_in_use_or_finished_is_not_shared(whole_run, tmp_path):
         [sys.executable, "-P", "-c", code, tmp_path / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "held\n"
-    other = call("train", *SMALL, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    other = run_command("train", *SMALL, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
     holder.communicate("\n")
     assert other.returncode != 0
     assert "in use by another run" in other.stderr
 
 
 def test_eval_repeats_the_run_scores(whole_run, tmp_path):
-    done = call("eval", f"checkpoint={whole_run}/last.ckpt", "trainer.accelerator=cpu", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    done = run_command("eval", f"checkpoint={whole_run}/last.ckpt", "trainer.accelerator=cpu", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "eval.json").read_text())["metrics"]
-    assert scores["val/mIoU"] == pytest.approx(result(whole_run)["metrics"]["val/mIoU"], rel=1e-6)
+    assert scores["val/mIoU"] == pytest.approx(read_result(whole_run)["metrics"]["val/mIoU"], rel=1e-6)
 
 
 def test_predict_takes_any_photographs(whole_run, tmp_path):
@@ -140,7 +124,7 @@ def test_predict_takes_any_photographs(whole_run, tmp_path):
     (photographs / "broken.jpg").write_bytes((photographs / "odd.jpg").read_bytes()[:200])
     (photographs / "notes.txt").write_text("not an image")
     out = tmp_path / "out"
-    done = call("predict", f"checkpoint={whole_run}/best.ckpt", f"images={photographs}", f"hydra.run.dir={out}", cwd=tmp_path)
+    done = run_command("predict", f"checkpoint={whole_run}/best.ckpt", f"images={photographs}", f"hydra.run.dir={out}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"skipped: image {photographs}/broken.jpg" in done.stdout
     assert "5 of 6 images predicted" in done.stdout
@@ -166,6 +150,6 @@ def test_predict_takes_any_photographs(whole_run, tmp_path):
 )
 def test_wrong_input_is_named(tmp_path, script, arguments, message):
     (tmp_path / "setup.txt").write_text("no checkpoint")
-    done = call(script, *arguments, cwd=tmp_path)
+    done = run_command(script, *arguments, cwd=tmp_path)
     assert done.returncode != 0
     assert message in done.stderr

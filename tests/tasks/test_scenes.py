@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -179,7 +180,7 @@ def test_missing_packages_and_files_say_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(photographs, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"carafepp\[demo\]"):
         photographs.photograph_path("chelsea.png")
-    monkeypatch.setattr(photographs, "_package", lambda name: tmp_path)
+    monkeypatch.setattr(photographs, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
     with pytest.raises(FileNotFoundError, match=r"chelsea\.png.*carafepp\[demo\]"):
         photographs.photograph_path("chelsea.png")
 

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,27 +13,28 @@ from carafepp.tasks.data import Data, TrainBatches
 from carafepp.tasks.layouts import write_scenes
 from carafepp.tasks.pictures import pick_colors
 from carafepp.tasks.segmentation import IGNORED, PadToStride, Segmentation, reduce_labels
-from hydra import compose, initialize_config_module
+from commands import run_command
+from configurations import compose_config
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import nn
 from torchvision.transforms import v2
-from training import result, run
+from training import read_result, train_in
 
 
 def test_protocol_runs_on_ade20k_files(tmp_path):
     write_scenes(layout="ade20k", out=str(tmp_path / "ade"), train=10, val=10, size=72, seed=0, objects=[1, 3])
-    folder = run(
+    folder = train_in(
         tmp_path / "run",
         *("backbone=tiny", "samplers=carafe", "decoder.dim=16", "decoder.ppm_dim=8", "trainer.accelerator=cpu"),
         *(f"data.root={tmp_path / 'ade'}", "data.batch_size=4", "data.epochs=1", "data.workers=0"),
         *("data.train.transforms.transforms.0.min_size=[40,56]", "task.inference_resize.size=48"),
         *("trainer.enable_progress_bar=false", "trainer.val_check_interval=1.0"),
     )
-    assert result(folder)["steps"] == 2
-    assert 0 <= result(folder)["metrics"]["val/pixel_accuracy"] <= 1
+    assert read_result(folder)["steps"] == 2
+    assert 0 <= read_result(folder)["metrics"]["val/pixel_accuracy"] <= 1
 
 
 def test_reduced_labels_stay_in_place():
@@ -176,8 +175,7 @@ def test_legend_names_the_classes_that_are_shown():
 
 
 def test_paper_scale_is_the_protocol_of_the_paper():
-    with initialize_config_module("carafepp.conf", version_base="1.3"):
-        cfg = compose("train", overrides=["experiment=table8", "row=table8/upernet_resnet50_carafe", "data.root=/nowhere"])
+    cfg = compose_config("train", "experiment=table8", "row=table8/upernet_resnet50_carafe", "data.root=/nowhere")
     assert len(cfg.class_names) == 150
     images = 20210
     assert len(TrainBatches(images, cfg.data.batch_size, epochs=cfg.data.epochs, seed=0)) == 20 * 5000
@@ -200,24 +198,20 @@ def trained(tmp_path_factory):
     """A run of one step with seven validation images, which two processes cannot share evenly."""
     overrides = ["scale=small", "data.train.length=4", "data.val.length=7", "data.batch_size=4", "data.val_batch_size=2", "data.epochs=1"]
     overrides += ["data.train.size=32", "data.val.size=32", "decoder.dim=8", "decoder.ppm_dim=8", "trainer.val_check_interval=1.0"]
-    return run(tmp_path_factory.mktemp("trained") / "run", *overrides, "trainer.accelerator=cpu", "trainer.enable_progress_bar=false")
+    return train_in(tmp_path_factory.mktemp("trained") / "run", *overrides, "trainer.accelerator=cpu", "trainer.enable_progress_bar=false")
 
 
 def test_two_processes_score_as_one(trained, tmp_path):
     """The scores are exact: every image is counted once."""
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "carafepp.scripts.eval",
+    options = [
         f"checkpoint={trained / 'last.ckpt'}",
         f"hydra.run.dir={tmp_path / 'eval'}",
     ]
-    command += ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp", "trainer.enable_progress_bar=false"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    options += ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp", "trainer.enable_progress_bar=false"]
+    done = run_command("eval", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "MEMBER: 2/2" in done.stderr
-    assert json.loads((tmp_path / "eval" / "eval.json").read_text())["metrics"] == result(trained)["metrics"]
+    assert json.loads((tmp_path / "eval" / "eval.json").read_text())["metrics"] == read_result(trained)["metrics"]
     table = (tmp_path / "eval" / "per_class.csv").read_text()
     assert table == (trained / "per_class.csv").read_text()
     assert sum(int(row["pixels"]) for row in csv.DictReader(table.splitlines())) == 7 * 32 * 32

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 pytest.importorskip("webdataset")
 
 from carafepp.tasks.shards import ShardData, Shards
-from training import result, run
+from training import read_result, train_in
 
 
 def write_shard(path, samples):
@@ -116,4 +116,4 @@ def test_training_from_shards(shards, tmp_path):
     overrides += [f"data.train.shards='{shards}'", f"data.root={tmp_path}/images"]
     overrides += ["backbone=tiny", "data.length=24", "data.batch_size=8", "data.epochs=1", "data.workers=0", "num_classes=24"]
     overrides += ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "trainer.val_check_interval=1.0"]
-    assert result(run(tmp_path / "run", *overrides))["steps"] == 3
+    assert read_result(train_in(tmp_path / "run", *overrides))["steps"] == 3

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from carafepp.tasks.task import Task
+from commands import call
 from PIL import Image
-from training import call, result
+from training import read_result
 
 # A user's package: a network, a task and its data.
 MODULE = '''
@@ -118,31 +119,31 @@ def package(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
-def test_every_command_works_with_a_task_of_ones_own(package, tmp_path, monkeypatch, capsys):
+def test_every_command_works_with_a_task_of_ones_own(package, tmp_path, capsys):
     folder, quick = tmp_path / "run", ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu"]
-    call(monkeypatch, "train", "--config-dir", package / "conf", "task=enlarging", "scale=small", *quick, f"hydra.run.dir={folder}")
-    found = result(folder)
+    call("train", "--config-dir", package / "conf", "task=enlarging", "scale=small", *quick, f"hydra.run.dir={folder}")
+    found = read_result(folder)
     assert (found["steps"], found["flops_input"]) == (12, [3, 16, 16])
     assert found["flops"] > 0
     assert (folder / "pictures.png").exists()
     assert not (folder / "per_class.csv").exists()
 
-    call(monkeypatch, "eval", f"checkpoint={folder}/best.ckpt", "trust=enlarging", *quick, f"hydra.run.dir={tmp_path}/eval")
+    call("eval", f"checkpoint={folder}/best.ckpt", "trust=enlarging", *quick, f"hydra.run.dir={tmp_path}/eval")
     scores = json.loads((tmp_path / "eval" / "eval.json").read_text())["metrics"]
     errors = [point["val/error"] for point in found["curve"]]
     assert scores["val/error"] == pytest.approx(min(errors))
 
     Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(tmp_path / "photograph.png")
     predicted = [f"images={tmp_path}/photograph.png", f"checkpoint={folder}/best.ckpt", "trust=enlarging"]
-    call(monkeypatch, "predict", *predicted, f"hydra.run.dir={tmp_path}/predicted")
+    call("predict", *predicted, f"hydra.run.dir={tmp_path}/predicted")
     assert Image.open(tmp_path / "predicted" / "photograph.png.png").size == (60, 40)
-    call(monkeypatch, "predict", *predicted, "regions='0'", f"hydra.run.dir={tmp_path}/regions")
+    call("predict", *predicted, "regions='0'", f"hydra.run.dir={tmp_path}/regions")
     assert (tmp_path / "regions" / "photograph.png.png").exists()
     with pytest.raises(ValueError, match=r"masks= is for checkpoints that take masks, and checkpoint=.*best.ckpt takes none"):
-        call(monkeypatch, "predict", *predicted, f"masks={tmp_path}", f"hydra.run.dir={tmp_path}/masked")
+        call("predict", *predicted, f"masks={tmp_path}", f"hydra.run.dir={tmp_path}/masked")
 
     capsys.readouterr()
-    call(monkeypatch, "report", f"runs={folder}", "hydra.run.dir=.")
+    call("report", f"runs={folder}", "hydra.run.dir=.")
     assert "error" in capsys.readouterr().out.splitlines()[0].split()
     assert (folder / "compare.png").exists()
 
@@ -180,11 +181,11 @@ class Largest(Smallest):
 
 
 @pytest.mark.parametrize(("name", "step"), [("Smallest", 6), ("Largest", 9)])
-def test_best_checkpoint_is_that_of_the_monitors_direction(package, tmp_path, monkeypatch, name, step):
+def test_best_checkpoint_is_that_of_the_monitors_direction(package, tmp_path, name, step):
     (package / "scripted.py").write_text(SCRIPTED)
     folder = tmp_path / "run"
     arguments = ["task=enlarging", "scale=small", f"task._target_=scripted.{name}", "trainer.enable_progress_bar=false"]
-    call(monkeypatch, "train", "--config-dir", package / "conf", *arguments, "trainer.accelerator=cpu", f"hydra.run.dir={folder}")
+    call("train", "--config-dir", package / "conf", *arguments, "trainer.accelerator=cpu", f"hydra.run.dir={folder}")
     assert torch.load(folder / "best.ckpt", weights_only=True)["global_step"] == step
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 12
 

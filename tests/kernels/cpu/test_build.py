@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from carafepp.kernels.cpu import build as cpu_build
+from commands import run_code
 
 # loads build.py by its path, because importing PyTorch takes seconds in every process
 BUILD = f"""
@@ -76,5 +77,4 @@ else:
 
 
 def test_works_without_a_compiler_and_warns_once(tmp_path):
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PATH": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], env=environment, check=True, timeout=300)
+    run_code(WITHOUT_COMPILER, XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path))

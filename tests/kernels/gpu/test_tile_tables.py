@@ -11,16 +11,8 @@ PROBLEM = TileProblem(Spec(5, up=2), 256, 25, 42, 1, 2, False, 2, 4, (8, 0))
 TILE = Tile(2, 2, 1, 16, 1, 4, 2)
 
 
-@pytest.fixture
-def table(tmp_path, monkeypatch):
-    """Path of the user's table, which no process has read yet."""
-    path = tmp_path / "tiles.json"
-    monkeypatch.setenv("CARAFEPP_TILES", str(path))
-    return path
-
-
-def test_a_measured_tile_is_found_on_its_device_only(table):
-    write_table(table, {"A GPU": {table_key("forward", PROBLEM): list(TILE)}})
+def test_a_measured_tile_is_found_on_its_device_only(tile_table):
+    write_table(tile_table, {"A GPU": {table_key("forward", PROBLEM): list(TILE)}})
     assert measured_tile("forward", PROBLEM, "A GPU") == TILE
     assert measured_tile("backward", PROBLEM, "A GPU") is None
     assert measured_tile("forward", PROBLEM, "another") is None
@@ -39,7 +31,7 @@ def shipped_problem():
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_shipped_tiles_fit_their_problems(table, shipped_problem, direction):
+def test_shipped_tiles_fit_their_problems(tile_table, shipped_problem, direction):
     problem = shipped_problem((9, 0))
     shipped = measured_tile(direction, problem, "A GPU")
     assert shipped in rank_tiles(direction, problem)
@@ -47,21 +39,21 @@ def test_shipped_tiles_fit_their_problems(table, shipped_problem, direction):
     assert measured_tile(direction, shipped_problem((8, 0)), "A GPU") is None
 
 
-def test_the_users_tiles_go_before_the_shipped_ones(table, shipped_problem):
+def test_the_users_tiles_go_before_the_shipped_ones(tile_table, shipped_problem):
     problem = shipped_problem((9, 0))
-    write_table(table, {"A GPU": {table_key("forward", problem): list(TILE)}})
+    write_table(tile_table, {"A GPU": {table_key("forward", problem): list(TILE)}})
     assert measured_tile("forward", problem, "A GPU") == TILE
     assert measured_tile("forward", problem, "another") != TILE
     assert measured_tile("backward", problem, "A GPU") == measured_tile("backward", problem, "another") is not None
 
 
-def test_a_table_is_read_once(table):
+def test_a_table_is_read_once(tile_table):
     assert measured_tile("forward", PROBLEM, "A GPU") is None
-    write_table(table, {"A GPU": {table_key("forward", PROBLEM): list(TILE)}})
+    write_table(tile_table, {"A GPU": {table_key("forward", PROBLEM): list(TILE)}})
     assert measured_tile("forward", PROBLEM, "A GPU") is None
 
 
-def test_a_broken_table_is_named(table):
-    table.write_text('{"A GPU": {"forward": [1, 2]}}')
+def test_a_broken_table_is_named(tile_table):
+    tile_table.write_text('{"A GPU": {"forward": [1, 2]}}')
     with pytest.raises(ValueError, match=r"tiles\.json is not a table.*carafepp-tune"):
         measured_tile("forward", PROBLEM, "A GPU")
