@@ -56,11 +56,11 @@ def start_run(cfg: DictConfig, folder: Path) -> DictConfig:
 
 
 def resume_run(folder: Path, trust: str | Iterable[str]) -> DictConfig:
-    """Read the configuration of a run to continue, which may name what conf/ names and what `trust` holds.
+    """Read the configuration of a run to continue, which may contain only names that are in conf/ or in `trust`.
 
     Raises:
         FileNotFoundError: the folder holds no run.
-        ValueError: the command line has other overrides, or the configuration names something else.
+        ValueError: the command line has other overrides, or the configuration contains other names.
     """
     if not (folder / "config.yaml").is_file():
         raise FileNotFoundError(f"resume={folder} is not a run folder: it has no config.yaml")
@@ -128,7 +128,7 @@ def main(cfg: DictConfig) -> None:
             trust = cfg.trust
             cfg = resume_run(folder, trust)
         elif is_job() and (folder / "config.yaml").exists():
-            # what this command line names, the folder may name
+            # the folder may contain the names of this command line
             trust = find_foreign(OmegaConf.to_container(cfg, resolve=True))
             cfg = read_repeated_job(folder, trust)
         else:

@@ -112,7 +112,7 @@ def evaluate_detections(
 def read_scores(evaluation: Any) -> dict[str, float]:
     """Return AP, AP50, AP75, APs, APm and APl of `evaluate_detections` as fractions.
 
-    Scores for sizes of which the ground truth has no object (-1 in pycocotools) are left out.
+    Scores for sizes of which the ground truth has no object (-1 in pycocotools) are omitted.
     """
     return {name: float(score) for name, score in zip(SCORES, evaluation.stats, strict=False) if score > -1}
 

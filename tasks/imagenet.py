@@ -13,7 +13,7 @@ from .splits import check_split
 
 logger = logging.getLogger(__name__)
 
-# A line for a shell that sorts the flat folder of ImageNet's validation archive by the list that comes with it.
+# A shell command that sorts the flat folder of ImageNet's validation archive by the list in Kaggle's archive.
 SORT = (
     "tail -n +2 LOC_val_solution.csv | while IFS=', ' read -r image class rest; "
     'do mkdir -p "val/$class" && mv "val/$image.JPEG" "val/$class/"; done'
@@ -21,10 +21,10 @@ SORT = (
 
 
 def find_classes(folder: Path) -> list[str]:
-    """Return the sorted names of the folders of classes; hidden folders are passed over.
+    """Return the sorted names of the folders of classes; hidden folders are ignored.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no folder of a class.
     """
     with os.scandir(folder) as entries:
         found = [(entry.name, entry.is_dir()) for entry in entries if not is_hidden(entry.name)]

@@ -1,4 +1,4 @@
-"""Finding of image files, and reading of those of any kind as RGB."""
+"""Search for image files, and reading of image files of any kind as RGB."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ FOREIGN_FOLDERS = ("__MACOSX", "@eaDir", "lost+found")
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name, such as .ipynb_checkpoints, is no part of a data set."""
+    """Return whether a file or folder with this name, such as .ipynb_checkpoints, is not part of a data set."""
     return (name.startswith(".") and name not in (".", "..")) or name in FOREIGN_FOLDERS
 
 
@@ -25,8 +25,8 @@ def is_image(path: Path) -> bool:
 
 
 def walk_images(folder: str | Path, *, follow_links: bool = False) -> Iterator[str]:
-    """Yield the image files below a folder, in no fixed order; hidden files and folders are passed over."""
-    # strings: a million Path objects take a gigabyte
+    """Yield the image files below a folder, in no fixed order; hidden files and folders are ignored."""
+    # strings, because a million Path objects take a gigabyte
     for parent, folders, names in os.walk(folder, followlinks=follow_links):
         folders[:] = [name for name in folders if not is_hidden(name)]
         yield from (os.path.join(parent, name) for name in names if is_image(Path(name)))
@@ -76,7 +76,7 @@ def _to_bytes(values: np.ndarray, mode: str) -> np.ndarray:
     """Scale grey values of a mode of more than 8 bits to 0..255, as uint8.
 
     Raises:
-        ValueError: their range is that of no common format.
+        ValueError: the range of the values is not that of a common format.
     """
     low, high = (values.min(), values.max()) if values.size else (0, 0)
     # comparisons with NaN are false

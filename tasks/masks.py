@@ -19,7 +19,7 @@ from .keyed import split_key
 
 logger = logging.getLogger(__name__)
 
-# A hole that covers more of the picture than this is probably meant inverted.
+# A mask whose hole covers more of the picture than this share is probably inverted.
 MOST_HOLE = 0.95
 
 # (generator, height, width) -> hole [height, width] bool.
@@ -136,8 +136,8 @@ def read_mask(path: str | Path, *, invert: bool = False, threshold: int | None =
 
     Args:
         path: the file.
-        invert: whether black is the hole instead, or what is not painted of a layer.
-        threshold: grey values, or opacities of a layer, of at least this are white, in 1..255; None allows black and white only.
+        invert: whether black, or the part of a layer that is not painted, is the hole.
+        threshold: the least grey value, or opacity of a layer, in 1..255, that counts as white; None allows only black and white.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -181,7 +181,7 @@ def _read_grey(colors: np.ndarray, path: str | Path, threshold: int | None) -> n
     return np.asarray(Image.fromarray(colors).convert("L"))
 
 
-# once for each file, however often it is read
+# one warning for each file, even if it is read several times
 @functools.cache
 def _warn_of_hole(path: str, part: float) -> None:
     logger.warning("mask %s: %.1f %% of the picture is hole; if black is meant to be the hole, invert the mask", path, 100 * part)

@@ -132,7 +132,7 @@ class Segmentation(Task):
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         labels = reduce_labels(labels, logits.shape[-2:])
         total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-        # the mean over no pixel would be NaN
+        # a mean over no pixels would be NaN
         return total / (labels != IGNORED).sum().clamp(min=1)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
