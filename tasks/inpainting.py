@@ -101,7 +101,7 @@ class Inpainting(Task):
         error = (generated - truth).abs()
         hole, valid = mean_within(error, masks).mean(), mean_within(error, 1 - masks).mean()
 
-        # the generator's loss must not change the discriminator, nor the discriminator's loss the generator
+        # each of the two losses must change only its own network
         self.discriminator.requires_grad_(False)
         adversarial = -average_over_hole(self.discriminator(completed, masks).float(), masks).mean()
         self.discriminator.requires_grad_(True)

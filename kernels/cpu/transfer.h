@@ -149,7 +149,7 @@ template <class S, class T> void write_map(const Task& task, const T* planes, In
     });
 }
 
-// Distance, in channels, from a map to the map that is prefetched meanwhile.
+// Distance, in channels, from a map to the map that is prefetched at the same time.
 constexpr Index CHANNELS_AHEAD = 2, LOGITS_AHEAD = 8;
 
 // x or dx, and y or dy: a channel of the task's group.
