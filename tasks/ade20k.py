@@ -1,6 +1,6 @@
 """ADE20K in the layout of ADEChallengeData2016: images/ and annotations/, each with training/ and validation/."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -29,13 +29,25 @@ class ADE20K(LabelMaps):
 
     The files use label 0 for unlabelled pixels and 1..classes for the classes; the map uses 255, which is ignored, and 0..classes - 1.
 
+    Args:
+        root, split, transforms, seed, palette: see `LabelMaps`; the split is "train" or "val".
+        classes: the number of classes.
+        labels: maps each label of the files to a class, or to 255, instead; for your own files in this layout.
+
     Raises:
         FileNotFoundError: a folder is missing or empty.
         ValueError: `split` or `classes` is out of its domain.
     """
 
     def __init__(
-        self, root: str | Path, split: str, transforms: Callable[[Tensor, Tensor], tuple] | None = None, seed: int = 0, classes: int = 150
+        self,
+        root: str | Path,
+        split: str,
+        transforms: Callable[[Tensor, Tensor], tuple] | None = None,
+        seed: int = 0,
+        classes: int = 150,
+        labels: Mapping[int, int] | None = None,
+        palette: Sequence[Sequence[int]] | None = None,
     ) -> None:
         check_split(split)
         if not 1 <= classes <= IGNORED:
@@ -47,5 +59,8 @@ class ADE20K(LabelMaps):
         paths = sorted(path for path in images.iterdir() if is_image(path))
         if not paths:
             raise FileNotFoundError(f"{images} holds no images")
-        labels = {0: IGNORED} | {label: label - 1 for label in range(1, classes + 1)}
-        super().__init__(paths, [annotations / f"{path.stem}.png" for path in paths], labels, transforms, seed)
+        if labels is None and palette is not None:
+            labels = {label: label for label in range(len(palette))}
+        if labels is None:
+            labels = {0: IGNORED} | {label: label - 1 for label in range(1, classes + 1)}
+        super().__init__(paths, [annotations / f"{path.stem}.png" for path in paths], labels, transforms, seed, palette)

@@ -22,14 +22,16 @@ class LabelMaps(ImageFiles):
     transform that pads must fill the mask with 255. A damaged file is also an error in training. See `ImageFiles`.
 
     Args:
-        images, annotations: the files, in the same order; annotations are 8-bit grey or indexed.
+        images, annotations: the files, in the same order; annotations are 8-bit grey or indexed, or have the colours of `palette`.
         classes: maps each label that the annotations may hold to a class, or to 255.
+        palette: colours (red, green, blue) in 0..255 whose positions are the labels; None if the annotations hold labels.
 
     Attributes:
         num_classes: the number of classes that labels are mapped to.
 
     Raises:
         FileNotFoundError: an image has no annotation.
+        ValueError: a label or a class is not in 0..255, no label has a class, or the palette is not made of distinct colours.
         ValueError: when an item is read, its file cannot be read, image and annotation differ in size, or the annotation holds another
             label; the message names the file.
     """
@@ -41,7 +43,12 @@ class LabelMaps(ImageFiles):
         classes: Mapping[int, int],
         transforms: Callable[[Tensor, Tensor], tuple] | None = None,
         seed: int = 0,
+        palette: Sequence[Sequence[int]] | None = None,
     ) -> None:
+        if not all(isinstance(value, int) and 0 <= value <= 255 for pair in classes.items() for value in pair):
+            raise ValueError(f"labels must map 0..255 to classes, or to {IGNORED}, got {dict(classes)}")
+        if all(value == IGNORED for value in classes.values()):
+            raise ValueError(f"labels must map a label to a class other than {IGNORED}, got {dict(classes)}")
         # each folder is listed once, because a query for every file takes minutes on network file systems
         present = {path for folder in {path.parent for path in annotations} if folder.is_dir() for path in folder.iterdir()}
         if missing := [path for path in annotations if path not in present]:
@@ -52,6 +59,7 @@ class LabelMaps(ImageFiles):
         # -1 marks labels that must not occur
         self.table = torch.full([256], -1)
         self.table[list(classes)] = torch.tensor(list(classes.values()))
+        self.palette = None if palette is None else _number_colors(palette)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -74,14 +82,46 @@ class LabelMaps(ImageFiles):
     def _labels(self, path: Path) -> Tensor:
         try:
             with Image.open(path) as file:
-                mode, labels = file.mode, np.array(file)
+                mode, labels = file.mode, np.array(file if self.palette is None else file.convert("RGB"))
         # what Pillow raises for damaged files depends on the decoder
         except Exception as error:
             raise ValueError(f"annotation {path} cannot be read: {error}") from error
-        if mode not in ("L", "P"):
-            raise ValueError(f"annotation {path} must be an 8-bit grey or indexed PNG, got mode {mode}")
+        if self.palette is not None:
+            labels = self._find_colors(labels, path)
+        elif mode not in ("L", "P"):
+            raise ValueError(f"annotation {path} must be an 8-bit grey or indexed PNG, got mode {mode}; a palette reads colours")
         mapped = self.table[torch.from_numpy(labels).long()]
         if mapped.min() < 0:
             valid = (self.table >= 0).nonzero()[:, 0].tolist()
-            raise ValueError(f"annotation {path} has label {labels[mapped.numpy() < 0].max()}, labels must be in {valid[0]}..{valid[-1]}")
+            raise ValueError(f"annotation {path} has label {labels[mapped.numpy() < 0].max()}, labels must be in {_join(valid)}")
         return mapped
+
+    def _find_colors(self, pixels: np.ndarray, path: Path) -> np.ndarray:
+        """Return the positions of colours [H, W, 3] in the palette -> [H, W]."""
+        assert self.palette is not None
+        order = np.argsort(self.palette)
+        numbers = _join_channels(pixels)
+        found = order[np.searchsorted(self.palette[order], numbers).clip(max=len(order) - 1)]
+        if (odd := self.palette[found] != numbers).any():
+            raise ValueError(f"annotation {path} has the colour {pixels[odd][0].tolist()}, which the palette does not name")
+        return found
+
+
+def _join(labels: Sequence[int]) -> str:
+    """Write labels in ascending order as a range if they are one."""
+    return f"{labels[0]}..{labels[-1]}" if labels[-1] - labels[0] == len(labels) - 1 else ", ".join(map(str, labels))
+
+
+def _join_channels(colors: np.ndarray) -> np.ndarray:
+    """Return one number for each colour [..., 3]."""
+    return colors.astype(np.int64) @ [65536, 256, 1]
+
+
+def _number_colors(palette: Sequence[Sequence[int]]) -> np.ndarray:
+    colors = [list(color) for color in palette]
+    if not all(len(color) == 3 and all(isinstance(value, int) and 0 <= value <= 255 for value in color) for color in colors):
+        raise ValueError(f"palette must be a list of colours [red, green, blue] in 0..255, got {colors}")
+    numbers = _join_channels(np.array(colors).reshape(-1, 3))
+    if not 0 < len(np.unique(numbers)) == len(numbers) <= 256:
+        raise ValueError(f"palette must have 1 to 256 colours, each once, got {colors}")
+    return numbers
