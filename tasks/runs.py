@@ -34,12 +34,25 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def neutralize_formula(value: Any) -> Any:
+    """Put an apostrophe before a text that a spreadsheet would run as a formula; numbers stay, also those written as text."""
+    if not isinstance(value, str):
+        return value
+    # csv writes a carriage return without quotation marks, and a reader takes it for the end of the row
+    text = value.replace("\r", " ")
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}" if value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
+    return value
+
+
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Write rows with `write_atomically`, with every column that any row has; a value that is None or missing is empty."""
     text = io.StringIO()
     table = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
     table.writeheader()
-    table.writerows(rows)
+    table.writerows({name: neutralize_formula(value) for name, value in row.items()} for row in rows)
     write_atomically(path, text.getvalue())
 
 

@@ -17,13 +17,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+LONGEST_LABEL = 300
+
+
 def plot_table(table: Table, folder: Path, stem: str) -> list[Path]:
     """Plot the first metric of a table to `stem`_curves.png and, if its rows are an ablation, `stem`_ablation.png; return the files."""
-    made = [plot_curves(table, folder / f"{stem}_curves.png")]
-    points = {numbers: cell for line in table.lines if (cell := first_cell(line)) and (numbers := find_coordinates(line, table.axes))}
-    if len(points) > 1 and len(table.axes) in (1, 2):
-        draw = plot_ablation if len(table.axes) == 1 else plot_heat_map
-        made.append(draw(points, table, folder / f"{stem}_ablation.png"))
+    from matplotlib import rc_context
+
+    # labels are overrides of the runs, and a $ in them is no formula
+    with rc_context({"text.parse_math": False, "text.usetex": False}):
+        made = [plot_curves(table, folder / f"{stem}_curves.png")]
+        points = {numbers: cell for line in table.lines if (cell := first_cell(line)) and (numbers := find_coordinates(line, table.axes))}
+        if len(points) > 1 and len(table.axes) in (1, 2):
+            draw = plot_ablation if len(table.axes) == 1 else plot_heat_map
+            made.append(draw(points, table, folder / f"{stem}_ablation.png"))
     return [path for path in made if path]
 
 
@@ -161,7 +168,9 @@ def plot_curves(table: Table, path: Path) -> Path | None:
         axis.set(xlabel="step", ylabel=" ".join([lines[0][0].labels.get("task", ""), next(iter(lines[0][0].cells))]).strip())
     # crossing lines leave no room for a legend inside the panels
     drawn = {label: handle for label, handle in handles.items() if handle}
-    figure.set_size_inches(6 * len(panels) + 0.08 * max(map(len, handles)), max(4.5, 0.2 * len(handles)))
-    figure.legend(drawn.values(), drawn.keys(), loc="outside right center", fontsize="small")
+    # a picture has at most 2**16 pixels a side
+    labels = [label if len(label) <= LONGEST_LABEL else f"{label[:LONGEST_LABEL]}..." for label in drawn]
+    figure.set_size_inches(6 * len(panels) + 0.08 * max(map(len, labels), default=0), min(max(4.5, 0.2 * len(handles)), 600))
+    figure.legend(drawn.values(), labels, loc="outside right center", fontsize="small")
     figure.savefig(path)
     return path

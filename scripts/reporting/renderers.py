@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 
+from ...tasks.runs import neutralize_formula
 from .cells import Rows, format_rows, format_time_taken
 from .tables import Table
 
@@ -29,9 +30,11 @@ def render_terminal(title: str, rows: Rows) -> str:
 
 def render_markdown(title: str, rows: Rows) -> str:
     """Render a heading and a pipe table."""
-    escaped = [{key.replace("|", "\\|"): value.replace("|", "\\|") for key, value in row.items()} for row in rows]
+    escaped = [{escape_markdown(key): escape_markdown(value) for key, value in row.items()} for row in rows]
     rule, (head, *lines) = align(escaped)
-    return "\n".join([*([f"## {title}", ""] if title else []), *(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines)), ""])
+    return "\n".join(
+        [*([f"## {escape_markdown(title)}", ""] if title else []), *(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines)), ""]
+    )
 
 
 def render_latex(title: str, rows: Rows) -> str:
@@ -72,6 +75,11 @@ def render_tables(tables: Sequence[Table], name: str) -> str:
     return f"{text}\n{'% ' * (name == 'latex')}{format_time_taken(tables)}\n"
 
 
+def escape_markdown(text: str) -> str:
+    """Escape what would end a cell, HTML, and links and images, which load from elsewhere."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(")
+
+
 def escape_latex(text: str) -> str:
     """Escape the characters that LaTeX would interpret."""
     marks = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
@@ -103,5 +111,5 @@ def render_csv(tables: Sequence[Table]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({name: neutralize_formula(value) for name, value in line.items()} for line in lines)
     return text.getvalue()

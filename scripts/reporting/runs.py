@@ -1,10 +1,12 @@
 """Finished runs below folders, read from their result.json files and grouped by their overrides."""
 
 import json
+import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..common.overrides import INCIDENTAL, is_under
 
@@ -12,6 +14,19 @@ from ..common.overrides import INCIDENTAL, is_under
 PROTOCOL = ["scale", "setting", "data", "optimizer", "schedule", "trainer"]
 # the file of initial weights depends on the downsamplers of the network, so that only its presence is compared
 WEIGHTS = "backbone.weights"
+
+
+# control characters, which can hide or rewrite a terminal's text or end a line of a table, and halves of characters, which no file can hold
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def clean(found: Any) -> Any:
+    """Replace the unprintable characters in all texts of a value read from JSON."""
+    if isinstance(found, str):
+        return UNPRINTABLE.sub("\ufffd", found)
+    if isinstance(found, list):
+        return [clean(value) for value in found]
+    return {clean(key): clean(value) for key, value in found.items()} if isinstance(found, dict) else found
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ class FinishedRun:
         Raises:
             ValueError, KeyError, TypeError, AttributeError, OSError: the file was not written by carafepp-train.
         """
-        found = json.loads(path.read_text())
+        found = clean(json.loads(path.read_text()))
         if unknown := {type(choice).__name__ for choice in found["choices"].values()} - {"str", "NoneType"}:
             raise TypeError(f"choices must be names, got {', '.join(sorted(unknown))}")
         pairs = (override.lstrip("+").partition("=") for override in found["overrides"])
@@ -114,7 +129,7 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
             except (ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
                 problems.append(f"{path}: broken ({type(problem).__name__}: {problem})")
         elif error.exists():
-            problems.append(f"{folder}: failed ({error.read_text(errors='replace').partition(chr(10))[0]})")
+            problems.append(f"{folder}: failed ({clean(error.read_text(errors='replace').partition(chr(10))[0])})")
         else:
             problems.append(f"{folder}: unfinished, continue it with carafepp-train resume={folder}")
     return runs, problems
