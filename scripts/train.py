@@ -1,7 +1,7 @@
 """carafepp-train: train and evaluate a configuration, or resume an interrupted run."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import lightning as L
@@ -17,10 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from ..tasks.pictures import Pictures
 from ..tasks.runs import LastCheckpoint, RandomState, RunRecord, write_atomically
 from .common.app import app
-from .common.checkpoints import drop_weight_paths
+from .common.arguments import parse_override
+from .common.checkpoints import check_last_checkpoint, drop_weight_paths
 from .common.jobs import is_job, read_repeated_job, shares_process, train_in_subprocess
 from .common.lightning_messages import silence_lightning
 from .common.options import read_options
+from .common.results import is_finished
 from .common.run_folders import is_first_process, lock_folder, read_config, record_failure
 from .common.trust import find_foreign
 
@@ -55,15 +57,35 @@ def start_run(cfg: DictConfig, folder: Path) -> DictConfig:
     return cfg
 
 
+def check_resume(arguments: Sequence[str]) -> None:
+    """Check the folder of resume= before Hydra, whose output folder it is, creates it.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: the path is a file, or there are several folders.
+    """
+    for argument in arguments:
+        override = parse_override(argument)
+        if override is None or override.key_or_group != "resume":
+            continue
+        value = override.value()
+        if override.is_sweep_override() or {"-m", "--multirun"} & {*arguments}:
+            raise ValueError(f"resume= continues one run, and takes neither several folders nor -m, got {' '.join(arguments)}")
+        folder = Path(value if isinstance(value, str) else argument.partition("=")[2])
+        if folder.is_file():
+            raise ValueError(f"resume={folder} is a file: give the run folder, resume={folder.parent}")
+        if not (folder / "config.yaml").is_file() and "${" not in argument:
+            jobs = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+            hint = f"; it is the folder of a sweep, whose runs are {', '.join(jobs)}" if jobs else ""
+            raise FileNotFoundError(f"resume={folder} is not a run folder: it has no config.yaml{hint}")
+
+
 def resume_run(folder: Path, trust: str | Iterable[str]) -> DictConfig:
     """Read the configuration of a run to continue, which may contain only names that are in conf/ or in `trust`.
 
     Raises:
-        FileNotFoundError: the folder holds no run.
         ValueError: the command line has other overrides, or the configuration contains other names.
     """
-    if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(f"resume={folder} is not a run folder: it has no config.yaml")
     if others := [o for o in HydraConfig.get().overrides.task if not o.startswith(("resume=", "trust="))]:
         raise ValueError(
             f"resume= continues a run with its own configuration and takes no other override except trust=, got {' '.join(others)}"
@@ -93,6 +115,8 @@ def train(cfg: DictConfig, folder: Path) -> None:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     config = read_options(cfg)
     last = folder / "last.ckpt"
+    if last.exists():
+        check_last_checkpoint(folder)
     data, task = instantiate(cfg.data), instantiate(drop_weight_paths(config["task"]) if last.exists() else cfg.task)
     if cfg.channels_last:
         task.model.to(memory_format=torch.channels_last)
@@ -113,7 +137,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
     trainer.fit(task, data, ckpt_path=last if last.exists() else None, weights_only=True)
 
 
-@app("train")
+@app("train", check=check_resume)
 def main(cfg: DictConfig) -> None:
     """Train in Hydra's output folder.
 
@@ -134,12 +158,14 @@ def main(cfg: DictConfig) -> None:
         else:
             cfg = start_run(cfg, folder)
             trust = find_foreign(read_options(cfg))
-        if (folder / "result.json").exists():
+        if is_finished(folder):
             rank_zero_only(print)(f"{folder} is finished: see result.json")
             return
         if not shares_process():
             with record_failure(folder):
                 train(cfg, folder)
+                if is_first_process() and not is_finished(folder):
+                    raise RuntimeError(f"the training ended without {folder / 'result.json'}: continue it with resume={folder}")
             rank_zero_only(print)(f"run folder: {folder}")
             return
     train_in_subprocess(folder, trust)

@@ -149,6 +149,8 @@ class RunRecord(L.Callback):
         self.folder, self.log_every_n_steps, self.config = Path(folder), log_every_n_steps, config
         self.rows: list[dict] = []
         self.spent = {"seconds": 0.0, "cpu_seconds": 0.0}
+        # on_train_start restarts the clocks, except where a checkpoint is of the last step
+        self.started = self._clocks()
 
     @staticmethod
     def _clocks() -> dict[str, float]:

@@ -57,9 +57,15 @@ _forked = False
 
 @functools.cache
 def openmp_parallel() -> ctypes.c_void_p | None:
-    """Find GOMP_parallel of the OpenMP runtime that PyTorch has loaded. If this is None, the kernel starts its own threads.
+    """Find GOMP_parallel of the OpenMP runtime that PyTorch has loaded; without it (None) the kernel starts its own threads.
 
     A second pool of threads would compete with PyTorch's for the same cores.
+
+    After `os.fork`, as in workers of DataLoader and of multiprocessing's method "fork", the result is None. The threads of an OpenMP
+    runtime do not survive a fork, and waiting for them would never end. In a child, every call therefore starts threads and joins them
+    before it returns, and gives the same bits as in the parent.
+    PyTorch's own parallel operations have no such fall-back: a child that uses them after the parent did may hang, unless it first calls
+    `torch.set_num_threads(1)`, as DataLoader's workers do. A process forked by C code, without Python's `os.fork`, is not recognised.
     """
     if _forked:
         return None
@@ -70,7 +76,6 @@ def openmp_parallel() -> ctypes.c_void_p | None:
 
 
 def _forget_threads() -> None:
-    # the threads of an OpenMP runtime do not survive a fork, and waiting for them would never end
     global _forked
     _forked = True
     openmp_parallel.cache_clear()

@@ -9,6 +9,7 @@ from typing import Protocol
 import hydra
 from omegaconf import DictConfig
 
+from .arguments import expand_home, explain_values
 from .hints import find_hints
 
 
@@ -19,7 +20,9 @@ class Command(Protocol):
         """Run the program."""
 
 
-def app(config_name: str) -> Callable[[Callable[[DictConfig], None]], Command]:
+def app(
+    config_name: str, *, check: Callable[[Sequence[str]], None] = lambda arguments: None
+) -> Callable[[Callable[[DictConfig], None]], Command]:
     """Turn a function of the configuration `config_name` into a command; for a misspelt key, it prints the valid ones."""
 
     def decorate(task: Callable[[DictConfig], None]) -> Command:
@@ -27,13 +30,17 @@ def app(config_name: str) -> Callable[[Callable[[DictConfig], None]], Command]:
 
         @functools.wraps(task)
         def main(arguments: Sequence[str] | None = None) -> None:
-            given = list(sys.argv[1:] if arguments is None else arguments)
+            given = [expand_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+            try:
+                check(given)
+            except (OSError, ValueError) as error:
+                sys.exit(f"{type(error).__name__}: {error}")
             try:
                 with replace_arguments(given):
                     run()
             except SystemExit as stop:
                 if stop.code:
-                    print(*find_hints(config_name, given), sep="\n", file=sys.stderr)
+                    print(*(explain_values(given) or find_hints(config_name, given)), sep="\n", file=sys.stderr)
                 raise
 
         return main

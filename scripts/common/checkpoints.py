@@ -1,5 +1,7 @@
 """Reading of checkpoints of `carafepp-train`, and construction of the task and the data of their runs."""
 
+import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +31,30 @@ def load_checkpoint(path: str | Path) -> dict:
     if not isinstance(checkpoint, dict) or "config" not in checkpoint:
         raise ValueError(f"checkpoint={path} was not written by carafepp-train: it holds no configuration; {wanted}")
     return checkpoint
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a checkpoint file is a complete archive whose parts have their checksums, which PyTorch itself does not compare."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        return False
+
+
+def check_last_checkpoint(folder: Path) -> None:
+    """Check that last.ckpt of a run folder can be continued from.
+
+    Raises:
+        ValueError: the file is damaged. The message offers best.ckpt, an earlier checkpoint of the run, if that is whole.
+    """
+    last, best = folder / "last.ckpt", folder / "best.ckpt"
+    if is_whole(last):
+        return
+    ways = [f"delete it to train from the start (rm '{last}')"]
+    if best.is_file() and is_whole(best):
+        ways.insert(0, f"replace it by {best}, an earlier checkpoint of the same run (cp '{best}' '{last}')")
+    raise ValueError(f"{last} is damaged: {', or '.join(ways)}, then continue with carafepp-train resume={folder}")
 
 
 def drop_weight_paths(config: Any) -> Any:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
 from ...tasks.runs import write_atomically
-from .run_folders import read_config
+from .results import is_finished
+from .run_folders import catch_termination, read_config
 
 
 def is_job() -> bool:
@@ -38,15 +40,34 @@ def read_repeated_job(folder: Path, trust: Iterable[str]) -> DictConfig:
     return cfg
 
 
+def wait_for(command: list[str]) -> int:
+    """Run a command and return its exit status; an exception in the meantime, such as Ctrl-C, ends the command before it goes on."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        try:
+            # time to write error.txt
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
+
+
 def train_in_subprocess(folder: Path, trust: Iterable[str]) -> None:
     """Train the run of a folder in a separate process, so that a kill does not end the sweep and jobs share no global state.
+
+    A signal that ends the sweep ends the training too.
 
     Args:
         folder: the run folder, which holds the configuration.
         trust: names that the configuration may contain in addition to those in conf/.
 
     Raises:
-        RuntimeError: the training failed or was killed.
+        RuntimeError: the training failed, was killed, or ended without a result.
+        SystemExit: the sweep was ended by SIGTERM.
     """
     record = folder / "error.txt"
     record.unlink(missing_ok=True)
@@ -54,9 +75,15 @@ def train_in_subprocess(folder: Path, trust: Iterable[str]) -> None:
     command = [sys.executable, "-P", "-m", "carafepp.scripts.train", f"resume='{path}'"]
     if names := ",".join(f"'{name}'" for name in trust):
         command.append(f"trust=[{names}]")
-    status = subprocess.run(command).returncode
-    if status and not record.exists():
+    try:
+        with catch_termination():
+            status = wait_for(command)
+    except SIGTERMException as stop:
+        raise SystemExit(128 + signal.SIGTERM) from stop
+    if status == 0 and is_finished(folder):
+        return
+    if not record.exists():
         end = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-        write_atomically(record, f"{end}, continue it with carafepp-train resume={folder}\n")
-    if status:
-        raise RuntimeError(f"{folder}: {record.read_text().splitlines()[0]}")
+        missing = "" if status else " and without result.json"
+        write_atomically(record, f"{end}{missing}, continue it with carafepp-train resume={folder}\n")
+    raise RuntimeError(f"{folder}: {record.read_text().splitlines()[0]}")

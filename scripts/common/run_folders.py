@@ -1,16 +1,25 @@
 """Run folders: only one run at a time uses a folder, which also records a failure."""
 
 import contextlib
+import signal
+import sys
+import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from ...tasks.runs import write_atomically
 from .trust import check_config, read_yaml
+
+# how error.txt begins where a signal ended the run, which is then unfinished rather than failed
+INTERRUPTED = "interrupted by"
 
 
 def is_first_process() -> bool:
@@ -46,14 +55,58 @@ def lock_folder(folder: Path) -> Iterator[None]:
         raise RuntimeError(f"{folder} is in use by another run: wait for it, or choose another folder with hydra.run.dir=") from None
 
 
+def raise_termination(signum: int, frame: FrameType | None) -> None:
+    """Handle SIGTERM by an exception; a training of several processes instead stops in all of them after a step, as Lightning arranges."""
+    if not dist.is_initialized():
+        raise SIGTERMException
+
+
+@contextlib.contextmanager
+def catch_termination() -> Iterator[None]:
+    """Turn SIGTERM, whose default ends the process at once, into a SIGTERMException; a handler of another program is kept."""
+    default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not default or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, raise_termination)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def find_signal(stop: BaseException) -> signal.Signals | None:
+    """Find the signal behind an exception that ends the process; None means that a program, such as a launcher, has asked for the end."""
+    if isinstance(stop, SIGTERMException):
+        return signal.SIGTERM
+    # Lightning turns the first into the second
+    if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+        return signal.SIGINT
+    return None
+
+
 @contextlib.contextmanager
 def record_failure(folder: Path) -> Iterator[None]:
-    """Write an exception to `folder`/error.txt, with its message in the first line, and raise it again."""
+    """Write an exception to `folder`/error.txt, with its message in the first line, and raise it again.
+
+    A signal (SIGTERM, or SIGINT as from Ctrl-C) is recorded too, and ends the process with the exit status 128 + signal.
+    """
     record = folder / "error.txt"
     if is_first_process():
         record.unlink(missing_ok=True)
     try:
-        yield
+        with catch_termination():
+            yield
+    except (SystemExit, KeyboardInterrupt) as stop:
+        # exit status 0, as of Lightning's SIGTERMException, would read as success
+        if (signum := find_signal(stop)) is None:
+            raise
+        reason = f"{INTERRUPTED} {signum.name}, continue it with carafepp-train resume={folder}"
+        if not record.exists():
+            write_atomically(record, f"{reason}\n")
+        if is_first_process():
+            print(f"{folder}: {reason}", file=sys.stderr)
+        raise SystemExit(128 + signum) from stop
     except Exception as error:
         # among several processes, the first failure is the cause of the others
         if not record.exists():

@@ -1,11 +1,12 @@
 """Reports of finished runs: tables with the figures of the paper, as text, plots and pictures."""
 
+from ..common.results import FinishedRun
 from .cells import format_rows, format_time_taken
 from .overview import report_paper
 from .pictures import compare_pictures
 from .plots import plot_table
 from .renderers import render_csv, render_tables
-from .runs import FinishedRun, Setting, group_runs, read_runs
+from .runs import Setting, group_runs, read_runs
 from .tables import Cell, Line, Table, tabulate_others, tabulate_paper
 
 __all__ = [

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..common.results import FinishedRun
 from .cells import count_decimals
-from .runs import FinishedRun
 from .statistics import summarize
 from .tables import Cell, Line, Table
 

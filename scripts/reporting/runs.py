@@ -1,73 +1,18 @@
 """Finished runs below folders, read from their result.json files and grouped by their overrides."""
 
-import json
-import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..common.overrides import INCIDENTAL, is_under
+from ..common.results import BROKEN, FinishedRun, clean
+from ..common.run_folders import INTERRUPTED
 
 # keys that affect the data and the training; runs that differ in these are in different tables
 PROTOCOL = ["scale", "setting", "data", "optimizer", "schedule", "trainer"]
 # the file of initial weights depends on the downsamplers of the network, so that only its presence is compared
 WEIGHTS = "backbone.weights"
-
-
-# control characters, which can hide or rewrite a terminal's text or end a line of a table, and halves of characters, which no file can hold
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def clean(found: Any) -> Any:
-    """Replace the unprintable characters in all texts of a value read from JSON."""
-    if isinstance(found, str):
-        return UNPRINTABLE.sub("\ufffd", found)
-    if isinstance(found, list):
-        return [clean(value) for value in found]
-    return {clean(key): clean(value) for key, value in found.items()} if isinstance(found, dict) else found
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """The content of the result.json of a finished run."""
-
-    folder: Path
-    seed: int
-    choices: dict[str, str | None]
-    overrides: dict[str, str]
-    metrics: dict[str, float]
-    parameters: int
-    flops: int
-    seconds: float
-    # CPU time; None if the run did not record it
-    cpu_seconds: float | None
-    curve: list[dict[str, float]]
-
-    @classmethod
-    def read(cls, path: Path) -> "FinishedRun":
-        """Read a result.json file.
-
-        Raises:
-            ValueError, KeyError, TypeError, AttributeError, OSError: the file was not written by carafepp-train.
-        """
-        found = clean(json.loads(path.read_text()))
-        if unknown := {type(choice).__name__ for choice in found["choices"].values()} - {"str", "NoneType"}:
-            raise TypeError(f"choices must be names, got {', '.join(sorted(unknown))}")
-        pairs = (override.lstrip("+").partition("=") for override in found["overrides"])
-        return cls(
-            folder=path.parent,
-            seed=int(found["seed"]),
-            choices=found["choices"],
-            overrides={key: value for key, _, value in pairs},
-            metrics={name: float(value) for name, value in found["metrics"].items()},
-            parameters=int(found["parameters"]),
-            flops=int(found["flops"]),
-            seconds=float(found["seconds"]),
-            cpu_seconds=float(found["cpu_seconds"]) if "cpu_seconds" in found else None,
-            curve=[{"step": point["step"]} | {name: float(value) for name, value in point.items()} for point in found.get("curve", [])],
-        )
 
 
 @dataclass
@@ -126,10 +71,11 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
         if path.exists():
             try:
                 runs.append(FinishedRun.read(path))
-            except (ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
-                problems.append(f"{path}: broken ({type(problem).__name__}: {problem})")
+            except BROKEN as problem:
+                problems.append(f"{path}: broken ({type(problem).__name__}: {problem}), carafepp-train resume={folder} writes it again")
         elif error.exists():
-            problems.append(f"{folder}: failed ({clean(error.read_text(errors='replace').partition(chr(10))[0])})")
+            reason = clean(error.read_text(errors="replace").partition("\n")[0])
+            problems.append(f"{folder}: {'unfinished' if reason.startswith(INTERRUPTED) else 'failed'} ({reason})")
         else:
             problems.append(f"{folder}: unfinished, continue it with carafepp-train resume={folder}")
     return runs, problems

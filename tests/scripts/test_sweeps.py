@@ -67,13 +67,16 @@ def test_joblib_sweep_with_a_failed_and_a_killed_job_is_killed_and_resumed_to_co
     assert trained_before < count_rows(sweep / "2")
 
 
+FINISHED = {"choices": {}, "overrides": [], "metrics": {}, "parameters": 1, "flops": 1, "seconds": 1.0}
+
+
 def test_sweep_leaves_finished_jobs_and_refuses_folders_of_others(tmp_path, capsys):
     told = ["scale=small", "data.epochs=1"]
     for job, seed in enumerate((0, 7)):
         folder = tmp_path / str(job)
         folder.mkdir()
         OmegaConf.save({"run": {"overrides": [f"seed={seed}", *told]}}, folder / "config.yaml")
-        (folder / "result.json").write_text("{}")
+        (folder / "result.json").write_text(json.dumps(FINISHED | {"seed": seed}))
     with pytest.raises(SystemExit, match="1"):
         call("train", "-m", *told, "seed=0,1", f"hydra.sweep.dir={tmp_path}", raises=False)
     said = capsys.readouterr()

@@ -1,0 +1,226 @@
+"""Trainings and sweeps that a signal ends: no success is reported, the folder says what happened, and the run can be finished."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from carafepp.scripts.common import jobs
+from carafepp.scripts.common.checkpoints import check_last_checkpoint
+from carafepp.scripts.common.results import is_finished
+from carafepp.scripts.common.run_folders import record_failure
+from carafepp.scripts.reporting import read_runs
+from commands import count_rows, find_processes
+from training import TINY, read_result
+
+TRAIN = [sys.executable, "-P", "-m", "carafepp.scripts.train"]
+# small trainings of every task, in steps of milliseconds
+COMMON = [
+    "scale=small",
+    "log_every_n_steps=1",
+    "checkpoint_every_n_steps=2",
+    "trainer.enable_progress_bar=false",
+    "trainer.accelerator=cpu",
+]
+SCENES = ["data.train.length=40", "data.train.size=32", "data.val.length=4", "data.val.size=32", "data.val_batch_size=4"]
+TASKS = {
+    "segmentation": [*SCENES, "data.batch_size=4", "model.fpn_dim=8", "model.ppm_dim=4"],
+    "classification": [*SCENES, "data.batch_size=4", "task=classification"],
+    "detection": [*SCENES, "data.batch_size=4", "task=detection", "model.fpn_dim=8", "model.head_dim=8"],
+    "inpainting": [
+        *("task=inpainting", "data.train.images.length=40", "data.train.images.size=32", "data.val.images.length=4"),
+        *("data.val.images.size=32", "data.val_batch_size=4", "data.batch_size=4", "model.width=4", "task.discriminator.width=4"),
+    ],
+}
+
+
+def start(folder: Path, *arguments: str, **options: object) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*TRAIN, *arguments], cwd=folder, env=environment, **pipes, **options)
+
+
+def wait_for_rows(process: subprocess.Popen, folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 240
+    while count_rows(folder) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def interrupted(folder: Path, name: str) -> None:
+    """Check what an interrupted run leaves, and what a report says of it."""
+    assert not (folder / "result.json").exists(), "the run must be interrupted before its end for this test to say anything"
+    assert (folder / "error.txt").read_text() == f"interrupted by {name}, continue it with carafepp-train resume={folder}\n"
+    assert (folder / "last.ckpt").exists()
+    assert any(f"{folder}: unfinished (interrupted by {name}, continue it" in problem for problem in read_runs([folder.parent])[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "signum"), [*((task, signal.SIGTERM) for task in TASKS), ("segmentation", signal.SIGINT)])
+def test_interrupted_training_says_so_and_resumes_bit_identically(task, signum, tmp_path):
+    arguments = [*COMMON, *TASKS[task], "data.epochs=2"]
+    folder = tmp_path / "run"
+    process = start(tmp_path, *arguments, f"hydra.run.dir={folder}")
+    wait_for_rows(process, folder, 6)
+    process.send_signal(signum)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum
+    interrupted(folder, signum.name)
+    assert f"{folder}: interrupted by {signum.name}" in said
+    assert "Traceback" not in said
+    second, whole = start(tmp_path, f"resume={folder}"), start(tmp_path, *arguments, f"hydra.run.dir={tmp_path / 'whole'}")
+    for process in (second, whole):
+        said = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+    assert not (folder / "error.txt").exists()
+    assert read_result(folder)["weights_sha256"] == read_result(tmp_path / "whole")["weights_sha256"]
+    assert (folder / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes in /proc, which only Linux has")
+@pytest.mark.parametrize("launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]], ids=["basic", "joblib"])
+def test_sweep_goes_on_after_an_interrupted_training_and_does_not_succeed(launcher, tmp_path):
+    if launcher:
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sweep = tmp_path / "sweep"
+    process = start(tmp_path, "-m", *launcher, *TINY, "data.batch_size=4", "data.epochs=2", "seed=0,1", f"hydra.sweep.dir={sweep}")
+    wait_for_rows(process, sweep / "0", 6)
+    for training in find_processes(f"resume='{sweep}/0'"):
+        os.kill(training, signal.SIGTERM)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode not in (0, 128 + signal.SIGTERM)
+    assert f"{sweep}/0: interrupted by SIGTERM" in said
+    interrupted(sweep / "0", "SIGTERM")
+    assert [run.folder.name for run in read_runs([sweep])[0]] == ["1"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes in /proc, which only Linux has")
+@pytest.mark.parametrize(("signum", "group"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)], ids=str)
+def test_interrupted_sweep_ends_its_training(signum, group, tmp_path):
+    """Ctrl-C in a terminal reaches the sweep and its training, `kill` the sweep alone."""
+    sweep = tmp_path / "sweep"
+    arguments = ["-m", *TINY, "data.batch_size=4", "seed=0,1", f"hydra.sweep.dir={sweep}"]
+    process = start(tmp_path, *arguments, start_new_session=True)
+    wait_for_rows(process, sweep / "0", 6)
+    (os.killpg if group else os.kill)(process.pid, signum)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert find_processes(str(sweep)) == []
+    assert not (sweep / "1").exists()
+    assert not (sweep / "0" / "result.json").exists()
+    assert re.match(r"interrupted by SIG(TERM|INT), continue it", (sweep / "0" / "error.txt").read_text())
+
+
+def test_training_without_a_result_is_a_failure(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nexit 0\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(RuntimeError, match=rf"{tmp_path}: ended with exit status 0 and without result.json, continue it with .*{tmp_path}"):
+        jobs.train_in_subprocess(tmp_path, [])
+    assert "without result.json" in (tmp_path / "error.txt").read_text()
+    (tmp_path / "result.json").write_text('{"seed": 0')
+    with pytest.raises(RuntimeError, match=r"without result\.json"):
+        jobs.train_in_subprocess(tmp_path, [])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
+def test_signal_while_nothing_trains_is_recorded(signum, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop, record_failure(tmp_path):
+        signal.raise_signal(signum)
+    assert stop.value.code == 128 + signum
+    assert (tmp_path / "error.txt").read_text().startswith(f"interrupted by {signum.name}, continue it with")
+    assert signal.getsignal(signal.SIGTERM) == before
+    with record_failure(tmp_path):
+        pass
+    assert not (tmp_path / "error.txt").exists()
+
+
+def test_launcher_that_requeues_keeps_its_handler_and_its_exit(tmp_path):
+    """submitit bypasses SIGTERM, and exits by itself after it has returned the job to the queue."""
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: seen.append(signum))
+    try:
+        with record_failure(tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
+    with pytest.raises(SystemExit) as stop, record_failure(tmp_path):
+        sys.exit(-1)
+    assert stop.value.code == -1
+    assert not (tmp_path / "error.txt").exists()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run of 10 steps."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    process = start(folder.parent, *TINY, "data.batch_size=4", "data.epochs=2", "data.train.length=20", f"hydra.run.dir={folder}")
+    said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    return folder
+
+
+def resume(folder: Path) -> tuple[int, str, str]:
+    process = start(folder.parent, f"resume={folder}")
+    said = process.communicate(timeout=240)
+    return process.returncode, *said
+
+
+CLOCKS = ("seconds", "cpu_seconds")
+
+
+def test_broken_result_is_none_for_everyone_and_is_written_again(whole, tmp_path):
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    path = folder / "result.json"
+    assert is_finished(folder)
+    for damaged in ("", "{}", "[" * 100_000, "\udc80", path.read_text()[:500]):
+        path.write_text(damaged, errors="surrogateescape")
+        assert not is_finished(folder)
+        runs, problems = read_runs([tmp_path])
+        assert runs == []
+        assert f"{path}: broken (" in problems[0]
+        assert f"carafepp-train resume={folder} writes it again" in problems[0]
+    status, out, said = resume(folder)
+    assert status == 0, said
+    assert f"{path} is broken (" in out
+    assert {k: v for k, v in read_result(folder).items() if k not in CLOCKS} == {
+        k: v for k, v in read_result(whole).items() if k not in CLOCKS
+    }
+    assert (folder / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    assert read_runs([tmp_path])[1] == []
+
+
+def test_damaged_last_checkpoint_is_named_and_the_best_one_continues(whole, tmp_path):
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    (folder / "result.json").unlink()
+    last, best = folder / "last.ckpt", folder / "best.ckpt"
+    content = last.read_bytes()
+    check_last_checkpoint(folder)
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    for damaged in (b"", b"text", content[:100], content[: len(content) // 2], content[:-1], flipped):
+        last.write_bytes(damaged)
+        offer = rf"{last} is damaged: replace it by {best}.*\(cp '{best}' '{last}'\), or delete it .*resume={folder}"
+        with pytest.raises(ValueError, match=offer):
+            check_last_checkpoint(folder)
+    status, _, said = resume(folder)
+    assert status == 1
+    assert f"{last} is damaged" in said
+    assert f"{last} is damaged" in (folder / "error.txt").read_text().splitlines()[0]
+    shutil.copy(best, last)
+    status, _, said = resume(folder)
+    assert status == 0, said
+    assert read_result(folder)["weights_sha256"] == read_result(whole)["weights_sha256"]
+    last.write_bytes(b"")
+    best.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{last} is damaged: delete it to train from the start"):
+        check_last_checkpoint(folder)
