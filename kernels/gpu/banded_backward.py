@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .blocks import align_sizes, align_strides, expand, image, load, product, store
 from .records import Features, Logits, Sizes
-from .window import centre, group_logits, logit_gradient, logit_offset, lse_address, weight
+from .window import centre, group_logits, logit_gradient, logit_offset, lse_address, split_target, weight
 
 
 @triton.jit
@@ -62,19 +62,20 @@ def compute_logit_gradient(
     dw = tl.gather(dw, band.to(tl.int32), axis=0)
     exists = (m < HALO.rows * HALO.cols) & (row < sizes.hq * UP) & (col < sizes.wq * UP)
     taps = (t < K * K)[:, None] & exists[None, :]
+    u, v, q, r = split_target(row, col, WINDOW)
     l = tl.load(
-        logits.ptr + logit_offset(logits, row, col, WINDOW)[None, :] + (t * logits.stride_c)[:, None],
+        logits.ptr + logit_offset(logits, u, v, q, r)[None, :] + (t * logits.stride_c)[:, None],
         mask=taps,
         other=-float("inf") if WINDOW.normalized else 0.0,
     ).to(tl.float32)
     lse = tl.zeros([M], tl.float32)
     if WINDOW.normalized:
-        lse = tl.load(lse_address(lse_ptr, sizes, 0, row, col, WINDOW), mask=exists, other=0.0)
+        lse = tl.load(lse_address(lse_ptr, sizes, 0, u, v, q, r, WINDOW), mask=exists, other=0.0)
     w = weight(l, lse[None, :], WINDOW)
     # targets that a rational scale cuts off have a gradient of zero
     dl = logit_gradient(l, w, dw, tl.sum(w * dw, axis=0)[None, :], WINDOW)
     tl.store(
-        dlogits.ptr + logit_offset(dlogits, row, col, WINDOW)[None, :] + (t * dlogits.stride_c)[:, None],
+        dlogits.ptr + logit_offset(dlogits, u, v, q, r)[None, :] + (t * dlogits.stride_c)[:, None],
         dl.to(dlogits.ptr.dtype.element_ty),
         mask=taps,
     )
@@ -116,17 +117,18 @@ def compute_source_gradient(
             reaching = (d < REACH.height * REACH.width) & (row >= 0) & (row < sizes.ho) & (col >= 0) & (col < sizes.wo)
             gradient = load(dy, row, col, reaching, c, sizes.c, AXIS)
             row, col = tl.maximum(row, 0), tl.maximum(col, 0)
+            u, v, q, r = split_target(row, col, WINDOW)
             ky = expand(i + K // 2, 1 - AXIS) - expand(centre(row, WINDOW), AXIS)
             kx = expand(j + K // 2, 1 - AXIS) - expand(centre(col, WINDOW), AXIS)
             band = (ky.to(tl.uint32) < K) & (kx.to(tl.uint32) < K) & expand(reaching, AXIS)
             l = tl.load(
-                logits.ptr + expand(logit_offset(logits, row, col, WINDOW), AXIS) + (ky * K + kx) * logits.stride_c,
+                logits.ptr + expand(logit_offset(logits, u, v, q, r), AXIS) + (ky * K + kx) * logits.stride_c,
                 mask=band,
                 other=-float("inf") if WINDOW.normalized else 0.0,
             ).to(tl.float32)
             lse = tl.zeros([BLOCK_D], tl.float32)
             if WINDOW.normalized:
-                lse = tl.load(lse_address(lse_ptr, sizes, 0, row, col, WINDOW), mask=reaching, other=0.0)
+                lse = tl.load(lse_address(lse_ptr, sizes, 0, u, v, q, r, WINDOW), mask=reaching, other=0.0)
             b = weight(l, expand(lse, AXIS), WINDOW)
             if WINDOW.normalizer == "sigmoid":
                 b = tl.where(band, b, 0.0)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .blocks import align_sizes, align_strides, image, load, product, store
 from .records import Features, Logits, Sizes
-from .window import centre, group_logits, logit_offset, lse_address, score, weight
+from .window import centre, group_logits, logit_offset, lse_address, score, split_target, weight
 
 
 @triton.jit
@@ -45,15 +45,16 @@ def banded_forward(
     part = pid % TILE.split
     ng = (pid // TILE.split).to(tl.int64)
     n, g = ng // sizes.groups, ng % sizes.groups
-    logits = group_logits(logits, n, g, WINDOW)
 
     m = tl.arange(0, HALO.m).to(LAYOUT.index)
     row, col = q0 * UP + m // HALO.cols, r0 * UP + m % HALO.cols
     exists = (m < HALO.rows * HALO.cols) & (row < sizes.hq * UP) & (col < sizes.wq * UP)
+    u, v, q, r = split_target(row, col, WINDOW)
     t = tl.arange(0, HALO.t).to(LAYOUT.index)
     taps = (t < K * K)[:, None]
+    logits = group_logits(logits, n, g, WINDOW)
     l = tl.load(
-        logits.ptr + logit_offset(logits, row, col, WINDOW)[None, :] + (t * logits.stride_c)[:, None],
+        logits.ptr + logit_offset(logits, u, v, q, r)[None, :] + (t * logits.stride_c)[:, None],
         mask=taps & exists[None, :],
         other=-float("inf"),
     ).to(tl.float32)
@@ -64,7 +65,7 @@ def banded_forward(
         total = tl.where(exists, tl.sum(w, axis=0), 1.0)
         w *= (1.0 / total)[None, :]
         if part == 0:
-            tl.store(lse_address(lse_ptr, sizes, ng, row, col, WINDOW), top + tl.log(total), mask=exists)
+            tl.store(lse_address(lse_ptr, sizes, ng, u, v, q, r, WINDOW), top + tl.log(total), mask=exists)
     else:
         w = tl.where(taps, weight(l, 0.0, WINDOW), 0.0)
 

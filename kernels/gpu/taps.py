@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .records import Features, Logits, Sizes
-from .window import centre, group_logits, logit_gradient, logit_offset, lse_address, score, weight
+from .window import centre, group_logits, logit_gradient, logit_offset, lse_address, score, split_target, weight
 
 
 @triton.jit
@@ -53,7 +53,8 @@ def tap_forward(
     ng, row, col, mask = split_program(sizes.hq * WINDOW.up, sizes.wq * WINDOW.up, BLOCK_M)
     n, g = ng // sizes.groups, ng % sizes.groups
     logits = group_logits(logits, n, g, WINDOW)
-    l_ptr = logits.ptr + logit_offset(logits, row, col, WINDOW)
+    u, v, q, r = split_target(row, col, WINDOW)
+    l_ptr = logits.ptr + logit_offset(logits, u, v, q, r)
     lse = tl.zeros([BLOCK_M], tl.float32)
     if WINDOW.normalized:
         top = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -62,7 +63,7 @@ def tap_forward(
         for tap in range(K * K):
             lse += tl.exp(score(tl.load(l_ptr + tap * logits.stride_c, mask=mask, other=0.0).to(tl.float32), WINDOW) - top)
         lse = top + tl.log(lse)
-        tl.store(lse_address(lse_ptr, sizes, ng, row, col, WINDOW), lse, mask=mask)
+        tl.store(lse_address(lse_ptr, sizes, ng, u, v, q, r, WINDOW), lse, mask=mask)
     mask = mask & (row < sizes.ho) & (col < sizes.wo)
     x_ptr = x.ptr + (n * x.stride_n + g * sizes.c * x.stride_c)
     y_ptr = y.ptr + (n * y.stride_n + g * sizes.c * y.stride_c + tl.expand_dims(row * y.stride_h + col * y.stride_w, 1 - AXIS))
@@ -101,11 +102,12 @@ def tap_logit_gradient(
     n, g = ng // sizes.groups, ng % sizes.groups
     logits = group_logits(logits, n, g, WINDOW)
     dlogits = group_logits(dlogits, n, g, WINDOW)
-    l_ptr = logits.ptr + logit_offset(logits, row, col, WINDOW)
-    dl_ptr = dlogits.ptr + logit_offset(dlogits, row, col, WINDOW)
+    u, v, q, r = split_target(row, col, WINDOW)
+    l_ptr = logits.ptr + logit_offset(logits, u, v, q, r)
+    dl_ptr = dlogits.ptr + logit_offset(dlogits, u, v, q, r)
     lse = tl.zeros([BLOCK_M], tl.float32)
     if NORMALIZED:
-        lse = tl.load(lse_address(lse_ptr, sizes, ng, row, col, WINDOW), mask=mask, other=0.0)
+        lse = tl.load(lse_address(lse_ptr, sizes, ng, u, v, q, r, WINDOW), mask=mask, other=0.0)
     output = mask & (row < sizes.ho) & (col < sizes.wo)
     x_ptr = x.ptr + (n * x.stride_n + g * sizes.c * x.stride_c)
     dy_ptr = dy.ptr + (n * dy.stride_n + g * sizes.c * dy.stride_c + tl.expand_dims(row * dy.stride_h + col * dy.stride_w, 1 - AXIS))
@@ -167,10 +169,11 @@ def tap_source_gradient(
             row = (tl.maximum(mi, 0) * UP + DOWN - 1) // DOWN + step // (K * K * SHARING)
             col = (tl.maximum(mj, 0) * UP + DOWN - 1) // DOWN + step // (K * K) % SHARING
             inside = mask & (row < sizes.ho) & (col < sizes.wo) & (row * DOWN < (mi + 1) * UP) & (col * DOWN < (mj + 1) * UP)
+            u, v, q, r = split_target(row, col, WINDOW)
             lse = tl.zeros(i.shape, tl.float32)
             if WINDOW.normalized:
-                lse = tl.load(lse_address(lse_ptr, sizes, ng, row, col, WINDOW), mask=inside, other=0.0)
-            logit = tl.load(logits.ptr + tap * logits.stride_c + logit_offset(logits, row, col, WINDOW), mask=inside, other=0.0)
+                lse = tl.load(lse_address(lse_ptr, sizes, ng, u, v, q, r, WINDOW), mask=inside, other=0.0)
+            logit = tl.load(logits.ptr + tap * logits.stride_c + logit_offset(logits, u, v, q, r), mask=inside, other=0.0)
             w = weight(logit.to(tl.float32), lse, WINDOW)
             gradient = tl.load(
                 dy_ptr + row * dy.stride_h + col * dy.stride_w + c * dy.stride_c,

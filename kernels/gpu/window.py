@@ -57,14 +57,18 @@ def group_logits(logits: Logits, n, g, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def logit_offset(logits: Logits, row, col, WINDOW: tl.constexpr):
-    """Return the offset of the first tap of the window of an output location."""
-    u, v, q, r = row % WINDOW.up, col % WINDOW.up, row // WINDOW.up, col // WINDOW.up
+def split_target(row, col, WINDOW: tl.constexpr):
+    """Return the sub-row and sub-column of an output location, and the row and column of its cell."""
+    return row % WINDOW.up, col % WINDOW.up, row // WINDOW.up, col // WINDOW.up
+
+
+@triton.jit
+def logit_offset(logits: Logits, u, v, q, r):
+    """Return the offset of the first tap of a window, given what `split_target` returns."""
     return u * logits.stride_u + v * logits.stride_v + q * logits.stride_h + r * logits.stride_w
 
 
 @triton.jit
-def lse_address(lse_ptr, sizes: Sizes, ng, row, col, WINDOW: tl.constexpr):
-    """Return the address of the log-sum-exp of the window of an output location, with ng the number of the group over all images."""
-    u, v, q, r = row % WINDOW.up, col % WINDOW.up, row // WINDOW.up, col // WINDOW.up
+def lse_address(lse_ptr, sizes: Sizes, ng, u, v, q, r, WINDOW: tl.constexpr):
+    """Return the address of the log-sum-exp of a window, given what `split_target` returns and its group counted over all images."""
     return lse_ptr + (((ng * WINDOW.up + u) * WINDOW.up + v) * sizes.hq + q) * sizes.wq + r
