@@ -1,5 +1,8 @@
 """Several processes, accumulation, starting weights and the other switches of a training, by override alone."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from carafepp.scripts.common.checkpoints import load_task
@@ -24,6 +27,13 @@ EXACT += ["+backbone.norm_layer={_target_:torchvision.ops.FrozenBatchNorm2d,_par
 def alone(tmp_path_factory):
     """A run with one process and one batch per step."""
     return train_in(tmp_path_factory.mktemp("alone") / "run", *EXACT)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A run of one epoch, in single precision."""
+    overrides = ["experiment=table2", "downsampler=carafe", "data.epochs=1"]
+    return train_in(tmp_path_factory.mktemp("classifier") / "run", *SMALL, *overrides)
 
 
 def assert_same(folder, alone):
@@ -65,10 +75,8 @@ def test_batch_that_does_not_divide_is_refused(tmp_path):
         train_in(tmp_path / "run", *EXACT, "trainer.accumulate_grad_batches=3")
 
 
-def test_classifier_becomes_the_backbone_of_segmentation(tmp_path):
-    classifier = train_in(tmp_path / "classifier", *SMALL, "experiment=table2", "downsampler=carafe", "data.epochs=1")
-    path = tmp_path / "moved.ckpt"
-    (classifier / "last.ckpt").rename(path)
+def test_classifier_becomes_the_backbone_of_segmentation(classifier, tmp_path):
+    path = Path(shutil.copy(classifier / "last.ckpt", tmp_path / "copied.ckpt"))
     expected = {name.removeprefix("model."): tensor for name, tensor in torch.load(path, weights_only=True)["state_dict"].items()}
     segmenter = [*SMALL, "samplers=carafe", f"backbone.weights={path}", "optimizer.lr=0", "data.epochs=1", "model.fpn_dim=8"]
     folder = train_in(tmp_path / "segmenter", *segmenter)
@@ -83,15 +91,14 @@ def test_classifier_becomes_the_backbone_of_segmentation(tmp_path):
 
 
 @pytest.mark.parametrize("overrides", [["channels_last=false", "trainer.precision=bf16-mixed"], ["compile=true"]], ids=" ".join)
-def test_switches_train_the_same_network(tmp_path, overrides, monkeypatch):
+def test_switches_train_the_same_network(classifier, tmp_path, overrides, monkeypatch):
     if "compile=true" in overrides:
         # without a C++ compiler only the graph is tested
         compiles = torch.nn.Module.compile
         monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiles(self, backend="aot_eager", fullgraph=True))
-    plain = train_in(tmp_path / "plain", *SMALL, "experiment=table2", "downsampler=carafe", "data.epochs=1")
     switched = train_in(tmp_path / "switched", *SMALL, "experiment=table2", "downsampler=carafe", "data.epochs=1", *overrides)
-    assert read_weights(switched).keys() == read_weights(plain).keys()
-    assert read_result(switched)["flops"] == read_result(plain)["flops"] > 0
-    torch.testing.assert_close(read_weights(switched)["model.fc.weight"], read_weights(plain)["model.fc.weight"], rtol=0, atol=6e-3)
+    assert read_weights(switched).keys() == read_weights(classifier).keys()
+    assert read_result(switched)["flops"] == read_result(classifier)["flops"] > 0
+    torch.testing.assert_close(read_weights(switched)["model.fc.weight"], read_weights(classifier)["model.fc.weight"], rtol=0, atol=6e-3)
     innermost = read_weights(switched)["model.layer1.0.conv2.weight"].is_contiguous(memory_format=torch.channels_last)
     assert innermost == ("channels_last=false" not in overrides)
