@@ -157,7 +157,7 @@ def test_two_processes_killed_and_resumed_train_as_one(tmp_path):
     process.wait()
     assert (folder / "last.ckpt").exists(), (tmp_path / "log").read_text()
     assert not (folder / "result.json").exists(), "the run must be killed before its end for this test to say anything"
-    done = run_line(torchrun_line(2, "job", "train", f"resume={folder}"), cwd=tmp_path)
+    done = run_line(torchrun_line(2, "job", "train", f"resume={folder}", "trust=torchvision.ops"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert read_result(folder)["steps"] == read_result(alone)["steps"] == 24
     torch.testing.assert_close(read_weights(folder), read_weights(alone), rtol=1e-8, atol=1e-8)
