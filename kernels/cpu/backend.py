@@ -63,9 +63,11 @@ def openmp_parallel() -> ctypes.c_void_p | None:
 
     After `os.fork`, as in workers of DataLoader and of multiprocessing's method "fork", the result is None. The threads of an OpenMP
     runtime do not survive a fork, and waiting for them would never end. In a child, every call therefore starts threads and joins them
-    before it returns, and gives the same bits as in the parent.
-    PyTorch's own parallel operations have no such fall-back: a child that uses them after the parent did may hang, unless it first calls
-    `torch.set_num_threads(1)`, as DataLoader's workers do. A process forked by C code, without Python's `os.fork`, is not recognised.
+    before it returns, and gives the same bits as in the parent, even if other threads of the parent run the operator during the fork.
+
+    PyTorch's own parallel operations have no such fall-back. A child that uses them after its parent did waits forever, unless it first
+    calls `torch.set_num_threads(1)`, as DataLoader's workers do; this includes what autograd does around the operator. A process forked by
+    C code, without Python's `os.fork`, is not recognised.
     """
     if _forked:
         return None

@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import multiprocessing
+import threading
 
 import pytest
 import torch
@@ -97,3 +98,50 @@ def test_forked_workers_do_not_wait_for_threads_of_the_parent():
         assert receiver.recv() == expected
     finally:
         process.kill()
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
+def test_children_and_grandchildren_of_busy_threads_end_well():
+    """No process that is forked in the middle of parallel calls dies by a signal, hangs, or computes other bits."""
+    torch.set_num_threads(2)
+    spec = Spec(7, up=2)
+    # work for two threads here, too small to be shared out by PyTorch itself, which does not survive a fork
+    x, logits, dy = random_inputs(1, 16, 16, 16, spec, spread=2.0)
+
+    def digest(threads: int) -> str:
+        torch.set_num_threads(threads)
+        if threads > 1:
+            results = {"y": reassemble(x, logits, backend="cpu", **spec._asdict())}
+        else:
+            results = differentiate(reassemble, x, logits, dy, backend="cpu", **spec._asdict())
+        return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in results.values())).hexdigest()
+
+    expected = [digest(1), digest(2)]
+    context = multiprocessing.get_context("fork")
+
+    def work(generations: int) -> None:
+        assert [digest(1), digest(2)] == expected
+        if generations:
+            child = context.Process(target=work, args=(generations - 1,))
+            child.start()
+            child.join(60)
+            assert child.exitcode == 0
+
+    stop = threading.Event()
+    busy = [threading.Thread(target=lambda: [digest(2) for _ in iter(stop.is_set, True)]) for _ in range(2)]
+    children = [context.Process(target=work, args=(1,)) for _ in range(8)]
+    for thread in busy:
+        thread.start()
+    try:
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(120)
+        # None is a child that hangs, a negative number the signal that ended it
+        assert [child.exitcode for child in children] == [0] * len(children)
+    finally:
+        stop.set()
+        for thread in busy:
+            thread.join()
+        for child in children:
+            child.kill()
