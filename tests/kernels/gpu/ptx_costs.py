@@ -1,7 +1,9 @@
-"""Print what the compiled kernels cost on an A100 and an H100, as counted by the emulator: python tests/ptx_costs.py [WORD ...]
+"""Print the costs of the compiled kernels on an A100 and an H100, as counted by the emulator.
 
-Every case is one training step of the operator; the words choose the cases whose name contains them all. A case takes seconds to a
-minute. The columns are explained in docs/performance.md.
+Call: PYTHONPATH=tests/support python tests/kernels/gpu/ptx_costs.py [WORD ...]
+
+A case is one training step of the operator. The words choose the cases whose name contains them all. A case takes seconds to a minute.
+docs/performance.md explains the columns.
 """
 
 import sys
