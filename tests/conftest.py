@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from carafepp.kernels.cpu.build import COMPILERS
 # Triton reads this when it is imported: a process interprets all of its kernels or none
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
+
+# a shell that starts a job in the background makes it ignore Ctrl-C, which processes that the tests start would inherit
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TRITON = [pytest.param("triton", marks=pytest.mark.gpu)] if ON_GPU else ["triton"] if INTERPRETED else []
 
