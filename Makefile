@@ -5,7 +5,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 RUNS := runs/main-$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: run test setup lint bench docs
+.PHONY: run test soak setup lint bench docs
 
 run: setup
 	$(BIN)/carafepp-train -m scale=small samplers=published,carafe hydra.sweep.dir=$(RUNS)
@@ -14,6 +14,14 @@ run: setup
 # one thread per worker: two workers with two threads each would wait for each other on two cores
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+# random cases for MINUTES in all: trainings that are killed and resumed, and mutated inputs of the operator and the readers of files
+PART ?= all
+MINUTES ?= 10
+SEED ?= 0
+
+soak: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/support $(BIN)/python -P -m soak $(PART) --minutes $(MINUTES) --seed $(SEED)
 
 lint: setup
 	$(BIN)/ruff check
