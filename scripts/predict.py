@@ -98,10 +98,12 @@ def main(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     paths = find_images(Path(cfg.images))
     masks = [None] * len(paths) if cfg.masks is None else find_masks(Path(cfg.masks), paths)
+    options = {"ignore_orientation": cfg.ignore_orientation, "allow_huge": cfg.allow_huge}
+    if cfg.masks is not None:
+        options |= {"invert": cfg.invert_masks, "threshold": cfg.mask_threshold}
     skipped = []
     for path, mask in tqdm(list(zip(paths, masks, strict=True)), unit="image"):
         try:
-            options = {} if mask is None else {"invert": cfg.invert_masks, "threshold": cfg.mask_threshold}
             inputs = {label: task.read(path, mask, cfg.max_side, **options) for label, task in tasks.items()}
         except (OSError, ValueError) as error:
             skipped.append(f"skipped: {error}")

@@ -2,10 +2,12 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Unpack
 
 from omegaconf import DictConfig
 
 from ..tasks.coco_check import CONSEQUENCES, RULES, Violation, check_annotations, check_images, read_annotations
+from ..tasks.images import ReadOptions
 from .common.app import app
 
 
@@ -27,12 +29,14 @@ def find_files(cfg: DictConfig) -> list[tuple[Path, Path]]:
     return found
 
 
-def find_problems(annotations: Path, images: Path, decode: bool, *, allow_outside: bool = False) -> list[Violation]:
+def find_problems(
+    annotations: Path, images: Path, decode: bool, *, allow_outside: bool = False, **reading: Unpack[ReadOptions]
+) -> list[Violation]:
     """Find the problems of one annotation file and, with `decode`, of its image files."""
     content = read_annotations(annotations)
     problems = check_annotations(content, images, allow_outside=allow_outside)
     if decode:
-        problems += check_images(content, images, allow_outside=allow_outside)
+        problems += check_images(content, images, allow_outside=allow_outside, **reading)
     print(f"{annotations}: {len(content['images'])} images, {len(content['annotations'])} annotations, {len(problems)} problems")
     return problems
 
@@ -41,8 +45,9 @@ def find_problems(annotations: Path, images: Path, decode: bool, *, allow_outsid
 def main(cfg: DictConfig) -> None:
     """Print every problem, and the number of problems by rule; exit with status 1 if there is one."""
     problems = []
+    options = {name: cfg[name] for name in ("allow_outside", "ignore_orientation", "allow_huge")}
     for annotations, images in find_files(cfg):
-        found = find_problems(annotations, images, cfg.decode, allow_outside=cfg.allow_outside)
+        found = find_problems(annotations, images, cfg.decode, **options)
         print(*found, sep="\n", end="\n" if found else "")
         problems += found
     for rule, count in Counter(problem.rule for problem in problems).items():

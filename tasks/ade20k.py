@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Unpack
 
 from torch import Tensor
 
-from .images import is_image
+from .images import ReadOptions, is_image
 from .label_maps import IGNORED, LabelMaps
 from .splits import check_split
 
@@ -30,7 +31,7 @@ class ADE20K(LabelMaps):
     The files use label 0 for unlabelled pixels and 1..classes for the classes; the map uses 255, which is ignored, and 0..classes - 1.
 
     Args:
-        root, split, transforms, seed, palette: see `LabelMaps`; the split is "train" or "val".
+        root, split, transforms, seed, palette, reading: see `LabelMaps`; the split is "train" or "val".
         classes: the number of classes.
         labels: maps each label of the files to a class, or to 255, instead; for your own files in this layout.
 
@@ -48,6 +49,7 @@ class ADE20K(LabelMaps):
         classes: int = 150,
         labels: Mapping[int, int] | None = None,
         palette: Sequence[Sequence[int]] | None = None,
+        **reading: Unpack[ReadOptions],
     ) -> None:
         check_split(split)
         if not 1 <= classes <= IGNORED:
@@ -63,4 +65,4 @@ class ADE20K(LabelMaps):
             labels = {label: label for label in range(len(palette))}
         if labels is None:
             labels = {0: IGNORED} | {label: label - 1 for label in range(1, classes + 1)}
-        super().__init__(paths, [annotations / f"{path.stem}.png" for path in paths], labels, transforms, seed, palette)
+        super().__init__(paths, [annotations / f"{path.stem}.png" for path in paths], labels, transforms, seed, palette, **reading)

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Unpack
 
 from torch import Tensor
 from torchvision.datasets import Cityscapes as TorchvisionCityscapes
 
-from .images import is_hidden
+from .images import ReadOptions, is_hidden
 from .label_maps import IGNORED, LabelMaps
 from .splits import check_split
 
@@ -23,7 +24,14 @@ class Cityscapes(LabelMaps):
         FileNotFoundError: a folder is missing or holds no images.
     """
 
-    def __init__(self, root: str | Path, split: str, transforms: Callable[[Tensor, Tensor], tuple] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        transforms: Callable[[Tensor, Tensor], tuple] | None = None,
+        seed: int = 0,
+        **reading: Unpack[ReadOptions],
+    ) -> None:
         check_split(split)
         images, annotations = (Path(root) / kind / split for kind in ("leftImg8bit", "gtFine"))
         for folder in (images, annotations):
@@ -34,4 +42,4 @@ class Cityscapes(LabelMaps):
             raise FileNotFoundError(f"{images} holds no folders with images named *{SUFFIX}")
         masks = [annotations / path.parent.name / path.name.replace(SUFFIX, "_gtFine_labelIds.png") for path in paths]
         labels = {label.id: IGNORED if label.ignore_in_eval else label.train_id for label in TorchvisionCityscapes.classes if label.id >= 0}
-        super().__init__(paths, masks, labels, transforms, seed)
+        super().__init__(paths, masks, labels, transforms, seed, **reading)

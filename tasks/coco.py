@@ -5,6 +5,7 @@ import pickle
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from .coco_check import (
 )
 from .coco_masks import decode_mask, read_mask
 from .image_files import ImageFiles
-from .images import read_image
+from .images import ReadOptions, read_image, suggest_orientation
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class COCO(ImageFiles):
         train: whether the set is trained on.
         keep_empty: whether to train also on images without an object.
         allow_outside: whether file names in the annotations may lead out of the folder `images`.
+        reading: see `carafepp.tasks.images.ReadOptions`.
 
     Attributes:
         groups: 1 for every upright image, 0 for every other, so that most batches have images of one orientation.
@@ -70,18 +72,19 @@ class COCO(ImageFiles):
         allow_outside: bool = False,
         transforms: Callable[[Tensor, dict], tuple] | None = None,
         seed: int = 0,
+        **reading: Unpack[ReadOptions],
     ) -> None:
         content = read_annotations(annotations)
         problems = check_annotations(content, images, allow_outside=allow_outside)
         if not train and not any(problem.rule == "image file missing" for problem in problems):
-            problems += check_images(content, images, allow_outside=allow_outside)
+            problems += check_images(content, images, allow_outside=allow_outside, **reading)
         refuse_or_count(problems, annotations)
         categories = sorted(content["categories"], key=lambda category: category["id"])
         names = [str(name) for name in class_names]
         if [str(category.get("name")) for category in categories] != names:
             found = ", ".join(f"{category['id']} {category.get('name')}" for category in categories)
             raise ValueError(f"class_names must be the categories of {annotations} by their ids, {found or 'none'}, got {', '.join(names)}")
-        super().__init__(transforms, seed, skip_damaged=train)
+        super().__init__(transforms, seed, skip_damaged=train, **reading)
         self.annotations, self.images, self.train = annotations, Path(images), train
         self.keep_empty = keep_empty
         self.unusable = {problem.position for problem in problems if problem.severity == UNUSABLE}
@@ -135,9 +138,10 @@ class COCO(ImageFiles):
         """Read an image and its target."""
         image_id, name, height, width, objects = pickle.loads(self.records[self.ends[index - 1] if index else 0 : self.ends[index]].data)
         path = self.images / name
-        image = read_image(path)
+        image = read_image(path, **self.reading)
         if image.size != (width, height):
-            raise ValueError(f"image {path} is {image.width} x {image.height}, {self.annotations} says {width} x {height}")
+            hint = suggest_orientation(image.size, (width, height), **self.reading)
+            raise ValueError(f"image {path} is {image.width} x {image.height}, {self.annotations} says {width} x {height}{hint}")
         return tv_tensors.Image(image), self._target(image_id, (height, width), objects)
 
     def transform(self, sample: tuple[tv_tensors.Image, dict]) -> tuple[Tensor, dict]:

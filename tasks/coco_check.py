@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 from tqdm import tqdm
 
 from .coco_masks import read_mask, show
-from .images import read_image
+from .images import ReadOptions, read_image, suggest_orientation
 
 logger = logging.getLogger(__name__)
 
@@ -287,10 +287,10 @@ def clip_box(box: Sequence[float], size: tuple[int, int]) -> tuple[float, float,
     return max(x, 0), max(y, 0), min(x + width, size[1]), min(y + height, size[0])
 
 
-def check_images(content: dict, images: str | Path, *, allow_outside: bool = False) -> Iterator[Violation]:
+def check_images(content: dict, images: str | Path, *, allow_outside: bool = False, **reading: Unpack[ReadOptions]) -> Iterator[Violation]:
     """Decode every image that exists, in threads with a progress bar, and compare its size with that in the annotation file.
 
-    Files outside the folder `images` are left alone without `allow_outside`.
+    Files outside the folder `images` are left alone without `allow_outside`. `reading` are options of `read_image`.
     """
 
     def look(entry: dict) -> Violation | None:
@@ -298,13 +298,14 @@ def check_images(content: dict, images: str | Path, *, allow_outside: bool = Fal
         if not _is_file(path):
             return None
         try:
-            size = read_image(path).size
+            size = read_image(path, **reading).size
         except ValueError as error:
             return Violation(entry["id"], None, "image file unreadable", str(error))
-        if size == (entry["width"], entry["height"]):
+        expected = entry["width"], entry["height"]
+        if size == expected:
             return None
-        sizes = f"{_show_path(path)} is {size[0]} x {size[1]}, annotations say {entry['width']} x {entry['height']}"
-        return Violation(entry["id"], None, "image file of another size", sizes)
+        sizes = f"{_show_path(path)} is {size[0]} x {size[1]}, annotations say {expected[0]} x {expected[1]}"
+        return Violation(entry["id"], None, "image file of another size", sizes + suggest_orientation(size, expected, **reading))
 
     entries = [entry for entry in _usable_images(content["images"]) if allow_outside or not leaves_folder(entry["file_name"])]
     # decoding releases the interpreter lock

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
+from .images import ReadOptions, lift_size_limit
 from .keyed import keyed_rng, split_key
 
 logger = logging.getLogger(__name__)
@@ -31,15 +32,28 @@ class ImageFiles(Dataset, ABC):
         transforms: see `transform`; None leaves samples as they are.
         seed: fixes the randomness of the transforms.
         skip_damaged: replace samples that cannot be read.
+        ignore_orientation, allow_huge: see `carafepp.tasks.images.ReadOptions`.
+
+    Attributes:
+        reading: these two options, which a subclass passes on to `read_image`.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or cannot be used when it is accessed, or too many in a row; the message names it.
     """
 
-    def __init__(self, transforms: Callable | None, seed: int, *, skip_damaged: bool) -> None:
+    def __init__(
+        self,
+        transforms: Callable | None,
+        seed: int,
+        *,
+        skip_damaged: bool,
+        ignore_orientation: bool = False,
+        allow_huge: bool = False,
+    ) -> None:
         # `transform` is not called if it is None
         self.transforms: Any = transforms
         self.seed, self.skip_damaged = seed, skip_damaged
+        self.reading: ReadOptions = {"ignore_orientation": ignore_orientation, "allow_huge": allow_huge}
 
     @abstractmethod
     def __len__(self) -> int:
@@ -62,7 +76,8 @@ class ImageFiles(Dataset, ABC):
         epoch, index = split_key(key, len(self))
         sample = self._read_or_next(index)
         if self.transforms is not None:
-            with keyed_rng(self.seed, epoch, index):
+            # Pillow also limits the size of crops
+            with keyed_rng(self.seed, epoch, index), lift_size_limit(self.reading.get("allow_huge", False)):
                 sample = self.transform(sample)
         image, *rest = sample
         pixels = image if isinstance(image, Tensor) else F.pil_to_tensor(image)

@@ -4,11 +4,12 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Unpack
 
 from PIL import Image
 
 from .image_files import ImageFiles
-from .images import is_hidden, is_image, read_image, walk_images
+from .images import ReadOptions, is_hidden, is_image, read_image, walk_images
 from .splits import check_split
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class ImageNet(ImageFiles):
         transforms: Callable[[Image.Image], Image.Image] | None = None,
         seed: int = 0,
         classes: int = 1000,
+        **reading: Unpack[ReadOptions],
     ) -> None:
         check_split(split)
         root = Path(root)
@@ -86,7 +88,7 @@ class ImageNet(ImageFiles):
             raise ValueError(f"{root / split} has {len(self.class_names)} classes, more than num_classes={classes}")
         if len(self.class_names) < classes:
             logger.warning("%s has %d classes, the network %d (num_classes)", root / split, len(self.class_names), classes)
-        super().__init__(transforms, seed, skip_damaged=split == "train")
+        super().__init__(transforms, seed, skip_damaged=split == "train", **reading)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -94,4 +96,4 @@ class ImageNet(ImageFiles):
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Read an image and the number of its class."""
         path, label = self.samples[index]
-        return read_image(path), label
+        return read_image(path, **self.reading), label

@@ -1,12 +1,14 @@
 """Search for image files, and reading of image files of any kind as RGB."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypedDict, Unpack
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -32,8 +34,50 @@ def walk_images(folder: str | Path, *, follow_links: bool = False) -> Iterator[s
         yield from (os.path.join(parent, name) for name in names if is_image(Path(name)))
 
 
-def read_image(path: str | Path | BinaryIO, kind: str = "image") -> Image.Image:
-    """Read an image file as 8-bit RGB, turned as its EXIF orientation says.
+class ReadOptions(TypedDict, total=False):
+    """Options of reading image files, under one name in all data sets and commands; both are false if they are not given.
+
+    `ignore_orientation` leaves the EXIF orientation unapplied, for annotations that were made on the pixels as they are stored.
+    `allow_huge` reads images of any size; without it, images of more than twice Pillow's MAX_IMAGE_PIXELS are an error.
+    """
+
+    ignore_orientation: bool
+    allow_huge: bool
+
+
+_lifting = threading.Lock()
+# for every use of `lift_size_limit` in this process, the limit that it found; all but the first found none
+_found_limits: list[int | None] = []
+
+
+@contextmanager
+def lift_size_limit(lift: bool) -> Iterator[None]:
+    """If `lift` is set, let Pillow decode and crop images of any size; its limit is that of the process, so that no thread has one then."""
+    if not lift:
+        yield
+        return
+    with _lifting:
+        _found_limits.append(Image.MAX_IMAGE_PIXELS)
+        Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        with _lifting:
+            limit = _found_limits.pop()
+            # threads may overlap, and the last one restores the limit
+            if not _found_limits:
+                Image.MAX_IMAGE_PIXELS = limit
+
+
+def suggest_orientation(found: tuple[int, ...], expected: tuple[int, ...], **reading: Unpack[ReadOptions]) -> str:
+    """Return a hint for the error message of an image whose size differs from the expected one, "" if it is not on its side."""
+    if reading.get("ignore_orientation") or found == expected or found != expected[::-1]:
+        return ""
+    return "; if the pixels as they are stored have that size, ignore_orientation=true leaves the EXIF orientation unapplied"
+
+
+def read_image(path: str | Path | BinaryIO, kind: str = "image", **reading: Unpack[ReadOptions]) -> Image.Image:
+    """Read an image file as 8-bit RGB, turned as its EXIF orientation says, unless `ignore_orientation` is set.
 
     Grey, 16-bit grey, palette and CMYK images are converted; transparent pixels keep the colour that the file gives them. Floats in [0, 1]
     are scaled to 8 bits, and whole floats and 32-bit integers in 0..255 are taken as they are.
@@ -41,25 +85,41 @@ def read_image(path: str | Path | BinaryIO, kind: str = "image") -> Image.Image:
     Args:
         path: the file, or its content as a stream.
         kind: the name of the file in error messages.
+        reading: see `ReadOptions`.
 
     Raises:
         FileNotFoundError: there is no such file; the message names it.
-        ValueError: the file cannot be decoded, for instance because it is truncated, or has another range of values; the message names it.
+        ValueError: the file cannot be decoded, for instance because it is truncated, has another range of values, or is larger than
+            Pillow's limit without `allow_huge`; the message names it.
     """
-    return _decode(path, kind, _convert)
+    return read_converted(path, kind, _convert, **reading)
 
 
-def read_layer(path: str | Path, kind: str = "image") -> Image.Image:
+def read_layer(path: str | Path, kind: str = "image", **reading: Unpack[ReadOptions]) -> Image.Image:
     """Read an image file with its transparency as 8-bit RGBA; see `read_image`."""
-    return _decode(path, kind, lambda image: (image if image.has_transparency_data else _convert(image)).convert("RGBA"))
+
+    def convert(image: Image.Image) -> Image.Image:
+        return (image if image.has_transparency_data else _convert(image)).convert("RGBA")
+
+    return read_converted(path, kind, convert, **reading)
 
 
-def _decode(path: str | Path | BinaryIO, kind: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def read_converted(
+    path: str | Path | BinaryIO, kind: str, convert: Callable[[Image.Image], Image.Image], **reading: Unpack[ReadOptions]
+) -> Image.Image:
+    """Decode an image file, turn it, and return what `convert` makes of it; see `read_image`."""
     try:
-        with Image.open(path) as image:
+        with lift_size_limit(reading.get("allow_huge", False)), Image.open(path) as image:
+            # without a name, Pillow does not map a file into memory: a mapped TIFF on its side would be scrambled
+            image.filename = ""
+            if reading.get("ignore_orientation"):
+                # Pillow itself turns a TIFF while it decodes it
+                image.getexif()[ExifTags.Base.Orientation] = 1
             return convert(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise FileNotFoundError(f"{kind} {path} does not exist") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{kind} {path} is larger than Pillow allows ({error}); allow_huge=true reads it nonetheless") from None
     # what Pillow raises for damaged files depends on the decoder
     except Exception as error:
         raise ValueError(f"{kind} {path} cannot be read: {error}") from error

@@ -1,7 +1,7 @@
 """Image inpainting (paper, sections 4.3 and 5.1; Table X)."""
 
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..models.discriminator import average_over_hole
-from .images import read_image
+from .images import ReadOptions, read_image, suggest_orientation
 from .masks import read_mask
 from .task import MakeOptimizer, MakeSchedule, Task, View, register_metrics
 
@@ -133,20 +133,33 @@ class Inpainting(Task):
         """Return the parameters of the generator and those of the discriminator, all with weight decay."""
         return [{"params": list(network.parameters())} for network in (self.model, self.discriminator)]
 
-    def read(self, path: Path, mask_path: Path | None, max_side: int, **mask_options: Any) -> tuple[Tensor, Tensor, int]:
+    def read(
+        self,
+        path: Path,
+        mask_path: Path | None,
+        max_side: int,
+        *,
+        invert: bool = False,
+        threshold: int | None = None,
+        **reading: Unpack[ReadOptions],
+    ) -> tuple[Tensor, Tensor, int]:
         """Read a photograph [3, H, W] in [0, 1] at its own size and its mask [1, H, W], 1 in the hole; return `max_side` with them.
 
-        `mask_options` are those of `read_mask`.
+        `invert` and `threshold` are those of `read_mask`, and `reading` is for both files.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing or cannot be used, or photograph and mask differ in size.
         """
         if mask_path is None:
             raise ValueError(f"{path} needs a mask")
-        image, mask = pil_to_tensor(read_image(path)).float() / 255, torch.from_numpy(read_mask(mask_path, **mask_options))
+        image = pil_to_tensor(read_image(path, **reading)).float() / 255
+        mask = torch.from_numpy(read_mask(mask_path, invert=invert, threshold=threshold, **reading))
         if mask.shape != image.shape[1:]:
             (height, width), (mask_height, mask_width) = image.shape[1:], mask.shape
-            raise ValueError(f"mask {mask_path} must have the size of {path}, {width} x {height} pixels, got {mask_width} x {mask_height}")
+            hint = suggest_orientation((height, width), (mask_height, mask_width), **reading)
+            raise ValueError(
+                f"mask {mask_path} must have the size of {path}, {width} x {height} pixels, got {mask_width} x {mask_height}{hint}"
+            )
         return image, mask[None].float(), max_side
 
     def predict(self, image: Tensor, mask: Tensor, max_side: int | None = None) -> Tensor:

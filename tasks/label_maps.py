@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 
 from .image_files import ImageFiles
-from .images import read_image
+from .images import ReadOptions, read_converted, read_image, suggest_orientation
 
 IGNORED = 255
 
@@ -25,6 +25,7 @@ class LabelMaps(ImageFiles):
         images, annotations: the files, in the same order; annotations are 8-bit grey or indexed, or have the colours of `palette`.
         classes: maps each label that the annotations may hold to a class, or to 255.
         palette: colours (red, green, blue) in 0..255 whose positions are the labels; None if the annotations hold labels.
+        reading: see `carafepp.tasks.images.ReadOptions`.
 
     Attributes:
         num_classes: the number of classes that labels are mapped to.
@@ -44,6 +45,7 @@ class LabelMaps(ImageFiles):
         transforms: Callable[[Tensor, Tensor], tuple] | None = None,
         seed: int = 0,
         palette: Sequence[Sequence[int]] | None = None,
+        **reading: Unpack[ReadOptions],
     ) -> None:
         if not all(isinstance(value, int) and 0 <= value <= 255 for pair in classes.items() for value in pair):
             raise ValueError(f"labels must map 0..255 to classes, or to {IGNORED}, got {dict(classes)}")
@@ -53,7 +55,7 @@ class LabelMaps(ImageFiles):
         present = {path for folder in {path.parent for path in annotations} if folder.is_dir() for path in folder.iterdir()}
         if missing := [path for path in annotations if path not in present]:
             raise FileNotFoundError(f"{len(missing)} of {len(images)} images have no annotation, the first is {missing[0]}")
-        super().__init__(transforms, seed, skip_damaged=False)
+        super().__init__(transforms, seed, skip_damaged=False, **reading)
         self.images, self.annotations = list(images), list(annotations)
         self.num_classes = 1 + max(value for value in classes.values() if value != IGNORED)
         # -1 marks labels that must not occur
@@ -66,12 +68,13 @@ class LabelMaps(ImageFiles):
 
     def read(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         """Read an image and its map."""
-        image = tv_tensors.Image(read_image(self.images[index]))
+        image = tv_tensors.Image(read_image(self.images[index], **self.reading))
         labels = self._labels(self.annotations[index])
         if image.shape[-2:] != labels.shape:
+            hint = suggest_orientation(tuple(image.shape[-2:]), tuple(labels.shape), **self.reading)
             raise ValueError(
                 f"image and annotation must have the same size, got (height, width) {tuple(image.shape[-2:])} of {self.images[index]} "
-                f"and {tuple(labels.shape)} of {self.annotations[index]}"
+                f"and {tuple(labels.shape)} of {self.annotations[index]}{hint}"
             )
         return image, tv_tensors.Mask(labels)
 
@@ -80,16 +83,12 @@ class LabelMaps(ImageFiles):
         return self.transforms(*sample)
 
     def _labels(self, path: Path) -> Tensor:
-        try:
-            with Image.open(path) as file:
-                mode, labels = file.mode, np.array(file if self.palette is None else file.convert("RGB"))
-        # what Pillow raises for damaged files depends on the decoder
-        except Exception as error:
-            raise ValueError(f"annotation {path} cannot be read: {error}") from error
+        file = read_converted(path, "annotation", lambda file: file if self.palette is None else file.convert("RGB"), **self.reading)
+        labels = np.array(file)
         if self.palette is not None:
             labels = self._find_colors(labels, path)
-        elif mode not in ("L", "P"):
-            raise ValueError(f"annotation {path} must be an 8-bit grey or indexed PNG, got mode {mode}; a palette reads colours")
+        elif file.mode not in ("L", "P"):
+            raise ValueError(f"annotation {path} must be an 8-bit grey or indexed PNG, got mode {file.mode}; a palette reads colours")
         mapped = self.table[torch.from_numpy(labels).long()]
         if mapped.min() < 0:
             valid = (self.table >= 0).nonzero()[:, 0].tolist()

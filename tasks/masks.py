@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .data import SizedDataset
-from .images import is_image, read_layer
+from .images import ReadOptions, is_image, read_layer
 from .keyed import split_key
 
 logger = logging.getLogger(__name__)
@@ -107,14 +107,23 @@ class MaskFiles:
 
     Args:
         folder: the folder.
-        invert, threshold: see `read_mask`.
+        invert, threshold, ignore_orientation, allow_huge: see `read_mask`.
 
     Raises:
         FileNotFoundError: the folder is missing or holds no image.
     """
 
-    def __init__(self, folder: str | Path, *, invert: bool = False, threshold: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        invert: bool = False,
+        threshold: int | None = None,
+        ignore_orientation: bool = False,
+        allow_huge: bool = False,
+    ) -> None:
         self.options: Any = {"invert": invert, "threshold": threshold}
+        self.options |= {"ignore_orientation": ignore_orientation, "allow_huge": allow_huge}
         folder = Path(folder)
         self.paths = sorted(path for path in folder.iterdir() if is_image(path)) if folder.is_dir() else []
         if not self.paths:
@@ -129,7 +138,7 @@ class MaskFiles:
         return hole
 
 
-def read_mask(path: str | Path, *, invert: bool = False, threshold: int | None = None) -> np.ndarray:
+def read_mask(path: str | Path, *, invert: bool = False, threshold: int | None = None, **reading: Unpack[ReadOptions]) -> np.ndarray:
     """Read a mask image -> [H, W] bool: white (255) is the hole, black (0) is known.
 
     In a layer, an image that is transparent except for strokes of one colour other than black, the strokes are the hole.
@@ -138,6 +147,7 @@ def read_mask(path: str | Path, *, invert: bool = False, threshold: int | None =
         path: the file.
         invert: whether black, or the part of a layer that is not painted, is the hole.
         threshold: the least grey value, or opacity of a layer, in 1..255, that counts as white; None allows only black and white.
+        reading: see `carafepp.tasks.images.ReadOptions`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -145,7 +155,7 @@ def read_mask(path: str | Path, *, invert: bool = False, threshold: int | None =
     """
     if threshold is not None and not 1 <= threshold <= 255:
         raise ValueError(f"threshold must be in 1..255, got {threshold}")
-    pixels = np.asarray(read_layer(path, "mask"))  # [H, W, 4]
+    pixels = np.asarray(read_layer(path, "mask", **reading))  # [H, W, 4]
     colors, opacity = pixels[..., :3], pixels[..., 3]
     if opacity.min(initial=255) == 255:
         values = _read_grey(colors, path, threshold)

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Unpack
 
 from PIL import Image
 
 from .image_files import ImageFiles
-from .images import read_image, walk_images
+from .images import ReadOptions, read_image, walk_images
 from .splits import check_split
 
 # Folders of a split: the first is that of the "easy directory" archive, the others those of the original archives.
@@ -23,7 +24,14 @@ class Places(ImageFiles):
         FileNotFoundError: the split's folder is missing or holds no image.
     """
 
-    def __init__(self, root: str | Path, split: str, transforms: Callable[[Image.Image], Image.Image] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        transforms: Callable[[Image.Image], Image.Image] | None = None,
+        seed: int = 0,
+        **reading: Unpack[ReadOptions],
+    ) -> None:
         check_split(split)
         folder = next((Path(root) / name for name in FOLDERS[split] if (Path(root) / name).is_dir()), None)
         if folder is None:
@@ -31,11 +39,11 @@ class Places(ImageFiles):
         self.names = sorted(walk_images(folder))
         if not self.names:
             raise FileNotFoundError(f"{folder} holds no images")
-        super().__init__(transforms, seed, skip_damaged=split == "train")
+        super().__init__(transforms, seed, skip_damaged=split == "train", **reading)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def read(self, index: int) -> tuple[Image.Image]:
         """Read a photograph."""
-        return (read_image(self.names[index]),)
+        return (read_image(self.names[index], **self.reading),)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 from torchvision.transforms.v2 import functional as F
 
 from .data import Data, SizedDataset, TrainBatches
-from .images import is_hidden, read_image
+from .images import ReadOptions, is_hidden, lift_size_limit, read_image
 from .keyed import keyed_rng
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -36,6 +36,7 @@ class Shards(IterableDataset):
         transforms: maps a PIL image to another; its randomness is a function of (seed, epoch, name of the sample).
         seed: fixes orders and transforms.
         buffer: the number of samples in the shuffling buffer.
+        ignore_orientation, allow_huge: see `carafepp.tasks.images.ReadOptions`.
 
     Raises:
         ModuleNotFoundError: webdataset is missing.
@@ -43,13 +44,21 @@ class Shards(IterableDataset):
     """
 
     def __init__(
-        self, shards: str, transforms: Callable[[Image.Image], Image.Image] | None = None, seed: int = 0, buffer: int = 2000
+        self,
+        shards: str,
+        transforms: Callable[[Image.Image], Image.Image] | None = None,
+        seed: int = 0,
+        buffer: int = 2000,
+        *,
+        ignore_orientation: bool = False,
+        allow_huge: bool = False,
     ) -> None:
         try:
             from webdataset.shardlists import expand_urls
         except ModuleNotFoundError:
             raise ModuleNotFoundError("shards need webdataset: pip install 'carafepp[shards]'", name="webdataset") from None
         self.names, self.transforms, self.seed, self.buffer = list(expand_urls(shards)), transforms, seed, buffer
+        self.reading: ReadOptions = {"ignore_orientation": ignore_orientation, "allow_huge": allow_huge}
         self.batches = self.start = 0
         self.batch_size = self.samples_a_shard = self.world_size = 1
         self.rank = 0
@@ -96,11 +105,12 @@ class Shards(IterableDataset):
             found = ", ".join(sorted(key for key in sample if not key.startswith("__")))
             raise ValueError(f"{where} must hold an image ({', '.join(IMAGES)}) and the number of its class (cls), got {found}")
         try:
-            image = read_image(io.BytesIO(data))
+            image = read_image(io.BytesIO(data), **self.reading)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         if self.transforms is not None:
-            with keyed_rng(self.seed, epoch, int.from_bytes(sample["__key__"].encode())):
+            key = int.from_bytes(sample["__key__"].encode())
+            with keyed_rng(self.seed, epoch, key), lift_size_limit(self.reading.get("allow_huge", False)):
                 image = self.transforms(image)
         return F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True), int(sample["cls"])
 

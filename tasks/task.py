@@ -103,8 +103,14 @@ class Task(L.LightningModule, ABC):
         """Return a context in which every image takes the largest possible number of operations; FLOPs are counted in this context."""
         return contextlib.nullcontext()
 
-    def read(self, path: Path, mask_path: Path | None, max_side: int, **mask_options: Any) -> tuple[Any, ...]:
-        """Read a photograph and, if the task takes one, its mask, with `mask_options`.
+    def read(self, path: Path, mask_path: Path | None, max_side: int, **options: Any) -> tuple[Any, ...]:
+        """Read a photograph and, if the task takes one, its mask.
+
+        Args:
+            path, mask_path: the files.
+            max_side: see below.
+            options: `carafepp.tasks.images.ReadOptions` and, if the task takes a mask, `invert` and `threshold` of
+                `carafepp.tasks.masks.read_mask`.
 
         Returns:
             The arguments of `predict`, `draw`, `view` and `show`; here one image [3, H, W] in [0, 1], its longer side at most `max_side`
@@ -113,7 +119,7 @@ class Task(L.LightningModule, ABC):
         Raises:
             FileNotFoundError, ValueError: a file is missing or cannot be used; the message names it.
         """
-        image = read_image(path)
+        image = read_image(path, **options)
         image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
         return (pil_to_tensor(image).float() / 255,)
 

@@ -247,6 +247,63 @@ def test_predict_fills_holes_and_keeps_the_rest(whole, photographs, max_side):
         assert (after[hole] != before[hole]).any()
 
 
+def predict(whole, photographs, mask, *options, image="odd.png"):
+    """Fill the hole of a photograph by the command; return the pixels before and after."""
+    out, path = photographs / "out", photographs / "photographs" / image
+    call("predict", f"hydra.run.dir={out}", f"checkpoint={whole}/last.ckpt", f"images={path}", f"masks={mask}", *options)
+    return np.asarray(Image.open(path).convert("RGB")), np.asarray(Image.open(out / f"{path.name}.png"))
+
+
+def test_inverted_soft_and_transparent_masks_on_the_command_line(whole, photographs):
+    hole = np.asarray(Image.open(photographs / "masks" / "odd.png")) > 0
+    soft = np.where(hole, 140, 60).astype(np.uint8)
+    layer = np.zeros((*hole.shape, 4), np.uint8)
+    layer[hole] = (255, 60, 0, 255)
+    for name, pixels, options in (
+        ("inverted", np.where(hole, 0, 255).astype(np.uint8), ["invert_masks=true"]),
+        ("soft", soft, ["mask_threshold=128"]),
+        ("soft_inverted", 255 - soft, ["mask_threshold=128", "invert_masks=true"]),
+        ("layer", layer, []),
+        ("layer_inverted", np.where(hole[..., None], 0, 255).astype(np.uint8).repeat(4, -1), ["invert_masks=true"]),
+    ):
+        Image.fromarray(pixels).save(photographs / f"{name}.png")
+        before, after = predict(whole, photographs, photographs / f"{name}.png", *options)
+        assert (after[~hole] == before[~hole]).all(), name
+        assert (after[hole] != before[hole]).any(1).mean() > 0.9, name
+    with pytest.raises(ValueError, match=r"soft.png must contain only black .* give a threshold"):
+        predict(whole, photographs, photographs / "soft.png")
+    with pytest.raises(ValueError, match=r"threshold must be in 1..255, got 300"):
+        predict(whole, photographs, photographs / "soft.png", "mask_threshold=300")
+
+
+def test_orientation_and_size_on_the_command_line(whole, photographs, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for folder in ("photographs", "masks"):
+        with Image.open(photographs / folder / "wide.png") as image:
+            image.save(photographs / folder / "side.png", exif=exif)
+    mask = photographs / "masks" / "side.png"
+    hole = np.asarray(Image.open(mask)) > 0
+    before, after = predict(whole, photographs, mask, "ignore_orientation=true", image="side.png")
+    assert after.shape == before.shape == (33, 150, 3)
+    assert (after[~hole] == before[~hole]).all()
+    before, turned = predict(whole, photographs, mask, image="side.png")
+    assert (turned[~np.rot90(hole, -1)] == np.rot90(before, -1)[~np.rot90(hole, -1)]).all()
+    upright = photographs / "masks" / "wide.png"
+    with pytest.raises(ValueError, match=r"must have the size of .*side.png, 33 x 150 pixels, got 150 x 33; .*ignore_orientation=true"):
+        predict(whole, photographs, upright, image="side.png")
+    assert (predict(whole, photographs, upright, "ignore_orientation=true", image="side.png")[1] == after).all()
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"wide.png is larger than Pillow allows .*; allow_huge=true reads it nonetheless"):
+        predict(whole, photographs, upright, image="wide.png")
+    out = photographs / "huge"
+    files = [f"images={photographs}/photographs/wide.png", f"masks={upright}", f"hydra.run.dir={out}"]
+    call("predict", f"checkpoint={whole}/last.ckpt", *files, "allow_huge=true")
+    assert Image.MAX_IMAGE_PIXELS == 1000
+    assert (out / "wide.png.png").exists()
+
+
 def test_filling_does_not_look_into_the_hole(photographs):
     torch.manual_seed(0)
     task = inpainting(GlobalLocal(4)).eval()
