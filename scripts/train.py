@@ -9,13 +9,12 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from ..tasks.pictures import Pictures
-from ..tasks.runs import LastCheckpoint, RandomState, RunRecord, write_atomically
+from ..tasks.runs import BestCheckpoint, LastCheckpoint, RandomState, RunRecord, write_atomically
 from .common.app import app
 from .common.arguments import parse_override
 from .common.checkpoints import check_last_checkpoint, drop_weight_paths
@@ -24,6 +23,7 @@ from .common.lightning_messages import silence_lightning
 from .common.options import read_options
 from .common.results import is_finished
 from .common.run_folders import is_first_process, lock_folder, read_config, record_failure
+from .common.run_length import RunLength, change_length
 from .common.trust import find_foreign
 
 
@@ -80,17 +80,17 @@ def check_resume(arguments: Sequence[str]) -> None:
             raise FileNotFoundError(f"resume={folder} is not a run folder: it has no config.yaml{hint}")
 
 
-def resume_run(folder: Path, trust: str | Iterable[str]) -> DictConfig:
-    """Read the configuration of a run to continue, which may contain only names that are in conf/ or in `trust`.
+def check_resume_overrides(overrides: Iterable[str]) -> None:
+    """Check that a resumed run keeps its own configuration, except for its length.
 
     Raises:
-        ValueError: the command line has other overrides, or the configuration contains other names.
+        ValueError: there are other overrides.
     """
-    if others := [o for o in HydraConfig.get().overrides.task if not o.startswith(("resume=", "trust="))]:
+    if others := [override for override in overrides if not override.startswith(("resume=", "trust=", "data.epochs="))]:
         raise ValueError(
-            f"resume= continues a run with its own configuration and takes no other override except trust=, got {' '.join(others)}"
+            "resume= continues a run with its own configuration and takes no other override except trust= and data.epochs=, "
+            f"got {' '.join(others)}"
         )
-    return read_config(folder, trust)
 
 
 def build_logger(cfg: DictConfig, folder: Path) -> Logger | bool:
@@ -125,9 +125,10 @@ def train(cfg: DictConfig, folder: Path) -> None:
     callbacks = [
         RunRecord(folder, cfg.log_every_n_steps, config),
         RandomState(),
-        LastCheckpoint(folder, cfg.checkpoint_every_n_steps),
-        ModelCheckpoint(folder, filename="best", monitor=task.monitor, mode=task.direction, enable_version_counter=False),
+        RunLength(folder, config),
         Pictures(folder),
+        BestCheckpoint(folder, task.monitor, task.direction),
+        LastCheckpoint(folder, cfg.checkpoint_every_n_steps),
     ]
     trainer = instantiate(
         cfg.trainer, callbacks=callbacks, logger=build_logger(cfg, folder), log_every_n_steps=cfg.log_every_n_steps, default_root_dir=folder
@@ -141,16 +142,21 @@ def train(cfg: DictConfig, folder: Path) -> None:
 def main(cfg: DictConfig) -> None:
     """Train in Hydra's output folder.
 
-    `resume=FOLDER` continues the run of that folder. A repeated sweep continues its unfinished runs.
+    `resume=FOLDER` continues the run of that folder, with `data.epochs=N` to another length. A repeated sweep continues its unfinished
+    runs.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     if not is_first_process():
         # only the first process reports progress; every process reports warnings and errors
         logging.disable(logging.INFO)
+    overrides, lengthens = HydraConfig.get().overrides.task, False
     with lock_folder(folder):
         if not OmegaConf.is_missing(cfg, "resume"):
-            trust = cfg.trust
-            cfg = resume_run(folder, trust)
+            check_resume_overrides(overrides)
+            trust, epochs = cfg.trust, OmegaConf.select(cfg, "data.epochs")
+            cfg = read_config(folder, trust)
+            if any(override.startswith("data.epochs=") for override in overrides):
+                lengthens = change_length(cfg, epochs, folder)
         elif is_job() and (folder / "config.yaml").exists():
             # the folder may contain the names of this command line
             trust = find_foreign(OmegaConf.to_container(cfg, resolve=True))
@@ -158,7 +164,7 @@ def main(cfg: DictConfig) -> None:
         else:
             cfg = start_run(cfg, folder)
             trust = find_foreign(read_options(cfg))
-        if is_finished(folder):
+        if is_finished(folder) and not lengthens:
             rank_zero_only(print)(f"{folder} is finished: see result.json")
             return
         if not shares_process():

@@ -1,11 +1,12 @@
 """Parameter groups and learning-rate schedules that torch does not have."""
 
+import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
 def group_parameters(model: nn.Module) -> list[dict]:
@@ -16,6 +17,17 @@ def group_parameters(model: nn.Module) -> list[dict]:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed, kept = ([p for p in trainable if (p.ndim > 1) == matrix] for matrix in (True, False))
     return [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+
+
+def fast_forward(schedule: LRScheduler, steps: int) -> None:
+    """Bring a new schedule, and the rates of its optimizer, to where they are after `steps` steps of a training."""
+    for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
+    with warnings.catch_warnings():
+        # the steps of the optimizer belong to an earlier process
+        warnings.filterwarnings("ignore", message=r".*`lr_scheduler\.step\(\)` before `optimizer\.step\(\)`")
+        for _ in range(steps):
+            schedule.step()
 
 
 def linear_scaling(

@@ -1,4 +1,4 @@
-"""The files of a run: metrics.csv, result.json, last.ckpt, and per_class.csv if the task scores its classes.
+"""The files of a run: metrics.csv, result.json, last.ckpt, best.ckpt, and per_class.csv if the task scores its classes.
 
 A checkpoint is written between two optimizer steps. Besides weights and optimizer it holds the position in the data, the states of the
 random generators and the rows of metrics.csv, so that a killed run continues exactly where it was.
@@ -20,6 +20,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -78,9 +79,42 @@ def count_flops(model: nn.Module, image: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-class LastCheckpoint(L.Callback):
+class BestCheckpoint(ModelCheckpoint):
+    """Callback that writes `folder`/best.ckpt after each validation whose score is the best of the run.
+
+    Of its state, a resumed run takes the score alone. Lightning also restores the paths in this state and deletes the files that they
+    name, which can be any files if the checkpoint is from elsewhere.
+
+    Args:
+        folder: the run folder.
+        monitor, direction: see `Task`.
+    """
+
+    def __init__(self, folder: str | Path, monitor: str, direction: str) -> None:
+        super().__init__(folder, filename="best", monitor=monitor, mode=direction, enable_version_counter=False)
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint: that of Lightning's class, as in checkpoints of version 0.1.0."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best score."""
+        return {"best_model_score": self.best_model_score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best score of a run whose best.ckpt is in the folder."""
+        score, path = state_dict["best_model_score"], self.format_checkpoint_name({})
+        if score is not None and Path(path).is_file():
+            self.best_model_score = self.kth_value = score
+            self.best_k_models = {path: score}
+            self.best_model_path = self.kth_best_model_path = path
+
+
+class LastCheckpoint(Checkpoint):
     """Callback that writes `folder`/last.ckpt every `every_n_steps` optimizer steps and after each validation.
 
+    Lightning calls it after `BestCheckpoint`, so that last.ckpt holds the best score when best.ckpt does.
     If a validation follows a step, the checkpoint is written after it, because Lightning does not repeat an interrupted validation.
     """
 

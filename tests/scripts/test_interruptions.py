@@ -16,27 +16,9 @@ from carafepp.scripts.common.results import is_finished
 from carafepp.scripts.common.run_folders import record_failure
 from carafepp.scripts.reporting import read_runs
 from commands import count_rows, find_processes
-from training import TINY, read_result
+from training import TASKS, TINY, read_result
 
 TRAIN = [sys.executable, "-P", "-m", "carafepp.scripts.train"]
-# small trainings of every task, in steps of milliseconds
-COMMON = [
-    "scale=small",
-    "log_every_n_steps=1",
-    "checkpoint_every_n_steps=2",
-    "trainer.enable_progress_bar=false",
-    "trainer.accelerator=cpu",
-]
-SCENES = ["data.train.length=40", "data.train.size=32", "data.val.length=4", "data.val.size=32", "data.val_batch_size=4"]
-TASKS = {
-    "segmentation": [*SCENES, "data.batch_size=4", "model.fpn_dim=8", "model.ppm_dim=4"],
-    "classification": [*SCENES, "data.batch_size=4", "task=classification"],
-    "detection": [*SCENES, "data.batch_size=4", "task=detection", "model.fpn_dim=8", "model.head_dim=8"],
-    "inpainting": [
-        *("task=inpainting", "data.train.images.length=40", "data.train.images.size=32", "data.val.images.length=4"),
-        *("data.val.images.size=32", "data.val_batch_size=4", "data.batch_size=4", "model.width=4", "task.discriminator.width=4"),
-    ],
-}
 
 
 def start(folder: Path, *arguments: str, **options: object) -> subprocess.Popen:
@@ -64,7 +46,7 @@ def interrupted(folder: Path, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "signum"), [*((task, signal.SIGTERM) for task in TASKS), ("segmentation", signal.SIGINT)])
 def test_interrupted_training_says_so_and_resumes_bit_identically(task, signum, tmp_path):
-    arguments = [*COMMON, *TASKS[task], "data.epochs=2"]
+    arguments = [*TASKS[task], "data.epochs=2"]
     folder = tmp_path / "run"
     process = start(tmp_path, *arguments, f"hydra.run.dir={folder}")
     wait_for_rows(process, folder, 6)

@@ -13,6 +13,7 @@ import yaml
 from carafepp.scripts.common.checkpoints import load_task
 from carafepp.scripts.common.run_folders import read_config
 from carafepp.scripts.common.trust import DOCUMENTED, check_config, find_foreign, known_targets, read_yaml
+from carafepp.tasks.runs import BestCheckpoint
 from commands import call, command_line, run_line
 from configurations import choices, compose_config
 from hydra.errors import InstantiationException
@@ -213,8 +214,42 @@ def test_own_modules_are_trusted_by_the_command_line(folder, monkeypatch):
 
 
 def test_resume_takes_no_other_override(folder):
-    with pytest.raises(ValueError, match="no other override except trust=, got seed=1"):
+    with pytest.raises(ValueError, match=r"no other override except trust= and data\.epochs=, got seed=1"):
         use("train", folder, "trust=torch.optim", "seed=1")
+
+
+def test_paths_in_a_checkpoint_delete_nothing(folder):
+    """Lightning deletes the file that the state of its callback names as the earlier best checkpoint, or the whole folder."""
+    other = folder.parent / "other"
+    other.mkdir()
+    (other / "victim").touch()
+    evil = f"{folder}/../other"
+    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+    (key,) = (key for key in checkpoint["callbacks"] if key.startswith("ModelCheckpoint"))
+    checkpoint["callbacks"][key] |= {
+        **dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), evil),
+        **{"dirpath": str(folder), "best_k_models": {evil: torch.tensor(-1.0)}, "kth_value": torch.tensor(-1.0)},
+    }
+    torch.save(checkpoint, folder / "last.ckpt")
+    # the state has an effect only if there is a best checkpoint
+    shutil.copy(folder / "last.ckpt", folder / "best.ckpt")
+    use("train", folder)
+    assert (other / "victim").exists()
+    assert read_result(folder)["steps"] == 20
+
+
+@pytest.mark.parametrize("place", ["best_model_path", "kth_best_model_path", "last_model_path", "dirpath", "best_k_models"])
+@pytest.mark.parametrize("evil", ["{}/../other/victim", "{}/..", "../victim", "/victim", "file:///victim", "memory://victim", "~"])
+def test_paths_in_the_state_of_the_best_checkpoint_are_not_restored(folder, place, evil):
+    (folder / "best.ckpt").touch()
+    callback, best = BestCheckpoint(folder, "val/top1", "max"), str(folder / "best.ckpt")
+    path, score = evil.format(folder), torch.tensor(0.5)
+    honest = {"best_model_score": score, "kth_value": score, "best_k_models": {best: score}, "last_model_path": "", "dirpath": str(folder)}
+    state = honest | {"best_model_path": best, "kth_best_model_path": best}
+    callback.load_state_dict(state | {place: {path: score} if place == "best_k_models" else path})
+    assert callback.best_k_models == {best: score}
+    assert (callback.best_model_path, callback.kth_best_model_path, callback.last_model_path) == (best, best, "")
+    assert (callback.dirpath, callback.kth_value) == (str(folder), score)
 
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))

@@ -16,6 +16,19 @@ TINY = [
     *(*ON_CPU, "trainer.val_check_interval=1.0"),
 ]
 
+COMMON = ["scale=small", "data.batch_size=4", "data.val_batch_size=4", "log_every_n_steps=1", "checkpoint_every_n_steps=2", *ON_CPU]
+SCENES = [*COMMON, "data.train.length=40", "data.train.size=32", "data.val.length=4", "data.val.size=32"]
+# small trainings of every task, in steps of milliseconds, 10 in an epoch
+TASKS = {
+    "segmentation": [*SCENES, "model.fpn_dim=8", "model.ppm_dim=4"],
+    "classification": [*SCENES, "task=classification"],
+    "detection": [*SCENES, "task=detection", "model.fpn_dim=8", "model.head_dim=8"],
+    "inpainting": [
+        *(*COMMON, "task=inpainting", "data.train.images.length=40", "data.train.images.size=32", "data.val.images.length=4"),
+        *("data.val.images.size=32", "model.width=4", "task.discriminator.width=4"),
+    ],
+}
+
 
 def train_in(folder: Path, *overrides: str) -> Path:
     """Run `carafepp-train` with these overrides in this process and in a new folder; return the folder."""
