@@ -58,6 +58,8 @@ def check_inputs(x: Tensor, weights: Tensor, spec: Spec, *, name: str = "logits"
     for argument, tensor in (("x", x), (name, weights)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{argument} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise TypeError(f"{argument} must be a dense tensor, got {'a nested one' if tensor.is_nested else f'layout {tensor.layout}'}")
         if tensor.dim() != 4:
             raise ValueError(f"{argument} must have 4 dimensions [N, C, H, W], got shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():

@@ -37,7 +37,7 @@ def reassemble(
 
     The operator is deterministic and differentiable to any order in both inputs. It accumulates half precision in float32. Autocast casts
     both inputs to its dtype. GPU and CPU kernels multiply whole tiles, including zero weights, so that an infinite or NaN feature can reach
-    targets near the windows that contain it.
+    targets near the windows that contain it; on a GPU, so can an infinite or NaN logit.
 
     Args:
         x: source features [N, C, H, W], float32, float16, bfloat16, or float64 (not on the Triton backend); any strides.

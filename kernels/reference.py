@@ -38,7 +38,9 @@ def normalize_backward(dweights: Tensor, weights: Tensor, logits: Tensor, normal
 
 def reassembly_kernels(logits: Tensor, spec: Spec, height: int, width: int) -> Tensor:
     """Turn logits [N, G * K * K * up**2, Hq, Wq] of a source `height` x `width` into normalised kernels [N, G, K * K, Ho, Wo]."""
-    logits = F.pixel_shuffle(logits, spec.up)  # [N, G * K * K, Hq * up, Wq * up]
+    # pixel shuffle, whose own backward refuses an empty batch
+    cells = logits.unflatten(1, (spec.groups * spec.taps, spec.up, spec.up)).permute(0, 1, 4, 2, 5, 3)  # [N, G * K * K, Hq, up, Wq, up]
+    logits = cells.flatten(4, 5).flatten(2, 3)  # [N, G * K * K, Hq * up, Wq * up]
     logits = logits[..., : spec.output_size(height), : spec.output_size(width)]  # a rational scale may cut the last cell
     return normalize(logits.unflatten(1, (spec.groups, spec.taps)), spec.normalizer)
 

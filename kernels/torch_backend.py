@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Spec
+from .geometry import LSE_NORMALIZERS, Spec
 from .reference import normalize, normalize_backward
 
 Index = tuple[EllipsisType, slice, slice]
@@ -49,16 +49,16 @@ def _scores(logits: Tensor, spec: Spec) -> Tensor:
     return F.logsigmoid(windows) if spec.normalizer == "sigmoid_normalized" else windows
 
 
-def _weights(logits: Tensor, lse: Tensor, spec: Spec) -> Tensor:
+def _weights(logits: Tensor, spec: Spec) -> Tensor:
     scores = _scores(logits, spec)
-    return (scores - lse[:, :, None]).exp_() if lse.numel() else normalize(scores, spec.normalizer)
+    return scores.softmax(2) if spec.normalizer in LSE_NORMALIZERS else normalize(scores, spec.normalizer)
 
 
 def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> None:
     """Fill y [N, C, Ho, Wo] and lse [N, G, up, up, Hq, Wq] from x and logits [N, G * K * K, up, up, Hq, Wq]."""
     if lse.numel():
         torch.logsumexp(_scores(logits, spec), dim=2, out=lse)
-    weights = _weights(logits, lse, spec)
+    weights = _weights(logits, spec)
     source = x.unflatten(1, (spec.groups, -1))
     # the sums of a sub-pixel are contiguous: adding to its strided view of y takes twice the time
     total = weights.new_empty(*source.shape[:3], *logits.shape[4:])  # [N, G, C / G, Hq, Wq]
@@ -71,8 +71,8 @@ def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> No
 
 
 def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, spec: Spec) -> None:
-    """Fill dx and dlogits, except those that are None."""
-    weights = _weights(logits, lse, spec)
+    """Fill dx and dlogits, except those that are None. The weights are computed again, because the log-sum-exp has rounding errors."""
+    weights = _weights(logits, spec)
     source = x.unflatten(1, (spec.groups, -1))
     dsource = None
     if dx is not None:

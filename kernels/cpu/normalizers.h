@@ -23,19 +23,23 @@ template <class T> inline Vector<T> exp_score(Vector<T> logit, Vector<T> referen
     return exponential<T>(minimum(logit, T(0)) - reference) / (exponential<T>(logit > T(0) ? -logit : logit) + T(1));
 }
 
-// Reads the logits of the tile's cells, and those of the cells around it whose weights dsource sums. A rational scale cuts the last cell;
-// with `cut`, its sub-pixels beyond the output get weight 0.
+// Restricts a map of a sub-pixel to the cells where it has an output: a rational scale cuts the last cell.
+template <class S> inline MapView<S> cut_map(MapView<S> map, const Problem& problem, Index sub) {
+    map.height = ceil_div(std::max<Index>(0, problem.output_rows() - sub / problem.up), problem.up);
+    map.width = ceil_div(std::max<Index>(0, problem.output_columns() - sub % problem.up), problem.up);
+    return map;
+}
+
+// Reads the logits of the tile's cells, and those of the cells around it whose weights dsource sums. With `cut`, sub-pixels without an
+// output get weight 0.
 template <class S, class T> void read_logits(const Task& task, const Planes<T>& weights, bool cut) {
     const Problem& problem = task.problem;
     // the logit of a cell outside the map, which becomes a weight of 0
     const T fill = problem.normalizer == NONE ? T(0) : -std::numeric_limits<T>::infinity();
     for (Index tap = 0; tap < problem.taps(); ++tap)
         for (Index sub = 0; sub < problem.subs(); ++sub) {
-            MapView<const S> map = view_logits<const S>(task, task.call.logits, problem.taps(), tap, sub);
-            if (cut) {
-                map.height = ceil_div(std::max<Index>(0, problem.output_rows() - sub / problem.up), problem.up);
-                map.width = ceil_div(std::max<Index>(0, problem.output_columns() - sub % problem.up), problem.up);
-            }
+            const MapView<const S> whole = view_logits<const S>(task, task.call.logits, problem.taps(), tap, sub);
+            const MapView<const S> map = cut ? cut_map(whole, problem, sub) : whole;
             read_map(task, map, task.weight_reach(sub, tap), fill, weights.at(tap, sub), weights.plane);
         }
 }
@@ -137,7 +141,8 @@ template <class S, class T> void normalize_backward(const Task& task, const Scra
     T* logits = scratch.spare.data;
     for (Index tap = 0; tap < taps; ++tap)
         for (Index sub = 0; sub < problem.subs(); ++sub) {
-            read_map(task, view_logits<const S>(task, task.call.logits, taps, tap, sub), Reach{}, T(0), logits, scratch.spare.plane);
+            const MapView<const S> map = cut_map(view_logits<const S>(task, task.call.logits, taps, tap, sub), problem, sub);
+            read_map(task, map, Reach{}, T(0), logits, scratch.spare.plane);
             T* gradients = dweights.at(tap, sub);
             for (Index f = 0; f < end; f += LANES<T>) store(gradients + f, load(gradients + f) * sigmoid<T>(-load(logits + f)));
         }
@@ -148,10 +153,13 @@ template <class T> void write_lse(const Task& task, const Planes<T>& lse) {
     for (Index sub = 0; sub < task.problem.subs(); ++sub)
         write_map(task, lse.at(0, sub), lse.plane, view_logits<T>(task, task.call.lse, 1, 0, sub));
 }
+// A NaN of a sub-pixel without an output must not reach dx through a weight that is otherwise 0.
 template <class T> void read_lse(const Task& task, const Planes<T>& lse) {
     const Reach reach = task.reach(task.layout.lse);
-    for (Index sub = 0; sub < task.problem.subs(); ++sub)
-        read_map(task, view_logits<const T>(task, task.call.lse, 1, 0, sub), reach, T(0), lse.at(0, sub), lse.plane);
+    for (Index sub = 0; sub < task.problem.subs(); ++sub) {
+        const MapView<const T> map = cut_map(view_logits<const T>(task, task.call.lse, 1, 0, sub), task.problem, sub);
+        read_map(task, map, reach, T(0), lse.at(0, sub), lse.plane);
+    }
 }
 
 // Writes dlogits.

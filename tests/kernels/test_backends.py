@@ -114,10 +114,8 @@ def test_gradients_keep_the_memory_format_of_their_inputs(backend, device):
 def test_an_empty_batch_has_empty_results(backend, device):
     x, logits, dy = random_inputs(0, 8, 5, 6, Spec(3, up=2), device=device)
     assert reassemble(x, logits, kernel_size=3, up=2, backend=backend).shape == (0, 8, 10, 12)
-    # the backward of PyTorch's pixel_shuffle refuses an empty batch
-    if backend != "reference":
-        results = differentiate(reassemble, x, logits, dy, kernel_size=3, up=2, backend=backend)
-        assert (results["dx"].shape, results["dlogits"].shape) == (x.shape, logits.shape)
+    results = differentiate(reassemble, x, logits, dy, kernel_size=3, up=2, backend=backend)
+    assert (results["dx"].shape, results["dlogits"].shape) == (x.shape, logits.shape)
 
 
 def test_runs_repeat_bit_for_bit(backend, device):
@@ -154,6 +152,40 @@ def test_a_logit_that_is_no_number_spoils_its_own_target_alone(backend):
     wrong = reassemble(x, logits, kernel_size=3, backend=backend).isnan()
     assert wrong[..., 1, 1].all()
     assert wrong.sum() == wrong[..., 1, 1].sum()
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid_normalized"])
+def test_a_logit_without_an_output_spoils_nothing(normalizer, backend, device):
+    """A rational scale cuts the last cells: logits of their sub-pixels without an output have no effect on outputs and on dx."""
+    spec = Spec(3, up=4, down=5, normalizer=normalizer)
+    x, logits, dy = random_inputs(1, 4, 6, 6, spec, device=device)
+    expected = differentiate(reassemble, x, logits, dy, backend=backend, **spec._asdict())
+    # outputs 0 to 4 of 8: the second cell has one
+    logits.unflatten(1, (9, 4, 4))[:, :, 3, 3, 1, 1] = torch.nan
+    actual = differentiate(reassemble, x, logits, dy, backend=backend, **spec._asdict())
+    for name in ("y", "dx"):
+        torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"], indirect=True)
+def test_an_infinite_logit_does_not_vanish_outside_the_map(backend):
+    """Its window has no softmax, although the tap itself would read a zero of the padding."""
+    x, logits, dy = random_inputs(1, 4, 5, 5, Spec(3))
+    logits[0, 0, 0, 0] = torch.inf
+    results = differentiate(reassemble, x, logits, dy, kernel_size=3, backend=backend)
+    assert results["y"][..., 0, 0].isnan().all()
+    assert results["y"].isnan().sum() == 4
+    assert results["dlogits"][..., 0, 0].isnan().all()
+    assert results["dlogits"].isnan().sum() == 9
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"], indirect=True)
+def test_large_equal_logits_share_the_weight(backend):
+    """The log-sum-exp of logits of 1e9 is rounded to 1e9, which would give every weight the value 1."""
+    x, dy = torch.randn(2, 1, 8, 5, 5)
+    results = differentiate(reassemble, x, torch.full((1, 9, 5, 5), 1e9), dy, kernel_size=3, backend=backend)
+    expected = differentiate(reassemble, x, torch.zeros(1, 9, 5, 5), dy, kernel_size=3, backend=backend)
+    torch.testing.assert_close(results, expected)
 
 
 def test_forward_saves_inputs_and_one_number_per_window(backend, device):

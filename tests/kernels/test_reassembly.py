@@ -28,6 +28,9 @@ X, LOGITS, _ = random_inputs(1, 8, 5, 6, Spec(3, up=2))
         (X.numpy(), LOGITS, {}, TypeError, r"x must be a tensor, got ndarray"),
         (X.long(), LOGITS, {}, TypeError, r"x must be of a floating-point dtype, got torch\.int64"),
         (X, LOGITS.double(), {}, TypeError, r"same dtype, got torch\.float32 and torch\.float64"),
+        (X.to_sparse(), LOGITS, {}, TypeError, r"x must be a dense tensor, got layout torch\.sparse_coo"),
+        (X, LOGITS.to_mkldnn(), {}, TypeError, r"logits must be a dense tensor, got layout torch\._mkldnn"),
+        (torch.nested.nested_tensor([X[0]]), LOGITS, {}, TypeError, r"x must be a dense tensor, got a nested one"),
         (X, LOGITS.to("meta"), {}, ValueError, r"same device, got cpu and meta"),
     ],
 )
