@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ..tasks.runs import write_atomically, write_csv
+from ..tasks.runs import write_atomically, write_classes
 from ..tasks.task import Task
 from .common.app import app
 from .common.checkpoints import configure_data, load_task
@@ -37,7 +37,7 @@ def load_published(experiment: str, weights: str | Path, options: DictConfig) ->
 
 @app("eval")
 def main(cfg: DictConfig) -> None:
-    """Validate a checkpoint; write its scores to eval.json and, for tasks that have them, the scores of each class to per_class.csv."""
+    """Validate a checkpoint; write its scores to eval.json, and those of each class, if any, to per_class.csv and per_class.png."""
     silence_lightning()
     if cfg.published:
         task, run = load_published(cfg.published, cfg.checkpoint, OmegaConf.masked_copy(cfg, ["task", "data"]))
@@ -52,7 +52,7 @@ def main(cfg: DictConfig) -> None:
         return
     write_atomically(folder / "eval.json", json.dumps({"checkpoint": str(cfg.checkpoint), "metrics": scores}, indent=2) + "\n")
     if task.per_class:
-        write_csv(folder / "per_class.csv", task.per_class)
+        write_classes(folder, task.per_class)
         for row in task.per_class:
             print("".join(f"{format_value(value):24s}" for value in row.values()).rstrip())
     for name, value in scores.items():

@@ -1,4 +1,4 @@
-"""The files of a run: metrics.csv, result.json, last.ckpt, best.ckpt, and per_class.csv if the task scores its classes.
+"""The files of a run: metrics.csv, result.json, last.ckpt, best.ckpt, and per_class.csv and per_class.png if the task scores its classes.
 
 A checkpoint is written between two optimizer steps. Besides weights and optimizer it holds the position in the data, the states of the
 random generators and the rows of metrics.csv, so that a killed run continues exactly where it was.
@@ -23,7 +23,9 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.utils import save_image
 
+from .class_pictures import draw_scores
 from .data import get_data
 from .task import Task
 
@@ -55,6 +57,14 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     table.writeheader()
     table.writerows({name: neutralize_formula(value) for name, value in row.items()} for row in rows)
     write_atomically(path, text.getvalue())
+
+
+def write_classes(folder: Path, rows: list[dict]) -> None:
+    """Write the scores of the classes, see `Task.per_class`, as a table to per_class.csv and as a picture to per_class.png."""
+    write_csv(folder / "per_class.csv", rows)
+    temporary = folder / f".per_class.png.{os.getpid()}"
+    save_image(draw_scores(rows), temporary, format="png")
+    temporary.replace(folder / "per_class.png")
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -223,7 +233,7 @@ class RunRecord(L.Callback):
             assert isinstance(pl_module, Task)
             self._add(trainer, "val/", {})
             if trainer.is_global_zero and pl_module.per_class:
-                write_csv(self.folder / "per_class.csv", pl_module.per_class)
+                write_classes(self.folder, pl_module.per_class)
 
     def _add(self, trainer: L.Trainer, prefix: str, more: dict) -> None:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}

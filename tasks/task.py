@@ -64,7 +64,8 @@ class Task(L.LightningModule, ABC):
         bench_size: height and width in pixels of the image that `carafepp-bench models` measures the network on.
         flops_size: height and width in pixels of the image for which the FLOPs of a run are counted; None means the size of the first
             validation image.
-        per_class: rows of the last validation, one for each class, for per_class.csv; empty if the task has no scores of classes.
+        per_class: rows of the last validation, one for each class, for per_class.csv and per_class.png: the name, the scores as fractions
+            (None without a score), and counts as integers. It is empty if the task has no scores of classes.
     """
 
     monitor: ClassVar[str]

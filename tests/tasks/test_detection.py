@@ -1,6 +1,7 @@
 """Detection: the paper's protocol on files in COCO's format, exact resumption, scores by several processes, pictures of any size."""
 
 import contextlib
+import csv
 import io
 import json
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 from carafepp.models.detection import MaskRCNN
 from carafepp.models.resnet import tiny
 from carafepp.scripts.train import train
+from carafepp.tasks.class_pictures import draw_scores
 from carafepp.tasks.coco import COCO
 from carafepp.tasks.coco_eval import SCORES
 from carafepp.tasks.data import Data
@@ -21,10 +23,12 @@ from carafepp.tasks.runs import count_flops
 from carafepp.tasks.scenes import Scenes
 from coco_files import NAMES, SIZES, content, write
 from omegaconf import OmegaConf
+from PIL import Image
 from pycocotools.coco import COCO as Reader
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.optim.lr_scheduler import PolynomialLR
+from torchvision.transforms.v2.functional import pil_to_tensor
 from training import read_result, train_in
 
 TINY = ["task=detection", "model=mask_rcnn", "model.fpn_dim=8", "model.head_dim=16", "model.box_batch_size_per_image=8"]
@@ -94,6 +98,12 @@ def test_protocol_runs_on_coco_files(tmp_path):
         scores = {key: value for key, value in found["metrics"].items() if key.startswith(f"val/{name}_")}
         assert scores == pytest.approx(expected, rel=1e-6)
     assert (folder / "pictures.png").exists()
+    rows = list(csv.DictReader((folder / "per_class.csv").read_text().splitlines()))
+    assert [(row["class"], row["objects"]) for row in rows] == [("car", "2"), ("cat", "1"), ("brush", "1")]
+    for row in rows:
+        row |= {"box_AP": float(row["box_AP"]), "mask_AP": float(row["mask_AP"]), "objects": int(row["objects"])}
+    with Image.open(folder / "per_class.png") as picture:
+        assert torch.equal(pil_to_tensor(picture), (255 * draw_scores(rows)).round().byte())
 
 
 def test_training_that_was_cut_off_continues_bit_identically(tmp_path, monkeypatch):

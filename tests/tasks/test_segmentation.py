@@ -214,6 +214,7 @@ def test_two_processes_score_as_one(trained, tmp_path):
     assert json.loads((tmp_path / "eval" / "eval.json").read_text())["metrics"] == read_result(trained)["metrics"]
     table = (tmp_path / "eval" / "per_class.csv").read_text()
     assert table == (trained / "per_class.csv").read_text()
+    assert (tmp_path / "eval" / "per_class.png").read_bytes() == (trained / "per_class.png").read_bytes()
     assert sum(int(row["pixels"]) for row in csv.DictReader(table.splitlines())) == 7 * 32 * 32
     # every class is printed with its score
     assert [line.split()[0] for line in done.stdout.splitlines()[:11]] == ["background", *map(str, range(10))]
