@@ -17,9 +17,25 @@ from .keyed import keyed_rng
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 
+# Labels are tensors of 64 bits.
+LARGEST_LABEL = 2**63 - 1
+
 
 def _is_visible(name: str) -> bool:
     return not any(is_hidden(part) for part in name.split("/"))
+
+
+def _read_shard(name: str) -> Iterator[dict]:
+    """Yield the samples of a shard; names in the archive are only keys, and links in it are ignored."""
+    from webdataset.tariterators import tarfile_samples
+
+    try:
+        yield from tarfile_samples(iter([{"url": name}]), select_files=_is_visible)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"shard {name} does not exist") from None
+    # what is raised for damaged archives depends on their compression; webdataset adds to the arguments
+    except Exception as error:
+        raise ValueError(f"shard {name} cannot be read: {error.args[0] if error.args else error}") from error
 
 
 class Shards(IterableDataset):
@@ -36,11 +52,13 @@ class Shards(IterableDataset):
         transforms: maps a PIL image to another; its randomness is a function of (seed, epoch, name of the sample).
         seed: fixes orders and transforms.
         buffer: the number of samples in the shuffling buffer.
+        classes: the number of classes; None allows any label.
         ignore_orientation, allow_huge: see `carafepp.tasks.images.ReadOptions`.
 
     Raises:
         ModuleNotFoundError: webdataset is missing.
-        ValueError: there are fewer shards than readers, or an image or a label cannot be read; the message then names shard and sample.
+        ValueError: there are fewer shards than readers, a shard is damaged, or an image or a label cannot be used; the message then names
+            shard and sample.
     """
 
     def __init__(
@@ -49,6 +67,7 @@ class Shards(IterableDataset):
         transforms: Callable[[Image.Image], Image.Image] | None = None,
         seed: int = 0,
         buffer: int = 2000,
+        classes: int | None = None,
         *,
         ignore_orientation: bool = False,
         allow_huge: bool = False,
@@ -58,6 +77,7 @@ class Shards(IterableDataset):
         except ModuleNotFoundError:
             raise ModuleNotFoundError("shards need webdataset: pip install 'carafepp[shards]'", name="webdataset") from None
         self.names, self.transforms, self.seed, self.buffer = list(expand_urls(shards)), transforms, seed, buffer
+        self.classes = classes
         self.reading: ReadOptions = {"ignore_orientation": ignore_orientation, "allow_huge": allow_huge}
         self.batches = self.start = 0
         self.batch_size = self.samples_a_shard = self.world_size = 1
@@ -81,15 +101,13 @@ class Shards(IterableDataset):
 
     def _samples(self, reader: int, readers: int, batches_read: int) -> Iterator[tuple[Tensor, int]]:
         from webdataset.filters import shuffle
-        from webdataset.tariterators import tarfile_samples
 
         shards_read = int(batches_read * self.batch_size / self.samples_a_shard)
         epoch, skipped = divmod(shards_read, len(self.names[reader::readers]))
         while True:
             names = list(self.names)
             random.Random(hash((self.seed, epoch))).shuffle(names)
-            urls = ({"url": name} for name in names[reader::readers][skipped:])
-            stream = tarfile_samples(urls, select_files=_is_visible)
+            stream = (sample for name in names[reader::readers][skipped:] for sample in _read_shard(name))
             empty = True
             for sample in shuffle(self.buffer, rng=random.Random(hash((self.seed, epoch, reader))))(stream):
                 empty = False
@@ -104,6 +122,11 @@ class Shards(IterableDataset):
         if data is None or not sample.get("cls", b"").strip().isdigit():
             found = ", ".join(sorted(key for key in sample if not key.startswith("__")))
             raise ValueError(f"{where} must hold an image ({', '.join(IMAGES)}) and the number of its class (cls), got {found}")
+        label = int(sample["cls"].strip()[:20])
+        if label >= (self.classes or LARGEST_LABEL + 1):
+            raise ValueError(
+                f"{where} has the class {label}, classes must be in 0..{(self.classes or LARGEST_LABEL + 1) - 1} (num_classes)"
+            )
         try:
             image = read_image(io.BytesIO(data), **self.reading)
         except ValueError as error:
@@ -112,7 +135,7 @@ class Shards(IterableDataset):
             key = int.from_bytes(sample["__key__"].encode())
             with keyed_rng(self.seed, epoch, key), lift_size_limit(self.reading.get("allow_huge", False)):
                 image = self.transforms(image)
-        return F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True), int(sample["cls"])
+        return F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True), label
 
 
 class ShardData(Data):

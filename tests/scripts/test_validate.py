@@ -5,8 +5,9 @@ import json
 import pytest
 from carafepp.scripts.validate import find_files, find_problems
 from coco_files import content, write
-from commands import run_command
+from commands import call, run_command
 from omegaconf import OmegaConf
+from PIL import Image
 
 
 def test_problems_are_listed_and_counted(tmp_path):
@@ -48,6 +49,27 @@ def test_one_file_without_problems(tmp_path, capsys):
 def test_what_is_missing_is_said(given, error, message):
     with pytest.raises(error, match=message):
         find_files(settings(**given))
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "inside/../../secret.jpg", "{folder}/secret.jpg"])
+def test_files_outside_the_folder_are_not_opened(tmp_path, capsys, monkeypatch, name):
+    made = content()
+    folder = tmp_path / "root"
+    made["images"][0]["file_name"] = name.format(folder=folder)
+    write(folder, made)
+    (folder / "val2017" / "000000000139.jpg").rename(folder / "secret.jpg")
+    (folder / "val2017" / "inside").mkdir()
+    opened = []
+    decode = Image.open
+    monkeypatch.setattr(Image, "open", lambda path, *options: (opened.append(str(path)), decode(path, *options))[1])
+    options = [f"annotations={folder}/annotations/instances_val2017.json", f"images={folder}/val2017"]
+    with pytest.raises(SystemExit):
+        call("validate", *options)
+    assert "1 x file_name leaves the image folder: training does not begin" in capsys.readouterr().out
+    assert len(opened) == 3
+    assert not any("secret" in path for path in opened)
+    call("validate", *options, "allow_outside=true")
+    assert any("secret" in path for path in opened)
 
 
 def test_file_that_is_cut_off_is_named(tmp_path):

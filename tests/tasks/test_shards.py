@@ -1,7 +1,11 @@
 """Training from WebDataset shards."""
 
+import gzip
 import io
+import itertools
+import pickle
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -99,6 +103,11 @@ def test_wrong_shards_are_named(shards, tmp_path):
     for name, parts, message in (
         ("unlabelled", {"jpg": jpeg(3)}, r"sample unlabelled of shard .*a\.tar must hold an image .* got jpg"),
         ("damaged", {"jpg": jpeg(3)[:100], "cls": b"1"}, r"sample damaged of shard .*a\.tar: image .* cannot be read"),
+        ("empty", {"jpg": b"", "cls": b"1"}, r"sample empty of shard .*a\.tar: image .* cannot be read"),
+        ("word", {"jpg": jpeg(3), "cls": b"cat"}, r"sample word of shard .*a\.tar must hold .* number of its class \(cls\)"),
+        ("negative", {"jpg": jpeg(3), "cls": b"-1"}, r"sample negative of shard .*a\.tar must hold .* number of its class \(cls\)"),
+        ("large", {"jpg": jpeg(3), "cls": b"9" * 19}, r"sample large of shard .*a\.tar has the class 9{19}, classes must be in 0..9223"),
+        ("larger", {"jpg": jpeg(3), "cls": b"9" * 5000}, r"sample larger of shard .*a\.tar has the class 9{20}, classes"),
     ):
         write_shard(tmp_path / "a.tar", [(name, parts)])
         with pytest.raises(ValueError, match=message):
@@ -106,6 +115,66 @@ def test_wrong_shards_are_named(shards, tmp_path):
     write_shard(tmp_path / "empty.tar", [])
     with pytest.raises(ValueError, match=r"empty\.tar hold no sample"):
         next(iter(loader(f"{tmp_path}/empty.tar")))
+
+
+def test_labels_beyond_the_classes_are_named(tmp_path):
+    write_shard(tmp_path / "a.tar", [("a", {"jpg": jpeg(3), "cls": b"24"})])
+    with pytest.raises(ValueError, match=r"sample a of shard .*a\.tar has the class 24, classes must be in 0..23 \(num_classes\)"):
+        next(Shards(f"{tmp_path}/a.tar", classes=24)._samples(0, 1, 0))
+    assert next(Shards(f"{tmp_path}/a.tar", classes=25)._samples(0, 1, 0))[1] == 24
+    assert next(Shards(f"{tmp_path}/a.tar")._samples(0, 1, 0))[1] == 24
+
+
+def test_damaged_shards_are_named(shards, tmp_path):
+    content = Path(shards.replace("{0..3}", "0")).read_bytes()
+    with gzip.open(tmp_path / "a.tar.gz", "wb") as file:
+        file.write(content)
+    compressed = (tmp_path / "a.tar.gz").read_bytes()
+    for name, data in (
+        ("cut", content[:800]),
+        ("empty", b""),
+        ("junk", b"junk" * 1000),
+        ("cut.gz", compressed[: len(compressed) // 2]),
+        ("broken.gz", compressed[:40] + bytes(100) + compressed[140:]),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"shard .*{name} cannot be read: "):
+            list(Shards(f"{tmp_path}/{name}")._samples(0, 1, 0))
+    with pytest.raises(FileNotFoundError, match=r"shard .*missing.tar does not exist"):
+        next(Shards(f"{tmp_path}/missing.tar")._samples(0, 1, 0))
+    write_shard(tmp_path / "twice.tar", [("a", {"jpg": jpeg(3), "cls": b"1"})] * 2)
+    with pytest.raises(ValueError, match=r"shard .*twice.tar cannot be read: .*duplicate"):
+        next(Shards(f"{tmp_path}/twice.tar")._samples(0, 1, 0))
+
+
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_names_links_and_pickles_in_shards_reach_no_file(tmp_path):
+    """A shard is a stream of samples: nothing is unpacked, links are not followed, and other contents are not loaded."""
+    (tmp_path / "shards" / "inside").mkdir(parents=True)
+    (tmp_path / "secret.jpg").write_bytes(jpeg(99))
+    path, parts = tmp_path / "shards" / "inside" / "a.tar", {"jpg": jpeg(7), "cls": b"1"}
+    harmful = pickle.dumps(Harmful(tmp_path / "written"))
+    names = ["../../up", f"{tmp_path}/absolute", "a/../../../up", "~/home", "bell\a\nline", "x" * 5000]
+    write_shard(path, [(name, parts) for name in names] + [("a", parts | dict.fromkeys(("pyd", "pkl", "pth", "npy", "json"), harmful))])
+    with tarfile.open(path, "a") as archive:
+        kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
+        for number, kind in enumerate(kinds):
+            member = tarfile.TarInfo(f"link{number}.jpg")
+            member.type, member.linkname = kind, str(tmp_path / "secret.jpg")
+            archive.addfile(member)
+    before = sorted(tmp_path.rglob("*"))
+    samples = list(itertools.islice(Shards(str(path))._samples(0, 1, 0), 2 * len(names) + 2))
+    assert {round(255 * image.mean().item()) for image, _ in samples} == {7}
+    assert sorted(tmp_path.rglob("*")) == before
+    assert pickle.loads(harmful) is None, "the pickle must be harmful for this test to say anything"
+    assert (tmp_path / "written").exists()
 
 
 def test_training_from_shards(shards, tmp_path):
