@@ -39,12 +39,16 @@ def find_masks(path: Path, images: list[Path]) -> list[Path]:
 
     Raises:
         FileNotFoundError: the path does not exist, or an image has no mask.
+        ValueError: an image has two masks.
     """
     if path.is_file():
         return [path] * len(images)
     if not path.is_dir():
         raise FileNotFoundError(f"masks={path} does not exist; give a mask image (white is the hole), or a folder with one for each image")
-    named = {mask.stem: mask for mask in sorted(path.iterdir()) if is_image(mask)}
+    named: dict[str, Path] = {}
+    for mask in sorted(path.iterdir()):
+        if is_image(mask) and (other := named.setdefault(mask.stem, mask)) != mask:
+            raise ValueError(f"masks={path} has two masks for the same images, {other.name} and {mask.name}: delete one")
     if missing := [image for image in images if image.stem not in named]:
         raise FileNotFoundError(f"masks={path} has no mask for {len(missing)} of {len(images)} images: {missing[0].stem}.png is missing")
     return [named[image.stem] for image in images]

@@ -1,5 +1,6 @@
 """ADE20K in the layout of ADEChallengeData2016: images/ and annotations/, each with training/ and validation/."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
@@ -37,7 +38,7 @@ class ADE20K(LabelMaps):
 
     Raises:
         FileNotFoundError: a folder is missing or empty.
-        ValueError: `split` or `classes` is out of its domain.
+        ValueError: `split` or `classes` is out of its domain, or two images have the same name except for its suffix.
     """
 
     def __init__(
@@ -61,6 +62,9 @@ class ADE20K(LabelMaps):
         paths = sorted(path for path in images.iterdir() if is_image(path))
         if not paths:
             raise FileNotFoundError(f"{images} holds no images")
+        stems = Counter(path.stem for path in paths)
+        if repeated := [path.name for path in paths if stems[path.stem] > 1]:
+            raise ValueError(f"{images} has several images for one annotation: {', '.join(repeated[:4])}")
         if labels is None and palette is not None:
             labels = {label: label for label in range(len(palette))}
         if labels is None:

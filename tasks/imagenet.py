@@ -9,7 +9,7 @@ from typing import Unpack
 from PIL import Image
 
 from .image_files import ImageFiles
-from .images import ReadOptions, is_hidden, is_image, read_image, walk_images
+from .images import ReadOptions, is_folder, is_hidden, is_image, read_image, walk_images
 from .splits import check_split
 
 logger = logging.getLogger(__name__)
@@ -28,9 +28,9 @@ def find_classes(folder: Path) -> list[str]:
         FileNotFoundError: there is no folder of a class.
     """
     with os.scandir(folder) as entries:
-        found = [(entry.name, entry.is_dir()) for entry in entries if not is_hidden(entry.name)]
-    classes = sorted(name for name, is_folder in found if is_folder)
-    loose = [name for name, is_folder in found if not is_folder and is_image(Path(name))]
+        found = [(entry.name, is_folder(entry)) for entry in entries if not is_hidden(entry.name)]
+    classes = sorted(name for name, holds_images in found if holds_images)
+    loose = [name for name, holds_images in found if not holds_images and is_image(Path(name))]
     if not classes and loose:
         raise FileNotFoundError(
             f"{folder} holds {len(loose)} images and no folder for each class: move each image into the folder of its class. "
@@ -74,7 +74,7 @@ class ImageNet(ImageFiles):
             (path, label)
             for label, name in enumerate(self.class_names)
             # the order of torchvision's ImageFolder: the images of a folder come before those of its folders
-            for path in sorted(walk_images(root / split / name, follow_links=True), key=os.path.split)
+            for path in sorted(walk_images(root / split / name), key=os.path.split)
         ]
         if empty := sorted(set(range(len(self.class_names))) - {label for _, label in self.samples}):
             raise FileNotFoundError(f"{len(empty)} folders of classes in {root / split} hold no image: {self.class_names[empty[0]]}")

@@ -9,8 +9,9 @@ from typing import BinaryIO, TypedDict, Unpack
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+from PIL.ImageFile import ImageFile
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".avif", ".jp2")
 
 # Folders that file systems, archives and photo servers leave behind; some hold copies of the images.
 FOREIGN_FOLDERS = ("__MACOSX", "@eaDir", "lost+found")
@@ -26,12 +27,35 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not is_hidden(path.name)
 
 
-def walk_images(folder: str | Path, *, follow_links: bool = False) -> Iterator[str]:
-    """Yield the image files below a folder, in no fixed order; hidden files and folders are ignored."""
-    # strings, because a million Path objects take a gigabyte
-    for parent, folders, names in os.walk(folder, followlinks=follow_links):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        yield from (os.path.join(parent, name) for name in names if is_image(Path(name)))
+def is_folder(entry: os.DirEntry) -> bool:
+    """Return whether an entry is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    # a link to itself
+    except OSError:
+        return False
+
+
+def walk_images(folder: str | Path, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Yield the image files below a folder, in no fixed order; hidden files and folders are ignored.
+
+    Links to folders are followed, except those to a folder that holds them, which would repeat its images; `above` are the folders on the
+    way to `folder`.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    real = os.path.realpath(folder)
+    if any(os.path.join(each, "").startswith(os.path.join(real, "")) for each in above):
+        return
+    with os.scandir(folder) as entries:
+        found = [(entry.path, is_folder(entry)) for entry in entries if not is_hidden(entry.name)]
+    for path, leads_on in found:
+        # strings, because a million Path objects take a gigabyte
+        if leads_on:
+            yield from walk_images(path, above | {real})
+        elif is_image(Path(path)):
+            yield path
 
 
 class ReadOptions(TypedDict, total=False):
@@ -80,7 +104,8 @@ def read_image(path: str | Path | BinaryIO, kind: str = "image", **reading: Unpa
     """Read an image file as 8-bit RGB, turned as its EXIF orientation says, unless `ignore_orientation` is set.
 
     Grey, 16-bit grey, palette and CMYK images are converted; transparent pixels keep the colour that the file gives them. Floats in [0, 1]
-    are scaled to 8 bits, and whole floats and 32-bit integers in 0..255 are taken as they are.
+    are scaled to 8 bits. Whole floats, and integers of 16 or 32 bits, are taken as they are where all are in 0..255; other integers are
+    taken for values in 0..65535. Of several frames, the first one is read.
 
     Args:
         path: the file, or its content as a stream.
@@ -105,11 +130,20 @@ def read_layer(path: str | Path, kind: str = "image", **reading: Unpack[ReadOpti
 
 
 def read_converted(
-    path: str | Path | BinaryIO, kind: str, convert: Callable[[Image.Image], Image.Image], **reading: Unpack[ReadOptions]
+    path: str | Path | BinaryIO,
+    kind: str,
+    convert: Callable[[Image.Image], Image.Image],
+    check: Callable[[ImageFile], None] | None = None,
+    **reading: Unpack[ReadOptions],
 ) -> Image.Image:
-    """Decode an image file, turn it, and return what `convert` makes of it; see `read_image`."""
+    """Decode an image file, turn it, and return what `convert` makes of it; see `read_image`.
+
+    `check` sees the file before it is decoded, and may raise a ValueError.
+    """
     try:
         with lift_size_limit(reading.get("allow_huge", False)), Image.open(path) as image:
+            if check is not None:
+                check(image)
             # without a name, Pillow does not map a file into memory: a mapped TIFF on its side would be scrambled
             image.filename = ""
             if reading.get("ignore_orientation"):
@@ -142,7 +176,7 @@ def _to_bytes(values: np.ndarray, mode: str) -> np.ndarray:
     # comparisons with NaN are false
     if mode == "F" and 0 <= low <= high <= 1:
         return (values * 255).round().astype(np.uint8)
-    if mode.startswith("I;16") or (mode == "I" and low >= 0 and 255 < high <= 65535):
+    if mode != "F" and low >= 0 and 255 < high <= 65535:
         return (values // 257).astype(np.uint8)
     if 0 <= low <= high <= 255 and (values == values.round()).all():
         return values.astype(np.uint8)

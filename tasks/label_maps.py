@@ -6,6 +6,7 @@ from typing import Unpack
 
 import numpy as np
 import torch
+from PIL.ImageFile import ImageFile
 from torch import Tensor
 from torchvision import tv_tensors
 
@@ -47,7 +48,8 @@ class LabelMaps(ImageFiles):
         palette: Sequence[Sequence[int]] | None = None,
         **reading: Unpack[ReadOptions],
     ) -> None:
-        if not all(isinstance(value, int) and 0 <= value <= 255 for pair in classes.items() for value in pair):
+        self.palette = None if palette is None else _number_colors(palette)
+        if not all(_is_byte(value) for pair in classes.items() for value in pair):
             raise ValueError(f"labels must map 0..255 to classes, or to {IGNORED}, got {dict(classes)}")
         if all(value == IGNORED for value in classes.values()):
             raise ValueError(f"labels must map a label to a class other than {IGNORED}, got {dict(classes)}")
@@ -61,7 +63,6 @@ class LabelMaps(ImageFiles):
         # -1 marks labels that must not occur
         self.table = torch.full([256], -1)
         self.table[list(classes)] = torch.tensor(list(classes.values()))
-        self.palette = None if palette is None else _number_colors(palette)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -83,7 +84,8 @@ class LabelMaps(ImageFiles):
         return self.transforms(*sample)
 
     def _labels(self, path: Path) -> Tensor:
-        file = read_converted(path, "annotation", lambda file: file if self.palette is None else file.convert("RGB"), **self.reading)
+        convert = (lambda file: file) if self.palette is None else (lambda file: file.convert("RGB"))
+        file = read_converted(path, "annotation", convert, _check_labels, **self.reading)
         labels = np.array(file)
         if self.palette is not None:
             labels = self._find_colors(labels, path)
@@ -106,9 +108,25 @@ class LabelMaps(ImageFiles):
         return found
 
 
+def _check_labels(file: ImageFile) -> None:
+    """Refuse a file whose pixels, when decoded, are not the labels that were written.
+
+    Raises:
+        ValueError: the format changes values, or Pillow scales them.
+    """
+    if file.format in ("JPEG", "MPO"):
+        raise ValueError("it is a JPEG, which blurs labels: save it as PNG")
+    if any(f"L;{bits}" in str(tile[3]) for tile in file.tile for bits in (2, 4)):
+        raise ValueError("its grey values have 2 or 4 bits, which are scaled to 8: save it with 8 bits")
+
+
 def _join(labels: Sequence[int]) -> str:
     """Write labels in ascending order as a range if they are one."""
     return f"{labels[0]}..{labels[-1]}" if labels[-1] - labels[0] == len(labels) - 1 else ", ".join(map(str, labels))
+
+
+def _is_byte(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
 
 
 def _join_channels(colors: np.ndarray) -> np.ndarray:
@@ -117,8 +135,8 @@ def _join_channels(colors: np.ndarray) -> np.ndarray:
 
 
 def _number_colors(palette: Sequence[Sequence[int]]) -> np.ndarray:
-    colors = [list(color) for color in palette]
-    if not all(len(color) == 3 and all(isinstance(value, int) and 0 <= value <= 255 for value in color) for color in colors):
+    colors = [list(color) if isinstance(color, Sequence) else color for color in palette]
+    if not all(isinstance(color, list) and len(color) == 3 and all(map(_is_byte, color)) for color in colors):
         raise ValueError(f"palette must be a list of colours [red, green, blue] in 0..255, got {colors}")
     numbers = _join_channels(np.array(colors).reshape(-1, 3))
     if not 0 < len(np.unique(numbers)) == len(numbers) <= 256:

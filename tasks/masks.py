@@ -153,8 +153,8 @@ def read_mask(path: str | Path, *, invert: bool = False, threshold: int | None =
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, holds other values than black and white, has transparent pixels and is not a layer, or has no hole.
     """
-    if threshold is not None and not 1 <= threshold <= 255:
-        raise ValueError(f"threshold must be in 1..255, got {threshold}")
+    if threshold is not None and not (isinstance(threshold, int) and 1 <= threshold <= 255):
+        raise ValueError(f"threshold must be a whole number in 1..255, got {threshold!r}")
     pixels = np.asarray(read_layer(path, "mask", **reading))  # [H, W, 4]
     colors, opacity = pixels[..., :3], pixels[..., 3]
     if opacity.min(initial=255) == 255:

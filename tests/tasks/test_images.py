@@ -27,8 +27,20 @@ BYTES = np.arange(256, dtype=np.uint8).reshape(16, 16)
         (BYTES.astype(np.int32), BYTES),
         (BYTES.astype(np.int32) * 257, BYTES),
         (BYTES.astype(np.uint16) * 257, BYTES),
+        (BYTES.astype(np.uint16), BYTES),
+        ((BYTES > 99).astype(np.uint16) * 255, (BYTES > 99) * 255),
     ],
-    ids=["floats", "dark floats", "floats of bytes", "black floats", "integers of bytes", "integers of 16 bits", "16 bits"],
+    ids=[
+        "floats",
+        "dark floats",
+        "floats of bytes",
+        "black floats",
+        "integers of bytes",
+        "integers of 16 bits",
+        "16 bits",
+        "bytes in 16",
+        "mask in 16",
+    ],
 )
 def test_ranges_that_are_evident_are_scaled(tmp_path, values, expected):
     Image.fromarray(values).save(tmp_path / "a.tif")
@@ -80,6 +92,48 @@ def test_hidden_folders_are_no_classes(tmp_path):
         assert data.class_names == ["cat", "dog"]
         names = [f"{tmp_path}/{split}/{name}" for name in ("cat/0.png", "cat/deeper/1.png", "dog/0.png", "dog/deeper/1.png")]
         assert data.samples == list(zip(names, (0, 0, 1, 1), strict=True))
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    for name in ("train/cat/0.png", "train/dog/1.png", "elsewhere/deep/2.png"):
+        picture(tmp_path / name)
+    for place, target in (
+        ("train/cat/self", "../cat"),
+        ("train/cat/all", ".."),
+        ("train/cat/root", "../.."),
+        ("train/cat/more", "../../elsewhere"),
+        ("elsewhere/deep/back", "../../train/cat"),
+        ("elsewhere/dangling.png", "nowhere"),
+    ):
+        (tmp_path / place).symlink_to(target)
+    # reading a dangling link is an error, which is better than silence
+    of_cats = ["train/cat/0.png", "train/cat/more/dangling.png", "train/cat/more/deep/2.png"]
+    data = ImageNet(tmp_path, "train", classes=2)
+    assert data.samples == [*((f"{tmp_path}/{name}", 0) for name in of_cats), (f"{tmp_path}/train/dog/1.png", 1)]
+    assert sorted(Places(tmp_path, "train").names) == sorted(path for path, _ in data.samples)
+
+
+def test_images_of_every_kind_are_found_and_other_files_are_not(tmp_path):
+    found = ["A.JPG", "b.Jpeg", "c.jfif", "d.PNG", "e.bmp", "f.webp", "g.tif", "h.TIFF", "i.ppm", "j.pgm", "k.gif"]
+    for name in found:
+        picture(tmp_path / "val" / name) if not name.endswith("jfif") else Image.new("RGB", (8, 8)).save(tmp_path / "val" / name, "JPEG")
+    for name in ("Thumbs.db", "._A.JPG", ".DS_Store", "desktop.ini", "notes.txt", "A.JPG.part", "A.xml"):
+        (tmp_path / "val" / name).write_bytes(b"")
+    data = Places(tmp_path, "val")
+    assert [name.rpartition("/")[2] for name in data.names] == sorted(found)
+    assert all(data[index].shape == (3, 8, 8) for index in range(len(data)))
+
+
+def test_file_without_content_is_named(tmp_path):
+    picture(tmp_path / "train" / "cat" / "0.png")
+    (tmp_path / "train" / "cat" / "1.jpg").write_bytes(b"")
+    (tmp_path / "train" / "cat" / "2.jpg").symlink_to("2.jpg")
+    (tmp_path / "train" / "dog").symlink_to("dog")
+    data = ImageNet(tmp_path, "train", classes=1)
+    data.skip_damaged = False
+    for index, name in ((1, "1.jpg"), (2, "2.jpg")):
+        with pytest.raises(ValueError, match=f"image .*{name} cannot be read"):
+            data[index]
 
 
 def test_hidden_folders_hold_no_photographs(tmp_path):

@@ -272,7 +272,7 @@ def test_inverted_soft_and_transparent_masks_on_the_command_line(whole, photogra
         assert (after[hole] != before[hole]).any(1).mean() > 0.9, name
     with pytest.raises(ValueError, match=r"soft.png must contain only black .* give a threshold"):
         predict(whole, photographs, photographs / "soft.png")
-    with pytest.raises(ValueError, match=r"threshold must be in 1..255, got 300"):
+    with pytest.raises(ValueError, match=r"threshold must be a whole number in 1..255, got 300"):
         predict(whole, photographs, photographs / "soft.png", "mask_threshold=300")
 
 
@@ -337,4 +337,7 @@ def test_wrong_masks_are_named(whole, photographs):
         find_masks(photographs / "nowhere", [photograph])
     with pytest.raises(FileNotFoundError, match=r"has no mask for 1 of 2 images: lost.png is missing"):
         find_masks(masks, [photograph, photograph.with_name("lost.jpg")])
+    Image.new("L", (47, 61), 255).save(masks / "odd.bmp")
+    with pytest.raises(ValueError, match=r"masks has two masks for the same images, odd.bmp and odd.png: delete one"):
+        find_masks(masks, [photograph])
     assert not list((photographs / "out").glob("*.png"))

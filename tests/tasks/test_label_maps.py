@@ -1,5 +1,8 @@
 """Annotations with other label values or with colours, mapped on the command line."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -62,12 +65,63 @@ def test_other_values_and_colours_are_named(write):
         ADE20K(root, "val", palette=PALETTE[:2])[0]
 
 
+def test_files_that_do_not_keep_labels_are_refused(write):
+    root = write(Image.fromarray(CLASSES))
+    path = root / "annotations" / "validation" / "a.png"
+    big = CLASSES.repeat(20, 0).repeat(20, 1) * 50
+    Image.fromarray(big).save(path, "JPEG")
+    for options in ({}, {"palette": PALETTE}):
+        with pytest.raises(ValueError, match=r"a.png cannot be read: it is a JPEG, which blurs labels: save it as PNG"):
+            ADE20K(root, "val", **options)[0]
+    # Pillow reads the grey values 0..3 of two bits as 0, 85, 170, 255
+    path.write_bytes(grey_png(np.array([[0, 1, 1, 0], [2, 0, 1, 0]]), bits=2))
+    with Image.open(path) as file:
+        assert np.asarray(file).max() == 170
+    for bits in (2, 4):
+        path.write_bytes(grey_png(np.array([[0, 1, 1, 0], [2, 0, 1, 0]]), bits))
+        with pytest.raises(ValueError, match=r"a.png cannot be read: its grey values have 2 or 4 bits"):
+            ADE20K(root, "val")[0]
+
+
+def grey_png(values: np.ndarray, bits: int) -> bytes:
+    """Write values [H, W], W a multiple of 4, as a grey PNG of 2 or 4 bits."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    columns = (values[..., None] >> np.arange(bits - 1, -1, -1) & 1).reshape(len(values), -1)
+    rows = b"".join(b"\0" + np.packbits(row.astype(bool)).tobytes() for row in columns)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("colors", [1, 2, 3, 5, 17])
+def test_indexed_files_of_few_colours(write, colors):
+    """A palette of few colours is stored with fewer bits, and its labels are those of the file."""
+    labels = np.arange(20, dtype=np.uint8).reshape(4, 5) % colors
+    indexed = Image.fromarray(labels).convert("P")
+    indexed.putpalette([value for label in range(colors) for value in (label, 255 - label, 7)])
+    assert torch.equal(ADE20K(write(indexed), "val", labels={label: label for label in range(20)})[0][1], torch.from_numpy(labels).long())
+
+
+def test_two_images_of_one_annotation_are_named(write):
+    root = write(Image.fromarray(CLASSES))
+    Image.new("RGB", (3, 2)).save(root / "images" / "validation" / "a.png")
+    with pytest.raises(ValueError, match=r"validation has several images for one annotation: a.jpg, a.png"):
+        ADE20K(root, "val")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"labels": {0: 0, 300: 1}}, "labels must map 0..255 to classes"),
         ({"labels": {0: "road"}}, "labels must map 0..255 to classes"),
         ({"labels": {0: 255}}, "labels must map a label to a class other than 255"),
+        ({"labels": {True: 1}}, "labels must map 0..255 to classes"),
+        ({"labels": {"0": 0}}, "labels must map 0..255 to classes"),
+        ({"palette": [0, 0, 0]}, "palette must be a list of colours"),
+        ({"palette": ["red"]}, "palette must be a list of colours"),
+        ({"palette": []}, "palette must have 1 to 256 colours"),
         ({"palette": [[0, 0], [1, 1]]}, "palette must be a list of colours"),
         ({"palette": [[0, 0, 0], [0, 0, 256]]}, "palette must be a list of colours"),
         ({"palette": [[0, 0, 0], [0, 0, 0]]}, "palette must have 1 to 256 colours, each once"),

@@ -82,6 +82,13 @@ def hole_file(path, size=(20, 30)):
     return pixels > 0
 
 
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.uint16, np.int32, np.float32])
+def test_masks_of_any_type_of_number(tmp_path, kind):
+    hole = hole_file(tmp_path / "hole.png")
+    Image.fromarray((hole if kind is bool else 255 * hole).astype(kind)).save(tmp_path / "other.tif")
+    assert np.array_equal(read_mask(tmp_path / "other.tif"), hole)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "I;16"])
 def test_mask_files_of_any_kind_are_read(tmp_path, mode):
     hole = hole_file(tmp_path / "hole.png")
@@ -187,8 +194,8 @@ def test_inverted_and_soft_masks(tmp_path, hole, caplog):
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     assert np.array_equal(read_mask(tmp_path / "ramp.png", threshold=100), ramp >= 100)
     assert np.array_equal(read_mask(tmp_path / "ramp.png", threshold=100, invert=True), ramp < 100)
-    for threshold in (0, 256):
-        with pytest.raises(ValueError, match=f"threshold must be in 1..255, got {threshold}"):
+    for threshold in (0, 256, 128.5, "128"):
+        with pytest.raises(ValueError, match=f"threshold must be a whole number in 1..255, got {threshold!r}"):
             read_mask(tmp_path / "ramp.png", threshold=threshold)
     assert "hole" not in caplog.text
 
