@@ -1,6 +1,8 @@
 """Loading of trained weights into a network, from torchvision's ImageNet classifiers or from checkpoints of `carafepp-train`."""
 
 import logging
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +27,15 @@ class Loaded(NamedTuple):
     unused: list[str]
 
 
+def is_whole(path: str | Path) -> bool:
+    """Return whether a file of `torch.save` is a complete archive whose parts have their checksums, which PyTorch does not compare."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        return False
+
+
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict from a file, or from a checkpoint, without changing names.
 
@@ -39,6 +50,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     # the type of error for a damaged file depends on the place of the damage
     except Exception as error:
         raise ValueError(f"weights={path} cannot be read: {error}") from error
+    # files of PyTorch before 1.6 are no archives and have no checksums
+    if zipfile.is_zipfile(path) and not is_whole(path):
+        raise ValueError(f"weights={path} is damaged: a part does not have its checksum")
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -83,7 +97,10 @@ def load_weights(network: nn.Module, weights: str | Path | Mapping[str, Tensor])
     loaded = [name for name in own if name in state and name not in differ]
     if not loaded:
         raise ValueError(f"{source} has no tensor in common with the network, which has {', '.join(list(own)[:3])}, ...")
-    network.load_state_dict({name: state[name] for name in loaded}, strict=False)
+    try:
+        network.load_state_dict({name: state[name] for name in loaded}, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{source} does not fit the network: {error}") from error
     report = Loaded(loaded, [name for name in own if name not in loaded], [name for name in state if name not in loaded])
     logger.info("%d of %d tensors loaded from %s", len(loaded), len(own), source)
     for what, names in (("as initialised", report.initialised), ("not used", report.unused)):

@@ -19,11 +19,16 @@ def class_names(root: str | Path) -> list[str]:
 
     Raises:
         FileNotFoundError: the folder has no such file.
+        ValueError: the file is not a text in UTF-8.
     """
     path = Path(root) / "objectInfo150.txt"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: it comes with ADEChallengeData2016 and names the classes")
-    return [line.split("\t")[-1].strip() for line in path.read_text().splitlines()[1:] if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a text in UTF-8: {error}") from error
+    return [line.split("\t")[-1].strip() for line in lines[1:] if line.strip()]
 
 
 class ADE20K(LabelMaps):

@@ -56,7 +56,7 @@ def _claim(out: Path, arguments: dict) -> None:
     """Mark the folder as a folder of scenes, or check that it holds scenes of the same arguments."""
     arguments = json.loads(json.dumps(arguments))
     if (out / MARKER).exists():
-        found = json.loads((out / MARKER).read_text())
+        found = _read_marker(out / MARKER)
         if different := [f"{key}={found.get(key)}, not {value}" for key, value in arguments.items() if found.get(key) != value]:
             raise ValueError(f"{out} holds other scenes ({'; '.join(different)}): give another folder, or delete this one")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -64,6 +64,17 @@ def _claim(out: Path, arguments: dict) -> None:
     else:
         out.mkdir(parents=True, exist_ok=True)
         _write(out / MARKER, lambda path: path.write_text(json.dumps(arguments, indent=2) + "\n"))
+
+
+def _read_marker(path: Path) -> dict:
+    """Read the arguments of the scenes that a folder holds."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} does not say which scenes its folder holds ({error}): give another folder, or delete this one") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} does not say which scenes its folder holds: give another folder, or delete this one")
+    return found
 
 
 def _write(path: Path, save: Callable[[Path], object]) -> None:

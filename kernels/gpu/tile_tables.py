@@ -43,11 +43,12 @@ def read_table(path: Path) -> Table:
     if not path.exists():
         return {}
     try:
-        table = json.loads(path.read_text())
+        table = json.loads(path.read_bytes())
         for tiles in table.values():
             for tile in tiles.values():
-                Tile(*tile)
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+                if not all(type(value) is int and value >= 1 for value in Tile(*tile)):
+                    raise TypeError(f"a tile is made of integers of at least 1, got {tile}")
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a table of tiles ({error}); delete it or run carafepp-tune again") from error
     return table
 

@@ -1,15 +1,16 @@
 """Reading of checkpoints of `carafepp-train`, and construction of the task and the data of their runs."""
 
-import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
 import torch
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from ...models.weights import is_whole
 from ...tasks.task import Task
 from .trust import check_config
 
@@ -28,18 +29,11 @@ def load_checkpoint(path: str | Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"checkpoint={path} cannot be read ({error}); {wanted}") from error
-    if not isinstance(checkpoint, dict) or "config" not in checkpoint:
-        raise ValueError(f"checkpoint={path} was not written by carafepp-train: it holds no configuration; {wanted}")
+    if not is_whole(path):
+        raise ValueError(f"checkpoint={path} is damaged: a part does not have its checksum; {wanted}")
+    if not isinstance(checkpoint, dict) or not {"config", "state_dict"} <= checkpoint.keys():
+        raise ValueError(f"checkpoint={path} was not written by carafepp-train: it holds no configuration or no weights; {wanted}")
     return checkpoint
-
-
-def is_whole(path: Path) -> bool:
-    """Return whether a checkpoint file is a complete archive whose parts have their checksums, which PyTorch itself does not compare."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error):
-        return False
 
 
 def check_last_checkpoint(folder: Path) -> None:
@@ -77,17 +71,23 @@ def load_task(path: str | Path, options: DictConfig | None = None, trust: str | 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a checkpoint (see `load_checkpoint`), its configuration names something that is not trusted (see
-            `check_config`), or its weights do not fit a task with these options.
+            `check_config`) or does not build a task with these options, or its weights do not fit the task.
     """
     checkpoint = load_checkpoint(path)
     check_config(checkpoint["config"], trust, f"checkpoint={path}")
-    config = cast(DictConfig, OmegaConf.create(drop_weight_paths(checkpoint["config"])))
-    config.task = OmegaConf.merge(config.task, options or {})
-    task = hydra.utils.instantiate(config.task)
+    told = options or "its own options"
+    try:
+        config = cast(DictConfig, OmegaConf.create(drop_weight_paths(checkpoint["config"])))
+        config.task = OmegaConf.merge(config.task, options or {})
+        task = hydra.utils.instantiate(config.task)
+    except (InstantiationException, OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint={path} holds no configuration of a task with {told}: {error}") from error
+    if not isinstance(task, Task):
+        raise ValueError(f"checkpoint={path} holds the configuration of a {type(task).__name__} instead of a task")
     try:
         task.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        raise ValueError(f"checkpoint={path} does not fit a task with {options or 'its own options'}: {error}") from error
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"checkpoint={path} does not fit a task with {told}: {error}") from error
     return task.eval(), config
 
 

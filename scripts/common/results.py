@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 # what `FinishedRun.read` raises for a file that is damaged, or was written by another program
-BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError)
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError)
 
 
 def clean(found: Any) -> Any:
@@ -45,8 +45,8 @@ class FinishedRun:
         """Read a result.json file.
 
         Raises:
-            ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError (`BROKEN`): the file is not one that carafepp-train
-                writes.
+            ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError (`BROKEN`): the file is not one that
+                carafepp-train writes.
         """
         found = clean(json.loads(path.read_text()))
         if unknown := {type(choice).__name__ for choice in found["choices"].values()} - {"str", "NoneType"}:

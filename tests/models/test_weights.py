@@ -49,6 +49,26 @@ def test_wrong_weights_are_named(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match=r"list\.pth does not hold a state dict"):
         tiny(weights=tmp_path / "list.pth")
+    name, tensor = next(iter(tiny().state_dict().items()))
+    torch.save({name: tensor.to_sparse()}, tmp_path / "sparse.pth")
+    with pytest.raises(ValueError, match=r"(?s)sparse\.pth does not fit the network: .*conv1\.weight"):
+        tiny(weights=tmp_path / "sparse.pth")
     torch.save(tiny(deep_stem=True).state_dict(), tmp_path / "deep.pth")
     with pytest.raises(ValueError, match=r"deep\.pth belongs to another network: .* conv1\.weight is \[16, 3, 3, 3\] there"):
         tiny(weights=tmp_path / "deep.pth")
+
+
+def test_a_changed_bit_of_a_weight_is_found(tmp_path):
+    path = tmp_path / "resnet.pth"
+    torch.save(tiny().state_dict(), path)
+    content = bytearray(path.read_bytes())
+    weights = tiny(weights=path).state_dict()["layer4.0.conv2.weight"]
+    content[content.index(weights.numpy().tobytes()) + 7] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"resnet\.pth is damaged: a part does not have its checksum"):
+        tiny(weights=path)
+
+
+def test_the_format_without_checksums_is_read(tmp_path):
+    torch.save(tiny().state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert not load_weights(tiny(), tmp_path / "old.pth").initialised

@@ -17,7 +17,7 @@ from soak.wrong_calls import check_wrong_call
 
 # shares of the cases
 WRONG, WEIGHTS, MODULE, SECOND_ORDER, LARGE, SHARED = 0.06, 0.2, 0.03, 0.02, 0.003, 0.08
-MOST_ELEMENTS = {"cpu": 30_000, "torch": 30_000, "triton": 1_500}
+MOST_ELEMENTS = {"cpu": 10_000, "torch": 10_000, "triton": 1_500}
 
 X_VALUES = ("normal",) * 6 + ("huge", "tiny", "zero", "mixed", "nan", "inf")
 LOGIT_VALUES = ("normal",) * 6 + ("wide", "offset", "huge", "equal", "some -inf", "window -inf", "nan", "inf")
@@ -44,7 +44,7 @@ def prepare(backend: str) -> Any:
     def check(seed: int) -> str:
         rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
-        torch.set_num_threads(int(rng.choice([1, 2, 3, 7])))
+        torch.set_num_threads(int(rng.choice([1, 1, 1, 1, 2, 3, 7])))
         if rng.random() < WRONG:
             return check_wrong_call(rng, backend)
         case = draw_case(rng, backend)
@@ -64,16 +64,16 @@ def draw_case(rng: np.random.Generator, backend: str) -> Case:
         up, down = (up, 1) if rng.random() < 0.5 else (1, down)
     if rng.random() < 0.02:
         up, down = (int(rng.choice([8, 12])), 1) if rng.random() < 0.5 else (1, int(rng.choice([8, 16])))
-    kernel_size, groups = int(rng.choice([1, 3, 3, 5, 5, 7, 9])), int(rng.choice([1, 1, 1, 2, 3, 4]))
+    kernel_size, groups = int(rng.choice([1, 3, 5, 7, 9], p=[0.15, 0.4, 0.3, 0.1, 0.05])), int(rng.choice([1, 1, 1, 2, 3, 4]))
     channels = groups * int(rng.choice([1, 2, 3, 4, 5, 8, 16, 17, 33]))
     n = int(rng.choice([1, 1, 1, 2, 3])) if rng.random() > 0.02 else 0
     h, w = (int(rng.choice([1, 1, 2, 3, 4, 5, 7, 8, 11, 13, 16, 17, 31])) for _ in range(2))
     spec = Spec(kernel_size, up, down, groups, str(rng.choice(NORMALIZERS)))
+    most = MOST_ELEMENTS[backend]
     if rng.random() < LARGE and backend != "triton":
-        h, w, n = int(rng.integers(40, 140)), int(rng.integers(40, 140)), 1
-    else:
-        while max(h, w) > 1 and max(sizes_of(spec, (n, channels, h, w))) > MOST_ELEMENTS[backend]:
-            h, w = (h + 1) // 2, (w + 1) // 2
+        h, w, n, most = int(rng.integers(40, 140)), int(rng.integers(40, 140)), 1, 40 * most
+    while max(h, w) > 1 and max(sizes_of(spec, (n, channels, h, w))) > most:
+        h, w = (h + 1) // 2, (w + 1) // 2
     draw = rng.random()
     function = "weights" if draw < WEIGHTS else "module" if draw < WEIGHTS + MODULE and backend == "cpu" else "reassemble"
     dtypes = DTYPES[backend]
@@ -231,10 +231,11 @@ def compare(name: str, actual: Tensor, expected: Tensor, x: Tensor, logits: Tens
     assert found.isfinite().all(), f"{name} is not finite in {(~found.isfinite()).sum()} of {found.numel()} places where it should be"
     if wanted.numel():
         tolerance = (TRITON_TOLERANCES if backend == "triton" else TOLERANCES)[dtype] * (3 if dtype.itemsize >= 4 else 1.5)
-        normalized = logits[logits.isfinite()].double().abs().max().item() if spec.normalizer in LSE_NORMALIZERS and logits.numel() else 0
+        finite = logits[logits.isfinite()].double().abs()
+        largest = finite.max().item() if spec.normalizer in LSE_NORMALIZERS and finite.numel() else 0
         # the log-sum-exp that is saved for the gradients has the rounding of the largest logit
         compute = torch.finfo(torch.promote_types(dtype, torch.float32))
-        tolerance += 4 * compute.eps * normalized if backend == "triton" or (backend == "cpu" and name != "y") else 0
+        tolerance += 4 * compute.eps * largest if backend == "triton" or (backend == "cpu" and name != "y") else 0
         scale = wanted.abs().max().item()
         if name == "dlogits":
             # differences of sums over the channels, which cancel

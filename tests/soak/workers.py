@@ -108,7 +108,7 @@ def run_cases(
             counts[answer.get("counted", "failed")] += 1
             if "failed" in answer:
                 (worker.folder / "why.txt").write_text(f"{answer['failed']}\n")
-                what = f"{' '.join(map(str, arguments))} {answer['failed'].strip().splitlines()[-1]}"
+                what = f"{' '.join(map(str, arguments))} {answer.get('summary') or answer['failed'].partition(chr(10))[0]}"
                 findings.keep_failure(part, case, what[:500].strip(), worker.folder)
             if worker.process.poll() is not None:
                 worker.close()
@@ -117,6 +117,12 @@ def run_cases(
         if worker:
             worker.close()
     return counts
+
+
+def summarize(error: Exception) -> str:
+    """Return the type, the message and the notes of an error on one line."""
+    notes = getattr(error, "__notes__", [])
+    return f"{' '.join(notes)}: {type(error).__name__}: {' '.join(str(error)[:300].split())}".removeprefix(": ")
 
 
 def _serve(module: str, arguments: list[str]) -> None:
@@ -130,8 +136,8 @@ def _serve(module: str, arguments: list[str]) -> None:
     for line in sys.stdin:
         try:
             answer = {"counted": check(int(line))}
-        except Exception:
-            answer = {"failed": traceback.format_exc()}
+        except Exception as error:
+            answer = {"failed": traceback.format_exc(), "summary": summarize(error)}
         print(json.dumps(answer), file=answers)
 
 

@@ -59,11 +59,11 @@ WRONG_OPTIONS: dict[str, list[Any]] = {
 
 def check_wrong_call(rng: np.random.Generator, backend: str) -> str:
     """Make a call with one wrong argument, whose ValueError or TypeError has to name an argument."""
-    x, weights = torch.randn(2, 2, 4, 5), torch.randn(2, 9 * 4, 4, 5)
-    options: dict[str, Any] = {"kernel_size": 3, "up": 2, "down": 1, "groups": 1, "normalizer": "softmax", "backend": backend}
+    x, weights = torch.randn(2, 2, 4, 5), torch.randn(2, 2 * 9 * 4, 4, 5)
+    options: dict[str, Any] = {"kernel_size": 3, "up": 2, "down": 1, "groups": 2, "normalizer": "softmax", "backend": backend}
     function = reassemble
     if rng.random() < 0.3:
-        function, weights = reassemble_weights, torch.randn(2, 9, 8, 10)
+        function, weights = reassemble_weights, torch.randn(2, 2 * 9, 8, 10)
         options.pop("normalizer")
     damaged = str(rng.choice(["x", "weights", *options]))
     if damaged == "x":

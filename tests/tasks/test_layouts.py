@@ -137,6 +137,13 @@ def test_other_folders_are_left_alone(written, tmp_path):
         write_scenes("voc", tmp_path / "new", **ARGUMENTS)
 
 
+@pytest.mark.parametrize("text", ['{"layout": ', "[1]", "[" * 100_000, '"\\ud800'])
+def test_a_damaged_marker_is_named(tmp_path, text):
+    (tmp_path / "scenes.json").write_text(text)
+    with pytest.raises(ValueError, match=r"scenes\.json does not say which scenes its folder holds"):
+        write_scenes("coco", tmp_path, train=1, val=1, size=64)
+
+
 def test_command_writes_and_leaves_nothing_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call("scenes", "layout=places365", "out=pictures", "train=2", "val=1", "size=[16,24]")
@@ -252,6 +259,9 @@ def test_ade20k_names_missing_files(ade):
     with pytest.raises(FileNotFoundError, match=r"nowhere.*should hold images/ and annotations/"):
         ADE20K(ade / "nowhere", "val")
     with pytest.raises(FileNotFoundError, match=r"objectInfo150\.txt is missing"):
+        class_names(ade)
+    (ade / "objectInfo150.txt").write_bytes("Idx\tName\n1\tfen\xeatre\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"objectInfo150\.txt must be a text in UTF-8"):
         class_names(ade)
     with pytest.raises(ValueError, match="split must be one of train, val"):
         ADE20K(ade, "training")

@@ -112,6 +112,11 @@ def test_wrong_shards_are_named(shards, tmp_path):
         write_shard(tmp_path / "a.tar", [(name, parts)])
         with pytest.raises(ValueError, match=message):
             next(iter(loader(f"{tmp_path}/a.tar")))
+    whole = (tmp_path / "a.tar").read_bytes()
+    for damaged in (whole[:600], whole[:100], b"", b"\xff" * 600 + whole[600:]):
+        (tmp_path / "cut.tar").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"shard .*cut\.tar"):
+            next(iter(loader(f"{tmp_path}/cut.tar")))
     write_shard(tmp_path / "empty.tar", [])
     with pytest.raises(ValueError, match=r"empty\.tar hold no sample"):
         next(iter(loader(f"{tmp_path}/empty.tar")))

@@ -53,7 +53,21 @@ def test_a_table_is_read_once(tile_table):
     assert measured_tile("forward", PROBLEM, "A GPU") is None
 
 
-def test_a_broken_table_is_named(tile_table):
-    tile_table.write_text('{"A GPU": {"forward": [1, 2]}}')
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"A GPU": {"forward": [1, 2]}}',
+        b'{"A GPU": {"forward": [4, 8, "4", 32, 1, 4, 2]}}',
+        b'{"A GPU": {"forward": [4, 8, 4, 32, 1, 4, 0]}}',
+        b'{"A GPU": {"forward": [4, 8, 4, 32, 1, true, 2]}}',
+        b'{"A GPU": {"forward": [4, 8, 4, 32, 1, 4, 2.5]}}',
+        b'{"A GPU": {"forward": ',
+        b'{"A GPU": "\xff"}',
+        b"[" * 100_000,
+        b"[]",
+    ],
+)
+def test_a_broken_table_is_named(tile_table, text):
+    tile_table.write_bytes(text)
     with pytest.raises(ValueError, match=r"tiles\.json is not a table.*carafepp-tune"):
         measured_tile("forward", PROBLEM, "A GPU")
