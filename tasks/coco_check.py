@@ -36,6 +36,7 @@ RULES = {
     "image file missing": FATAL,
     "image file unreadable": FATAL,
     "image file of another size": FATAL,
+    "boxes are fractions of the image instead of pixels": FATAL,
     "annotation without id, image_id or category_id": UNUSABLE,
     "annotation id used before": UNUSABLE,
     "annotation id 0, which pycocotools takes for no match": UNUSABLE,
@@ -143,7 +144,7 @@ def check_annotations(content: dict, images: str | Path, *, allow_outside: bool 
         # a name may contain a folder
         elif name not in present and not _is_file(folder / name):
             problems.append(Violation(entry.get("id"), None, "image file missing", _show_path(folder / name)))
-    return [*problems, *_check_annotation_entries(content)]
+    return [*problems, *_check_unit(content["annotations"]), *_check_annotation_entries(content)]
 
 
 def leaves_folder(name: str) -> bool:
@@ -204,6 +205,16 @@ def _usable_images(entries: list[dict]) -> list[dict]:
     # as text, because a broken id may be unhashable
     broken = {show(problem.image_id) for problem in _check_image_entries(entries)}
     return [entry for entry in entries if show(entry.get("id")) not in broken]
+
+
+def _check_unit(annotations: list[dict]) -> Iterator[Violation]:
+    """Find whether the boxes of all annotations are in 0..1, as those of other formats are."""
+    boxes = [annotation["bbox"] for annotation in annotations if _is_box(annotation.get("bbox"))]
+    # a single box of one pixel may be an object
+    if boxes and max(map(max, boxes)) <= 1 and any(value % 1 for box in boxes for value in box):
+        first = annotations[0]
+        detail = f"all {len(boxes)} are in 0..1, such as {show(boxes[0])}; a bbox is x, y, width, height in pixels"
+        yield Violation(first.get("image_id"), first.get("id"), "boxes are fractions of the image instead of pixels", detail)
 
 
 def _check_annotation_entries(content: dict) -> Iterator[Violation]:

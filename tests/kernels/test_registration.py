@@ -4,6 +4,7 @@ import pytest
 import torch
 from carafepp.kernels import reassemble
 from carafepp.kernels.geometry import NORMALIZERS, Spec
+from commands import run_code
 from operator_cases import differentiate, random_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -55,6 +56,29 @@ def test_exports_for_any_size():
     for size in ((6, 5), (11, 7)):
         inputs = torch.randn(1, 8, *size), torch.randn(1, 100, *size)
         torch.testing.assert_close(exported.module()(*inputs), Reassemble()(*inputs))
+
+
+def test_exported_program_needs_the_operator_and_nothing_else(tmp_path):
+    """A process that loads a file of another one registers the operator by importing carafepp.kernels."""
+    inputs = torch.randn(1, 8, 6, 5), torch.randn(1, 100, 6, 5)
+    torch.export.save(torch.export.export(Reassemble(), inputs), tmp_path / "program.pt2")
+    torch.save((*inputs, Reassemble()(*inputs)), tmp_path / "expected.pt")
+    done = run_code(
+        """if True:
+        import torch
+        try:
+            torch.export.load("program.pt2")
+        except RuntimeError as error:
+            print(error)
+        import carafepp.kernels
+        *inputs, expected = torch.load("expected.pt")
+        torch.testing.assert_close(torch.export.load("program.pt2").module()(*inputs), expected)
+        """,
+        cwd=tmp_path,
+    )
+    assert "error when deserializing the saved file" in done.stdout
+    # PyTorch's warnings name what is missing
+    assert "failed to resolve torch.ops.carafepp.reassemble.default" in done.stderr
 
 
 def test_meta_tensors_give_shapes():

@@ -88,6 +88,11 @@ def change(annotation=None, **values):
 
 
 # a change to the file, and the image, the annotation and the rule that the problem must name
+def make_fractions(made):
+    for annotation in made["annotations"]:
+        annotation["bbox"] = [value / 100 for value in annotation["bbox"]]
+
+
 DAMAGE = [
     (change(813, category_id=4), 285, 813, "unknown category"),
     (change(813, bbox=[70.0, 50.0, 11.0, 11.0]), 285, 813, "box outside the image"),
@@ -139,6 +144,7 @@ DAMAGE = [
     (change(813, image_id=285.5), 285.5, 813, "annotation without id, image_id or category_id"),
     (change(813, image_id=1), 1, 813, "annotation of an unknown image"),
     (change(813, bbox=[1e9, 50.0, 1e300, 11.0]), 285, 813, "box outside the image"),
+    (make_fractions, 139, 7001, "boxes are fractions of the image instead of pixels"),
     (change(file_name="gone.jpg"), 285, None, "image file missing"),
     (change(file_name="a" * 5000), 285, None, "image file missing"),
     (change(file_name="a\0b"), 285, None, "image file missing"),
@@ -180,6 +186,12 @@ def test_damage_is_named_and_never_met_in_training(tmp_path, caplog, damage, ima
         assert sum(len(target["labels"]) for target in targets) == 3
     # pycocotools can use the remaining annotations
     assert average_precision(read_ground_truth(val, NAMES), [], "segm")["AP"] == 0
+
+
+def test_one_box_of_one_pixel_is_no_fraction(tmp_path):
+    made = content()
+    made["annotations"] = [made["annotations"][0] | {"bbox": [0, 0, 1, 1], "segmentation": []}]
+    assert len(load(write(tmp_path / "root", made))) == 1
 
 
 def test_ids_of_any_kind_are_named(tmp_path):
