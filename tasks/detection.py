@@ -19,7 +19,7 @@ from .data import get_data
 from .image_files import to_plain
 from .pictures import draw_instances, enlarge, pick_colors
 from .runs import write_atomically
-from .task import MakeOptimizer, MakeSchedule, Task, View
+from .task import MakeOptimizer, MakeSchedule, Task, View, list_class_names
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,9 @@ class Detection(Task):
         sides: sides in pixels of the squares whose areas separate small from medium, and medium from large objects.
         flops_size: see `Task`.
 
+    Raises:
+        ValueError: `class_names` is not a list of names.
+
     A row of `per_class` holds a class, its box AP and, if the network predicts masks, its mask AP, and the number of its objects, crowds
     aside. The AP of a class without an object is None.
     """
@@ -84,8 +87,9 @@ class Detection(Task):
         sides: tuple[float, float] = COCO_SIDES,
         flops_size: tuple[int, int] | None = None,
     ) -> None:
-        super().__init__(model(num_classes=len(class_names) + 1), optimizer=optimizer, schedule=schedule)
-        self.class_names = [str(name) for name in class_names]
+        names = list_class_names(class_names)
+        super().__init__(model(num_classes=len(names) + 1), optimizer=optimizer, schedule=schedule)
+        self.class_names = names
         self.sides, self.flops_size = sides, flops_size
         self.truth: dict = {}
         self.image_ids: list[int] = []

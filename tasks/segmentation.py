@@ -13,7 +13,7 @@ from .data import get_data
 from .inference import check_inference, predict_labels
 from .label_maps import IGNORED
 from .pictures import draw_legend, overlay
-from .task import MakeOptimizer, MakeSchedule, Task, View
+from .task import MakeOptimizer, MakeSchedule, Task, View, list_class_names
 
 
 def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ class Segmentation(Task):
         mean, std: mean and standard deviation of the images' channels, in [0, 1].
 
     Raises:
-        ValueError: a scale is not above 0, or the window is too small.
+        ValueError: a scale is not above 0, the window is too small, or `class_names` is not a list of names.
 
     A row of `per_class` holds a class, its IoU (None if the class is neither in the truth nor in the prediction) and its pixels in the
     truth.
@@ -93,14 +93,15 @@ class Segmentation(Task):
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
-        super().__init__(model(num_classes=len(class_names)), optimizer=optimizer, schedule=schedule)
-        self.class_names = list(class_names)
+        names = list_class_names(class_names)
+        super().__init__(model(num_classes=len(names)), optimizer=optimizer, schedule=schedule)
+        self.class_names = names
         self.auxiliary_weight = auxiliary_weight
         check_inference(scales, window)
         self.inference = {"base": inference_resize, "scales": list(scales), "flip": flip, "window": window}
         self.mean, self.std = list(mean), list(std)
-        self.unpainted = [IGNORED, *(label for label, name in enumerate(class_names) if name == "background")]
-        self.confusion = MulticlassConfusionMatrix(len(class_names), ignore_index=IGNORED)
+        self.unpainted = [IGNORED, *(label for label, name in enumerate(names) if name == "background")]
+        self.confusion = MulticlassConfusionMatrix(len(names), ignore_index=IGNORED)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [N, 3, H, W] in [0, 1] to logits at the network's resolution; in training, auxiliary logits may follow in a tuple."""

@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, cast
@@ -29,6 +29,17 @@ MakeSchedule = Callable[..., LRScheduler]
 def register_metrics(named: Mapping[str, Metric]) -> Mapping[str, Metric]:
     """Make metrics, by name, sub-modules of the task that they are assigned to."""
     return cast(Mapping[str, Metric], nn.ModuleDict(named))
+
+
+def list_class_names(class_names: Sequence[object]) -> list[str]:
+    """Return the names of classes as strings; a command line turns digits into numbers.
+
+    Raises:
+        ValueError: there is no name, or the names are a single string instead of a list.
+    """
+    if isinstance(class_names, str) or not class_names:
+        raise ValueError(f"class_names must be a list of one or more names, such as [cat,dog], got {class_names!r}")
+    return [str(name) for name in class_names]
 
 
 class View(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 from carafepp.scripts.common.checkpoints import configure_data, load_task
 from carafepp.tasks.ade20k import ADE20K
 from carafepp.tasks.data import Data, TrainBatches
+from carafepp.tasks.detection import Detection
 from carafepp.tasks.layouts import write_scenes
 from carafepp.tasks.pictures import pick_colors
 from carafepp.tasks.segmentation import IGNORED, PadToStride, Segmentation, reduce_labels
@@ -299,3 +300,17 @@ def test_loss_is_the_mean_over_the_labelled_pixels():
     loss.backward()
     assert torch.equal(loss, expected)
     assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in zip(task.parameters(), gradients, strict=True))
+
+
+def test_numbers_are_names_of_classes():
+    """`class_names=[0,1]` on a command line is a list of numbers."""
+    task = stub(nn.Conv2d(3, 2, 1), [0, True])
+    assert task.class_names == ["0", "True"]
+    assert task.draw(torch.rand(3, 20, 30)).shape[2] == 30
+
+
+@pytest.mark.parametrize("names", ["road", "", []])
+@pytest.mark.parametrize("task", [Segmentation, Detection])
+def test_names_of_classes_are_a_list(task, names):
+    with pytest.raises(ValueError, match=r"class_names must be a list of one or more names, such as \[cat,dog\], got "):
+        task(nn.Identity, class_names=names, optimizer=None, schedule=None)
