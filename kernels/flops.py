@@ -10,18 +10,15 @@ from typing import Any
 
 import torch
 
-from .geometry import Spec
-
 COUNTER = "torch.utils.flop_counter"
 
 
 def forward_flops(
-    x_shape: torch.Size, logits_shape: torch.Size, kernel_size: int, up: int, down: int, *options: Any, out_shape: Any, **kwargs: Any
+    x_shape: torch.Size, logits_shape: torch.Size, size: Sequence[int], kernel_size: int, *options: Any, out_shape: Any, **kwargs: Any
 ) -> int:
     """Return the FLOPs of `carafepp::reassemble`."""
-    n, c, h, w = x_shape
-    spec = Spec(kernel_size, up, down)
-    return 2 * spec.taps * n * c * spec.output_size(h) * spec.output_size(w)
+    rows, columns = size
+    return 2 * kernel_size**2 * x_shape[0] * x_shape[1] * rows * columns
 
 
 def backward_flops(
@@ -29,6 +26,7 @@ def backward_flops(
     x_shape: torch.Size,
     logits_shape: torch.Size,
     lse_shape: torch.Size,
+    size: Sequence[int],
     kernel_size: int,
     *options: Any,
     out_shape: Any,

@@ -3,8 +3,12 @@
 An output row i' (the same for columns) belongs to cell q = i' // up, sub-row dy = i' % up, and its window is centred on source row
 q * down + (dy * down) // up, which is (i' * down) // up. With down == 1 a cell is a source pixel (up x up outputs share its window);
 with up == 1 a cell is an output.
+
+The output has ceil(H * up / down) x ceil(W * up / down) pixels, unless a call asks for another size. A side may be up to up - 1 pixels
+shorter, so that the last cell is cut, or up to up - 1 pixels longer. The pixels beyond ceil(H * up / down) repeat the last row or column.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,8 +56,37 @@ def check_spec(spec: Spec) -> None:
         raise ValueError(f"normalizer must be one of {', '.join(NORMALIZERS)}, got {spec.normalizer!r}")
 
 
-def check_inputs(x: Tensor, weights: Tensor, spec: Spec, *, name: str = "logits") -> None:
-    """Raise TypeError or ValueError unless `x` and `weights` (`name`: "logits" in encoder layout, "weights" at output resolution) fit."""
+def output_size(x: Tensor, spec: Spec, size: Sequence[int] | None = None) -> tuple[int, int]:
+    """Return the rows and columns of the output for a source `x` [N, C, H, W]: `size` if it is given and can be had.
+
+    Raises:
+        TypeError: `size` is not a pair of integers.
+        ValueError: a side of `size` differs by `up` or more from the side that the scale gives.
+    """
+    height, width = x.shape[2:]
+    natural = spec.output_size(height), spec.output_size(width)
+    if size is None:
+        return natural
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(side, (int, torch.SymInt)) for side in size):
+        raise TypeError(f"size must be a pair of integers (rows, columns), got {size!r}")
+    rows, columns = size
+    if min(rows, columns) < 1 or abs(rows - natural[0]) >= spec.up or abs(columns - natural[1]) >= spec.up:
+        raise ValueError(
+            f"size must be at least 1 and differ by less than up={spec.up} pixels from {natural[0]} x {natural[1]}, the output size for "
+            f"{height} x {width} with up={spec.up}, down={spec.down}; got {rows} x {columns}"
+        )
+    return rows, columns
+
+
+def check_inputs(x: Tensor, weights: Tensor, spec: Spec, size: Sequence[int] | None = None, *, name: str = "logits") -> tuple[int, int]:
+    """Check that `x` and `weights` fit, where `name` is "logits" in encoder layout, or "weights" at output resolution.
+
+    Returns:
+        The rows and columns of the output: `size`, or those that the scale gives.
+
+    Raises:
+        TypeError, ValueError: an option, a tensor or `size` is wrong; the message names it.
+    """
     check_spec(spec)
     for argument, tensor in (("x", x), (name, weights)):
         if not isinstance(tensor, Tensor):
@@ -73,16 +106,18 @@ def check_inputs(x: Tensor, weights: Tensor, spec: Spec, *, name: str = "logits"
         raise ValueError(f"x must have C, H, W of at least 1, got shape {tuple(x.shape)}")
     if c % spec.groups:
         raise ValueError(f"groups must divide the channels of x, got groups={spec.groups} for {c} channels")
+    size = output_size(x, spec, size)
     channels = spec.groups * spec.taps
     if name == "logits":
         expected = (n, channels * spec.up**2, spec.cells(h), spec.cells(w))
     else:
-        expected = (n, channels, spec.output_size(h), spec.output_size(w))
+        expected = (n, channels, *size)
     if tuple(weights.shape) != expected:
         raise ValueError(
             f"{name} must have shape {expected} for x of shape {tuple(x.shape)}, kernel_size={spec.kernel_size}, "
             f"up={spec.up}, down={spec.down}, groups={spec.groups}, got {tuple(weights.shape)}"
         )
+    return size
 
 
 def is_channels_last(x: Tensor) -> bool:

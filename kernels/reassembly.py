@@ -1,13 +1,14 @@
 """The public functions: `reassemble` and `reassemble_weights`."""
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import choose_backend
 from .flops import register_formulas
 from .geometry import Spec, check_inputs, memory_format
-from .reference import reassemble_reference, weighted_sum
+from .reference import normalize, reassemble_reference, weighted_sum
 from .registration import reassemble_op
 
 register_formulas()
@@ -31,6 +32,7 @@ def reassemble(
     down: int = 1,
     groups: int = 1,
     normalizer: str = "softmax",
+    size: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Reassemble features with predicted kernels (paper, sections 3.2 and 3.3), with pixel shuffle and normalisation fused in.
@@ -48,12 +50,14 @@ def reassemble(
         up, down: output size is ceil(H * up / down) x ceil(W * up / down).
         groups: groups of channels that share a kernel; divides C.
         normalizer: "softmax", "sigmoid", "sigmoid_normalized" (divided by the sum over the window) or "none".
+        size: rows and columns of the output, which may each differ by less than `up` from the output size above, as in a pyramid whose
+            finer level has an odd side. A shorter output is cut at the bottom and right; a longer one repeats its last row or column.
         backend: None chooses by device: "triton" on a GPU, "cpu" (compiled at first use) on a CPU. A name forces a backend: "reference" is
             the definition, and "torch" a loop of PyTorch calls over the taps, on any device. None also runs "torch" on a CPU without a
             compiler.
 
     Returns:
-        Reassembled features [N, C, ceil(H * up / down), ceil(W * up / down)] in the memory format of `x`.
+        Reassembled features [N, C, *size] in the memory format of `x`.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape or value; the message names it and says what would be right.
@@ -61,10 +65,10 @@ def reassemble(
     """
     x, logits = _autocast(x, logits) if isinstance(x, Tensor) and isinstance(logits, Tensor) else (x, logits)
     spec = Spec(kernel_size, up, down, groups, normalizer)
-    check_inputs(x, logits, spec)
+    rows, columns = check_inputs(x, logits, spec, size)
     if choose_backend(backend, x) == "reference":
-        return reassemble_reference(x, logits, **spec._asdict())
-    return reassemble_op(x, logits.unflatten(1, (groups * spec.taps, up, up)), *spec, backend)[0]
+        return reassemble_reference(x, logits, **spec._asdict(), size=size)
+    return reassemble_op(x, logits, (rows, columns), *spec, False, backend)[0]
 
 
 def reassemble_weights(
@@ -75,33 +79,33 @@ def reassemble_weights(
     up: int = 1,
     down: int = 1,
     groups: int = 1,
+    normalizer: str = "none",
+    size: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Reassemble features with weights that are already normalised and at output resolution (the layout of mmcv's operator).
+    """Reassemble features with weights at output resolution (the layout of mmcv's operator).
 
     Args:
         x: source features [N, C, H, W].
-        weights: [N, groups * kernel_size**2, ceil(H * up / down), ceil(W * up / down)], channel (g * K + ky) * K + kx. They are read in
-            place, except where the output size is not a multiple of `up` (rational scales): there they are first padded to the next
-            multiple.
+        weights: [N, groups * kernel_size**2, Ho, Wo], where Ho x Wo is the output size, channel (g * K + ky) * K + kx. They are read in
+            place, except where the output size is not a multiple of `up`: there they are first padded to the next multiple.
         kernel_size, up, down, groups, backend: as for `reassemble`.
+        normalizer: "none" for weights that are already normalised; with another name, as for `reassemble`, `weights` are logits.
+        size: rows and columns Ho, Wo of the output, each less than `up` shorter than ceil(H * up / down), ceil(W * up / down) or equal.
 
     Returns:
-        Reassembled features [N, C, ceil(H * up / down), ceil(W * up / down)] in the memory format of `x`.
+        Reassembled features [N, C, Ho, Wo] in the memory format of `x`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as for `reassemble`.
     """
     x, weights = _autocast(x, weights) if isinstance(x, Tensor) and isinstance(weights, Tensor) else (x, weights)
-    spec = Spec(kernel_size, up, down, groups, "none")
-    check_inputs(x, weights, spec, name="weights")
+    spec = Spec(kernel_size, up, down, groups, normalizer)
+    rows, columns = check_inputs(x, weights, spec, size, name="weights")
+    if size is not None and (rows > spec.output_size(x.shape[2]) or columns > spec.output_size(x.shape[3])):
+        raise ValueError(f"size must not exceed the output size of the scale for weights at output resolution, got {rows} x {columns}")
     if choose_backend(backend, x) == "reference":
         dtype = torch.promote_types(x.dtype, torch.float32)
-        y = weighted_sum(x.to(dtype), weights.to(dtype).unflatten(1, (groups, spec.taps)), spec)
-        return y.to(x.dtype).contiguous(memory_format=memory_format(x))
-    rows, columns = spec.cells(x.shape[2]), spec.cells(x.shape[3])
-    missing_rows, missing_columns = rows * up - weights.shape[2], columns * up - weights.shape[3]
-    if missing_rows or missing_columns:
-        weights = F.pad(weights, (0, missing_columns, 0, missing_rows))
-    cells = weights.unflatten(3, (columns, up)).unflatten(2, (rows, up))  # [N, G * K * K, Hq, up, Wq, up]
-    return reassemble_op(x, cells.permute(0, 1, 3, 5, 2, 4), *spec, backend)[0]
+        windows = normalize(weights.to(dtype).unflatten(1, (groups, spec.taps)), normalizer)
+        return weighted_sum(x.to(dtype), windows, spec).to(x.dtype).contiguous(memory_format=memory_format(x))
+    return reassemble_op(x, weights, (rows, columns), *spec, True, backend)[0]

@@ -3,6 +3,8 @@
 N batch, C channels, G groups, K kernel size, H, W source size, Ho, Wo output size, [Hq, Wq] cells (see geometry.py).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +36,17 @@ def normalize_backward(dweights: Tensor, weights: Tensor, logits: Tensor, normal
     dscores = weights * (dweights - (weights * dweights).sum(dim=2, keepdim=True))
     # "sigmoid_normalized" is the softmax of logsigmoid, whose derivative is sigmoid(-l)
     return dscores * (-logits).sigmoid() if normalizer == "sigmoid_normalized" else dscores
+
+
+def normalize_forward(dlogits: Tensor, weights: Tensor, logits: Tensor, normalizer: str) -> Tensor:
+    """Compute the tangent of `weights` = normalize(logits, normalizer) from that of the logits; every tensor is [N, G, K * K, ...]."""
+    if normalizer == "none":
+        return dlogits
+    if normalizer == "sigmoid":
+        return weights * (1 - weights) * dlogits
+    # "sigmoid_normalized" is the softmax of logsigmoid, whose derivative is sigmoid(-l)
+    dscores = dlogits * (-logits).sigmoid() if normalizer == "sigmoid_normalized" else dlogits
+    return weights * (dscores - (weights * dscores).sum(dim=2, keepdim=True))
 
 
 def reassembly_kernels(logits: Tensor, spec: Spec, height: int, width: int) -> Tensor:
@@ -69,6 +82,7 @@ def reassemble_reference(
     down: int = 1,
     groups: int = 1,
     normalizer: str = "softmax",
+    size: Sequence[int] | None = None,
 ) -> Tensor:
     """Define `reassemble` in plain PyTorch, for any device and any floating-point dtype; half precision is accumulated in float32.
 
@@ -80,16 +94,22 @@ def reassemble_reference(
         up, down: output size is ceil(H * up / down) x ceil(W * up / down).
         groups: groups of channels that share a kernel.
         normalizer: "softmax", "sigmoid", "sigmoid_normalized" (divided by the sum over the window) or "none".
+        size: rows and columns of the output; each may differ by less than `up` from ceil(H * up / down), ceil(W * up / down). A shorter
+            output is cut at the bottom and right; a longer one repeats its last row or column.
 
     Returns:
-        Reassembled features [N, C, ceil(H * up / down), ceil(W * up / down)] in the memory format of `x`.
+        Reassembled features [N, C, *size] in the memory format of `x`.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape or value; the message names it and says what would be right.
     """
     spec = Spec(kernel_size, up, down, groups, normalizer)
-    check_inputs(x, logits, spec)
+    rows, columns = check_inputs(x, logits, spec, size)
     dtype = torch.promote_types(x.dtype, torch.float32)
     kernels = reassembly_kernels(logits.to(dtype), spec, *x.shape[2:])
     y = weighted_sum(x.to(dtype), kernels, spec)
+    if size is not None:
+        # the index of the last row or column repeats where the output is longer
+        i, j = (torch.arange(side, device=x.device).clamp(max=last - 1) for side, last in zip((rows, columns), y.shape[2:], strict=True))
+        y = y[..., i[:, None], j]
     return y.to(x.dtype).contiguous(memory_format=memory_format(x))

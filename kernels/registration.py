@@ -1,31 +1,28 @@
-"""The operator as torch.library ops: schemas, shape functions, autograd to any order.
+"""The operator as torch.library ops: schemas, shape functions, derivatives to any order, batching.
 
 There are two ops. `carafepp::reassemble` computes y and, for the normalised kernels, one log-sum-exp per window and group;
 `carafepp::reassemble_backward` computes dx and dlogits from dy, x, logits and the log-sum-exp. With normalizer "none", the operator is
 bilinear in x and the weights, so that the derivative of its backward consists of the same two ops, and so on to any order.
-
-Inside the ops the logits have six dimensions, [N, G * K * K, up, up, Hq, Wq]: logits in encoder layout and weights at output resolution are
-both views of this form, and are read in place by their strides.
 """
 
 import functools
-import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
-from .backends import implementation
-from .geometry import LSE_NORMALIZERS, Spec, memory_format
-from .reference import normalize, normalize_backward
+from .execution import Options, backward, empty_gradients, empty_outputs, forward
+from .reference import normalize, normalize_backward, normalize_forward
 
 # the schemas give the parameter types of the functions that the dispatcher and autograd call
 # pyright: reportMissingParameterType=false
 
 # `torch.library.custom_op` would wrap the op in code that takes more host time than the rest of a call on a GPU
 LIBRARY = torch.library.Library("carafepp", "FRAGMENT")
-OPTIONS = "SymInt kernel_size, SymInt up, SymInt down, SymInt groups, str normalizer, str? backend"
+OPTIONS = "SymInt[] size, SymInt kernel_size, SymInt up, SymInt down, SymInt groups, str normalizer, bool at_targets, str? backend"
 SCHEMAS = (
     f"reassemble(Tensor x, Tensor logits, {OPTIONS}) -> (Tensor y, Tensor lse)",
     f"reassemble_backward(Tensor dy, Tensor x, Tensor logits, Tensor lse, {OPTIONS}, bool need_dx, bool need_dlogits) -> (Tensor, Tensor)",
@@ -36,84 +33,56 @@ reassemble_op = torch.ops.carafepp.reassemble.default
 reassemble_backward_op = torch.ops.carafepp.reassemble_backward.default
 
 
-class Options(NamedTuple):
-    """The options of one call of an op, in the order of the schemas: those of a Spec, and the backend."""
+def _apply_to_tangents(jvp):
+    """Let the outer levels of torch.func see what the `jvp` of an autograd function does; forward mode is switched off inside one."""
 
-    kernel_size: int
-    up: int
-    down: int
-    groups: int
-    normalizer: str
-    backend: str | None
-
-
-def empty_outputs(x: Tensor, logits: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
-    """Allocate y and lse for `x` [N, C, H, W] and `logits` [N, G * K * K, up, up, Hq, Wq]."""
-    n, c, h, w = x.shape
-    size = (n, c, spec.output_size(h), spec.output_size(w))
-    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-    lse_size = (n, spec.groups, *logits.shape[2:]) if spec.normalizer in LSE_NORMALIZERS else (0,)
-    return y, x.new_empty(lse_size, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def empty_gradients(x: Tensor, logits: Tensor, need_dx: bool, need_dlogits: bool) -> tuple[Tensor, Tensor]:
-    """Allocate dx and dlogits; a gradient that is not needed has no elements."""
-    return (
-        torch.empty_like(x) if need_dx else x.new_empty(0),
-        torch.empty_like(logits) if need_dlogits else x.new_empty(0),
-    )
-
-
-Op = Callable[..., tuple[Tensor, Tensor]]
-
-
-def _untraced(function: Op) -> Op:
-    """Keep torch.compile from tracing `function`.
-
-    torch.compiler.disable imports the whole compiler, which takes seconds. It is therefore applied only after something else has
-    imported it.
-    """
-
-    @functools.cache
-    def disabled() -> Op:
-        return cast(Op, torch.compiler.disable(function))
-
-    @functools.wraps(function)
-    def run(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return (disabled() if "torch._dynamo" in sys.modules else function)(*arguments)
+    @functools.wraps(jvp)
+    def run(ctx, *tangents):
+        saved = [forward_ad.unpack_dual(tensor).primal for tensor in ctx.saved_tensors]
+        if not torch._C._are_functorch_transforms_active():
+            return jvp(ctx, *saved, *tangents)
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return jvp(ctx, *saved, *tangents)
 
     return run
 
 
-@_untraced
-def _forward(x, logits, kernel_size, up, down, groups, normalizer, backend):
-    spec = Spec(kernel_size, up, down, groups, normalizer)
-    y, lse = empty_outputs(x, logits, spec)
-    if y.numel():
-        implementation(backend, x.device, x.dtype).forward(x, logits, y, lse, spec)
-    return y, lse
+def _call_below_autograd(op, *arguments):
+    """Call an op from its own autograd kernel: autograd records the call as a whole.
+
+    Inside an autograd function, gradients are switched off. The outer levels of torch.func still need them.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        if not torch._C._are_functorch_transforms_active():
+            return op(*arguments)
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return op(*arguments)
 
 
-@_untraced
-def _backward(dy, x, logits, lse, kernel_size, up, down, groups, normalizer, backend, need_dx, need_dlogits):
-    dx, dlogits = empty_gradients(x, logits, need_dx, need_dlogits)
-    if dy.numel():
-        spec = Spec(kernel_size, up, down, groups, normalizer)
-        results = dx if need_dx else None, dlogits if need_dlogits else None
-        implementation(backend, x.device, x.dtype).backward(dy, x, logits, lse, *results, spec)
-    return dx, dlogits
+def _windows(logits: Tensor, options: Options) -> Tensor:
+    """View logits as [N, G, K * K, up**2, Hq, Wq], or [N, G, K * K, 1, Ho, Wo] at targets; further channels are left out."""
+    channels = options.groups * options.kernel_size**2
+    used = logits[:, : channels if options.at_targets else channels * options.up**2]
+    return used.unflatten(1, (options.groups, options.kernel_size**2, -1))
 
 
-class _Reassemble(torch.autograd.Function):
+def _bilinear(options: Options) -> Options:
+    return options._replace(normalizer="none")
+
+
+class _Reassemble(_SingleLevelFunction):
     @staticmethod
-    def forward(ctx, x, logits, options):
-        with torch._C._AutoDispatchBelowAutograd():
-            y, lse = reassemble_op(x, logits, *options)
-        ctx.options = options
+    def forward(x, logits, options):
+        return _call_below_autograd(reassemble_op, x, logits, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, logits, ctx.options = inputs
+        _, lse = output
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, logits, lse)
-        return y, lse
+        ctx.save_for_forward(x, logits)
 
     @staticmethod
     def backward(ctx, dy, _):
@@ -127,30 +96,48 @@ class _Reassemble(torch.autograd.Function):
             dx, dlogits = reassemble_backward_op(dy, x, logits, lse, *ctx.options, need_dx, need_dlogits)
         return dx if need_dx else None, dlogits if need_dlogits else None, None
 
+    @staticmethod
+    @_apply_to_tangents
+    def jvp(ctx, x, logits, x_tangent, logits_tangent, _):
+        windows = _windows(logits, ctx.options)
+        weights = normalize(windows, ctx.options.normalizer)
+        y_tangent = None
+        if x_tangent is not None:
+            y_tangent = reassemble_op(x_tangent, logits, *ctx.options)[0]
+        if logits_tangent is not None:
+            change = normalize_forward(_windows(logits_tangent, ctx.options), weights, windows, ctx.options.normalizer)
+            part = reassemble_op(x, change.flatten(1, 3), *_bilinear(ctx.options))[0]
+            y_tangent = part if y_tangent is None else y_tangent + part
+        return y_tangent, None
+
 
 def _differentiable_backward(
     dy: Tensor, x: Tensor, logits: Tensor, options: Options, need_dx: bool, need_dlogits: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute the same gradients with bilinear and elementwise ops, so that they can be differentiated again."""
-    windows = logits.unflatten(1, (options.groups, -1))  # [N, G, K * K, up, up, Hq, Wq]
+    windows = _windows(logits, options)
     weights = normalize(windows, options.normalizer)
-    bilinear = options._replace(normalizer="none")
-    dx, dweights = reassemble_backward_op(dy, x, weights.flatten(1, 2), x.new_empty(0), *bilinear, need_dx, need_dlogits)
+    none = x.new_empty(0)
+    dx, dweights = reassemble_backward_op(dy, x, weights.flatten(1, 3), none, *_bilinear(options), need_dx, need_dlogits)
     if not need_dlogits:
         return dx, dweights
-    dweights = dweights.unflatten(1, (options.groups, -1))
-    return dx, normalize_backward(dweights, weights, windows, options.normalizer).flatten(1, 2)
+    dwindows = normalize_backward(dweights.view(windows.shape), weights, windows, options.normalizer)
+    dlogits = dwindows.flatten(1, 3)
+    unread = logits.shape[1] - dlogits.shape[1]
+    return dx, F.pad(dlogits, (0, 0, 0, 0, 0, unread)) if unread else dlogits
 
 
-class _ReassembleBackward(torch.autograd.Function):
+class _ReassembleBackward(_SingleLevelFunction):
     @staticmethod
-    def forward(ctx, dy, x, weights, lse, options, need_dx, need_dlogits):
-        with torch._C._AutoDispatchBelowAutograd():
-            results = reassemble_backward_op(dy, x, weights, lse, *options, need_dx, need_dlogits)
-        ctx.options, ctx.need_dx, ctx.need_dlogits = options, need_dx, need_dlogits
+    def forward(dy, x, weights, lse, options, need_dx, need_dlogits):
+        return _call_below_autograd(reassemble_backward_op, dy, x, weights, lse, *options, need_dx, need_dlogits)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dy, x, weights, _, ctx.options, ctx.need_dx, ctx.need_dlogits = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dy, x, weights)
-        return results
+        ctx.save_for_forward(dy, x, weights)
 
     @staticmethod
     def backward(ctx, ddx, ddweights):
@@ -171,33 +158,97 @@ class _ReassembleBackward(torch.autograd.Function):
                 gx = reassemble_backward_op(dy, x, ddweights, lse, *ctx.options, True, False)[0]
         return gdy, gx, gweights, None, None, None, None
 
+    @staticmethod
+    @_apply_to_tangents
+    def jvp(ctx, dy, x, weights, dy_tangent, x_tangent, weights_tangent, *_):
+        """Push tangents through the same bilinear maps."""
+        lse = x.new_empty(0)
 
-def _autograd_forward(x, logits, kernel_size, up, down, groups, normalizer, backend):
-    if torch.is_grad_enabled():
-        return _Reassemble.apply(x, logits, Options(kernel_size, up, down, groups, normalizer, backend))
+        def push(place, *factors):
+            """Sum result number `place` for those of the given triples (dy, x, weights) that are complete."""
+            needs = place == 0, place == 1
+            complete = [triple for triple in factors if all(factor is not None for factor in triple)]
+            parts = [reassemble_backward_op(*triple, lse, *ctx.options, *needs)[place] for triple in complete]
+            return sum(parts[1:], parts[0]) if parts else None
+
+        # a result that is not needed has no elements, and so has its tangent
+        dx = push(0, (dy_tangent, x, weights), (dy, x, weights_tangent)) if ctx.need_dx else x.new_zeros(0)
+        dweights = push(1, (dy_tangent, x, weights), (dy, x_tangent, weights)) if ctx.need_dlogits else x.new_zeros(0)
+        return dx, dweights
+
+
+def _fold(tensor: Tensor, dim: int | None, batch_size: int) -> Tensor:
+    """Fold a batch of tensors [N, ...], stacked along `dim`, into N; without `dim`, one tensor is repeated."""
+    stacked = tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return stacked.flatten(0, 1) if tensor.dim() > 1 or dim is not None else tensor
+
+
+def _unfold(results: tuple[Tensor, Tensor], batch_size: int) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """Undo `_fold` for the results of an op, and say where their batch is; an empty result stays one."""
+    batched = [result.dim() > 1 for result in results]
+    unfolded = tuple(
+        result.unflatten(0, (batch_size, result.shape[0] // batch_size)) if has_batch else result
+        for result, has_batch in zip(results, batched, strict=True)
+    )
+    return unfolded, tuple(0 if has_batch else None for has_batch in batched)
+
+
+def _batch_forward(info, in_dims, x, logits, *options):
+    """Compute a batch of problems as one problem of a larger N."""
+    x, logits = (_fold(t, dim, info.batch_size) for t, dim in zip((x, logits), in_dims[:2], strict=True))
+    return _unfold(reassemble_op(x, logits, *options), info.batch_size)
+
+
+def _batch_backward(info, in_dims, dy, x, logits, lse, *options):
+    tensors = (_fold(t, dim, info.batch_size) for t, dim in zip((dy, x, logits, lse), in_dims[:4], strict=True))
+    return _unfold(reassemble_backward_op(*tensors, *options), info.batch_size)
+
+
+def _records() -> bool:
+    """Return whether derivatives may be asked for: autograd records, or tangents are pushed forward."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def _apply(function, *arguments):
+    """Apply an autograd function to the tensors of one level of torch.func, as an autograd kernel of PyTorch does.
+
+    `torch.autograd.Function` would dispatch to all levels again, which the dispatcher has done before it calls an autograd kernel.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    with enable_single_level_autograd_function():
+        return function.apply(*arguments)
+
+
+def _autograd_forward(x, logits, *options):
+    if _records():
+        return _apply(_Reassemble, x, logits, Options(*options))
     with torch._C._AutoDispatchBelowAutograd():
-        return reassemble_op(x, logits, kernel_size, up, down, groups, normalizer, backend)
+        return reassemble_op(x, logits, *options)
 
 
-def _autograd_backward(dy, x, logits, lse, kernel_size, up, down, groups, normalizer, backend, need_dx, need_dlogits):
-    if torch.is_grad_enabled():
-        options = Options(kernel_size, up, down, groups, normalizer, backend)
-        return _ReassembleBackward.apply(dy, x, logits, lse, options, need_dx, need_dlogits)
+def _autograd_backward(dy, x, logits, lse, *options):
+    *given, need_dx, need_dlogits = options
+    if _records():
+        return _apply(_ReassembleBackward, dy, x, logits, lse, Options(*given), need_dx, need_dlogits)
     with torch._C._AutoDispatchBelowAutograd():
-        return reassemble_backward_op(dy, x, logits, lse, kernel_size, up, down, groups, normalizer, backend, need_dx, need_dlogits)
+        return reassemble_backward_op(dy, x, logits, lse, *options)
 
 
-LIBRARY.impl("reassemble", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("reassemble", forward, "CompositeExplicitAutograd")
 LIBRARY.impl("reassemble", _autograd_forward, "Autograd")
-LIBRARY.impl("reassemble_backward", _backward, "CompositeExplicitAutograd")
+LIBRARY.impl("reassemble_backward", backward, "CompositeExplicitAutograd")
 LIBRARY.impl("reassemble_backward", _autograd_backward, "Autograd")
+torch.library.register_vmap("carafepp::reassemble", _batch_forward, lib=LIBRARY)
+torch.library.register_vmap("carafepp::reassemble_backward", _batch_backward, lib=LIBRARY)
 
 
 @torch.library.register_fake("carafepp::reassemble", lib=LIBRARY)
-def _(x, logits, kernel_size, up, down, groups, normalizer, backend):
-    return empty_outputs(x, logits, Spec(kernel_size, up, down, groups, normalizer))
+def _(x, logits, *options):
+    return empty_outputs(x, Options(*options))
 
 
 @torch.library.register_fake("carafepp::reassemble_backward", lib=LIBRARY)
-def _(dy, x, logits, lse, kernel_size, up, down, groups, normalizer, backend, need_dx, need_dlogits):
+def _(dy, x, logits, lse, *options):
+    *_, need_dx, need_dlogits = options
     return empty_gradients(x, logits, need_dx, need_dlogits)

@@ -16,11 +16,11 @@ from .reference import normalize, normalize_backward
 Index = tuple[EllipsisType, slice, slice]
 
 
-def _axis(size: int, cells: int, offset: int, sub: int, spec: Spec) -> tuple[slice, slice]:
+def _axis(size: int, cells: int, output: int, offset: int, sub: int, spec: Spec) -> tuple[slice, slice]:
     """Find the cells whose sub-row `sub` has a source row inside [0, size) at `offset` from the centre of its window, and those rows."""
     shift = sub * spec.down // spec.up + offset
     first = max(0, -(shift // spec.down)) if shift < 0 else 0
-    outputs = max(0, -(-(spec.output_size(size) - sub) // spec.up))
+    outputs = max(0, -(-(output - sub) // spec.up))
     last = min(cells, outputs, (size - 1 - shift) // spec.down + 1)
     last = max(first, last)
     start = first * spec.down + shift
@@ -32,13 +32,13 @@ def _subpixels(spec: Spec) -> Iterator[tuple[int, int]]:
     return ((dy, dx) for dy in range(spec.up) for dx in range(spec.up))
 
 
-def _visits(x: Tensor, logits: Tensor, dy: int, dx: int, spec: Spec) -> Iterator[tuple[int, Index, Index]]:
+def _visits(x: Tensor, logits: Tensor, y: Tensor, dy: int, dx: int, spec: Spec) -> Iterator[tuple[int, Index, Index]]:
     """Yield (tap, cells, sources) for every weight of a sub-pixel: the cells that use it and the sources that they read."""
     radius = spec.kernel_size // 2
     for tap in range(spec.taps):
         ky, kx = divmod(tap, spec.kernel_size)
-        qi, i = _axis(x.shape[2], logits.shape[4], ky - radius, dy, spec)
-        qj, j = _axis(x.shape[3], logits.shape[5], kx - radius, dx, spec)
+        qi, i = _axis(x.shape[2], logits.shape[4], y.shape[2], ky - radius, dy, spec)
+        qj, j = _axis(x.shape[3], logits.shape[5], y.shape[3], kx - radius, dx, spec)
         if qi.stop > qi.start and qj.stop > qj.start:
             yield tap, (..., qi, qj), (..., i, j)
 
@@ -64,7 +64,7 @@ def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> No
     total = weights.new_empty(*source.shape[:3], *logits.shape[4:])  # [N, G, C / G, Hq, Wq]
     for dy, dx in _subpixels(spec):
         total.zero_()
-        for tap, cells, sources in _visits(x, logits, dy, dx, spec):
+        for tap, cells, sources in _visits(x, logits, y, dy, dx, spec):
             total[cells].addcmul_(weights[:, :, tap, None, dy, dx][cells], source[sources].to(total.dtype))
         place = y[..., dy :: spec.up, dx :: spec.up]
         place.copy_(total.flatten(1, 2)[..., : place.shape[2], : place.shape[3]])
@@ -80,7 +80,7 @@ def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | No
     dweights = torch.zeros_like(weights) if dlogits is not None else None
     for row, column in _subpixels(spec):
         gradient = dy[..., row :: spec.up, column :: spec.up].unflatten(1, (spec.groups, -1)).to(weights.dtype).contiguous()
-        for tap, cells, sources in _visits(x, logits, row, column, spec):
+        for tap, cells, sources in _visits(x, logits, dy, row, column, spec):
             g = gradient[cells]
             if dsource is not None:
                 dsource[sources].addcmul_(weights[:, :, tap, None, row, column][cells], g)

@@ -69,11 +69,10 @@ def _multiply_windows(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor
     if default_backend(keys.device.type, keys.dtype) == "reference":
         windows = F.unfold(keys, kernel_size, padding=kernel_size // 2).unflatten(1, (-1, kernel_size**2)).unflatten(3, (h, w))
         return torch.einsum("nephw,nemhw->nmphw", _space_to_depth(queries).unflatten(1, (-1, 4)), windows).flatten(1, 2)
-    weights = keys.new_zeros(1).expand(n, kernel_size**2, 2, 2, h, w)
+    weights = keys.new_zeros(1).expand(n, kernel_size**2 * 4, h, w)
     lse = keys.new_empty(0)
-    backward = torch.ops.carafepp.reassemble_backward
-    _, products = backward(queries, keys, weights, lse, kernel_size, 2, 1, 1, "none", None, need_dx=False, need_dlogits=True)
-    return products.flatten(1, 3)
+    options = (2 * h, 2 * w), kernel_size, 2, 1, 1, "none", False, None
+    return torch.ops.carafepp.reassemble_backward(queries, keys, weights, lse, *options, need_dx=False, need_dlogits=True)[1]
 
 
 class GUM(_Guided):

@@ -18,7 +18,11 @@ class Problem(ctypes.Structure):
     """Sizes and options of a call, as in call.h."""
 
     _fields_ = tuple(
-        (name, ctypes.c_int64) for name in ("dtype", "normalizer", "batch", "channels", "height", "width", "kernel", "up", "down", "groups")
+        (name, ctypes.c_int64)
+        for name in (
+            *("dtype", "normalizer", "batch", "channels", "height", "width", "output_rows", "output_columns"),
+            *("kernel", "up", "down", "groups"),
+        )
     )
 
 
@@ -87,9 +91,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
 
 
-def _call(name: str, spec: Spec, x: Tensor, *others: Tensor | None) -> None:
-    """Run a function of the kernel on tensors in the order of `Call`; tensors that are None or missing at the end are not needed."""
-    problem = (DTYPES.index(x.dtype), NORMALIZERS.index(spec.normalizer), *x.shape, *spec[:4])
+def _call(name: str, spec: Spec, y: Tensor, x: Tensor, *others: Tensor | None) -> None:
+    """Run a function of the kernel on tensors in the order of `Call`; tensors that are None or missing at the end are not needed.
+
+    `y` is the output or its gradient, and gives the output size.
+    """
+    problem = (DTYPES.index(x.dtype), NORMALIZERS.index(spec.normalizer), *x.shape, *y.shape[2:], *spec[:4])
     tensors = [() if t is None else (t.data_ptr(), t.stride()) for t in (x, *others)]
     call = Call(problem, torch.get_num_threads(), openmp_parallel(), *tensors)
     if getattr(library(), name)(ctypes.byref(call)):
@@ -98,9 +105,9 @@ def _call(name: str, spec: Spec, x: Tensor, *others: Tensor | None) -> None:
 
 def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> None:
     """Fill y [N, C, Ho, Wo] and lse [N, G, up, up, Hq, Wq] from x and logits [N, G * K * K, up, up, Hq, Wq]."""
-    _call("carafepp_forward", spec, x, logits, lse, y)
+    _call("carafepp_forward", spec, y, x, logits, lse, y)
 
 
 def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, spec: Spec) -> None:
     """Fill dx and dlogits, except those that are None."""
-    _call("carafepp_backward", spec, x, logits, lse, None, dy, dx, dlogits)
+    _call("carafepp_backward", spec, dy, x, logits, lse, None, dy, dx, dlogits)

@@ -13,7 +13,7 @@ enum Normalizer : std::int64_t { SOFTMAX, SIGMOID, SIGMOID_NORMALIZED, NONE };
 struct Problem {
     Dtype dtype;
     Normalizer normalizer;
-    std::int64_t batch, channels, height, width, kernel, up, down, groups;
+    std::int64_t batch, channels, height, width, output_rows, output_columns, kernel, up, down, groups;
 
     Index taps() const { return kernel * kernel; }
     Index subs() const { return up * up; }
@@ -21,8 +21,6 @@ struct Problem {
     Index windows() const { return taps() * subs(); }  // weights of a cell
     Index cell_rows() const { return ceil_div(height, down); }
     Index cell_columns() const { return ceil_div(width, down); }
-    Index output_rows() const { return ceil_div(height * up, down); }
-    Index output_columns() const { return ceil_div(width * up, down); }
     Index group_channels() const { return channels / groups; }
     bool has_lse() const { return normalizer == SOFTMAX || normalizer == SIGMOID_NORMALIZED; }
 };

@@ -120,7 +120,7 @@ template <class S> PixelMap<S> source_pixels(const Task& task, const Tensor& x) 
 template <class S> PixelMap<S> output_pixels(const Task& task, const Tensor& y) {
     const Problem& problem = task.problem;
     S* data = y.at<S>(task.image, task.first_channel());
-    return {data, y.strides[2], y.strides[3], problem.output_rows(), problem.output_columns(), problem.up};
+    return {data, y.strides[2], y.strides[3], problem.output_rows, problem.output_columns, problem.up};
 }
 
 // The step from the first pixel of a cell to a pixel that it sums, and the plane of the weight.

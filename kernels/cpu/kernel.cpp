@@ -31,7 +31,7 @@ constexpr Index FORWARD_SHARE = 18, BACKWARD_SHARE = 15;
 template <class S> Index tile_bytes(const Problem& problem, Index threads, Index most, Index share, Index inputs) {
     const Index logits = problem.groups * problem.windows() * problem.cell_rows() * problem.cell_columns();
     const Index input = problem.channels * problem.height * problem.width + logits;
-    const Index output = problem.channels * problem.output_rows() * problem.output_columns();
+    const Index output = problem.channels * problem.output_rows * problem.output_columns;
     const Index bytes = problem.batch * (inputs * input + output) * Index(sizeof(S));
     return std::min(most, std::max(LEAST_BYTES, bytes / (share * threads)));
 }

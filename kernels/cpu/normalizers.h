@@ -25,8 +25,8 @@ template <class T> inline Vector<T> exp_score(Vector<T> logit, Vector<T> referen
 
 // Restricts a map of a sub-pixel to the cells where it has an output: a rational scale cuts the last cell.
 template <class S> inline MapView<S> cut_map(MapView<S> map, const Problem& problem, Index sub) {
-    map.height = ceil_div(std::max<Index>(0, problem.output_rows() - sub / problem.up), problem.up);
-    map.width = ceil_div(std::max<Index>(0, problem.output_columns() - sub % problem.up), problem.up);
+    map.height = ceil_div(std::max<Index>(0, problem.output_rows - sub / problem.up), problem.up);
+    map.width = ceil_div(std::max<Index>(0, problem.output_columns - sub % problem.up), problem.up);
     return map;
 }
 

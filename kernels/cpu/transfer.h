@@ -161,7 +161,7 @@ template <class S> MapView<S> view_source(const Task& task, const Tensor& x, Ind
 template <class S> MapView<S> view_output(const Task& task, const Tensor& y, Index channel) {
     const Problem& problem = task.problem;
     S* data = y.at<S>(task.image, task.first_channel() + channel);
-    return {data, data + CHANNELS_AHEAD * y.strides[1], y.strides[2], y.strides[3], problem.output_rows(), problem.output_columns(), problem.up};
+    return {data, data + CHANNELS_AHEAD * y.strides[1], y.strides[2], y.strides[3], problem.output_rows, problem.output_columns, problem.up};
 }
 // Logits or their gradients, or lse (`taps` is 1): one tap and sub-pixel of the task's group.
 template <class S> MapView<S> view_logits(const Task& task, const Tensor& logits, Index taps, Index tap, Index sub) {

@@ -92,9 +92,9 @@ def _device_name(x: Tensor) -> str:
     return torch.cuda.get_device_name(x.device) if x.is_cuda else x.device.type
 
 
-def _sizes(x: Tensor, logits: Tensor, spec: Spec) -> Sizes:
+def _sizes(x: Tensor, logits: Tensor, y: Tensor, spec: Spec) -> Sizes:
     _, c, h, w = x.shape
-    return Sizes(spec.groups, c // spec.groups, h, w, spec.output_size(h), spec.output_size(w), *logits.shape[4:])
+    return Sizes(spec.groups, c // spec.groups, h, w, *y.shape[2:], *logits.shape[4:])
 
 
 def _alignment(features: Tensor, channels: int, channels_last: bool) -> int:
@@ -154,7 +154,7 @@ def forward_launches(
     problem = problem_of(x, logits, y, spec, capability)
     tile = tile or measured_tile("forward", problem, _device_name(x)) or choose_tile("forward", problem)
     arguments = {
-        "sizes": _sizes(x, logits, spec),
+        "sizes": _sizes(x, logits, y, spec),
         "x": Features(x, *x.stride()),
         "logits": Logits(logits, *logits.stride()),
         "y": Features(y, *y.stride()),
@@ -196,7 +196,7 @@ def backward_launches(
     # the kernel does not touch a gradient that is None, so that the input can replace it
     to_x, to_logits = x if dx is None else dx, logits if dlogits is None else dlogits
     arguments = {
-        "sizes": _sizes(x, logits, spec),
+        "sizes": _sizes(x, logits, dy, spec),
         "x": Features(x, *x.stride()),
         "logits": Logits(logits, *logits.stride()),
         "lse_ptr": lse,

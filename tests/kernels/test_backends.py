@@ -6,6 +6,7 @@ interpreter.
 
 import pytest
 import torch
+import torch.nn.functional as F
 from carafepp.kernels import backends, reassemble, reassemble_reference, reassemble_weights, torch_backend
 from carafepp.kernels.geometry import NORMALIZERS, Spec
 from carafepp.kernels.reference import reassembly_kernels
@@ -87,6 +88,58 @@ def test_weights_at_output_resolution(up, down, backend, device):
     tolerances = dict(rtol=1e-5, atol=1e-5, check_dtype=False) if backend == "triton" else {}
     for name in ("y", "dx", "dlogits"):
         torch.testing.assert_close(actual[name], expected[name], **tolerances)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [
+        *((Spec(3, up=2), size) for size in [(5, 7), (7, 9), (7, 8), (6, 9)]),
+        (Spec(3, up=3, groups=2), (7, 14)),
+        (Spec(3, up=3, down=2), (7, 4)),
+    ],
+    ids=str,
+)
+def test_another_output_size(spec, size, layout, backend, device):
+    # in Triton's interpreter, a program takes milliseconds
+    channels = 4 if backend == "triton" else 32
+    x, logits, _ = random_inputs(1, channels, 3, 4, spec, layouts=layout, device=device)
+    dy = torch.randn(1, channels, *size, device=device)
+    assert_matches_definition(backend, x, logits, dy, spec, size=size)
+
+
+@pytest.mark.parametrize(
+    ("scale", "normalizer", "size"),
+    [({"up": 2}, "softmax", (5, 7)), ({"down": 2}, "sigmoid", (2, 2)), ({"up": 3, "down": 2}, "sigmoid_normalized", (4, 6))],
+    ids=str,
+)
+def test_logits_at_output_resolution(scale, normalizer, size, backend, device):
+    spec = Spec(3, **scale, groups=2, normalizer=normalizer)
+    x, logits, dy = random_inputs(1, 4, 3, 4, spec, device=device)
+    dy = dy[..., : size[0], : size[1]]
+
+    def at_targets(x, logits):
+        shuffled = F.pixel_shuffle(logits, spec.up)[..., : size[0], : size[1]]
+        return reassemble_weights(x, shuffled, size=size, backend=backend, **spec._asdict())
+
+    expected = differentiate(reassemble_reference, x.double(), logits.double(), dy.double(), size=size, **spec._asdict())
+    for name, result in differentiate(at_targets, x, logits, dy).items():
+        torch.testing.assert_close(result.double(), expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
+@pytest.mark.parametrize("layout", FORMATS)
+def test_further_channels_of_the_logits_are_not_read(layout, backend, device):
+    spec = Spec(3, up=2, groups=2)
+    x, logits, dy = random_inputs(1, 4, 3, 4, spec, layouts=layout, device=device)
+    expected = differentiate(reassemble, x, logits, dy, backend=backend, **spec._asdict())
+    further = torch.full_like(logits[:, :8], torch.nan)
+    wide = torch.cat([logits, further], 1)
+    options = (dy.shape[2:], *spec, False, backend)
+    actual = differentiate(lambda x, wide: torch.ops.carafepp.reassemble(x, wide, *options)[0], x, wide, dy)
+    assert torch.equal(actual["y"], expected["y"])
+    assert torch.equal(actual["dx"], expected["dx"])
+    assert torch.equal(actual["dlogits"], F.pad(expected["dlogits"], (0, 0, 0, 0, 0, 8)))
 
 
 @pytest.mark.parametrize(("up", "down", "size"), [(2, 1, (10, 12)), (1, 2, (3, 3)), (3, 2, (8, 9))])

@@ -31,6 +31,11 @@ X, LOGITS, _ = random_inputs(1, 8, 5, 6, Spec(3, up=2))
         (X.to_sparse(), LOGITS, {}, TypeError, r"x must be a dense tensor, got layout torch\.sparse_coo"),
         (X, LOGITS.to_mkldnn(), {}, TypeError, r"logits must be a dense tensor, got layout torch\._mkldnn"),
         (torch.nested.nested_tensor([X[0]]), LOGITS, {}, TypeError, r"x must be a dense tensor, got a nested one"),
+        (X, LOGITS, dict(size=(10, 14)), ValueError, r"size must .* less than up=2 pixels from 10 x 12, .* for 5 x 6 .*got 10 x 14"),
+        (X, LOGITS, dict(size=(8, 12)), ValueError, r"size must .*got 8 x 12"),
+        (X, LOGITS, dict(size=(10,)), TypeError, r"size must be a pair of integers \(rows, columns\), got \(10,\)"),
+        (X, LOGITS, dict(size=(10.0, 12)), TypeError, r"size must be a pair of integers"),
+        (X, LOGITS, dict(size=12), TypeError, r"size must be a pair of integers .*got 12"),
         (X, LOGITS.to("meta"), {}, ValueError, r"same device, got cpu and meta"),
     ],
 )
@@ -42,6 +47,19 @@ def test_wrong_arguments_are_named(x, logits, options, error, message):
 def test_wrong_weights_are_named():
     with pytest.raises(ValueError, match=r"weights must have shape \(1, 9, 10, 12\).*got \(1, 36, 5, 6\)"):
         reassemble_weights(X, LOGITS, kernel_size=3, up=2)
+
+
+def test_weights_give_no_longer_output():
+    with pytest.raises(ValueError, match=r"size must not exceed .*got 11 x 12"):
+        reassemble_weights(X, torch.rand(1, 9, 11, 12), kernel_size=3, up=2, size=(11, 12))
+
+
+def test_a_longer_output_repeats_its_last_row_and_column():
+    y = reassemble(X, LOGITS, kernel_size=3, up=2)
+    longer = reassemble(X, LOGITS, kernel_size=3, up=2, size=(11, 13))
+    assert torch.equal(longer[..., :10, :12], y)
+    assert torch.equal(longer[..., 10, :12], y[..., 9, :])
+    assert torch.equal(longer[..., 12], longer[..., 11])
 
 
 def test_weights_at_output_resolution_are_not_copied(monkeypatch):

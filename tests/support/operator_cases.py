@@ -109,6 +109,7 @@ def assert_matches_definition(
     spec: Spec,
     needs: tuple[bool, bool] = (True, True),
     tolerance: float | None = None,
+    size: tuple[int, int] | None = None,
 ) -> None:
     """Compare y, the gradients that are needed and the saved log-sum-exp of a backend with the definition in float64.
 
@@ -117,16 +118,16 @@ def assert_matches_definition(
         x, logits, dy, spec: the call and the gradient of its output.
         needs: which of dx and dlogits are needed.
         tolerance: largest error over the largest value; by default that of the dtype.
+        size: output size, if it is not that of the scale.
     """
-    options = spec._asdict()
+    options = spec._asdict() | {"size": size}
     expected = differentiate(reassemble_reference, x.double(), logits.double(), dy.double(), needs, **options)
     actual = differentiate(reassemble, x, logits, dy, needs, backend=backend, **options)
     # dlogits are differences of sums over the channels, which cancel; the Triton kernels do without this
     slack = 1e-9 if backend == "triton" else (x.shape[1] / spec.groups) ** 0.5
     if backend != "reference" and spec.normalizer in LSE_NORMALIZERS:
-        cells = logits.unflatten(1, (spec.groups * spec.taps, spec.up, spec.up))
         expected["lse"] = log_sum_exp(logits.double(), spec)
-        actual["lse"] = torch.ops.carafepp.reassemble(x, cells, *spec, backend)[1]
+        actual["lse"] = torch.ops.carafepp.reassemble(x, logits, dy.shape[2:], *spec, False, backend)[1]
     tolerance = tolerance or (TRITON_TOLERANCES if backend == "triton" else TOLERANCES)[x.dtype]
     assert actual.keys() == expected.keys()
     for name, result in actual.items():

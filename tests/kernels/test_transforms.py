@@ -1,0 +1,77 @@
+"""The operator under the transforms of torch.func and in forward mode, compared with the definition under the same transforms."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+from carafepp.kernels import reassemble, reassemble_reference
+from carafepp.kernels.geometry import Spec
+from operator_cases import random_inputs
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+SPECS = [
+    Spec(3, up=2),
+    Spec(3, up=3, down=2, groups=2, normalizer="sigmoid_normalized"),
+    Spec(3, down=2, normalizer="sigmoid"),
+    Spec(1, up=2, normalizer="none"),
+]
+BOTH = (0, 1)
+
+
+def loss(function):
+    return lambda x, logits: function(x, logits).sin().sum()
+
+
+def push_duals(function, x, logits):
+    """Tangents of the output, and of the gradients, that forward mode gives without torch.func."""
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t.detach().requires_grad_(), t.cos()) for t in (x, logits)]
+        with torch.no_grad():
+            y = function(*duals)
+        gradients = torch.autograd.grad(loss(function)(*duals), duals, create_graph=True)
+        return [forward_ad.unpack_dual(t).tangent for t in (y, *gradients)]
+
+
+# by name: what is computed from a function of (x, logits) at the stacks xs [3, 1, C, H, W] and ls [3, 1, G * K * K * up**2, Hq, Wq]
+TRANSFORMS = {
+    "grad": lambda f, xs, ls: grad(loss(f), BOTH)(xs[0], ls[0]),
+    "vjp": lambda f, xs, ls: vjp(f, xs[0], ls[0])[1](f(xs[1], ls[1])),
+    "jvp": lambda f, xs, ls: jvp(f, (xs[0], ls[0]), (xs[1], ls[1])),
+    "jvp of x": lambda f, xs, ls: jvp(lambda x: f(x, ls[0]), (xs[0],), (xs[1],)),
+    "jvp of logits": lambda f, xs, ls: jvp(lambda logits: f(xs[0], logits), (ls[0],), (ls[1],)),
+    "jacrev": lambda f, xs, ls: jacrev(f, BOTH)(xs[0], ls[0]),
+    "jacfwd": lambda f, xs, ls: jacfwd(f, BOTH)(xs[0], ls[0]),
+    "hessian": lambda f, xs, ls: hessian(loss(f), BOTH)(xs[0], ls[0]),
+    "hessian of logits": lambda f, xs, ls: hessian(lambda logits: loss(f)(xs[0], logits))(ls[0]),
+    "reverse over reverse": lambda f, xs, ls: jacrev(grad(loss(f), BOTH), BOTH)(xs[0], ls[0]),
+    "forward over forward": lambda f, xs, ls: jacfwd(jacfwd(loss(f), BOTH), BOTH)(xs[0], ls[0]),
+    "reverse over forward": lambda f, xs, ls: jacrev(jacfwd(loss(f), BOTH), BOTH)(xs[0], ls[0]),
+    "jvp of grad": lambda f, xs, ls: jvp(grad(loss(f), BOTH), (xs[0], ls[0]), (xs[1], ls[1])),
+    "vmap": lambda f, xs, ls: vmap(f)(xs, ls),
+    "vmap over x": lambda f, xs, ls: vmap(f, (0, None))(xs, ls[0]),
+    "vmap over logits": lambda f, xs, ls: vmap(f, (None, 0))(xs[0], ls),
+    "vmap of vmap": lambda f, xs, ls: vmap(vmap(f, (0, None)), (None, 0))(xs, ls),
+    "vmap along other dimensions": lambda f, xs, ls: vmap(f, (2, 4), 1)(xs.movedim(0, 2), ls.movedim(0, 4)),
+    "gradients per sample": lambda f, xs, ls: vmap(grad(loss(f), BOTH))(xs, ls),
+    "gradients per sample, shared logits": lambda f, xs, ls: vmap(grad(loss(f), BOTH), (0, None))(xs, ls[0]),
+    "gradients per sample, shared x": lambda f, xs, ls: vmap(grad(loss(f), BOTH), (None, 0))(xs[0], ls),
+    "grad of vmap": lambda f, xs, ls: grad(loss(lambda x, logits: vmap(f, (0, None))(x, logits)), BOTH)(xs, ls[0]),
+    "vmap of hessian": lambda f, xs, ls: vmap(hessian(loss(f)))(xs, ls),
+    "forward mode": lambda f, xs, ls: push_duals(f, xs[0], ls[0]),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"up{spec.up}-down{spec.down}-{spec.normalizer}")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_give_what_they_give_for_the_definition(transform, spec, backend):
+    stacks = [random_inputs(1, 2, 3, 2, spec, torch.float64, seed=seed)[:2] for seed in range(3)]
+    xs, ls = (torch.stack(tensors) for tensors in zip(*stacks, strict=True))
+    expected = TRANSFORMS[transform](functools.partial(reassemble_reference, **spec._asdict()), xs, ls)
+    with warnings.catch_warnings():
+        # PyTorch warns of a slow fall-back where an op has no batching rule
+        warnings.filterwarnings("error", message=".*performance drop")
+        actual = TRANSFORMS[transform](functools.partial(reassemble, backend=backend, **spec._asdict()), xs, ls)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
