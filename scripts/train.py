@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -135,6 +136,9 @@ def train(cfg: DictConfig, folder: Path) -> None:
     )
     for logger in trainer.loggers:
         logger.log_hyperparams(config)
+    if isinstance(trainer.precision_plugin, DoublePrecision):
+        # Lightning converts the module after it has restored the weights, which would round them to 32 bits
+        task.double()
     trainer.fit(task, data, ckpt_path=last if last.exists() else None, weights_only=True)
 
 

@@ -119,7 +119,7 @@ class Crashed(Exception):
     pass
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
 def test_crashed_run_resumes_bit_identically(whole, tmp_path, monkeypatch, precision):
     arguments = [*SMALL, "row=table10/global_local_carafe", "data.epochs=3", f"trainer.precision={precision}"]
     if precision != "32-true":
