@@ -1,6 +1,8 @@
 """carafepp-train: train and evaluate a configuration, or resume an interrupted run."""
 
+import contextlib
 import logging
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from ..tasks.runs import BestCheckpoint, LastCheckpoint, RandomState, RunRecord,
 from .common.app import app
 from .common.arguments import parse_override
 from .common.checkpoints import check_last_checkpoint, drop_weight_paths
-from .common.jobs import is_job, read_repeated_job, shares_process, train_in_subprocess
+from .common.jobs import check_interruption, interruptible_sweep, is_job, read_repeated_job, shares_process, train_in_subprocess
 from .common.lightning_messages import silence_lightning
 from .common.options import read_options
 from .common.results import is_finished
@@ -143,12 +145,13 @@ def train(cfg: DictConfig, folder: Path) -> None:
 
 
 @app("train", check=check_resume)
-def main(cfg: DictConfig) -> None:
+def run(cfg: DictConfig) -> None:
     """Train in Hydra's output folder.
 
     `resume=FOLDER` continues the run of that folder, with `data.epochs=N` to another length. A repeated sweep continues its unfinished
     runs.
     """
+    check_interruption()
     folder = Path(HydraConfig.get().runtime.output_dir)
     if not is_first_process():
         # only the first process reports progress; every process reports warnings and errors
@@ -179,6 +182,13 @@ def main(cfg: DictConfig) -> None:
             rank_zero_only(print)(f"run folder: {folder}")
             return
     train_in_subprocess(folder, trust)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `carafepp-train`. Its `arguments` default to those of the process."""
+    sweeps = {"-m", "--multirun"} & {*(sys.argv[1:] if arguments is None else arguments)}
+    with interruptible_sweep() if sweeps else contextlib.nullcontext():
+        run(arguments)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,24 @@
 """Jobs of a sweep: a repeated sweep continues each job in its folder, and a job that fails or is killed does not stop the others."""
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
 from ...tasks.runs import write_atomically
 from .results import is_finished
-from .run_folders import catch_termination, read_config
+from .run_folders import read_config
 
 
 def is_job() -> bool:
@@ -40,11 +44,83 @@ def read_repeated_job(folder: Path, trust: Iterable[str]) -> DictConfig:
     return cfg
 
 
+class Interruption:
+    """A signal that ends a sweep: it ends the trainings of the sweep, and no other begins.
+
+    A launcher such as joblib's runs the jobs in processes of its own. The first process passes the signal on to them and waits until their
+    trainings have ended, because joblib would kill them before they have written error.txt.
+    """
+
+    def __init__(self) -> None:
+        self.signum: signal.Signals | None = None
+        # processes that train, below this one
+        self.trainings: set[subprocess.Popen] = set()
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        """Handle SIGTERM or SIGINT; without a training and outside a process of a launcher, the default of the signal applies."""
+        launched = multiprocessing.active_children()
+        if not launched and multiprocessing.parent_process() is None:
+            if signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            if not self.trainings:
+                signal.signal(signum, signal.SIG_DFL)
+                signal.raise_signal(signum)
+        self.signum = signal.Signals(signum)
+        for process in [*self.trainings, *launched]:
+            process.terminate()
+        for process in self.trainings:
+            # time to write error.txt
+            timer = threading.Timer(30, process.kill)
+            timer.daemon = True
+            timer.start()
+
+    def install(self) -> dict[int, Any]:
+        """Install the handler, which only the main thread can do, and return the handlers before."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        return {signum: signal.signal(signum, self.handle) for signum in (signal.SIGTERM, signal.SIGINT)}
+
+
+interruption = Interruption()
+
+
+def check_interruption() -> None:
+    """Let no job begin or go on after a signal that ends the sweep.
+
+    Raises:
+        SystemExit: the sweep has been interrupted.
+        RuntimeError: the same, in a process of a launcher, where Hydra takes it for a failure of the job.
+    """
+    if interruption.signum is None:
+        return
+    if multiprocessing.parent_process() is None:
+        raise SystemExit(128 + interruption.signum)
+    raise RuntimeError(f"the sweep was interrupted by {interruption.signum.name}")
+
+
+@contextlib.contextmanager
+def interruptible_sweep() -> Iterator[None]:
+    """Let SIGTERM and SIGINT end the trainings of the sweep that runs in this context, and the process with the status 128 + signal."""
+    before = interruption.install()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signum, interruption.signum = interruption.signum, None
+        if signum is not None:
+            raise SystemExit(128 + signum)
+
+
 def wait_for(command: list[str]) -> int:
     """Run a command and return its exit status; an exception in the meantime, such as Ctrl-C, ends the command before it goes on."""
     process = subprocess.Popen(command)
+    interruption.trainings.add(process)
+    if interruption.signum is not None:
+        # the signal came while the process began
+        process.terminate()
     try:
-        return process.wait()
+        status = process.wait()
     except BaseException:
         process.terminate()
         try:
@@ -54,6 +130,9 @@ def wait_for(command: list[str]) -> int:
             process.kill()
             process.wait()
         raise
+    finally:
+        interruption.trainings.discard(process)
+    return status
 
 
 def train_in_subprocess(folder: Path, trust: Iterable[str]) -> None:
@@ -67,7 +146,7 @@ def train_in_subprocess(folder: Path, trust: Iterable[str]) -> None:
 
     Raises:
         RuntimeError: the training failed, was killed, or ended without a result.
-        SystemExit: the sweep was ended by SIGTERM.
+        SystemExit: a signal ended the sweep.
     """
     record = folder / "error.txt"
     record.unlink(missing_ok=True)
@@ -75,15 +154,14 @@ def train_in_subprocess(folder: Path, trust: Iterable[str]) -> None:
     command = [sys.executable, "-P", "-m", "carafepp.scripts.train", f"resume='{path}'"]
     if names := ",".join(f"'{name}'" for name in trust):
         command.append(f"trust=[{names}]")
-    try:
-        with catch_termination():
-            status = wait_for(command)
-    except SIGTERMException as stop:
-        raise SystemExit(128 + signal.SIGTERM) from stop
+    if multiprocessing.parent_process() is not None:
+        interruption.install()
+    status = wait_for(command)
     if status == 0 and is_finished(folder):
         return
     if not record.exists():
         end = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
         missing = "" if status else " and without result.json"
         write_atomically(record, f"{end}{missing}, continue it with carafepp-train resume={folder}\n")
+    check_interruption()
     raise RuntimeError(f"{folder}: {record.read_text().splitlines()[0]}")

@@ -1,5 +1,6 @@
 """Trainings and sweeps that a signal ends: no success is reported, the folder says what happened, and the run can be finished."""
 
+import functools
 import os
 import re
 import shutil
@@ -10,12 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from carafepp.scripts.common import jobs
 from carafepp.scripts.common.checkpoints import check_last_checkpoint
 from carafepp.scripts.common.results import is_finished
 from carafepp.scripts.common.run_folders import record_failure
 from carafepp.scripts.reporting import read_runs
-from commands import count_rows, find_processes
+from carafepp.tasks.runs import LastCheckpoint
+from commands import call, count_rows, find_processes
 from training import TASKS, TINY, read_result
 
 TRAIN = [sys.executable, "-P", "-m", "carafepp.scripts.train"]
@@ -43,12 +46,37 @@ def interrupted(folder: Path, name: str) -> None:
     assert any(f"{folder}: unfinished (interrupted by {name}, continue it" in problem for problem in read_runs([folder.parent])[1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("task", "signum"), [*((task, signal.SIGTERM) for task in TASKS), ("segmentation", signal.SIGINT)])
-def test_interrupted_training_says_so_and_resumes_bit_identically(task, signum, tmp_path):
-    arguments = [*TASKS[task], "data.epochs=2"]
+@pytest.fixture(scope="module", autouse=True)
+def one_thread(threads_restored):
+    """Trainings in this process sum in the order of those in other processes, which have one thread."""
+    torch.set_num_threads(1)
+
+
+@functools.cache
+def train_whole(task: str, folder: Path) -> Path:
+    """Train a task without an interruption, once in this module, in a folder below this one."""
+    call("train", *TASKS[task], "data.epochs=2", f"hydra.run.dir={folder}/{task}")
+    return folder / task
+
+
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory):
+    """A folder for the uninterrupted runs of 20 steps."""
+    return tmp_path_factory.mktemp("wholes")
+
+
+def resumes_bit_identically(folder: Path, whole: Path) -> None:
+    """Continue an interrupted run, and compare it with an uninterrupted one."""
+    call("train", f"resume={folder}")
+    assert not (folder / "error.txt").exists()
+    assert read_result(folder)["weights_sha256"] == read_result(whole)["weights_sha256"]
+    assert (folder / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
+def test_interrupted_process_says_so_and_its_run_resumes_bit_identically(signum, wholes, tmp_path):
     folder = tmp_path / "run"
-    process = start(tmp_path, *arguments, f"hydra.run.dir={folder}")
+    process = start(tmp_path, *TASKS["segmentation"], "data.epochs=2", f"hydra.run.dir={folder}")
     wait_for_rows(process, folder, 6)
     process.send_signal(signum)
     _, said = process.communicate(timeout=120)
@@ -56,22 +84,31 @@ def test_interrupted_training_says_so_and_resumes_bit_identically(task, signum, 
     interrupted(folder, signum.name)
     assert f"{folder}: interrupted by {signum.name}" in said
     assert "Traceback" not in said
-    second, whole = start(tmp_path, f"resume={folder}"), start(tmp_path, *arguments, f"hydra.run.dir={tmp_path / 'whole'}")
-    for process in (second, whole):
-        said = process.communicate(timeout=240)
-        assert process.returncode == 0, said
-    assert not (folder / "error.txt").exists()
-    assert read_result(folder)["weights_sha256"] == read_result(tmp_path / "whole")["weights_sha256"]
-    assert (folder / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
+    resumes_bit_identically(folder, train_whole("segmentation", wholes))
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "segmentation"])
+def test_interrupted_training_of_every_task_resumes_bit_identically(task, wholes, tmp_path, monkeypatch):
+    folder, save = tmp_path / "run", LastCheckpoint.on_train_batch_end
+
+    def save_and_stop(self, trainer, *arguments):
+        save(self, trainer, *arguments)
+        if trainer.global_step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LastCheckpoint, "on_train_batch_end", save_and_stop)
+        with pytest.raises(SystemExit) as stop:
+            call("train", *TASKS[task], "data.epochs=2", f"hydra.run.dir={folder}")
+    assert stop.value.code == 128 + signal.SIGTERM
+    interrupted(folder, "SIGTERM")
+    resumes_bit_identically(folder, train_whole(task, wholes))
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes in /proc, which only Linux has")
-@pytest.mark.parametrize("launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]], ids=["basic", "joblib"])
-def test_sweep_goes_on_after_an_interrupted_training_and_does_not_succeed(launcher, tmp_path):
-    if launcher:
-        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+def test_sweep_goes_on_after_an_interrupted_training_and_does_not_succeed(tmp_path):
     sweep = tmp_path / "sweep"
-    process = start(tmp_path, "-m", *launcher, *TINY, "data.batch_size=4", "data.epochs=2", "seed=0,1", f"hydra.sweep.dir={sweep}")
+    process = start(tmp_path, "-m", *TINY, "data.batch_size=4", "data.epochs=2", "seed=0,1", f"hydra.sweep.dir={sweep}")
     wait_for_rows(process, sweep / "0", 6)
     for training in find_processes(f"resume='{sweep}/0'"):
         os.kill(training, signal.SIGTERM)
@@ -80,6 +117,23 @@ def test_sweep_goes_on_after_an_interrupted_training_and_does_not_succeed(launch
     assert f"{sweep}/0: interrupted by SIGTERM" in said
     interrupted(sweep / "0", "SIGTERM")
     assert [run.folder.name for run in read_runs([sweep])[0]] == ["1"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes in /proc, which only Linux has")
+def test_interrupted_joblib_sweep_ends_its_trainings_and_begins_no_other(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sweep = tmp_path / "sweep"
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    process = start(tmp_path, "-m", *launcher, *TINY, "data.batch_size=4", "data.epochs=60", "seed=0,1,2", f"hydra.sweep.dir={sweep}")
+    for job in (0, 1):
+        wait_for_rows(process, sweep / str(job), 6)
+    process.terminate()
+    process.communicate(timeout=240)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert find_processes(str(sweep)) == []
+    for job in (0, 1):
+        interrupted(sweep / str(job), "SIGTERM")
+    assert not (sweep / "2" / "config.yaml").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes in /proc, which only Linux has")
@@ -142,25 +196,15 @@ def test_launcher_that_requeues_keeps_its_handler_and_its_exit(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A finished run of 10 steps."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    process = start(folder.parent, *TINY, "data.batch_size=4", "data.epochs=2", "data.train.length=20", f"hydra.run.dir={folder}")
-    said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-    return folder
-
-
-def resume(folder: Path) -> tuple[int, str, str]:
-    process = start(folder.parent, f"resume={folder}")
-    said = process.communicate(timeout=240)
-    return process.returncode, *said
+def whole(wholes):
+    """A finished run of 20 steps."""
+    return train_whole("segmentation", wholes)
 
 
 CLOCKS = ("seconds", "cpu_seconds")
 
 
-def test_broken_result_is_none_for_everyone_and_is_written_again(whole, tmp_path):
+def test_broken_result_is_none_for_everyone_and_is_written_again(whole, tmp_path, capsys):
     folder = Path(shutil.copytree(whole, tmp_path / "run"))
     path = folder / "result.json"
     assert is_finished(folder)
@@ -171,9 +215,9 @@ def test_broken_result_is_none_for_everyone_and_is_written_again(whole, tmp_path
         assert runs == []
         assert f"{path}: broken (" in problems[0]
         assert f"carafepp-train resume={folder} writes it again" in problems[0]
-    status, out, said = resume(folder)
-    assert status == 0, said
-    assert f"{path} is broken (" in out
+    capsys.readouterr()
+    call("train", f"resume={folder}")
+    assert f"{path} is broken (" in capsys.readouterr().out
     assert {k: v for k, v in read_result(folder).items() if k not in CLOCKS} == {
         k: v for k, v in read_result(whole).items() if k not in CLOCKS
     }
@@ -181,7 +225,7 @@ def test_broken_result_is_none_for_everyone_and_is_written_again(whole, tmp_path
     assert read_runs([tmp_path])[1] == []
 
 
-def test_damaged_last_checkpoint_is_named_and_the_best_one_continues(whole, tmp_path):
+def test_damaged_last_checkpoint_is_named_and_the_best_one_continues(whole, tmp_path, capsys):
     folder = Path(shutil.copytree(whole, tmp_path / "run"))
     (folder / "result.json").unlink()
     last, best = folder / "last.ckpt", folder / "best.ckpt"
@@ -194,13 +238,12 @@ def test_damaged_last_checkpoint_is_named_and_the_best_one_continues(whole, tmp_
         offer = rf"{last} is damaged: replace it by {best}.*\(cp '{best}' '{last}'\), or delete it .*resume={folder}"
         with pytest.raises(ValueError, match=offer):
             check_last_checkpoint(folder)
-    status, _, said = resume(folder)
-    assert status == 1
-    assert f"{last} is damaged" in said
+    with pytest.raises(SystemExit, match="1"):
+        call("train", f"resume={folder}", raises=False)
+    assert f"{last} is damaged" in capsys.readouterr().err
     assert f"{last} is damaged" in (folder / "error.txt").read_text().splitlines()[0]
     shutil.copy(best, last)
-    status, _, said = resume(folder)
-    assert status == 0, said
+    call("train", f"resume={folder}")
     assert read_result(folder)["weights_sha256"] == read_result(whole)["weights_sha256"]
     last.write_bytes(b"")
     best.write_bytes(b"")
