@@ -25,7 +25,7 @@ from .common.jobs import check_interruption, interruptible_sweep, is_job, read_r
 from .common.lightning_messages import silence_lightning
 from .common.options import read_options
 from .common.results import is_finished
-from .common.run_folders import is_first_process, lock_folder, read_config, record_failure
+from .common.run_folders import LauncherSignals, is_first_process, lock_folder, read_config, record_failure
 from .common.run_length import RunLength, change_length
 from .common.trust import find_foreign
 
@@ -129,6 +129,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
         RunRecord(folder, cfg.log_every_n_steps, config),
         RandomState(),
         RunLength(folder, config),
+        LauncherSignals(),
         Pictures(folder),
         BestCheckpoint(folder, task.monitor, task.direction),
         LastCheckpoint(folder, cfg.checkpoint_every_n_steps),

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
+import lightning as L
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
@@ -73,6 +74,23 @@ def catch_termination() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class LauncherSignals(L.Callback):
+    """Callback that leaves SIGTERM to a launcher with a handler of its own, instead of Lightning's, which ends the training.
+
+    Slurm sends SIGTERM when the grace time of a preemption begins, and kills and requeues the job when it ends. submitit therefore passes
+    over SIGTERM. A training that ends by itself in this time is a failure for Slurm.
+    """
+
+    def __init__(self) -> None:
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restore the handler that Lightning has extended by its own."""
+        foreign = callable(self.handler) and self.handler is not raise_termination
+        if foreign and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.handler)
 
 
 def find_signal(stop: BaseException) -> signal.Signals | None:

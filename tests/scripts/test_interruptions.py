@@ -195,6 +195,28 @@ def test_launcher_that_requeues_keeps_its_handler_and_its_exit(tmp_path):
     assert not (tmp_path / "error.txt").exists()
 
 
+def test_training_goes_on_where_a_launcher_passes_over_the_signal(wholes, tmp_path, monkeypatch):
+    """Slurm announces a preemption by SIGTERM, and requeues the job only if it runs until it is killed."""
+    save, seen = LastCheckpoint.on_train_batch_end, []
+
+    def save_and_announce(self, trainer, *arguments):
+        save(self, trainer, *arguments)
+        if trainer.global_step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: seen.append(signum))
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(LastCheckpoint, "on_train_batch_end", save_and_announce)
+            call("train", *TASKS["segmentation"], "data.epochs=2", f"hydra.run.dir={tmp_path}/run")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
+    assert not (tmp_path / "run" / "error.txt").exists()
+    whole = train_whole("segmentation", wholes)
+    assert read_result(tmp_path / "run")["weights_sha256"] == read_result(whole)["weights_sha256"]
+
+
 @pytest.fixture(scope="module")
 def whole(wholes):
     """A finished run of 20 steps."""
