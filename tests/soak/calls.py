@@ -17,7 +17,7 @@ from soak.wrong_calls import check_wrong_call
 
 # shares of the cases
 WRONG, WEIGHTS, MODULE, SECOND_ORDER, LARGE, SHARED = 0.06, 0.2, 0.03, 0.02, 0.003, 0.08
-MOST_ELEMENTS = {"cpu": 10_000, "torch": 10_000, "triton": 1_500}
+MOST_ELEMENTS = {"cpu": 10_000, "torch": 10_000, "triton": 500}
 
 X_VALUES = ("normal",) * 6 + ("huge", "tiny", "zero", "mixed", "nan", "inf")
 LOGIT_VALUES = ("normal",) * 6 + ("wide", "offset", "huge", "equal", "some -inf", "window -inf", "nan", "inf")

@@ -5,5 +5,5 @@ from soak import workers
 
 def run(minutes: float, seed: int) -> dict[str, int]:
     """Read damaged files (see readers.py), and return the numbers of files by their kind and by what came of them."""
-    found = workers.run_cases("files", "readers", minutes=minutes, seed=seed, seconds=60)
+    found = workers.run_cases("files", "readers", minutes=minutes, seed=seed)
     return dict(sorted(found.items()))

@@ -25,7 +25,7 @@ def run_backend(backend: str, minutes: float, seed: int) -> Counter[str]:
         backend,
         minutes=minutes,
         seed=seed,
-        seconds=600 if interpreted else 60,
+        seconds=900 if interpreted else 300,
         environment={"TRITON_INTERPRET": "1"} if interpreted else {},
     )
     return Counter({f"{backend}: {what}": number for what, number in found.items()})

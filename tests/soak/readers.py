@@ -16,6 +16,7 @@ import torch
 from carafepp.models.weights import load_weights
 from carafepp.scripts.common.checkpoints import check_last_checkpoint, load_checkpoint, load_task
 from carafepp.scripts.common.paper import read_paper
+from carafepp.scripts.common.results import UNPRINTABLE
 from carafepp.scripts.common.run_folders import read_config
 from carafepp.scripts.reporting import group_runs, plot_table, read_runs, render_tables, tabulate_others, tabulate_paper
 from carafepp.scripts.validate import find_problems
@@ -275,9 +276,12 @@ def result(rng: np.random.Generator, folder: Path) -> None:
     write_run(folder / "2", 2, {"val/mIoU": 0.3}, "task=segmentation")
     path = folder / f"{rng.integers(3)}" / "result.json"
     path.write_bytes(damage_json(json.loads(path.read_text()), rng))
+    (folder / "failed").mkdir()
+    (folder / "failed" / "error.txt").write_bytes(damage_bytes("ValueError: image é.jpg\n\nTraceback\n".encode(), rng))
     runs, problems = read_runs([folder])
-    assert len(runs) + len(problems) == 3
-    assert all(str(path.parent) in problem and problem.isprintable() for problem in problems)
+    assert len(runs) + len(problems) == 4
+    assert str(folder / "failed") in problems[-1]
+    assert all(problem.startswith(str(folder)) and not UNPRINTABLE.search(problem) for problem in problems)
     settings, _ = group_runs(runs, read_paper()[0])
     tables = tabulate_paper(settings, ["AP", "AP50", "mIoU"], 4, None)
     if others := [setting for setting in settings if not setting.table]:
@@ -287,7 +291,7 @@ def result(rng: np.random.Generator, folder: Path) -> None:
     if rng.random() < 0.03:
         for number, table in enumerate(tables):
             plot_table(table, folder, f"plot{number}")
-    if problems:
+    if len(problems) > 1:
         raise Refused
 
 

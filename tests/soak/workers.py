@@ -94,7 +94,7 @@ def run_cases(
     *arguments: object,
     minutes: float,
     seed: int,
-    seconds: float = 60,
+    seconds: float = 300,
     environment: dict[str, str] | None = None,
 ) -> Counter[str]:
     """Run the cases with the seeds `seed`, `seed` + 1, ... of a part of the soak, and count them; see `Worker` for the arguments."""
