@@ -1,5 +1,6 @@
 """The paper's tables, from conf/paper.yaml."""
 
+import functools
 from importlib.resources import files
 from typing import cast
 
@@ -8,6 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from .options import read_options
 
 
+# a report needs it several times, and reading takes a tenth of a second
+@functools.cache
 def read_paper() -> tuple[dict, dict]:
     """Read the tables of the paper by name, and the names of metrics in runs by task and column."""
     tables = read_options(cast(DictConfig, OmegaConf.create(files("carafepp.conf").joinpath("paper.yaml").read_text())))
