@@ -12,6 +12,9 @@ from torch import Tensor
 from .backends import implementation
 from .geometry import LSE_NORMALIZERS, Spec, memory_format
 
+# dtype of the log-sum-exp and of sums
+WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
+
 
 class Options(NamedTuple):
     """The options of one call of an op, in the order of the schemas: size, those of a Spec, layout of the logits, and backend."""
@@ -25,6 +28,11 @@ class Options(NamedTuple):
     at_targets: bool  # whether the logits are [N, G * K * K, Ho, Wo], instead of [N, G * K * K * up**2, Hq, Wq]
     backend: str | None
 
+    @classmethod
+    def read(cls, size: Sequence[int], *others: Any) -> "Options":
+        """Take the arguments of an op, whose dispatcher makes a list of the size."""
+        return cls(tuple(size), *others)
+
     @property
     def spec(self) -> Spec:
         """The options of the reassembly."""
@@ -37,7 +45,7 @@ def empty_outputs(x: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     spec = options.spec
     y = torch.empty((n, c, *options.size), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
     lse_size = (n, spec.groups, spec.up, spec.up, spec.cells(h), spec.cells(w)) if spec.normalizer in LSE_NORMALIZERS else (0,)
-    return y, x.new_empty(lse_size, dtype=torch.promote_types(x.dtype, torch.float32))
+    return y, x.new_empty(lse_size, dtype=WIDE[x.dtype])
 
 
 def empty_gradients(x: Tensor, logits: Tensor, need_dx: bool, need_dlogits: bool) -> tuple[Tensor, Tensor]:
@@ -48,26 +56,43 @@ def empty_gradients(x: Tensor, logits: Tensor, need_dx: bool, need_dlogits: bool
     )
 
 
-def _view_cells(logits: Tensor, x: Tensor, options: Options) -> Tensor:
+class Layouts(NamedTuple):
+    """What the layout of x and the options of a call determine."""
+
+    spec: Spec
+    y_shape: tuple[int, ...]
+    y_strides: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    cells_shape: tuple[int, ...]  # N, G * K * K, up, up, Hq, Wq
+    core: tuple[int, int] | None  # rows and columns of y before it repeats the last ones, unless it repeats none
+
+
+@functools.lru_cache(maxsize=4096)
+def _layouts(shape: torch.Size, strides: tuple[int, ...], options: Options) -> Layouts:
+    """Compute the layouts once for an x of this shape and these strides, because they come back in every iteration."""
+    y, lse = empty_outputs(torch.empty_strided(shape, strides, device="meta"), options)
+    n, _, h, w = shape
+    spec = options.spec
+    rows, columns = spec.output_size(h), spec.output_size(w)
+    longer = y.shape[2] > rows or y.shape[3] > columns
+    cells_shape = (n, spec.groups * spec.taps, spec.up, spec.up, spec.cells(h), spec.cells(w))
+    core = (min(rows, y.shape[2]), min(columns, y.shape[3])) if longer else None
+    return Layouts(spec, tuple(y.shape), y.stride(), tuple(lse.shape), cells_shape, core)
+
+
+def _view_cells(logits: Tensor, layouts: Layouts, options: Options) -> Tensor:
     """View logits as [N, G * K * K, up, up, Hq, Wq].
 
     Logits in encoder layout may have further channels, which are not read. Weights at output resolution that end within a cell are padded.
     """
-    n, channels, up = x.shape[0], options.groups * options.kernel_size**2, options.up
+    n, channels, up, _, rows, columns = layouts.cells_shape
     if not options.at_targets:
-        used = logits if logits.shape[1] == channels * up**2 else logits[:, : channels * up**2]
-        return used.view(n, channels, up, up, *logits.shape[2:])
-    rows, columns = options.spec.cells(x.shape[2]), options.spec.cells(x.shape[3])
+        used = channels * up**2
+        return (logits if logits.shape[1] == used else logits[:, :used]).view(layouts.cells_shape)
     missing_rows, missing_columns = rows * up - logits.shape[2], columns * up - logits.shape[3]
     if missing_rows or missing_columns:
         logits = F.pad(logits, (0, missing_columns, 0, missing_rows))
     return logits.view(n, channels, rows, up, columns, up).permute(0, 1, 3, 5, 2, 4)
-
-
-def _fit(y: Tensor, x: Tensor, options: Options) -> Tensor:
-    """Leave out the rows and columns of an output that repeat the last one."""
-    rows, columns = options.spec.output_size(x.shape[2]), options.spec.output_size(x.shape[3])
-    return y if y.shape[2] <= rows and y.shape[3] <= columns else y[..., :rows, :columns]
 
 
 def _repeat_last(y: Tensor, rows: int, columns: int) -> None:
@@ -106,38 +131,51 @@ def _untraced(function: Op) -> Op:
     return run
 
 
+def compute_outputs(x: Tensor, logits: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Compute y and lse of tensors that no transform of PyTorch observes."""
+    layouts = _layouts(x.shape, x.stride(), options)
+    y, lse = x.new_empty_strided(layouts.y_shape, layouts.y_strides), x.new_empty(layouts.lse_shape, dtype=WIDE[x.dtype])
+    if y.numel():
+        core = y[..., : layouts.core[0], : layouts.core[1]] if layouts.core else y
+        compute = implementation(options.backend, x.device, x.dtype).forward
+        compute(x, _view_cells(logits, layouts, options), core, lse, layouts.spec)
+        if layouts.core:
+            _repeat_last(y, *layouts.core)
+    return y, lse
+
+
+def compute_gradients(
+    dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, options: Options, need_dx: bool, need_dlogits: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute dx and dlogits of tensors that no transform of PyTorch observes."""
+    dx, dlogits = empty_gradients(x, logits, need_dx, need_dlogits)
+    if not dy.numel():
+        return dx, dlogits.zero_()
+    layouts = _layouts(x.shape, x.stride(), options)
+    if layouts.core:
+        dy = _sum_repeated(dy, *layouts.core)
+    cells, dcells = _view_cells(logits, layouts, options), _view_cells(dlogits, layouts, options) if need_dlogits else None
+    implementation(options.backend, x.device, x.dtype).backward(dy, x, cells, lse, dx if need_dx else None, dcells, layouts.spec)
+    if dcells is None:
+        return dx, dlogits
+    if not options.at_targets:
+        used = layouts.cells_shape[1] * options.up**2
+        if dlogits.shape[1] > used:
+            dlogits[:, used:].zero_()
+    elif dcells.data_ptr() != dlogits.data_ptr():
+        # the cells are a padded copy
+        dlogits.copy_(dcells.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)[..., : dlogits.shape[2], : dlogits.shape[3]])
+    return dx, dlogits
+
+
 @_untraced
 def forward(x: Tensor, logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Compute y and lse; the further arguments are those of `Options`."""
-    options = Options(*arguments)
-    y, lse = empty_outputs(x, options)
-    if y.numel():
-        core = _fit(y, x, options)
-        implementation(options.backend, x.device, x.dtype).forward(x, _view_cells(logits, x, options), core, lse, options.spec)
-        if core is not y:
-            _repeat_last(y, *core.shape[2:])
-    return y, lse
+    return compute_outputs(x, logits, Options.read(*arguments))
 
 
 @_untraced
 def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Compute dx and dlogits; the further arguments are those of `Options`, need_dx and need_dlogits."""
-    *given, need_dx, need_dlogits = arguments
-    options = Options(*given)
-    dx, dlogits = empty_gradients(x, logits, need_dx, need_dlogits)
-    if not dy.numel():
-        return dx, dlogits.zero_()
-    core = _fit(dy, x, options)
-    if core is not dy:
-        core = _sum_repeated(dy, *core.shape[2:])
-    cells = _view_cells(logits, x, options)
-    dcells = None
-    if need_dlogits:
-        dcells = _view_cells(dlogits, x, options)
-        if not options.at_targets:
-            dlogits[:, dcells.shape[1] * options.up**2 :].zero_()
-    implementation(options.backend, x.device, x.dtype).backward(core, x, cells, lse, dx if need_dx else None, dcells, options.spec)
-    if dcells is not None and options.at_targets and dcells.data_ptr() != dlogits.data_ptr():
-        # the cells are a padded copy
-        dlogits.copy_(dcells.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)[..., : dlogits.shape[2], : dlogits.shape[3]])
-    return dx, dlogits
+    *options, need_dx, need_dlogits = arguments
+    return compute_gradients(dy, x, logits, lse, Options.read(*options), need_dx, need_dlogits)

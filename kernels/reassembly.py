@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from .backends import choose_backend
+from .execution import Options
 from .flops import register_formulas
 from .geometry import Spec, check_inputs, memory_format
 from .reference import normalize, reassemble_reference, weighted_sum
-from .registration import reassemble_op
+from .registration import call_reassemble
 
 register_formulas()
 
@@ -70,7 +71,7 @@ def reassemble(
     rows, columns = check_inputs(x, logits, spec, size)
     if choose_backend(backend, x) == "reference":
         return reassemble_reference(x, logits, **spec._asdict(), size=size)
-    return reassemble_op(x, logits, (rows, columns), *spec, False, backend)[0]
+    return call_reassemble(x, logits, Options((rows, columns), *spec, False, backend))
 
 
 def reassemble_weights(
@@ -110,4 +111,4 @@ def reassemble_weights(
         dtype = torch.promote_types(x.dtype, torch.float32)
         windows = normalize(weights.to(dtype).unflatten(1, (groups, spec.taps)), normalizer)
         return weighted_sum(x.to(dtype), windows, spec).to(x.dtype).contiguous(memory_format=memory_format(x))
-    return reassemble_op(x, weights, (rows, columns), *spec, True, backend)[0]
+    return call_reassemble(x, weights, Options((rows, columns), *spec, True, backend))

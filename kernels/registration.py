@@ -14,7 +14,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from .execution import Options, backward, empty_gradients, empty_outputs, forward
+from .execution import Options, backward, compute_gradients, compute_outputs, empty_gradients, empty_outputs, forward
 from .reference import normalize, normalize_backward, normalize_forward
 
 # the schemas give the parameter types of the functions that the dispatcher and autograd call
@@ -47,6 +47,35 @@ def _apply_to_tangents(jvp):
     return run
 
 
+def _is_observed(*tensors: Tensor) -> bool:
+    """Return whether anything but autograd may have to see a call: a compiler, a tracer, a mode, torch.func, a profiler, a subclass.
+
+    Without one, a call need not pass through PyTorch's dispatcher, which takes longer than the rest of a small call.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) or not (tensor.is_cpu or tensor.is_cuda) for tensor in tensors)
+    )
+
+
+def _forward_below_autograd(x, logits, options):
+    """Compute y and lse inside an autograd function, which records the call as a whole."""
+    if not _is_observed(x, logits):
+        return compute_outputs(x, logits, options)
+    return _call_below_autograd(reassemble_op, x, logits, *options)
+
+
+def _backward_below_autograd(dy, x, logits, lse, options, need_dx, need_dlogits):
+    if not _is_observed(dy, x, logits, lse):
+        return compute_gradients(dy, x, logits, lse, options, need_dx, need_dlogits)
+    return _call_below_autograd(reassemble_backward_op, dy, x, logits, lse, *options, need_dx, need_dlogits)
+
+
 def _call_below_autograd(op, *arguments):
     """Call an op from its own autograd kernel: autograd records the call as a whole.
 
@@ -73,7 +102,7 @@ def _bilinear(options: Options) -> Options:
 class _Reassemble(_SingleLevelFunction):
     @staticmethod
     def forward(x, logits, options):
-        return _call_below_autograd(reassemble_op, x, logits, *options)
+        return _forward_below_autograd(x, logits, options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -93,7 +122,7 @@ class _Reassemble(_SingleLevelFunction):
         if torch.is_grad_enabled():
             dx, dlogits = _differentiable_backward(dy, x, logits, ctx.options, need_dx, need_dlogits)
         else:
-            dx, dlogits = reassemble_backward_op(dy, x, logits, lse, *ctx.options, need_dx, need_dlogits)
+            dx, dlogits = _backward_below_autograd(dy, x, logits, lse, ctx.options, need_dx, need_dlogits)
         return dx if need_dx else None, dlogits if need_dlogits else None, None
 
     @staticmethod
@@ -130,7 +159,7 @@ def _differentiable_backward(
 class _ReassembleBackward(_SingleLevelFunction):
     @staticmethod
     def forward(dy, x, weights, lse, options, need_dx, need_dlogits):
-        return _call_below_autograd(reassemble_backward_op, dy, x, weights, lse, *options, need_dx, need_dlogits)
+        return _backward_below_autograd(dy, x, weights, lse, options, need_dx, need_dlogits)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -222,17 +251,24 @@ def _apply(function, *arguments):
 
 def _autograd_forward(x, logits, *options):
     if _records():
-        return _apply(_Reassemble, x, logits, Options(*options))
-    with torch._C._AutoDispatchBelowAutograd():
-        return reassemble_op(x, logits, *options)
+        return _apply(_Reassemble, x, logits, Options.read(*options))
+    return _forward_below_autograd(x, logits, Options.read(*options))
 
 
 def _autograd_backward(dy, x, logits, lse, *options):
     *given, need_dx, need_dlogits = options
     if _records():
-        return _apply(_ReassembleBackward, dy, x, logits, lse, Options(*given), need_dx, need_dlogits)
-    with torch._C._AutoDispatchBelowAutograd():
-        return reassemble_backward_op(dy, x, logits, lse, *options)
+        return _apply(_ReassembleBackward, dy, x, logits, lse, Options.read(*given), need_dx, need_dlogits)
+    return _backward_below_autograd(dy, x, logits, lse, Options.read(*given), need_dx, need_dlogits)
+
+
+def call_reassemble(x: Tensor, logits: Tensor, options: Options) -> Tensor:
+    """Call the op `reassemble`, or what it does where only autograd looks on; return y."""
+    if _is_observed(x, logits):
+        return reassemble_op(x, logits, *options)[0]
+    if _records() and (x.requires_grad or logits.requires_grad or forward_ad._current_level >= 0):
+        return _Reassemble.apply(x, logits, options)[0]
+    return compute_outputs(x, logits, options)[0]
 
 
 LIBRARY.impl("reassemble", forward, "CompositeExplicitAutograd")
@@ -245,7 +281,7 @@ torch.library.register_vmap("carafepp::reassemble_backward", _batch_backward, li
 
 @torch.library.register_fake("carafepp::reassemble", lib=LIBRARY)
 def _(x, logits, *options):
-    return empty_outputs(x, Options(*options))
+    return empty_outputs(x, Options.read(*options))
 
 
 @torch.library.register_fake("carafepp::reassemble_backward", lib=LIBRARY)

@@ -3,6 +3,8 @@
 import ctypes
 import functools
 import os
+import struct
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +58,11 @@ def library() -> ctypes.CDLL:
         raise BuildError(f"the compiled kernel cannot be loaded ({error}).") from error
 
 
+@functools.cache
+def _function(name: str) -> Any:
+    return getattr(library(), name)
+
+
 _forked = False
 
 
@@ -91,15 +98,30 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
 
 
+_TENSORS = ("x", "logits", "lse", "y", "dy", "dx", "dlogits")
+_ADDRESSES = tuple(getattr(Call, name).offset for name in _TENSORS)
+_write_address = struct.Struct("P").pack_into
+
+
+@functools.lru_cache(maxsize=4096)
+def _template(dtype: torch.dtype, spec: Spec, shape: torch.Size, size: torch.Size, threads: int, forked: bool, *strides: tuple) -> bytes:
+    """Return the bytes of a `Call` without its addresses, which are all that differs between calls with the same layouts."""
+    problem = (DTYPES.index(dtype), NORMALIZERS.index(spec.normalizer), *shape, *size, *spec[:4])
+    return bytes(Call(problem, threads, openmp_parallel(), *((None, steps) for steps in strides)))
+
+
 def _call(name: str, spec: Spec, y: Tensor, x: Tensor, *others: Tensor | None) -> None:
     """Run a function of the kernel on tensors in the order of `Call`; tensors that are None or missing at the end are not needed.
 
     `y` is the output or its gradient, and gives the output size.
     """
-    problem = (DTYPES.index(x.dtype), NORMALIZERS.index(spec.normalizer), *x.shape, *y.shape[2:], *spec[:4])
-    tensors = [() if t is None else (t.data_ptr(), t.stride()) for t in (x, *others)]
-    call = Call(problem, torch.get_num_threads(), openmp_parallel(), *tensors)
-    if getattr(library(), name)(ctypes.byref(call)):
+    tensors = (x, *others)
+    strides = [() if t is None else t.stride() for t in tensors]
+    call = bytearray(_template(x.dtype, spec, x.shape, y.shape[2:], torch.get_num_threads(), _forked, *strides))
+    for offset, tensor in zip(_ADDRESSES, tensors, strict=False):
+        if tensor is not None:
+            _write_address(call, offset, tensor.data_ptr())
+    if _function(name)((ctypes.c_char * len(call)).from_buffer(call)):
         raise MemoryError(f"the CPU kernel cannot allocate its scratch memory for x of shape {tuple(x.shape)}")
 
 

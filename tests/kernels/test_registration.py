@@ -6,6 +6,7 @@ from carafepp.kernels import reassemble
 from carafepp.kernels.geometry import NORMALIZERS, Spec
 from commands import run_code
 from operator_cases import differentiate, random_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -85,3 +86,40 @@ def test_meta_tensors_give_shapes():
     y = reassemble(x.to(memory_format=torch.channels_last), logits, kernel_size=3, up=2)
     assert (y.shape, y.device.type) == ((1, 8, 10, 12), "meta")
     assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_what_watches_a_call_sees_the_ops():
+    """Calls without an observer do not pass through the dispatcher."""
+    x, logits, dy = random_inputs(1, 8, 5, 6, Spec(3, up=2))
+    names = {"carafepp::reassemble", "carafepp::reassemble_backward"}
+    with torch.profiler.profile() as profile:
+        expected = differentiate(reassemble, x, logits, dy, kernel_size=3, up=2)
+    assert names <= {event.key for event in profile.key_averages()}
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.add(op.name())
+            return op(*args, **(kwargs or {}))
+
+    seen = set()
+    with Recorder():
+        observed = differentiate(reassemble, x, logits, dy, kernel_size=3, up=2)
+    assert names <= seen
+    alone = differentiate(reassemble, x, logits, dy, kernel_size=3, up=2)
+    for name, result in expected.items():
+        assert torch.equal(observed[name], result)
+        assert torch.equal(alone[name], result)
+
+
+def test_many_sizes_in_turn_give_the_results_of_one():
+    """What a call remembers of a layout depends on everything that the results depend on."""
+    spec = Spec(3, up=2)
+    problems = [
+        random_inputs(1, 4, h, w, spec, layouts=layout) for h in (3, 4) for w in (5, 6) for layout in ("contiguous", "channels_last")
+    ]
+    problems += [[t.double() for t in problem] for problem in problems]
+    alone = [differentiate(reassemble, *problem, **spec._asdict()) for problem in problems]
+    for problem, expected in [*zip(problems, alone, strict=True)] * 2:
+        for name, result in differentiate(reassemble, *problem, **spec._asdict()).items():
+            assert torch.equal(result, expected[name])
+            assert result.stride() == expected[name].stride()
