@@ -58,7 +58,7 @@ def _is_observed(*tensors: Tensor) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        or torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) or not (tensor.is_cpu or tensor.is_cuda) for tensor in tensors)
     )
 
@@ -267,7 +267,7 @@ def call_reassemble(x: Tensor, logits: Tensor, options: Options) -> Tensor:
     if _is_observed(x, logits):
         return reassemble_op(x, logits, *options)[0]
     if _records() and (x.requires_grad or logits.requires_grad or forward_ad._current_level >= 0):
-        return _Reassemble.apply(x, logits, options)[0]
+        return _apply(_Reassemble, x, logits, options)[0]
     return compute_outputs(x, logits, options)[0]
 
 
