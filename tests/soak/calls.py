@@ -76,13 +76,17 @@ def draw_case(rng: np.random.Generator, backend: str) -> Case:
         h, w = (h + 1) // 2, (w + 1) // 2
     draw = rng.random()
     function = "weights" if draw < WEIGHTS else "module" if draw < WEIGHTS + MODULE and backend == "cpu" else "reassemble"
-    dtypes = DTYPES[backend]
+    dtype = DTYPES[backend][rng.integers(len(DTYPES[backend]))]
+    kinds = str(rng.choice(X_VALUES)), str(rng.choice(LOGIT_VALUES))
+    if backend == "triton" and dtype == torch.bfloat16 and kinds[0] == "tiny":
+        # Triton's interpreter converts subnormal numbers of this type wrongly
+        kinds = "normal", kinds[1]
     return Case(
         function,
         (n, channels, h, w),
         spec._replace(normalizer="none") if function == "weights" else spec,
-        dtypes[rng.integers(len(dtypes))],
-        (str(rng.choice(X_VALUES)), str(rng.choice(LOGIT_VALUES))),
+        dtype,
+        kinds,
         bool(rng.random() < SHARED),
         [(True, True), (True, False), (False, True), (False, False)][rng.integers(4)],
     )
