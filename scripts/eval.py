@@ -8,8 +8,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ..tasks.runs import write_atomically, write_classes
+from ..tasks.runs import write_classes
 from ..tasks.task import Task
+from ..tasks.writing import write_atomically
 from .common.app import app
 from .common.checkpoints import configure_data, load_task
 from .common.lightning_messages import silence_lightning

@@ -17,7 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from ..tasks.pictures import Pictures
-from ..tasks.runs import BestCheckpoint, LastCheckpoint, RandomState, RunRecord, write_atomically
+from ..tasks.runs import BestCheckpoint, LastCheckpoint, RandomState, RunRecord
+from ..tasks.writing import CheckpointFiles, write_atomically
 from .common.app import app
 from .common.arguments import parse_override
 from .common.checkpoints import check_last_checkpoint, drop_weight_paths
@@ -126,17 +127,19 @@ def train(cfg: DictConfig, folder: Path) -> None:
     if cfg.compile:
         task.model.compile()
     callbacks = [
+        # result.json, which RunRecord writes, says that everything else is written
+        Pictures(folder),
         RunRecord(folder, cfg.log_every_n_steps, config),
         RandomState(),
         RunLength(folder, config),
         LauncherSignals(),
-        Pictures(folder),
         BestCheckpoint(folder, task.monitor, task.direction),
         LastCheckpoint(folder, cfg.checkpoint_every_n_steps),
     ]
     trainer = instantiate(
         cfg.trainer, callbacks=callbacks, logger=build_logger(cfg, folder), log_every_n_steps=cfg.log_every_n_steps, default_root_dir=folder
     )
+    trainer.strategy.checkpoint_io = CheckpointFiles()
     for logger in trainer.loggers:
         logger.log_hyperparams(config)
     if isinstance(trainer.precision_plugin, DoublePrecision):

@@ -18,8 +18,8 @@ from .coco_eval import COCO_SIDES, class_precision, evaluate_detections, format_
 from .data import get_data
 from .image_files import to_plain
 from .pictures import draw_instances, enlarge, pick_colors
-from .runs import write_atomically
 from .task import MakeOptimizer, MakeSchedule, Task, View, list_class_names
+from .writing import write_atomically
 
 logger = logging.getLogger(__name__)
 

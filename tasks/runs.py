@@ -5,11 +5,8 @@ random generators and the rows of metrics.csv, so that a killed run continues ex
 """
 
 import contextlib
-import csv
 import hashlib
-import io
 import json
-import os
 import platform
 import random
 import time
@@ -28,43 +25,14 @@ from torchvision.utils import save_image
 from .class_pictures import draw_scores
 from .data import get_data
 from .task import Task
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that a reader never finds an incomplete file, even after a kill."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def neutralize_formula(value: Any) -> Any:
-    """Put an apostrophe before a text that a spreadsheet would run as a formula; numbers stay, also those written as text."""
-    if not isinstance(value, str):
-        return value
-    # csv writes a carriage return without quotation marks, and a reader takes it for the end of the row
-    text = value.replace("\r", " ")
-    try:
-        float(text)
-    except ValueError:
-        return f"'{text}" if value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
-    return value
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows with `write_atomically`, with every column that any row has; a value that is None or missing is empty."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
-    table.writeheader()
-    table.writerows({name: neutralize_formula(value) for name, value in row.items()} for row in rows)
-    write_atomically(path, text.getvalue())
+from .writing import replace_file, write_atomically, write_csv
 
 
 def write_classes(folder: Path, rows: list[dict]) -> None:
     """Write the scores of the classes, see `Task.per_class`, as a table to per_class.csv and as a picture to per_class.png."""
     write_csv(folder / "per_class.csv", rows)
-    temporary = folder / f".per_class.png.{os.getpid()}"
-    save_image(draw_scores(rows), temporary, format="png")
-    temporary.replace(folder / "per_class.png")
+    with replace_file(folder / "per_class.png", "wb") as file:
+        save_image(draw_scores(rows), file, format="png")
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -101,7 +69,9 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, folder: str | Path, monitor: str, direction: str) -> None:
-        super().__init__(folder, filename="best", monitor=monitor, mode=direction, enable_version_counter=False)
+        # a single validation, at the end of the epoch, is no exception: a run that continues after it does not end the epoch again
+        options: Any = {"enable_version_counter": False, "save_on_train_epoch_end": False}
+        super().__init__(folder, filename="best", monitor=monitor, mode=direction, **options)
 
     @property
     def state_key(self) -> str:
@@ -193,7 +163,7 @@ class RunRecord(L.Callback):
         self.folder, self.log_every_n_steps, self.config = Path(folder), log_every_n_steps, config
         self.rows: list[dict] = []
         self.spent = {"seconds": 0.0, "cpu_seconds": 0.0}
-        # on_train_start restarts the clocks, except where a checkpoint is of the last step
+        # a run that continues from its last step has no on_train_start
         self.started = self._clocks()
 
     @staticmethod
@@ -220,6 +190,10 @@ class RunRecord(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clocks."""
         self.started = self._clocks()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clocks: the time of the training is without that of the pictures."""
+        self.spent, self.started = self._spent(), self._clocks()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add the training's metrics to metrics.csv at every `log_every_n_steps`-th optimizer step."""
@@ -255,7 +229,7 @@ class RunRecord(L.Callback):
             "metrics": {name: value for row in self.rows for name, value in row.items() if name.startswith("val/")},
             "curve": [row for row in self.rows if any(name.startswith("val/") for name in row)],
             "steps": trainer.global_step,
-            **self._spent(),
+            **self.spent,
             "parameters": sum(p.numel() for p in pl_module.model.parameters()),
             "flops": count_flops(pl_module, image),
             "flops_input": list(image.shape),

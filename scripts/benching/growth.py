@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ...kernels.geometry import Spec, check_spec
-from ...tasks.runs import write_csv
+from ...tasks.writing import write_csv
 from ..common.app import app
 from .hardware import describe_hardware
 from .memory import keep_freed_memory

@@ -12,8 +12,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ...tasks.runs import count_flops, write_csv
+from ...tasks.runs import count_flops
 from ...tasks.task import Task
+from ...tasks.writing import write_csv
 from ..common.app import app
 from ..common.options import look_up
 from ..common.paper import find_baseline, list_rows, read_paper

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ...kernels.geometry import Spec, check_spec
-from ...tasks.runs import write_csv
+from ...tasks.writing import write_csv
 from ..common.app import app
 from ..common.options import look_up
 from .hardware import describe_hardware

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...tasks.runs import write_csv
+from ...tasks.writing import write_csv
 from ..common.app import app
 from ..common.options import look_up
 from .hardware import describe_hardware

@@ -1,6 +1,7 @@
 """Jobs of a sweep: a repeated sweep continues each job in its folder, and a job that fails or is killed does not stop the others."""
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -16,9 +17,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from ...tasks.runs import write_atomically
 from .results import is_finished
-from .run_folders import read_config
+from .run_folders import read_config, record_reason
+
+# of Linux: the signal that a process gets when its parent ends
+PR_SET_PDEATHSIG = 1
 
 
 def is_job() -> bool:
@@ -44,6 +47,19 @@ def read_repeated_job(folder: Path, trust: Iterable[str]) -> DictConfig:
     return cfg
 
 
+def end_with_parent() -> None:
+    """Let this process get SIGTERM when its parent ends, even by SIGKILL, which only Linux can do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def leave_dead_sweep() -> None:
+    """End a process of a launcher whose sweep was killed: joblib's would wait for other jobs."""
+    sweep = multiprocessing.parent_process()
+    if sweep is not None and os.getppid() != sweep.pid:
+        os._exit(128 + signal.SIGTERM)
+
+
 class Interruption:
     """A signal that ends a sweep: it ends the trainings of the sweep, and no other begins.
 
@@ -58,6 +74,8 @@ class Interruption:
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Handle SIGTERM or SIGINT; without a training and outside a process of a launcher, the default of the signal applies."""
+        if not self.trainings:
+            leave_dead_sweep()
         launched = multiprocessing.active_children()
         if not launched and multiprocessing.parent_process() is None:
             if signum == signal.SIGINT:
@@ -114,7 +132,7 @@ def interruptible_sweep() -> Iterator[None]:
 
 def wait_for(command: list[str]) -> int:
     """Run a command and return its exit status; an exception in the meantime, such as Ctrl-C, ends the command before it goes on."""
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, preexec_fn=end_with_parent)
     interruption.trainings.add(process)
     if interruption.signum is not None:
         # the signal came while the process began
@@ -138,7 +156,7 @@ def wait_for(command: list[str]) -> int:
 def train_in_subprocess(folder: Path, trust: Iterable[str]) -> None:
     """Train the run of a folder in a separate process, so that a kill does not end the sweep and jobs share no global state.
 
-    A signal that ends the sweep ends the training too.
+    A signal that ends the sweep ends the training too, on Linux also SIGKILL.
 
     Args:
         folder: the run folder, which holds the configuration.
@@ -156,12 +174,14 @@ def train_in_subprocess(folder: Path, trust: Iterable[str]) -> None:
         command.append(f"trust=[{names}]")
     if multiprocessing.parent_process() is not None:
         interruption.install()
+        end_with_parent()
     status = wait_for(command)
+    leave_dead_sweep()
     if status == 0 and is_finished(folder):
         return
-    if not record.exists():
-        end = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-        missing = "" if status else " and without result.json"
-        write_atomically(record, f"{end}{missing}, continue it with carafepp-train resume={folder}\n")
+    end = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+    missing = "" if status else " and without result.json"
+    reason = f"{end}{missing}, continue it with carafepp-train resume={folder}"
+    record_reason(record, f"{reason}\n")
     check_interruption()
-    raise RuntimeError(f"{folder}: {record.read_text().splitlines()[0]}")
+    raise RuntimeError(f"{folder}: {record.read_text().splitlines()[0] if record.exists() else reason}")

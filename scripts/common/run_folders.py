@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from ...tasks.runs import write_atomically
+from ...tasks.writing import remove_partial_files, write_atomically
 from .trust import check_config, read_yaml
 
 # how error.txt begins where a signal ended the run, which is then unfinished rather than failed
@@ -51,6 +51,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         return
     try:
         with FileLock(folder / ".lock", timeout=0):
+            remove_partial_files(folder)
             yield
     except Timeout:
         raise RuntimeError(f"{folder} is in use by another run: wait for it, or choose another folder with hydra.run.dir=") from None
@@ -103,6 +104,13 @@ def find_signal(stop: BaseException) -> signal.Signals | None:
     return None
 
 
+def record_reason(record: Path, reason: str) -> None:
+    """Write why a run ended, unless its folder cannot be written. Among several processes, the first failure is the cause of the others."""
+    if not record.exists():
+        with contextlib.suppress(OSError):
+            write_atomically(record, reason)
+
+
 @contextlib.contextmanager
 def record_failure(folder: Path) -> Iterator[None]:
     """Write an exception to `folder`/error.txt, with its message in the first line, and raise it again.
@@ -120,13 +128,10 @@ def record_failure(folder: Path) -> Iterator[None]:
         if (signum := find_signal(stop)) is None:
             raise
         reason = f"{INTERRUPTED} {signum.name}, continue it with carafepp-train resume={folder}"
-        if not record.exists():
-            write_atomically(record, f"{reason}\n")
+        record_reason(record, f"{reason}\n")
         if is_first_process():
             print(f"{folder}: {reason}", file=sys.stderr)
         raise SystemExit(128 + signum) from stop
     except Exception as error:
-        # among several processes, the first failure is the cause of the others
-        if not record.exists():
-            write_atomically(record, f"{type(error).__name__}: {' '.join(str(error).split())}\n\n{traceback.format_exc()}")
+        record_reason(record, f"{type(error).__name__}: {' '.join(str(error).split())}\n\n{traceback.format_exc()}")
         raise

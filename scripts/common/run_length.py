@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from ...tasks.optimization import fast_forward
-from ...tasks.runs import write_atomically
+from ...tasks.writing import write_atomically
 from .results import is_finished
 
 

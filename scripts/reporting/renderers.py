@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from ...tasks.runs import neutralize_formula
+from ...tasks.writing import neutralize_formula
 from .cells import Rows, format_rows, format_time_taken
 from .tables import Table
 

@@ -21,6 +21,7 @@ from carafepp.tasks.runs import LastCheckpoint
 from commands import call, count_rows, find_processes
 from training import TASKS, TINY, read_result
 
+LAUNCHERS, LAUNCHER_NAMES = [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]], ["basic", "joblib"]
 TRAIN = [sys.executable, "-P", "-m", "carafepp.scripts.train"]
 
 
@@ -153,6 +154,24 @@ def test_interrupted_sweep_ends_its_training(signum, group, tmp_path):
     assert re.match(r"interrupted by SIG(TERM|INT), continue it", (sweep / "0" / "error.txt").read_text())
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=LAUNCHER_NAMES)
+def test_killed_sweep_ends_its_training(launcher, tmp_path):
+    """As by the kernel when memory is short: the training must not go on without its sweep."""
+    if launcher:
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sweep = tmp_path / "sweep"
+    arguments = ["-m", *launcher, *TINY, "data.batch_size=4", "seed=0,1", f"hydra.sweep.dir={sweep}"]
+    process = start(tmp_path, *arguments, start_new_session=True)
+    wait_for_rows(process, sweep / "0", 6)
+    process.kill()
+    # the pipes close when the last process has ended
+    process.communicate(timeout=60)
+    assert find_processes(str(sweep)) == []
+    interrupted(sweep / "0", "SIGTERM")
+
+
 def test_training_without_a_result_is_a_failure(tmp_path, monkeypatch):
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\nexit 0\n")
@@ -164,6 +183,9 @@ def test_training_without_a_result_is_a_failure(tmp_path, monkeypatch):
     (tmp_path / "result.json").write_text('{"seed": 0')
     with pytest.raises(RuntimeError, match=r"without result\.json"):
         jobs.train_in_subprocess(tmp_path, [])
+    # error.txt cannot be written
+    with pytest.raises(RuntimeError, match=r"missing: ended with exit status 0 and without result\.json"):
+        jobs.train_in_subprocess(tmp_path / "missing", [])
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from carafepp.scripts.reporting import render_csv
-from carafepp.tasks.runs import write_csv
+from carafepp.tasks.writing import write_csv
 from commands import call
 from report_runs import make_tables, write_run
 
