@@ -1,4 +1,4 @@
-"""Short runs of the parts of `make soak` that try random calls and damaged files."""
+"""Short runs of the parts of `make soak`."""
 
 import importlib
 import os
@@ -28,3 +28,13 @@ def test_damaged_files(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     assert "failures: 0" in run.stdout
     assert sum(map(int, re.findall(r"^  .*: (\d+)$", run.stdout, re.MULTILINE))) >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc, which only Linux has")
+def test_killed_training(tmp_path):
+    """One training with workers, which five signals end."""
+    run = run_line([sys.executable, "-P", "-m", "soak", "trainings", "--minutes", "0", "--seed", "29"], tmp_path, PYTHONPATH=PATHS)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "  compared bit by bit: 1\n" in run.stdout
+    assert re.search(r"^  kills: [2-5]$", run.stdout, re.MULTILINE)

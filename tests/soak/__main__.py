@@ -19,6 +19,7 @@ def main() -> None:
     # a shell that starts a job in the background makes it ignore Ctrl-C, and the processes that it starts would ignore it too
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     parts = PARTS if given.part == "all" else [given.part]
     interrupted = False
     for part in parts:

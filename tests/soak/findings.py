@@ -11,6 +11,8 @@ from tqdm import tqdm
 # failures of this process, as they are printed at the end
 failures: list[str] = []
 KEPT = Path("build/soak")
+# a forked process would inherit the locks of its thread
+tqdm.monitor_interval = 0
 
 
 def run_cases(part: str, minutes: float, seed: int) -> Iterator[int]:
@@ -33,7 +35,7 @@ def keep_failure(part: str, seed: int, what: str, folder: Path | None = None) ->
     if folder is not None:
         kept = KEPT / f"{part}-{seed}-{len(failures)}"
         shutil.rmtree(kept, ignore_errors=True)
-        shutil.copytree(folder, kept, symlinks=True)
+        shutil.copytree(folder, kept, symlinks=True, ignore=shutil.ignore_patterns("tmp"))
         text += f"\n  its files: {kept}"
     failures.append(text)
     KEPT.mkdir(parents=True, exist_ok=True)
