@@ -57,22 +57,32 @@ def lock_folder(folder: Path) -> Iterator[None]:
         raise RuntimeError(f"{folder} is in use by another run: wait for it, or choose another folder with hydra.run.dir=") from None
 
 
-def raise_termination(signum: int, frame: FrameType | None) -> None:
-    """Handle SIGTERM by an exception; a training of several processes instead stops in all of them after a step, as Lightning arranges."""
-    if not dist.is_initialized():
-        raise SIGTERMException
+class Termination:
+    """Handler of SIGTERM, whose default ends the process at once: the first one raises a SIGTERMException.
+
+    The next ones do not interrupt the end. A training of several processes stops in all of them after a step, as Lightning arranges.
+    """
+
+    received = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        """Handle the signal."""
+        first, self.received = not self.received, True
+        if first and not dist.is_initialized():
+            raise SIGTERMException
 
 
 @contextlib.contextmanager
-def catch_termination() -> Iterator[None]:
-    """Turn SIGTERM, whose default ends the process at once, into a SIGTERMException; a handler of another program is kept."""
+def catch_termination() -> Iterator[Termination]:
+    """Handle SIGTERM by a Termination, unless another program has a handler, and yield it."""
+    termination = Termination()
     default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if not default or threading.current_thread() is not threading.main_thread():
-        yield
+        yield termination
         return
-    signal.signal(signal.SIGTERM, raise_termination)
+    signal.signal(signal.SIGTERM, termination)
     try:
-        yield
+        yield termination
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -89,7 +99,7 @@ class LauncherSignals(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the handler that Lightning has extended by its own."""
-        foreign = callable(self.handler) and self.handler is not raise_termination
+        foreign = callable(self.handler) and not isinstance(self.handler, Termination)
         if foreign and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.handler)
 
@@ -120,18 +130,19 @@ def record_failure(folder: Path) -> Iterator[None]:
     record = folder / "error.txt"
     if is_first_process():
         record.unlink(missing_ok=True)
-    try:
-        with catch_termination():
+    with catch_termination() as termination:
+        try:
             yield
-    except (SystemExit, KeyboardInterrupt) as stop:
-        # exit status 0, as of Lightning's SIGTERMException, would read as success
-        if (signum := find_signal(stop)) is None:
+        except BaseException as stop:
+            # processes that load data can get the signal too, and then their end is an error
+            signum = signal.SIGTERM if termination.received else find_signal(stop)
+            if signum:
+                reason = f"{INTERRUPTED} {signum.name}, continue it with carafepp-train resume={folder}"
+                record_reason(record, f"{reason}\n")
+                if is_first_process():
+                    print(f"{folder}: {reason}", file=sys.stderr)
+                # exit status 0, as of Lightning's SIGTERMException, would read as success
+                raise SystemExit(128 + signum) from stop
+            if isinstance(stop, Exception):
+                record_reason(record, f"{type(stop).__name__}: {' '.join(str(stop).split())}\n\n{traceback.format_exc()}")
             raise
-        reason = f"{INTERRUPTED} {signum.name}, continue it with carafepp-train resume={folder}"
-        record_reason(record, f"{reason}\n")
-        if is_first_process():
-            print(f"{folder}: {reason}", file=sys.stderr)
-        raise SystemExit(128 + signum) from stop
-    except Exception as error:
-        record_reason(record, f"{type(error).__name__}: {' '.join(str(error).split())}\n\n{traceback.format_exc()}")
-        raise

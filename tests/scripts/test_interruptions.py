@@ -1,5 +1,6 @@
 """Trainings and sweeps that a signal ends: no success is reported, the folder says what happened, and the run can be finished."""
 
+import contextlib
 import functools
 import os
 import re
@@ -19,6 +20,7 @@ from carafepp.scripts.common.run_folders import record_failure
 from carafepp.scripts.reporting import read_runs
 from carafepp.tasks.runs import LastCheckpoint
 from commands import call, count_rows, find_processes
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from training import TASKS, TINY, read_result
 
 LAUNCHERS, LAUNCHER_NAMES = [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]], ["basic", "joblib"]
@@ -199,6 +201,20 @@ def test_signal_while_nothing_trains_is_recorded(signum, tmp_path):
     with record_failure(tmp_path):
         pass
     assert not (tmp_path / "error.txt").exists()
+
+
+def test_error_that_follows_a_signal_is_an_interruption(tmp_path):
+    """Python ignores the exception of a handler that runs in a callback of fork, and the signal ends the processes that load data too."""
+
+    def lose_worker() -> None:
+        with contextlib.suppress(SIGTERMException):
+            signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly")
+
+    with pytest.raises(SystemExit) as stop, record_failure(tmp_path):
+        lose_worker()
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "error.txt").read_text().startswith("interrupted by SIGTERM, continue it with")
 
 
 def test_launcher_that_requeues_keeps_its_handler_and_its_exit(tmp_path):
