@@ -1,5 +1,6 @@
 """The CARAFE++ module: it predicts a kernel for every target location and reassembles features with it (paper, section 3)."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn as nn
@@ -97,9 +98,18 @@ class CARAFE(nn.Module):
         """Encode the content of x [N, C, H, W] into logits [N, groups * K * K * up**2, ceil(H / down), ceil(W / down)]."""
         return self.content_encoder(self.compressor_norm(self.channel_compressor(x)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Resample x [N, C, H, W] to [N, C, ceil(H * up / down), ceil(W * up / down)]."""
-        return reassemble(x, self.logits(x), **self.spec._asdict())
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Resample x [N, C, H, W] to [N, C, ceil(H * up / down), ceil(W * up / down)], or to [N, C, *size].
+
+        Args:
+            x: features [N, C, H, W].
+            size: rows and columns of the output, which may each differ by less than `up` from those above. A shorter output is cut at the
+                bottom and right; a longer one repeats its last row or column.
+
+        Raises:
+            TypeError, ValueError: `x` or `size` is wrong; the message says what would be right.
+        """
+        return reassemble(x, self.logits(x), **self.spec._asdict(), size=size)
 
     def kernels(self, x: Tensor) -> Tensor:
         """Compute the normalised kernels [N, groups, K, K, Ho, Wo] of x [N, C, H, W], for analysis and figures."""

@@ -17,7 +17,7 @@ class FPN(FeaturePyramidNetwork):
         in_channels_list: channels of the backbone's levels, finest first.
         out_channels: channels of every level of the pyramid.
         upsample: None means nearest-neighbour interpolation to the size of the lateral. Otherwise each pair of levels has a sampler with
-            `out_channels` channels that upsamples by 2; its output is cropped to the size of the lateral, which is also its guide.
+            `out_channels` channels that upsamples by 2, to the size of the lateral (see `resize`), which is also its guide.
         extra_blocks: computes further levels from the outputs; `LastLevelMaxPool()` computes the fifth level of detectors.
     """
 

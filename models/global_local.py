@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .samplers import Sampler, crop
+from .samplers import Sampler, check_fit, fit
 
 Norm = Callable[[int], nn.Module]
 
@@ -93,5 +93,7 @@ class GlobalLocal(nn.Module):
                 sizes.append(y.shape[2:])
             x, y = y, layers(y)
             if layer.resize == "up":
-                y = crop(y, x, sizes.pop(), "upsample")
+                size = sizes.pop()
+                check_fit(x.shape[2:], y.shape[2:], size, "upsample")
+                y = fit(y, size)
         return self.output(y).clamp(-1, 1)

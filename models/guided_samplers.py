@@ -1,5 +1,9 @@
 """Upsamplers that are guided by the finer map: IndexNet, A2U, SAPA and FADE predict kernels from it, GUM predicts where to sample.
 
+The size of the guide is that of the output. It may be one pixel longer than 2H or 2W. GUM and IndexNet predict for its last row or column
+as for any other, and read the last row or column of x there. A2U, SAPA and FADE predict the kernels from the first 2H x 2W pixels of the
+guide, and their reassembled features repeat the last row or column, over which FADE blends the whole guide.
+
 In A2U, SAPA and FADE, all channels share the kernel of a location, as in CARAFE:
 `carafepp.kernels.reassemble` normalises the logits and sums the windows. SAPA's similarities are the derivative of such a sum with respect
 to its weights.
@@ -15,7 +19,7 @@ from torch import Tensor
 from ..kernels import reassemble
 from ..kernels.backends import default_backend
 from .point_samplers import sample
-from .samplers import upsample_bilinear, upsample_nearest
+from .samplers import fit, upsample_bilinear, upsample_nearest
 
 
 class _Guided(nn.Module):
@@ -32,12 +36,17 @@ class _Guided(nn.Module):
         if guide is None:
             guide = upsample_bilinear(x)
         rows, columns = guide.shape[2:]
-        if guide.shape[1] != self.guide_channels or -(-rows // 2) != x.shape[2] or -(-columns // 2) != x.shape[3]:
+        if guide.shape[1] != self.guide_channels or abs(rows - 2 * x.shape[2]) > 1 or abs(columns - 2 * x.shape[3]) > 1:
             raise ValueError(
-                f"guide must have {self.guide_channels} channels and twice the size of x, or 1 pixel less, "
+                f"guide must have {self.guide_channels} channels and twice the size of x, or 1 pixel less or more, "
                 f"got {tuple(guide.shape)} for x of shape {tuple(x.shape)}"
             )
         return guide
+
+
+def _cut_to_double(guide: Tensor, x: Tensor) -> Tensor:
+    """Cut a guide to the pixels that belong to a pixel of x."""
+    return guide[..., : 2 * x.shape[2], : 2 * x.shape[3]]
 
 
 def _pad_to_even(x: Tensor) -> Tensor:
@@ -95,7 +104,7 @@ class GUM(_Guided):
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
         guide = self.prepare_guide(x, guide)
-        coarse = upsample_bilinear(x)[..., : guide.shape[2], : guide.shape[3]]
+        coarse = fit(upsample_bilinear(x), guide.shape[2:])
         offsets = self.offset(self.mix(torch.cat([coarse, guide], dim=1)).relu())
         return sample(x, offsets[:, :, None])
 
@@ -115,8 +124,8 @@ class IndexNet(_Guided):
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
         guide = self.prepare_guide(x, guide)
-        y = upsample_nearest(x) * F.pixel_shuffle(self.index(_pad_to_even(guide)).sigmoid(), 2)
-        return y[..., : guide.shape[2], : guide.shape[3]]
+        index = F.pixel_shuffle(self.index(_pad_to_even(guide)).sigmoid(), 2)
+        return fit(upsample_nearest(x), guide.shape[2:]) * fit(index, guide.shape[2:])
 
 
 class A2U(_Guided):
@@ -142,9 +151,10 @@ class A2U(_Guided):
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
         guide = self.prepare_guide(x, guide)
+        size, guide = guide.shape[2:], _cut_to_double(guide, x)
         if x.shape[0] == 0:
             # a convolution cannot have 0 groups
-            return upsample_bilinear(x)[..., : guide.shape[2], : guide.shape[3]]
+            return fit(upsample_bilinear(x), size)
         filters = self.filters(F.adaptive_avg_pool2d(guide, self.filter_size))  # [N, 2, 6, 6]
         # every image has its own filters, shared by its channels: images become groups, and channels the batch
         images = _pad_to_even(guide).transpose(0, 1)  # [guide_channels, N, h, w]
@@ -152,7 +162,7 @@ class A2U(_Guided):
         u, v = filtered.transpose(0, 1).unflatten(0, (-1, 2)).unbind(1)  # [N, guide_channels, H, W]
         affinity = (self.norm_u(u) * self.norm_v(v)).sum(1, keepdim=True) / math.sqrt(self.guide_channels)
         logits = (affinity * self.spread(F.adaptive_avg_pool2d(guide, 1))).sigmoid()
-        return reassemble(x, logits.to(x.dtype), kernel_size=self.kernel_size, up=2)[..., : guide.shape[2], : guide.shape[3]]
+        return reassemble(x, logits.to(x.dtype), kernel_size=self.kernel_size, up=2, size=size)
 
 
 class SAPA(_Guided):
@@ -198,8 +208,8 @@ class SAPA(_Guided):
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
         guide = self.prepare_guide(x, guide)
-        y = reassemble(x, self.logits(x, guide).to(x.dtype), kernel_size=self.kernel_size, up=2)
-        return y[..., : guide.shape[2], : guide.shape[3]]
+        logits = self.logits(x, _cut_to_double(guide, x)).to(x.dtype)
+        return reassemble(x, logits, kernel_size=self.kernel_size, up=2, size=guide.shape[2:])
 
 
 class FADE(_Guided):
@@ -236,10 +246,10 @@ class FADE(_Guided):
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
         guide = self.prepare_guide(x, guide)
-        h, w = guide.shape[2:]
-        fine = self.encoder(self.compress_guide(guide))  # [N, 25, h, w]
+        size = guide.shape[2:]
+        fine = self.encoder(self.compress_guide(_cut_to_double(guide, x)))  # [N, 25, h, w], at most [N, 25, 2H, 2W]
         coarse = self.encoder(self.compress(x))  # [N, 25, H, W]
         logits = _space_to_depth(fine) + coarse.repeat_interleave(4, dim=1)
-        y = reassemble(x, logits.to(x.dtype), kernel_size=self.kernel_size, up=2)[..., :h, :w]
-        gate = upsample_nearest(self.gate(x).sigmoid())[..., :h, :w]
+        y = reassemble(x, logits.to(x.dtype), kernel_size=self.kernel_size, up=2, size=size)
+        gate = fit(upsample_nearest(self.gate(x).sigmoid()), size)
         return gate * self.align(guide) + (1 - gate) * y

@@ -1,10 +1,15 @@
 """Samplers with learned kernels that are the same everywhere, and spatial attention (Tables III, IV and VI)."""
 
+from collections.abc import Sequence
+
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .samplers import upsample_bilinear, upsample_nearest
+from .samplers import fit_double, upsample_bilinear, upsample_nearest
+
+torch.fx.wrap("fit_double")
 
 
 class StridedConv(nn.Conv2d):
@@ -27,9 +32,9 @@ class NearestConv(nn.Conv2d):
     def __init__(self, channels: int):
         super().__init__(channels, channels, kernel_size=3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Upsample x [N, C, H, W] to [N, C, 2H, 2W]."""
-        return super().forward(upsample_nearest(x))
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Upsample x [N, C, H, W] to [N, C, 2H, 2W], or to `size`, whose sides may differ from these by 1."""
+        return fit_double(super().forward(upsample_nearest(x)), x, size)
 
 
 class BilinearConv(nn.Conv2d):
@@ -41,9 +46,9 @@ class BilinearConv(nn.Conv2d):
     def __init__(self, channels: int):
         super().__init__(channels, channels, kernel_size=3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Upsample x [N, C, H, W] to [N, C, 2H, 2W]."""
-        return super().forward(upsample_bilinear(x))
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Upsample x [N, C, H, W] to [N, C, 2H, 2W], or to `size`, whose sides may differ from these by 1."""
+        return fit_double(super().forward(upsample_bilinear(x)), x, size)
 
 
 class Deconv(nn.ConvTranspose2d):
@@ -55,6 +60,10 @@ class Deconv(nn.ConvTranspose2d):
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, kernel_size=3, stride=2, padding=1, output_padding=1)
+
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Upsample x [N, C, H, W] to [N, C, 2H, 2W], or to `size`, whose sides may differ from these by 1."""
+        return fit_double(super().forward(x), x, size)
 
 
 class PixelShuffle(nn.Conv2d):
@@ -72,9 +81,9 @@ class PixelShuffle(nn.Conv2d):
         nn.init.xavier_uniform_(self.weight)
         nn.init.zeros_(self.get_parameter("bias"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Upsample x [N, C, H, W] to [N, C, 2H, 2W]."""
-        return F.pixel_shuffle(super().forward(x), 2)
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Upsample x [N, C, H, W] to [N, C, 2H, 2W], or to `size`, whose sides may differ from these by 1."""
+        return fit_double(F.pixel_shuffle(super().forward(x), 2), x, size)
 
 
 class SpatialAttention(nn.Module):
@@ -89,7 +98,7 @@ class SpatialAttention(nn.Module):
         super().__init__()
         self.attention = nn.Conv2d(channels, 1, kernel_size=3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Upsample x [N, C, H, W] to [N, C, 2H, 2W]."""
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Upsample x [N, C, H, W] to [N, C, 2H, 2W], or to `size`, whose sides may differ from these by 1."""
         y = upsample_bilinear(x)
-        return y * self.attention(y).sigmoid()
+        return fit_double(y * self.attention(y).sigmoid(), x, size)

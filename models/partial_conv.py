@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels import reassemble
 from .carafe import CARAFE
 from .global_local import LAYERS, Layer, Norm
-from .samplers import AvgPool, Bilinear, Nearest, Sampler, crop
+from .samplers import AvgPool, Bilinear, Nearest, Sampler, check_fit, fit
 
 # linear samplers with fixed weights: sampling `known` gives the known share of every target
 LINEAR = (Nearest, Bilinear, AvgPool)
@@ -165,5 +165,6 @@ class PartialGlobalLocal(nn.Module):
             y, known = partial_stage(x, known)
             if layer.resize == "up":
                 size = sizes.pop()
-                y, known = crop(y, x, size, "upsample"), crop(known, x, size, "upsample")
+                check_fit(x.shape[2:], y.shape[2:], size, "upsample")
+                y, known = fit(y, size), fit(known, size)
         return self.output(y, known)[0].clamp(-1, 1)

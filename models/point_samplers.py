@@ -3,12 +3,18 @@
 This module has DySample. GUM also samples points, and is in guided_samplers.py because it needs a guide.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.geometry import memory_format
+from .samplers import fit_double
+
+torch.fx.wrap("fit_double")
 
 
 def sample(x: Tensor, offsets: Tensor) -> Tensor:
@@ -73,11 +79,11 @@ class DySample(nn.Module):
         if self.scope is not None:
             nn.init.zeros_(self.scope.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Upsample x [N, C, H, W] to [N, C, 2H, 2W]."""
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Upsample x [N, C, H, W] to [N, C, 2H, 2W], or to `size`, whose sides may differ from these by 1."""
         source = x if self.style == "lp" else F.pixel_shuffle(x, 2)
         scope = 0.25 if self.scope is None else 0.5 * self.scope(source).sigmoid()
         offsets = self.offset(source) * scope
         if self.style == "lp":
             offsets = F.pixel_shuffle(offsets, 2)
-        return sample(x, offsets.unflatten(1, (2, self.groups)))
+        return fit_double(sample(x, offsets.unflatten(1, (2, self.groups))), x, size)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.reference import weighted_sum
 from .carafe import CARAFE
+from .samplers import fit
 
 
 class Region(NamedTuple):
@@ -95,7 +96,7 @@ def _record_calls(network: nn.Module, inputs: Sequence[Tensor], path: list[str])
     if several := [call for call in calls if len(call.x) != 1]:
         raise ValueError(f"{several[0].name} must see one map of the whole image, got {len(several[0].x)} (images, or regions of them)")
     for before, after in pairwise(calls):
-        # networks crop the output of a sampler where the finer map is odd
+        # a network may crop the output of a module
         cropped = [have - need for have, need in zip(before.y.shape[2:], after.x.shape[2:], strict=True)]
         if not all(0 <= rest < before.module.spec.up for rest in cropped):
             sizes = [f"{'x'.join(map(str, map_.shape[2:]))}" for map_ in (before.y, after.x)]
@@ -114,5 +115,5 @@ def _carry_to_input(call: _Call, weights: Tensor) -> Tensor:
     targets[..., : weights.shape[1], : weights.shape[2]] = weights[:, None] / spec.groups
     with torch.enable_grad():
         source = weights.new_zeros(len(weights), spec.groups, *call.x.shape[2:], requires_grad=True)
-        y = weighted_sum(source, kernels.expand(len(weights), -1, -1, -1, -1), spec)
+        y = fit(weighted_sum(source, kernels.expand(len(weights), -1, -1, -1, -1), spec), call.y.shape[2:])
         return torch.autograd.grad(y, source, targets)[0].sum(1)

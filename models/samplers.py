@@ -3,21 +3,32 @@
 A slot is a constructor argument `Callable[[int], nn.Module]`: it takes the channels and returns a module that keeps the channels and
 resizes by 2. `functools.partial` sets further options: `partial(CARAFE, up=2)`, `partial(DySample, groups=8)`.
 
-Sizes: an upsampler turns H x W into 2H x 2W, and the network crops the result where a side of the finer map is odd (`resize`). A finer
-map of any other size is an error (`crop`). A downsampler returns ceil(H / 2) x ceil(W / 2), as a 3x3 convolution or pool of stride 2 and
-padding 1 does, so that it can replace either.
+Sizes: an upsampler turns H x W into 2H x 2W. A side of the finer map may be one pixel shorter, as in a backbone that rounds sizes up, or
+one pixel longer, as in a backbone that rounds them down. A shorter output is cut at the bottom and right; a longer one repeats its last row
+or column (`fit`). Any other size of the finer map is an error (`check_fit`). An upsampler whose `forward` has an argument `size` computes
+the size of the finer map itself, `sampler(x, size=(rows, columns))`, as all upsamplers here without a guide do. The output of another
+upsampler is cut or lengthened by the network (`resize`). A downsampler returns ceil(H / 2) x ceil(W / 2), as a 3x3 convolution or pool of
+stride 2 and padding 1 does, so that it can replace either.
 
 Guides: an upsampler whose class sets `needs_guide = True` also takes the finer map that its output is combined with, `sampler(x, guide)`,
-with x [N, C, H, W] and guide [N, guide_channels, h, w], where h is 2H - 1 or 2H, and w is 2W - 1 or 2W. Its output is [N, C, h, w].
-Networks pass the guide (`make_sampler`, `resize`). Without a guide, as in a mask head, the sampler uses the bilinearly upsampled x as its
-guide.
+with x [N, C, H, W] and guide [N, guide_channels, h, w], where h is 2H - 1, 2H or 2H + 1, and w is 2W - 1, 2W or 2W + 1. Its output is
+[N, C, h, w]. Networks pass the guide (`make_sampler`, `resize`). Without a guide, as in a mask head, the sampler uses the bilinearly
+upsampled x as its guide.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 
+import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..kernels.geometry import Spec, output_size
+
+# the scale of a sampler that does not have another in its own `spec`
+DOUBLE = Spec(kernel_size=1, up=2)
 
 Sampler = Callable[..., nn.Module]
 
@@ -52,14 +63,14 @@ def make_samplers(slot: Sampler | None, channels: int, guide_channels: int, coun
 def check_fit(coarse: Sequence[int], sampled: Sequence[int], fine: Sequence[int], slot: str) -> None:
     """Check that a map of size `sampled`, which a sampler makes from one of size `coarse`, fits a finer map of size `fine`.
 
-    It fits if less than one cell of the coarse map has to be cropped. Otherwise the ratio of the levels of the network is not that of the
-    sampler, and a crop would keep only the top left corner of the features.
+    It fits if less than one cell of the coarse map has to be cut or added. Otherwise the ratio of the levels of the network is not that of
+    the sampler, and the features would not be where those of the finer map are.
 
     Raises:
         ValueError: the sizes do not fit; the message names them and the slot.
     """
     # a coarse cell has a width of sampled / coarse
-    if not all(f <= s and (s - f) * c < s for c, s, f in zip(coarse, sampled, fine, strict=True)):
+    if not all(abs(s - f) * c < s for c, s, f in zip(coarse, sampled, fine, strict=True)):
         sizes = [f"{height} x {width}" for height, width in (coarse, sampled, fine)]
         raise ValueError(
             f"the sampler in slot {slot} turns {sizes[0]} into {sizes[1]} pixels, but the finer map has {sizes[2]}: leave this slot "
@@ -68,32 +79,59 @@ def check_fit(coarse: Sequence[int], sampled: Sequence[int], fine: Sequence[int]
         )
 
 
-def crop(y: Tensor, x: Tensor, size: Sequence[int], slot: str) -> Tensor:
-    """Crop y, which a sampler made from x [N, C, H, W], at the bottom and right to `size`.
+def fit(y: Tensor, size: Sequence[int]) -> Tensor:
+    """Cut y [N, C, H, W] at the bottom and right to `size`; repeat its last row or column where `size` is longer."""
+    y = y[..., : size[0], : size[1]]
+    rows, columns = size[0] - y.shape[2], size[1] - y.shape[3]
+    if rows > 0:
+        y = torch.cat([y, *[y[..., -1:, :]] * rows], dim=2)
+    if columns > 0:
+        y = torch.cat([y, *[y[..., -1:]] * columns], dim=3)
+    return y
+
+
+# torch.fx calls it as a whole, because it cannot follow the branch on `size`
+@torch.fx.wrap
+def fit_double(y: Tensor, x: Tensor, size: Sequence[int] | None) -> Tensor:
+    """Fit y [N, C, 2H, 2W], upsampled from x [N, C, H, W], to `size`; None leaves y as it is.
 
     Raises:
-        ValueError: y is smaller than `size`, or larger by a cell of x or more.
+        TypeError: `size` is not a pair of integers.
+        ValueError: a side of `size` differs from that of y by more than 1.
     """
-    check_fit(x.shape[2:], y.shape[2:], size, slot)
-    return y[..., : size[0], : size[1]]
+    return y if size is None else fit(y, output_size(x, DOUBLE, size))
+
+
+def takes_size(sampler: nn.Module) -> bool:
+    """Return whether the `forward` of a sampler has an argument `size`."""
+    try:
+        return "size" in inspect.signature(sampler.forward).parameters
+    except ValueError:
+        # a module of torch.jit.trace has no signature
+        return False
 
 
 def resize(x: Tensor, size: Sequence[int], sampler: nn.Module | None, guide: Tensor | None = None, *, slot: str = "upsample") -> Tensor:
     """Resize x [N, C, H, W] to `size`.
 
-    Without a sampler, the interpolation is bilinear. A sampler resizes by 2, and its output is cropped at the bottom and right. `guide`
-    [N, guide_channels, *size] is passed to a sampler that needs one.
+    Without a sampler, the interpolation is bilinear. A sampler resizes by 2, or by the scale of its `spec` as `CARAFE` does. `size` is
+    passed to a sampler that takes it, and `guide` [N, guide_channels, *size] to a sampler that needs it. The output of another sampler is
+    cut or lengthened to `size` (see `fit`).
 
     Raises:
         ValueError: the output of the sampler does not fit `size` (see `check_fit`); the message names `slot`.
     """
     if sampler is None:
         return F.interpolate(x, list(size), mode="bilinear", align_corners=False)
-    if not getattr(sampler, "needs_guide", False):
-        return crop(sampler(x), x, size, slot)
-    # a guided sampler itself crops to its guide
-    check_fit(x.shape[2:], [2 * side for side in x.shape[2:]], size, slot)
-    return sampler(x, guide)
+    if getattr(sampler, "needs_guide", False):
+        check_fit(x.shape[2:], output_size(x, DOUBLE), size, slot)
+        return sampler(x, guide)
+    if takes_size(sampler):
+        check_fit(x.shape[2:], output_size(x, getattr(sampler, "spec", DOUBLE)), size, slot)
+        return sampler(x, size=size)
+    y = sampler(x)
+    check_fit(x.shape[2:], y.shape[2:], size, slot)
+    return fit(y, size)
 
 
 def upsample_nearest(x: Tensor) -> Tensor:
@@ -112,9 +150,9 @@ class Nearest(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Upsample x [N, C, H, W] to [N, C, 2H, 2W]."""
-        return upsample_nearest(x)
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Upsample x [N, C, H, W] to [N, C, 2H, 2W], or to `size`, whose sides may differ from these by 1."""
+        return fit_double(upsample_nearest(x), x, size)
 
 
 class Bilinear(nn.Module):
@@ -123,9 +161,9 @@ class Bilinear(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Upsample x [N, C, H, W] to [N, C, 2H, 2W]."""
-        return upsample_bilinear(x)
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Upsample x [N, C, H, W] to [N, C, 2H, 2W], or to `size`, whose sides may differ from these by 1."""
+        return fit_double(upsample_bilinear(x), x, size)
 
 
 class MaxPool(nn.MaxPool2d):

@@ -39,6 +39,15 @@ class Cropped(nn.Module):
         return x
 
 
+class Fitted(Cropped):
+    """Upsamplers one after the other, each a row longer and a column shorter than its scale, as the laterals need it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for module in self.samplers:
+            x = module(x, size=(2 * x.shape[2] + 1, 2 * x.shape[3] - 1))
+        return x
+
+
 def expected(features: torch.Tensor) -> torch.Tensor:
     """What a map [C, H, W] has at LOCATIONS -> [C, L]."""
     height, width = features.shape[1:]
@@ -68,6 +77,15 @@ def test_what_a_network_crops_takes_no_part():
     x = torch.randn(1, 4, 5, 6, dtype=torch.float64)
     regions = trace_regions(network, [x], ["samplers.0", "samplers.1"], LOCATIONS)
     assert [tuple(region.weights.shape) for region in regions] == [(4, 5, 6), (4, 9, 12), (4, 18, 24)]
+    for region in regions:
+        torch.testing.assert_close(torch.einsum("chw,lhw->cl", region.features, region.weights), expected(regions[-1].features))
+
+
+def test_what_repeats_counts_for_the_last_row():
+    network = Fitted(sampler(4, 0, up=2), sampler(4, 1, up=2, kernel_size=3))
+    x = torch.randn(1, 4, 5, 6, dtype=torch.float64)
+    regions = trace_regions(network, [x], "*", LOCATIONS)
+    assert [tuple(region.weights.shape) for region in regions] == [(4, 5, 6), (4, 11, 11), (4, 23, 21)]
     for region in regions:
         torch.testing.assert_close(torch.einsum("chw,lhw->cl", region.features, region.weights), expected(regions[-1].features))
 

@@ -153,7 +153,18 @@ def test_guide_is_the_upsampled_input_where_there_is_none(case):
 
 
 @guided_samplers
-@pytest.mark.parametrize("shape", [(2, CHANNELS, 8, 6), (2, CHANNELS, 10, 7), (2, CHANNELS + 1, 10, 6)], ids=str)
+@pytest.mark.parametrize("odd", [(-1, 0), (0, -1), (-1, -1), (-1, 1)], ids=str)
+@torch.no_grad()
+def test_guide_longer_than_twice_the_input(case, odd):
+    module = build(case).double()
+    arguments = [tensor.double() for tensor in inputs(case, 4, 3, odd)]
+    y = module(*arguments)
+    assert y.shape == arguments[1].shape
+    torch.testing.assert_close(y, case.definition(module, *arguments))
+
+
+@guided_samplers
+@pytest.mark.parametrize("shape", [(2, CHANNELS, 8, 6), (2, CHANNELS, 10, 8), (2, CHANNELS, 12, 6), (2, CHANNELS + 1, 10, 6)], ids=str)
 def test_guide_that_does_not_fit_is_named(case, shape):
     with pytest.raises(ValueError, match=r"guide must have 8 channels.*got \(2"):
         case.slot(CHANNELS)(torch.randn(2, CHANNELS, 5, 3), torch.randn(shape))

@@ -1,4 +1,4 @@
-"""A sampler in a slot whose levels do not have its ratio is refused, because a crop would move the features; odd sizes are not."""
+"""A sampler in a slot takes levels of its ratio, rounded up or down; other levels are refused, because the features would move."""
 
 from functools import partial
 
@@ -16,9 +16,8 @@ from carafepp.models.pspnet import PSPNet
 from carafepp.models.resnet import ResNet
 from carafepp.models.samplers import Bilinear, Nearest, resize
 from carafepp.models.upernet import UperNet
-from networks import dilated_resnet, small_resnet
+from networks import UP, dilated_resnet, small_resnet
 
-UP = partial(CARAFE, up=2, compressed_channels=4)
 GUIDED = [GUM, IndexNet, A2U, SAPA, FADE]
 SAMPLERS = [UP, Nearest, Bilinear, NearestConv, Deconv, PixelShuffle, DySample, *GUIDED]
 
@@ -36,8 +35,8 @@ def sizes(fine: tuple[int, int], coarse: tuple[int, int]) -> str:
         pytest.param((16, 16), (16, 16), id="same size"),
         pytest.param((15, 15), (16, 16), id="smaller"),
         pytest.param((16, 8), (8, 8), id="one axis"),
-        pytest.param((27, 26), (13, 13), id="a row more"),
-        pytest.param((26, 27), (13, 13), id="a column more"),
+        pytest.param((28, 26), (13, 13), id="a cell more"),
+        pytest.param((27, 28), (13, 13), id="a row and two columns more"),
         pytest.param((24, 26), (13, 13), id="a cell less"),
         pytest.param((16, 16), (4, 4), id="ratio 4"),
         pytest.param((2, 2), (2, 2), id="tiny"),
@@ -66,12 +65,27 @@ def test_odd_levels_are_cropped(sampler, fine):
     assert torch.equal(resize(x, fine, module, guide), whole[..., : fine[0], : fine[1]])
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: getattr(sampler, "__name__", "CARAFE"))
+@pytest.mark.parametrize("fine", [(27, 14), (26, 15), (27, 15), (25, 15)], ids=str)
+def test_levels_that_are_rounded_down_are_lengthened(sampler, fine):
+    """A backbone without padding rounds down: a map of 27 rows has a coarser one of 13, of which 26 become."""
+    module, guide, x = sampler(8).eval(), torch.rand(1, 8, *fine), torch.rand(1, 8, 13, 7)
+    y = resize(x, fine, module, guide)
+    assert y.shape[2:] == fine
+    if sampler not in GUIDED:
+        whole = module(x)
+        rows, columns = (torch.arange(side).clamp(max=last - 1) for side, last in zip(fine, whole.shape[2:], strict=True))
+        assert torch.equal(y, whole[..., rows[:, None], columns])
+
+
 def test_samplers_of_another_ratio_fit_levels_of_that_ratio():
     x = torch.rand(1, 8, 4, 4)
     four = CARAFE(8, up=4)
     assert torch.equal(resize(x, (16, 13), four), four(x)[..., :16, :13])
-    with pytest.raises(ValueError, match=sizes((16, 12), (4, 4))):
-        resize(x, (16, 12), four)
+    assert torch.equal(resize(x, (19, 16), four), four(x)[..., [*range(16), 15, 15, 15], :])
+    for fine in ((16, 12), (16, 20)):
+        with pytest.raises(ValueError, match=sizes(fine, (4, 4))):
+            resize(x, fine, four)
     rational = CARAFE(8, up=3, down=2)
     assert resize(x, (6, 5), rational).shape == (1, 8, 6, 5)
     with pytest.raises(ValueError, match=sizes((6, 4), (4, 4))):
@@ -109,9 +123,9 @@ def test_pspnet_refuses_a_sampler_that_does_not_double():
 
 
 @pytest.mark.parametrize("sampler", [UP, FADE], ids=["carafe", "fade"])
-def test_pyramid_refuses_levels_of_one_size_and_of_rounded_down_sizes(sampler):
+def test_pyramid_refuses_levels_of_one_size_and_of_ratio_4(sampler):
     pyramid = FPN([4, 8], 8, upsample=sampler)
-    for fine, coarse in (((8, 8), (8, 8)), ((27, 26), (13, 13)), ((16, 16), (4, 4))):
+    for fine, coarse in (((8, 8), (8, 8)), ((28, 26), (13, 13)), ((16, 16), (4, 4))):
         with pytest.raises(ValueError, match="slot fpn .*" + sizes(fine, coarse)):
             pyramid({"0": torch.rand(1, 4, *fine), "1": torch.rand(1, 8, *coarse)})
 

@@ -1,6 +1,7 @@
 """Small networks, and the counts and random inputs that several tests of networks share."""
 
 from functools import partial
+from itertools import pairwise
 
 import torch
 from carafepp.models.carafe import CARAFE
@@ -9,6 +10,29 @@ from torch import Tensor, nn
 
 # the downsampler of the paper's classification networks
 NORMED_CARAFE = partial(CARAFE, down=2, compressor_norm=True)
+# a small upsampler for any slot
+UP = partial(CARAFE, up=2, compressed_channels=4)
+
+
+class FloorBackbone(nn.Module):
+    """Features of strides 4 to 32 by pools without padding, which round sizes down: 27 rows become 13."""
+
+    out_channels = (4, 6, 8, 10)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AvgPool2d(2))
+        widths = (4, *self.out_channels)
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)) for inputs, outputs in pairwise(widths)
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y, levels = self.stem(x), []
+        for stage in self.stages:
+            y = stage(y)
+            levels.append(y)
+        return levels
 
 
 def count_parameters(module: nn.Module) -> int:

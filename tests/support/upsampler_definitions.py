@@ -32,6 +32,17 @@ def read_at(x, offsets, size):
     return y
 
 
+def fit(y, size):
+    """`y` cut at the bottom and right to `size`, or with its last row and column repeated."""
+    rows, columns = (torch.arange(side).clamp(max=last - 1) for side, last in zip(size, y.shape[2:], strict=True))
+    return y[..., rows[:, None], columns]
+
+
+def inside(guide, x):
+    """The pixels of `guide` that belong to a pixel of `x`."""
+    return guide[..., : 2 * x.shape[2], : 2 * x.shape[3]]
+
+
 def conv(layer, x, **options):
     return F.conv2d(x, layer.weight, layer.bias, **options)
 
@@ -78,7 +89,7 @@ def spatial_attention(module, x, guide=None):
 
 def gum(module, x, guide):
     h, w = guide.shape[2:]
-    both = torch.cat([bilinear(None, x)[..., :h, :w], guide], 1)
+    both = torch.cat([fit(bilinear(None, x), (h, w)), guide], 1)
     hidden = torch.einsum("oc,nchw->nohw", module.mix.weight[..., 0, 0], both) + module.mix.bias[:, None, None]
     offsets = torch.einsum("oc,nchw->nohw", module.offset.weight[..., 0, 0], hidden.clamp(min=0)) + module.offset.bias[:, None, None]
     return read_at(x, offsets, (h, w))
@@ -106,12 +117,12 @@ def indexnet(module, x, guide):
     """Four index blocks, one for each pixel of a 2x2 block."""
     h, w = guide.shape[2:]
     padded = F.pad(guide, (1, 1 + w % 2, 1, 1 + h % 2))
-    y = nearest(None, x)
+    y = fit(nearest(None, x), (h, w))
     for i, j in each((h, w)):
         block = module.index.weight[2 * (i % 2) + j % 2 :: 4]
         window = padded[:, :, i // 2 * 2 : i // 2 * 2 + 4, j // 2 * 2 : j // 2 * 2 + 4]
         y[:, :, i, j] /= 1 + (-torch.einsum("ochw,nchw->no", block, window)).exp()
-    return y[..., :h, :w]
+    return y
 
 
 def sum_window(x, n, i, j, kernel):
@@ -123,6 +134,7 @@ def sum_window(x, n, i, j, kernel):
 
 def a2u(module, x, guide):
     """Dai et al.: second-order features of the encoder, image by image."""
+    size, guide = guide.shape[2:], inside(guide, x)
     n, c, h, w = guide.shape
     y = x.new_zeros(n, x.shape[1], h, w)
     even = F.pad(guide, (0, w % 2, 0, h % 2))
@@ -141,7 +153,7 @@ def a2u(module, x, guide):
         for i, j in each((h, w)):
             logits = torch.sigmoid(affinity[i // 2, j // 2] * vector[2 * (i % 2) + j % 2 :: 4])
             y[b, :, i, j] = sum_window(x, b, i, j, logits.softmax(0).view(3, 3))
-    return y
+    return fit(y, size)
 
 
 def sapa(module, x, guide):
@@ -151,6 +163,7 @@ def sapa(module, x, guide):
         centred = vector - vector.mean()
         return centred / (centred.square().mean() + 1e-5).sqrt() * layer.weight + layer.bias
 
+    size, guide = guide.shape[2:], inside(guide, x)
     n, _, h, w = guide.shape
     y = x.new_zeros(n, x.shape[1], h, w)
     for b, i, j in each((n, h, w)):
@@ -165,24 +178,25 @@ def sapa(module, x, guide):
             if 0 <= row < x.shape[2] and 0 <= column < x.shape[3]:
                 similarity[dy, dx] = query @ module.key(normalise(x[b, :, row, column], module.norm))
         y[b, :, i, j] = sum_window(x, b, i, j, similarity.flatten().softmax(0).view(5, 5))
-    return y
+    return fit(y, size)
 
 
 def fade(module, x, guide):
     """Lu et al.: semi-shift convolution, the encoder's window slides over fine pixels while the decoder's stays."""
+    size = guide.shape[2:]
+    aligned = guide if guide.shape[1] == x.shape[1] else conv(module.align, guide)
+    guide = inside(guide, x)
     n, _, h, w = guide.shape
     en, de = F.pad(conv(module.compress_guide, guide), (1, 1, 1, 1)), F.pad(conv(module.compress, x), (1, 1, 1, 1))
-    gate = torch.sigmoid(conv(module.gate, x))
-    aligned = guide if guide.shape[1] == x.shape[1] else conv(module.align, guide)
+    gate = fit(nearest(None, torch.sigmoid(conv(module.gate, x))), size)
     y = x.new_zeros(n, x.shape[1], h, w)
     weight = module.encoder.weight
     for b, i, j in each((n, h, w)):
         windows = en[b, :, i : i + 3, j : j + 3] + de[b, :, i // 2 : i // 2 + 3, j // 2 : j // 2 + 3]
         products = weight[:, 0] * windows if weight.shape[1] == 1 else weight * windows
         logits = products.flatten(1).sum(1) + 2 * module.encoder.bias
-        g = gate[b, 0, i // 2, j // 2]
-        y[b, :, i, j] = g * aligned[b, :, i, j] + (1 - g) * sum_window(x, b, i, j, logits.softmax(0).view(5, 5))
-    return y
+        y[b, :, i, j] = sum_window(x, b, i, j, logits.softmax(0).view(5, 5))
+    return gate * aligned + (1 - gate) * fit(y, size)
 
 
 def carafe(module, x, guide=None):
