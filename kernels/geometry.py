@@ -33,13 +33,15 @@ class Spec(NamedTuple):
         """Number of weights of a window."""
         return self.kernel_size**2
 
+    # sizes are rounded up without a division of a negative number, which ONNX rounds towards zero
+
     def output_size(self, size: int) -> int:
         """Return the rows (columns) of the output for `size` source rows (columns)."""
-        return -(-size * self.up // self.down)
+        return (size * self.up + self.down - 1) // self.down
 
     def cells(self, size: int) -> int:
         """Return the rows (columns) of the logits for `size` source rows (columns)."""
-        return -(-size // self.down)
+        return (size + self.down - 1) // self.down
 
 
 def check_spec(spec: Spec) -> None:

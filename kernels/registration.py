@@ -10,10 +10,12 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._decomp import register_decomposition
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from .decomposed import decompose, decompose_backward
 from .execution import Options, backward, compute_gradients, compute_outputs, empty_gradients, empty_outputs, forward
 from .reference import normalize, normalize_backward, normalize_forward
 
@@ -280,11 +282,19 @@ torch.library.register_vmap("carafepp::reassemble_backward", _batch_backward, li
 
 
 @torch.library.register_fake("carafepp::reassemble", lib=LIBRARY)
-def _(x, logits, *options):
+def _shape_forward(x, logits, *options):
     return empty_outputs(x, Options.read(*options))
 
 
 @torch.library.register_fake("carafepp::reassemble_backward", lib=LIBRARY)
-def _(dy, x, logits, lse, *options):
+def _shape_backward(dy, x, logits, lse, *options):
     *_, need_dx, need_dlogits = options
     return empty_gradients(x, logits, need_dx, need_dlogits)
+
+
+# torch.onnx.export reads this table, while torch.export and torch.compile have tables of their own and keep the ops
+register_decomposition(reassemble_op)(decompose)
+register_decomposition(reassemble_backward_op)(decompose_backward)
+# without an entry in this table, fake tensors of symbolic sizes would run the decompositions
+register_decomposition(reassemble_op, type="meta")(_shape_forward)
+register_decomposition(reassemble_backward_op, type="meta")(_shape_backward)

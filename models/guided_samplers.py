@@ -9,7 +9,9 @@ In A2U, SAPA and FADE, all channels share the kernel of a location, as in CARAFE
 to its weights.
 """
 
+import functools
 import math
+import operator
 
 import torch
 import torch.nn as nn
@@ -54,10 +56,15 @@ def _pad_to_even(x: Tensor) -> Tensor:
     return F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
 
 
+def _split_phases(x: Tensor) -> Tensor:
+    """View x [N, M, 2 H, 2 W] as [N, M, H, 2, W, 2]."""
+    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+
+
 def _space_to_depth(x: Tensor) -> Tensor:
     """Rearrange a fine map [N, M, h, w] to [N, M * 4, ceil(h / 2), ceil(w / 2)], the layout of `reassemble`'s logits."""
     # F.pixel_unshuffle does not change the size of empty batches
-    return _pad_to_even(x).unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    return _split_phases(_pad_to_even(x)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
 
 
 def _multiply_windows(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
@@ -82,6 +89,33 @@ def _multiply_windows(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor
     lse = keys.new_empty(0)
     options = (2 * h, 2 * w), kernel_size, 2, 1, 1, "none", False, None
     return torch.ops.carafepp.reassemble_backward(queries, keys, weights, lse, *options, need_dx=False, need_dlogits=True)[1]
+
+
+def _filter_images(images: Tensor, filters: Tensor) -> Tensor:
+    """Filter every image with filters of its own, which its channels share, at stride 2.
+
+    Args:
+        images: [N, M, h, w] with even h and w.
+        filters: [N, F, 6, 6].
+
+    Returns:
+        [N, F, M, h / 2, w / 2].
+    """
+    n, count, side, _ = filters.shape
+    padding = side // 2 - 1
+    if isinstance(n, torch.SymInt) and torch.onnx.is_in_onnx_export():
+        # the number of groups of a convolution is a constant in ONNX
+        phases = _split_phases(F.pad(images, (padding,) * 4))[:, None]  # [N, 1, M, h / 2 + 2, 2, w / 2 + 2, 2]
+        slices = [slice(start, start - padding or None) for start in range(side // 2)]
+        terms = (
+            phases[..., slices[i // 2], i % 2, slices[j // 2], j % 2] * filters[:, :, i, j, None, None, None]
+            for i in range(side)
+            for j in range(side)
+        )
+        return functools.reduce(operator.add, terms)
+    # images become groups, and channels the batch
+    filtered = F.conv2d(images.transpose(0, 1), filters.flatten(0, 1)[:, None], stride=2, padding=padding, groups=n)
+    return filtered.transpose(0, 1).unflatten(0, (n, count))
 
 
 class GUM(_Guided):
@@ -156,10 +190,7 @@ class A2U(_Guided):
             # a convolution cannot have 0 groups
             return fit(upsample_bilinear(x), size)
         filters = self.filters(F.adaptive_avg_pool2d(guide, self.filter_size))  # [N, 2, 6, 6]
-        # every image has its own filters, shared by its channels: images become groups, and channels the batch
-        images = _pad_to_even(guide).transpose(0, 1)  # [guide_channels, N, h, w]
-        filtered = F.conv2d(images, filters.flatten(0, 1)[:, None], stride=2, padding=2, groups=images.shape[1])
-        u, v = filtered.transpose(0, 1).unflatten(0, (-1, 2)).unbind(1)  # [N, guide_channels, H, W]
+        u, v = _filter_images(_pad_to_even(guide), filters).unbind(1)  # [N, guide_channels, H, W]
         affinity = (self.norm_u(u) * self.norm_v(v)).sum(1, keepdim=True) / math.sqrt(self.guide_channels)
         logits = (affinity * self.spread(F.adaptive_avg_pool2d(guide, 1))).sigmoid()
         return reassemble(x, logits.to(x.dtype), kernel_size=self.kernel_size, up=2, size=size)
