@@ -50,7 +50,7 @@ def _apply_to_tangents(jvp):
 
 
 def _is_observed(*tensors: Tensor) -> bool:
-    """Return whether anything but autograd may have to see a call: a compiler, a tracer, a mode, torch.func, a profiler, a subclass.
+    """Return whether anything but autograd may have to see a call: a compiler, a mode, torch.func, a profiler, a subclass, a lazy tensor.
 
     Without one, a call need not pass through PyTorch's dispatcher, which takes longer than the rest of a small call.
     """
@@ -62,6 +62,8 @@ def _is_observed(*tensors: Tensor) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) or not (tensor.is_cpu or tensor.is_cuda) for tensor in tensors)
+        # the dispatcher writes the values of tensors whose memory holds their negation, or nothing
+        or any(tensor.is_neg() or tensor._is_zerotensor() for tensor in tensors)
     )
 
 

@@ -66,6 +66,26 @@ def test_views_are_read_in_place(backend, device):
     assert_matches_definition(backend, x, *(t.transpose(2, 3).contiguous().transpose(2, 3) for t in (logits, dy)), spec)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["x", "logits", "dy"])
+@pytest.mark.parametrize("kind", ["negation", "zeros"])
+def test_a_tensor_whose_memory_does_not_hold_its_values(kind, place, backend, device):
+    """The imaginary part of a conjugate is a note on the memory of the number, and zeros may have no memory at all."""
+    spec = Spec(3, up=2)
+    inputs = list(random_inputs(1, 4, 3, 5, spec, device=device))
+    lazy = inputs[place]
+    lazy = torch.complex(lazy, -lazy).conj().imag if kind == "negation" else torch._efficientzerotensor(lazy.shape, device=device)
+    assert lazy.is_neg() or lazy._is_zerotensor()
+    inputs[place] = lazy
+    for compute in (torch.no_grad, torch.enable_grad):
+        with compute():
+            y = reassemble(*inputs[:2], backend=backend, **spec._asdict())
+        whole = [torch.zeros_like(t) if t._is_zerotensor() else t.resolve_neg() for t in inputs]
+        torch.testing.assert_close(y, reassemble(*whole[:2], backend=backend, **spec._asdict()), rtol=0, atol=0)
+    actual = differentiate(reassemble, *inputs, backend=backend, **spec._asdict())
+    expected = differentiate(reassemble, *whole, backend=backend, **spec._asdict())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 def test_an_expanded_gradient_is_read_in_place(backend, device):
     spec = Spec(3, up=2)
     x, logits, dy = random_inputs(1, 4, 3, 5, spec, device=device)
