@@ -48,7 +48,9 @@ class _Guided(nn.Module):
 
 def _cut_to_double(guide: Tensor, x: Tensor) -> Tensor:
     """Cut a guide to the pixels that belong to a pixel of x."""
-    return guide[..., : 2 * x.shape[2], : 2 * x.shape[3]]
+    rows, columns = 2 * x.shape[2], 2 * x.shape[3]
+    # a cut of nothing would still change the order in which gradients are summed
+    return guide[..., :rows, :columns] if guide.shape[2] > rows or guide.shape[3] > columns else guide
 
 
 def _pad_to_even(x: Tensor) -> Tensor:
