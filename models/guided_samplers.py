@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..kernels import reassemble
 from ..kernels.backends import default_backend
+from .adaptive_pooling import pool_cells
 from .point_samplers import sample
 from .samplers import fit, upsample_bilinear, upsample_nearest
 
@@ -191,7 +192,7 @@ class A2U(_Guided):
         if x.shape[0] == 0:
             # a convolution cannot have 0 groups
             return fit(upsample_bilinear(x), size)
-        filters = self.filters(F.adaptive_avg_pool2d(guide, self.filter_size))  # [N, 2, 6, 6]
+        filters = self.filters(pool_cells(guide, self.filter_size))  # [N, 2, 6, 6]
         u, v = _filter_images(_pad_to_even(guide), filters).unbind(1)  # [N, guide_channels, H, W]
         affinity = (self.norm_u(u) * self.norm_v(v)).sum(1, keepdim=True) / math.sqrt(self.guide_channels)
         logits = (affinity * self.spread(F.adaptive_avg_pool2d(guide, 1))).sigmoid()

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .adaptive_pooling import CellPool
 from .decoding import Backbone, enlarge_cells, make_classifier, make_conv_bn_relu, stretch
 from .samplers import Sampler, make_samplers
 
@@ -24,7 +25,7 @@ class PyramidPooling(nn.Module):
 
     def __init__(self, channels: int, dim: int, scales: tuple[int, ...], sampler: Sampler | None):
         super().__init__()
-        self.features = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(scale), *make_conv_bn_relu(channels, dim, 1)) for scale in scales)
+        self.features = nn.ModuleList(nn.Sequential(CellPool(scale), *make_conv_bn_relu(channels, dim, 1)) for scale in scales)
         self.up = make_samplers(sampler, dim, channels, len(scales))
 
     def forward(self, x: Tensor) -> Tensor:

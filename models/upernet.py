@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .adaptive_pooling import CellPool
 from .decoding import Backbone, enlarge_cells, make_conv_bn_relu
 from .samplers import Sampler, make_sampler, make_samplers, resize
 
@@ -53,7 +54,7 @@ class UperNet(nn.Module):
         super().__init__()
         *laterals, top = backbone.out_channels
         self.backbone = backbone
-        self.ppm_pooling = nn.ModuleList(nn.AdaptiveAvgPool2d(scale) for scale in pool_scales)
+        self.ppm_pooling = nn.ModuleList(CellPool(scale) for scale in pool_scales)
         self.ppm_up = make_samplers(ppm, top, top, len(pool_scales))
         self.ppm_conv = nn.ModuleList(_make_layer(top, ppm_dim, 1) for _ in pool_scales)
         self.ppm_last_conv = _make_layer(top + len(pool_scales) * ppm_dim, fpn_dim, 3)

@@ -2,13 +2,19 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
+from carafepp.models.adaptive_pooling import CellPool
+from carafepp.models.upernet import UperNet
+from networks import small_resnet
 from operator_cases import relative_error
+from sampler_cases import CASES
 from torch import Tensor, nn
 
-from carafepp import CARAFE
+from carafepp import CARAFE, reassemble, reassemble_weights
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime, of the extra `export`")
 pytest.importorskip("onnxscript", reason="needs onnxscript, of the extra `export`")
@@ -77,3 +83,53 @@ def test_carafe_is_plain_operators_at_any_size(options, nodes):
     assert set(operators) <= SUMS | MOVES
     assert operators.total() <= nodes
     assert_agrees(file, module, *random_maps((2, 8, 6, 8), (1, 8, 7, 5), (3, 8, 1, 1), (1, 8, 33, 18)))
+
+
+class BothOperators(nn.Module):
+    """Both functions of the operator, with an output that is longer than the scale gives or ends within a cell."""
+
+    options: ClassVar = {"kernel_size": 3, "up": 2, "groups": 2}
+
+    def forward(self, x, logits, weights):
+        rows, columns = weights.shape[2:]
+        y = reassemble(x, logits, **self.options, size=(rows, columns))
+        return y, reassemble_weights(x, weights, **self.options, normalizer="softmax", size=(rows, columns))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_operator_with_a_size_in_every_precision(dtype):
+    def draw(n, h, w, rows, columns):
+        return tuple(map_[0] for map_ in random_maps((n, 4, h, w), (n, 72, h, w), (n, 18, rows, columns), dtype=dtype))
+
+    dims = [DIMS, DIMS, {0: "batch", 2: "rows", 3: "columns"}]
+    file = export(BothOperators(), draw(2, 6, 8, 11, 16), dims)
+    assert set(count_operators(file)) <= SUMS | MOVES | {"Transpose"}
+    inputs = [draw(2, 6, 8, 11, 16), draw(1, 7, 5, 14, 9), draw(3, 1, 2, 1, 4)]
+    assert_agrees(file, BothOperators(), *inputs, tolerance=4e-6 if dtype == torch.float32 else 1e-3)
+
+
+def test_pooled_cells_follow_the_size_of_the_map():
+    module = CellPool(6)
+    assert_agrees(export(module, *random_maps((2, 4, 12, 18))), module, *random_maps((1, 4, 13, 7), (3, 4, 5, 48)))
+
+
+@pytest.mark.parametrize("name", ["dysample", "sapa"])
+def test_sampler_at_any_size(name):
+    case = next(case for case in CASES if case.id == name)
+    module = make_trained(case.slot(8, guide_channels=8) if case.guided else case.slot(8))
+    dims = [DIMS, {0: "batch", 2: "fine height", 3: "fine width"}][: 1 + case.guided]
+
+    def draw(n, h, w, odd):
+        maps = random_maps((n, 8, h, w), (n, 8, 2 * h - odd, 2 * w))
+        return tuple(map_[0] for map_ in maps[: len(dims)])
+
+    file = export(module, draw(2, 6, 8, 0), dims)
+    assert_agrees(file, module, draw(1, 7, 5, 1), draw(3, 12, 9, 0))
+
+
+@pytest.mark.slow
+def test_network_at_any_size():
+    carafe = partial(CARAFE, up=2, kernel_size=3)
+    module = make_trained(UperNet(small_resnet(), 5, ppm=carafe, fpn=carafe, fuse=None, fpn_dim=8, ppm_dim=8))
+    file = export(module, *random_maps((2, 3, 64, 96)))
+    assert_agrees(file, module, *random_maps((1, 3, 71, 90), (3, 3, 160, 129)), tolerance=2e-5)
