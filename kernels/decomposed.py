@@ -126,9 +126,14 @@ def decompose(x: Tensor, logits: Tensor, size: Sequence[int] | None, *arguments:
     taps = {block: part.split(1, dim=2) for block, part in _blocks(weights, spec).items()}  # [N, G, 1, sub-pixels, Hq, Wq] each
     source = _group(x, spec.groups, weights.dtype).unsqueeze(3)  # [N, G, C / G, 1, H, W]
     sums: dict[Block, Tensor] = {}
+    terms: dict[Block, Tensor] = {}
     for block, tap, part in _visits(source, *windows.shape[-2:], spec):
         term = part * taps[block][tap]
-        sums[block] = sums[block] + term if block in sums else term
+        if block in terms:
+            # a sum follows the next term: onnxruntime runs the later of two inputs first, and would else keep all terms
+            sums[block] = sums[block] + terms[block] if block in sums else terms[block]
+        terms[block] = term
+    sums = {block: sums[block] + term if block in sums else term for block, term in terms.items()}
     y = F.pixel_shuffle(_join(sums, spec).flatten(1, 3), spec.up)
 
     rows, columns = (spec.output_size(side) for side in x.shape[2:])
