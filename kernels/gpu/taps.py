@@ -72,7 +72,9 @@ def tap_forward(
         target = tl.zeros([BLOCK_M, BLOCK_C] if AXIS == 0 else [BLOCK_C, BLOCK_M], tl.float32)
         for tap in range(K * K):
             i, j, inside = tap_source(row, col, tap, mask, sizes, WINDOW)
-            w = weight(tl.load(l_ptr + tap * logits.stride_c, mask=inside, other=0.0).to(tl.float32), lse, WINDOW)
+            # a tap outside the map gets the weight 0: that of a logit of 0 overflows where all logits of the window are low
+            logit = tl.load(l_ptr + tap * logits.stride_c, mask=inside, other=-float("inf") if WINDOW.normalized else 0.0)
+            w = weight(logit.to(tl.float32), lse, WINDOW)
             source = tl.load(
                 x_ptr + tl.expand_dims(i * x.stride_h + j * x.stride_w, 1 - AXIS) + c * x.stride_c,
                 mask=tl.expand_dims(inside, 1 - AXIS) & (c < sizes.c),

@@ -218,6 +218,15 @@ def test_extreme_logits(normalizer, backend, device):
     torch.testing.assert_close(reassemble(x, logits, backend=backend, **options), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid_normalized"])
+@pytest.mark.parametrize("spec", [Spec(3), Spec(3, up=12), Spec(9, down=2)], ids=["banded", "wide scale", "wide window"])
+def test_low_logits_at_the_border(spec, normalizer, backend, device):
+    """Windows whose logits are all beyond the range of exp, with taps outside the map."""
+    spec = spec._replace(normalizer=normalizer)
+    x, logits, dy = random_inputs(1, 4, 3, 2, spec, device=device)
+    assert_matches_definition(backend, x, logits - 150, dy, spec, tolerance=1e-4)
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpu"], indirect=True)
 def test_a_logit_that_is_no_number_spoils_its_own_target_alone(backend):
     x, logits = torch.randn(1, 16, 4, 5), torch.randn(1, 9, 4, 5)
