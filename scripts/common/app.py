@@ -39,7 +39,8 @@ def app(
                 with replace_arguments(given):
                     run()
             except SystemExit as stop:
-                if stop.code:
+                # Hydra's errors; a signal has another status
+                if stop.code == 1:
                     print(*(explain_values(given) or find_hints(config_name, given)), sep="\n", file=sys.stderr)
                 raise
 

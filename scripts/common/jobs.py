@@ -175,6 +175,8 @@ def train_in_subprocess(folder: Path, trust: Iterable[str]) -> None:
     if multiprocessing.parent_process() is not None:
         interruption.install()
         end_with_parent()
+        # the sweep may have ended while this process began
+        leave_dead_sweep()
     status = wait_for(command)
     leave_dead_sweep()
     if status == 0 and is_finished(folder):

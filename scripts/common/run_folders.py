@@ -58,33 +58,38 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 class Termination:
-    """Handler of SIGTERM, whose default ends the process at once: the first one raises a SIGTERMException.
+    """Handler of SIGTERM and SIGINT that remembers the first signal, and raises a SIGTERMException or KeyboardInterrupt.
 
-    The next ones do not interrupt the end. A training of several processes stops in all of them after a step, as Lightning arranges.
+    Python ignores an exception in a callback of fork, and other errors can follow a signal. Another SIGTERM does not interrupt the end. A
+    training of several processes stops in all of them after a step, as Lightning arranges.
     """
 
-    received = False
+    received: signal.Signals | None = None
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Handle the signal."""
-        first, self.received = not self.received, True
+        """Handle a signal."""
+        first = self.received is None
+        self.received = self.received or signal.Signals(signum)
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
         if first and not dist.is_initialized():
             raise SIGTERMException
 
 
 @contextlib.contextmanager
 def catch_termination() -> Iterator[Termination]:
-    """Handle SIGTERM by a Termination, unless another program has a handler, and yield it."""
-    termination = Termination()
-    default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if not default or threading.current_thread() is not threading.main_thread():
-        yield termination
-        return
-    signal.signal(signal.SIGTERM, termination)
+    """Handle SIGTERM and SIGINT by a Termination, except where another program handles them, and yield it."""
+    termination, before = Termination(), {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
+    before = {signum: default for signum, default in before.items() if signal.getsignal(signum) == default}
+    for signum in before:
+        signal.signal(signum, termination)
     try:
         yield termination
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for signum, default in before.items():
+            signal.signal(signum, default)
 
 
 class LauncherSignals(L.Callback):
@@ -135,7 +140,7 @@ def record_failure(folder: Path) -> Iterator[None]:
             yield
         except BaseException as stop:
             # processes that load data can get the signal too, and then their end is an error
-            signum = signal.SIGTERM if termination.received else find_signal(stop)
+            signum = termination.received or find_signal(stop)
             if signum:
                 reason = f"{INTERRUPTED} {signum.name}, continue it with carafepp-train resume={folder}"
                 record_reason(record, f"{reason}\n")

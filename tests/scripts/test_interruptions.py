@@ -203,18 +203,20 @@ def test_signal_while_nothing_trains_is_recorded(signum, tmp_path):
     assert not (tmp_path / "error.txt").exists()
 
 
-def test_error_that_follows_a_signal_is_an_interruption(tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
+def test_error_that_follows_a_signal_is_an_interruption(signum, tmp_path):
     """Python ignores the exception of a handler that runs in a callback of fork, and the signal ends the processes that load data too."""
 
     def lose_worker() -> None:
-        with contextlib.suppress(SIGTERMException):
-            signal.raise_signal(signal.SIGTERM)
+        with contextlib.suppress(SIGTERMException, KeyboardInterrupt):
+            signal.raise_signal(signum)
         raise RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly")
 
     with pytest.raises(SystemExit) as stop, record_failure(tmp_path):
         lose_worker()
-    assert stop.value.code == 128 + signal.SIGTERM
-    assert (tmp_path / "error.txt").read_text().startswith("interrupted by SIGTERM, continue it with")
+    assert stop.value.code == 128 + signum
+    assert (tmp_path / "error.txt").read_text().startswith(f"interrupted by {signum.name}, continue it with")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_launcher_that_requeues_keeps_its_handler_and_its_exit(tmp_path):
