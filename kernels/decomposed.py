@@ -125,10 +125,10 @@ def decompose(x: Tensor, logits: Tensor, size: Sequence[int] | None, *arguments:
     weights = normalize(windows, spec.normalizer)
     taps = {block: part.split(1, dim=2) for block, part in _blocks(weights, spec).items()}  # [N, G, 1, sub-pixels, Hq, Wq] each
     source = _group(x, spec.groups, weights.dtype).unsqueeze(3)  # [N, G, C / G, 1, H, W]
-    rows, columns = windows.shape[-2:]
+    cell_rows, cell_columns = windows.shape[-2:]
     sums: dict[Block, Tensor] = {}
     terms: dict[Block, Tensor] = {}
-    for block, tap, part in _visits(source, rows, columns, spec):
+    for block, tap, part in _visits(source, cell_rows, cell_columns, spec):
         term = part * taps[block][tap]
         if block in terms:
             # a sum follows the next term: onnxruntime runs the later of two inputs first, and would else keep all terms
