@@ -1,9 +1,11 @@
 """The public functions: `reassemble` and `reassemble_weights`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .backends import choose_backend
 from .execution import Options
@@ -66,6 +68,12 @@ def reassemble(
         TypeError, ValueError: an argument has a wrong type, shape or value; the message names it and says what would be right.
         RuntimeError: `backend` is "cpu", and the kernel cannot be compiled; the message says what to install.
     """
+    if has_torch_function_variadic(x, logits):
+        # tensor subclasses, modes and the proxies of torch.fx take the call as one of a function of PyTorch
+        options: dict[str, Any] = dict(
+            kernel_size=kernel_size, up=up, down=down, groups=groups, normalizer=normalizer, size=size, backend=backend
+        )
+        return handle_torch_function(reassemble, (x, logits), x, logits, **options)
     x, logits = _autocast(x, logits) if isinstance(x, Tensor) and isinstance(logits, Tensor) else (x, logits)
     spec = Spec(kernel_size, up, down, groups, normalizer)
     rows, columns = check_inputs(x, logits, spec, size)
@@ -102,6 +110,11 @@ def reassemble_weights(
     Raises:
         TypeError, ValueError, RuntimeError: as for `reassemble`.
     """
+    if has_torch_function_variadic(x, weights):
+        options: dict[str, Any] = dict(
+            kernel_size=kernel_size, up=up, down=down, groups=groups, normalizer=normalizer, size=size, backend=backend
+        )
+        return handle_torch_function(reassemble_weights, (x, weights), x, weights, **options)
     x, weights = _autocast(x, weights) if isinstance(x, Tensor) and isinstance(weights, Tensor) else (x, weights)
     spec = Spec(kernel_size, up, down, groups, normalizer)
     rows, columns = check_inputs(x, weights, spec, size, name="weights")

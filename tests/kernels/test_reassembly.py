@@ -49,6 +49,20 @@ def test_wrong_weights_are_named():
         reassemble_weights(X, LOGITS, kernel_size=3, up=2)
 
 
+class Labelled(torch.Tensor):
+    pass
+
+
+def test_a_subclass_keeps_its_type():
+    y = reassemble(X, LOGITS, kernel_size=3, up=2)
+    for x, logits in ((X.as_subclass(Labelled), LOGITS), (X, LOGITS.as_subclass(Labelled))):
+        labelled = reassemble(x, logits, kernel_size=3, up=2)
+        assert type(labelled) is Labelled
+        assert torch.equal(labelled, y)
+    weights = torch.rand(1, 9, 10, 12)
+    assert type(reassemble_weights(X, weights.as_subclass(Labelled), kernel_size=3, up=2)) is Labelled
+
+
 def test_weights_give_no_longer_output():
     with pytest.raises(ValueError, match=r"size must not exceed .*got 11 x 12"):
         reassemble_weights(X, torch.rand(1, 9, 11, 12), kernel_size=3, up=2, size=(11, 12))

@@ -1,6 +1,8 @@
 """The CARAFE++ module: the paper's equations, mmcv's state dict, any size, wrong arguments."""
 
 import itertools
+import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ import torch.nn.functional as F
 from carafepp.models.carafe import CARAFE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import count_parameters
+from networks import count_parameters, small_resnet
+from torchvision.models.feature_extraction import create_feature_extractor
 
 
 def carafe_by_the_paper(module, x):
@@ -108,3 +111,22 @@ def test_carafe_kernels_are_the_weights_it_sums_under():
 def test_carafe_names_a_wrong_argument(options, error, message):
     with pytest.raises(error, match=message):
         CARAFE(8, **options)
+
+
+@pytest.mark.parametrize("options", [{"up": 2}, {"down": 2, "compressor_norm": True}, {"up": 3, "down": 2, "groups": 2}], ids=str)
+def test_torch_fx_traces_the_module(options):
+    module = CARAFE(8, **options).eval()
+    traced = pickle.loads(pickle.dumps(torch.fx.symbolic_trace(module)))
+    assert "reassemble" in [node.name for node in traced.graph.nodes]
+    for size in ((5, 7), (4, 4)):
+        x = torch.randn(2, 8, *size)
+        assert torch.equal(traced(x), module(x))
+
+
+def test_features_of_a_network_are_extracted():
+    network = small_resnet(downsample=partial(CARAFE, down=2, kernel_size=3)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    features = create_feature_extractor(network, {"layer2": "c3", "layer4": "c5"})(x)
+    _, c3, _, c5 = network(x)
+    assert torch.equal(features["c3"], c3)
+    assert torch.equal(features["c5"], c5)
