@@ -32,12 +32,12 @@ def test_plain_values_and_sweeps_need_no_quotes():
 
 
 def test_home_folders_are_expanded(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/elsewhere/me")
     expected = {
-        "data.root=~/data": "data.root=/home/me/data",
-        "data.root=~": "data.root=/home/me",
-        'data.root="~/a=b"': 'data.root="/home/me/a=b"',
-        "images=[~/a,b,~/c]": "images=[/home/me/a,b,/home/me/c]",
+        "data.root=~/data": "data.root=/elsewhere/me/data",
+        "data.root=~": "data.root=/elsewhere/me",
+        'data.root="~/a=b"': 'data.root="/elsewhere/me/a=b"',
+        "images=[~/a,b,~/c]": "images=[/elsewhere/me/a,b,/elsewhere/me/c]",
         "data.root=a~/b": "data.root=a~/b",
         "~logger": "~logger",
         "data.root=a/~b": "data.root=a/~b",
