@@ -24,6 +24,11 @@ def _runs(spec: Spec) -> list[tuple[int, slice]]:
     return [(shift, slice(shifts.index(shift), shifts.index(shift) + shifts.count(shift))) for shift in sorted(set(shifts))]
 
 
+def _split(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """Split an axis into several, as `Tensor.unflatten` does; the exporter of traced modules fixes the size of every axis there."""
+    return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
+
+
 def _blocks(subpixels: Tensor, spec: Spec) -> dict[Block, Tensor]:
     """Cut [..., up, up, Hq, Wq] into blocks [..., sub-pixels, Hq, Wq] that share their windows."""
     runs = list(enumerate(_runs(spec)))
@@ -37,7 +42,7 @@ def _join(blocks: dict[Block, Tensor], spec: Spec) -> Tensor:
         return blocks[0, 0]
     lengths = [run.stop - run.start for _, run in runs]
     bands = [
-        torch.cat([blocks[a, b].unflatten(-3, (rows, columns)) for b, columns in enumerate(lengths)], dim=-3)
+        torch.cat([_split(blocks[a, b], blocks[a, b].dim() - 3, (rows, columns)) for b, columns in enumerate(lengths)], dim=-3)
         for a, rows in enumerate(lengths)
     ]
     return torch.cat(bands, dim=-4).flatten(-4, -3)
@@ -91,7 +96,7 @@ def _resize_border(y: Tensor, size: Sequence[int]) -> Tensor:
 
 def _group(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """View x [N, C, ...] as [N, G, C / G, ...] in the dtype of the sums."""
-    return x.to(dtype).unflatten(1, (groups, x.shape[1] // groups))
+    return _split(x.to(dtype), 1, (groups, x.shape[1] // groups))
 
 
 def _windows(x: Tensor, logits: Tensor, options: Options) -> Tensor:
@@ -103,7 +108,7 @@ def _windows(x: Tensor, logits: Tensor, options: Options) -> Tensor:
         logits = _resize_border(logits, (rows * up, columns * up))
         cells = logits.view(x.shape[0], channels, rows, up, columns, up).permute(0, 1, 3, 5, 2, 4)
     else:
-        cells = logits[:, : channels * up**2].unflatten(1, (channels, up, up))
+        cells = _split(logits[:, : channels * up**2], 1, (channels, up, up))
     return _group(cells, spec.groups, torch.promote_types(x.dtype, torch.float32))
 
 

@@ -69,7 +69,9 @@ def output_size(x: Tensor, spec: Spec, size: Sequence[int] | None = None) -> tup
     natural = spec.output_size(height), spec.output_size(width)
     if size is None:
         return natural
-    if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(side, (int, torch.SymInt)) for side in size):
+    # the tracer of TorchScript gives a side as a tensor
+    integers = (int, torch.SymInt, Tensor) if torch.jit.is_tracing() else (int, torch.SymInt)
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(side, integers) for side in size):
         raise TypeError(f"size must be a pair of integers (rows, columns), got {size!r}")
     rows, columns = size
     if min(rows, columns) < 1 or abs(rows - natural[0]) >= spec.up or abs(columns - natural[1]) >= spec.up:

@@ -1,5 +1,6 @@
 """The public functions: `reassemble` and `reassemble_weights`."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .backends import choose_backend
+from .decomposed import decompose
 from .execution import Options
 from .flops import register_formulas
 from .geometry import Spec, check_inputs, memory_format
@@ -24,6 +26,18 @@ def _autocast(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.get_autocast_dtype(kind)
         return x.to(dtype), weights.to(dtype)
     return x, weights
+
+
+def _trace(x: Tensor, weights: Tensor, spec: Spec, size: Sequence[int] | None, *, name: str) -> Tensor:
+    """Let TorchScript's tracer see plain operators, since the op takes sizes in a form that it refuses.
+
+    The traced program, or the ONNX file of the exporter that is based on it, takes other sizes and needs no carafepp.
+    """
+    with warnings.catch_warnings():
+        # the checks hold for the sizes of the example
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        given = check_inputs(x, weights, spec, size, name=name)
+        return decompose(x, weights, None if size is None else given, *spec, name == "weights", None)[0]
 
 
 def reassemble(
@@ -76,6 +90,8 @@ def reassemble(
         return handle_torch_function(reassemble, (x, logits), x, logits, **options)
     x, logits = _autocast(x, logits) if isinstance(x, Tensor) and isinstance(logits, Tensor) else (x, logits)
     spec = Spec(kernel_size, up, down, groups, normalizer)
+    if torch.jit.is_tracing():
+        return _trace(x, logits, spec, size, name="logits")
     rows, columns = check_inputs(x, logits, spec, size)
     if choose_backend(backend, x) == "reference":
         return reassemble_reference(x, logits, **spec._asdict(), size=size)
@@ -117,6 +133,8 @@ def reassemble_weights(
         return handle_torch_function(reassemble_weights, (x, weights), x, weights, **options)
     x, weights = _autocast(x, weights) if isinstance(x, Tensor) and isinstance(weights, Tensor) else (x, weights)
     spec = Spec(kernel_size, up, down, groups, normalizer)
+    if torch.jit.is_tracing():
+        return _trace(x, weights, spec, size, name="weights")
     rows, columns = check_inputs(x, weights, spec, size, name="weights")
     if size is not None and (rows > spec.output_size(x.shape[2]) or columns > spec.output_size(x.shape[3])):
         raise ValueError(f"size must not exceed the output size of the scale for weights at output resolution, got {rows} x {columns}")

@@ -1,5 +1,7 @@
 """ONNX files of the operator, the module, samplers and networks agree with PyTorch at sizes other than that of the export."""
 
+import io
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -8,6 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 from carafepp.models.adaptive_pooling import CellPool
+from carafepp.models.detection import MaskRCNN
 from carafepp.models.upernet import UperNet
 from networks import small_resnet
 from operator_cases import relative_error
@@ -45,6 +48,25 @@ def export(module: nn.Module, args: Sequence[Tensor], dims: Sequence[dict[int, s
 def count_operators(file: bytes) -> Counter[str]:
     """Count the nodes of an ONNX file by operator."""
     return Counter(node.op_type for node in pytest.importorskip("onnx").load_from_string(file).graph.node)
+
+
+def export_traced(module: nn.Module, args: Sequence[Tensor], dims: Sequence[dict[int, str]]) -> bytes:
+    """Return the ONNX file that the older exporter, which traces modules, makes for inputs of any batch, height and width."""
+    file = io.BytesIO()
+    names = [f"input{i}" for i in range(len(args))]
+    with warnings.catch_warnings():
+        # it is deprecated, and warns of every condition on a size
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, tuple(args), file, dynamo=False, input_names=names, dynamic_axes=dict(zip(names, dims, strict=True)))
+    return file.getvalue()
+
+
+def run_in_openvino(file: bytes, arg: Tensor) -> Tensor:
+    """Run an ONNX file of one input and one output in OpenVINO, without its default of half precision on some processors."""
+    openvino = pytest.importorskip("openvino", reason="needs openvino, of the extra `export`")
+    core = openvino.Core()
+    model = core.compile_model(core.read_model(io.BytesIO(file)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return torch.from_numpy(model([arg.numpy()])[0])
 
 
 def assert_agrees(file: bytes, module: nn.Module, *inputs: Sequence[Tensor], tolerance: float = 4e-6) -> None:
@@ -85,6 +107,42 @@ def test_carafe_is_plain_operators_at_any_size(options, nodes):
     assert_agrees(file, module, *random_maps((2, 8, 6, 8), (1, 8, 7, 5), (3, 8, 1, 1), (1, 8, 33, 18)))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 4e-6), (torch.float16, 2e-3)])
+def test_carafe_in_every_precision_and_runtime(dtype, tolerance):
+    module = make_trained(CARAFE(8, up=2, kernel_size=3)).to(dtype)
+    file = export(module, *random_maps((2, 8, 6, 8), dtype=dtype))
+    inputs = random_maps((1, 8, 7, 5), (3, 8, 1, 1), (1, 8, 33, 18), dtype=dtype)
+    assert_agrees(file, module, *inputs, tolerance=tolerance)
+    for (x,) in inputs:
+        with torch.no_grad():
+            expected = module(x)
+        actual = run_in_openvino(file, x)
+        assert actual.shape == expected.shape
+        assert relative_error(actual.float(), expected.double()) <= tolerance
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"up": 2},
+        {"down": 2, "groups": 2, "normalizer": "sigmoid", "kernel_size": 3},
+        {"up": 3, "down": 2, "kernel_size": 3, "normalizer": "none"},
+        {"up": 2, "down": 3, "kernel_size": 3, "normalizer": "sigmoid_normalized"},
+    ],
+    ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()),
+)
+def test_older_exporter_and_tracer(options):
+    module = make_trained(CARAFE(8, **options))
+    (example,) = random_maps((2, 8, 6, 8))
+    inputs = random_maps((1, 8, 7, 5), (3, 8, 1, 1), (1, 8, 33, 18))
+    assert_agrees(export_traced(module, example, [DIMS]), module, *inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        program = torch.jit.trace(module, example)
+    for args in inputs:
+        torch.testing.assert_close(program(*args), module(*args), rtol=1e-5, atol=1e-5)
+
+
 class BothOperators(nn.Module):
     """Both functions of the operator, with an output that is longer than the scale gives or ends within a cell."""
 
@@ -96,14 +154,19 @@ class BothOperators(nn.Module):
         return y, reassemble_weights(x, weights, **self.options, normalizer="softmax", size=(rows, columns))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_operator_with_a_size_in_every_precision(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "exporter"),
+    [(torch.float32, export), (torch.float16, export), (torch.float32, export_traced)],
+    ids=["float32", "float16", "older exporter"],
+)
+def test_operator_with_a_size_in_every_precision(dtype, exporter):
     def draw(n, h, w, rows, columns):
         return tuple(map_[0] for map_ in random_maps((n, 4, h, w), (n, 72, h, w), (n, 18, rows, columns), dtype=dtype))
 
     dims = [DIMS, DIMS, {0: "batch", 2: "rows", 3: "columns"}]
-    file = export(BothOperators(), draw(2, 6, 8, 11, 16), dims)
-    assert set(count_operators(file)) <= SUMS | MOVES | {"Transpose"}
+    file = exporter(BothOperators(), draw(2, 6, 8, 11, 16), dims)
+    if exporter is export:
+        assert set(count_operators(file)) <= SUMS | MOVES | {"Transpose"}
     inputs = [draw(2, 6, 8, 11, 16), draw(1, 7, 5, 14, 9), draw(3, 1, 2, 1, 4)]
     assert_agrees(file, BothOperators(), *inputs, tolerance=4e-6 if dtype == torch.float32 else 1e-3)
 
@@ -133,3 +196,23 @@ def test_network_at_any_size():
     module = make_trained(UperNet(small_resnet(), 5, ppm=carafe, fpn=carafe, fuse=None, fpn_dim=8, ppm_dim=8))
     file = export(module, *random_maps((2, 3, 64, 96)))
     assert_agrees(file, module, *random_maps((1, 3, 71, 90), (3, 3, 160, 129)), tolerance=2e-5)
+
+
+@pytest.mark.slow
+def test_detector_at_any_size():
+    carafe = partial(CARAFE, up=2, kernel_size=3)
+    sizes = dict(fpn_dim=16, mask_dim=16, head_dim=32, min_size=64, max_size=128, rpn_post_nms_top_n_test=50, box_detections_per_img=20)
+    module = make_trained(MaskRCNN(5, backbone=small_resnet(), fpn=carafe, mask_head=carafe, box_score_thresh=0.0, **sizes))
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            # boxes that are far from equal in score and overlap
+            nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.shape[0]))
+    image = torch.rand(3, 64, 96)
+    session = onnxruntime.InferenceSession(export_traced(module, ([image],), [{1: "height", 2: "width"}]))
+    for size in (3, 64, 64), (3, 80, 121), (3, 130, 65):
+        ((image,),) = random_maps(size)
+        with torch.no_grad():
+            expected = module([image])[0]
+        actual = session.run(None, {"input0": image.numpy()})
+        for value, result in zip(actual, expected.values(), strict=True):
+            torch.testing.assert_close(torch.from_numpy(value), result, rtol=1e-4, atol=1e-4)
