@@ -36,7 +36,7 @@ def make_classifier(inputs: int, dim: int, num_classes: int) -> nn.Sequential:
 
 def stretch(x: Tensor, size: Sequence[int]) -> Tensor:
     """Interpolate x [N, C, H, W] bilinearly to `size` with aligned corners, as PSPNet's and PSANet's public implementations do."""
-    return F.interpolate(x, list(size), mode="bilinear", align_corners=True)
+    return F.interpolate(x, (size[0], size[1]), mode="bilinear", align_corners=True)
 
 
 def enlarge_cells(cells: Tensor, size: Sequence[int], sampler: nn.Module | None, guide: Tensor) -> Tensor:

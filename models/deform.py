@@ -3,10 +3,14 @@
 from typing import Any, cast
 
 import torch
+import torch.fx
 import torch.nn as nn
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from torchvision.ops import deform_conv2d
+
+# torch.fx cannot follow the checks of sizes inside
+torch.fx.wrap("deform_conv2d")
 
 
 class DeformConv(nn.Conv2d):

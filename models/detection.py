@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection._utils import BoxCoder as TorchvisionBoxCoder
@@ -60,6 +61,14 @@ class BoxCoder(TorchvisionBoxCoder):
         return super().decode(rel_codes.to(boxes[0].dtype), boxes)
 
 
+# torch.fx cannot follow a condition on the device of a map
+@torch.fx.wrap
+def _leave_autocast(level: Tensor) -> Tensor:
+    """Convert a level of the pyramid to float32 where autocast is enabled."""
+    # anchors take the dtype of the features, and between 1024 and 2048 the numbers of bfloat16 are 8 apart
+    return level.float() if torch.is_autocast_enabled(level.device.type) else level
+
+
 class Pyramid(nn.Module):
     """Backbone and feature pyramid, with levels "0" to "3" of strides 4 to 32 and "pool" of stride 64."""
 
@@ -71,10 +80,7 @@ class Pyramid(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Compute the levels by name, [N, out_channels, ceil(H / stride), ceil(W / stride)], of images x [N, 3, H, W]."""
         levels = self.fpn({str(i): level for i, level in enumerate(self.body(x))})
-        if torch.is_autocast_enabled(x.device.type):
-            # anchors take the dtype of the features, and between 1024 and 2048 the numbers of bfloat16 are 8 apart
-            levels = {name: level.float() for name, level in levels.items()}
-        return levels
+        return {name: _leave_autocast(level) for name, level in levels.items()}
 
 
 def _make_pyramid(backbone: ResNet, fpn: Sampler | None, fpn_dim: int, trainable_layers: int, frozen_norm: bool) -> Pyramid:

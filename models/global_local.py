@@ -4,10 +4,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.fx
 import torch.nn as nn
 from torch import Tensor
 
 from .samplers import Sampler, check_fit, fit
+
+torch.fx.wrap("check_fit")
+torch.fx.wrap("fit")
 
 Norm = Callable[[int], nn.Module]
 
@@ -93,7 +97,5 @@ class GlobalLocal(nn.Module):
                 sizes.append(y.shape[2:])
             x, y = y, layers(y)
             if layer.resize == "up":
-                size = sizes.pop()
-                check_fit(x.shape[2:], y.shape[2:], size, "upsample")
-                y = fit(y, size)
+                y = fit(y, check_fit(x.shape[2:], y.shape[2:], sizes.pop(), "upsample"))
         return self.output(y).clamp(-1, 1)

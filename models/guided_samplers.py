@@ -14,6 +14,7 @@ import math
 import operator
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,9 +25,12 @@ from .adaptive_pooling import pool_cells
 from .point_samplers import sample
 from .samplers import fit, upsample_bilinear, upsample_nearest
 
+torch.fx.wrap("fit")
+torch.fx.wrap("sample")
+
 
 class _Guided(nn.Module):
-    """Base of the guided samplers: holds the channels of the guide and checks it."""
+    """Base of the guided samplers: holds the channels of the guide."""
 
     needs_guide = True
 
@@ -34,19 +38,22 @@ class _Guided(nn.Module):
         super().__init__()
         self.guide_channels = guide_channels or channels
 
-    def prepare_guide(self, x: Tensor, guide: Tensor | None) -> Tensor:
-        """Return the guide, or x upsampled bilinearly if there is none; raise ValueError if it does not fit."""
-        if guide is None:
-            guide = upsample_bilinear(x)
-        rows, columns = guide.shape[2:]
-        if guide.shape[1] != self.guide_channels or abs(rows - 2 * x.shape[2]) > 1 or abs(columns - 2 * x.shape[3]) > 1:
-            raise ValueError(
-                f"guide must have {self.guide_channels} channels and twice the size of x, or 1 pixel less or more, "
-                f"got {tuple(guide.shape)} for x of shape {tuple(x.shape)}"
-            )
-        return guide
+
+@torch.fx.wrap
+def _prepare_guide(x: Tensor, guide: Tensor | None, channels: int) -> Tensor:
+    """Return the guide, or x upsampled bilinearly if there is none; raise ValueError if it does not fit."""
+    if guide is None:
+        guide = upsample_bilinear(x)
+    rows, columns = guide.shape[2:]
+    if guide.shape[1] != channels or abs(rows - 2 * x.shape[2]) > 1 or abs(columns - 2 * x.shape[3]) > 1:
+        raise ValueError(
+            f"guide must have {channels} channels and twice the size of x, or 1 pixel less or more, "
+            f"got {tuple(guide.shape)} for x of shape {tuple(x.shape)}"
+        )
+    return guide
 
 
+@torch.fx.wrap
 def _cut_to_double(guide: Tensor, x: Tensor) -> Tensor:
     """Cut a guide to the pixels that belong to a pixel of x."""
     rows, columns = 2 * x.shape[2], 2 * x.shape[3]
@@ -70,6 +77,7 @@ def _space_to_depth(x: Tensor) -> Tensor:
     return _split_phases(_pad_to_even(x)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
 
 
+@torch.fx.wrap
 def _multiply_windows(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
     """Compute the inner products of every fine query with the keys of its window; keys outside the map give 0.
 
@@ -94,6 +102,7 @@ def _multiply_windows(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor
     return torch.ops.carafepp.reassemble_backward(queries, keys, weights, lse, *options, need_dx=False, need_dlogits=True)[1]
 
 
+@torch.fx.wrap
 def _filter_images(images: Tensor, filters: Tensor) -> Tensor:
     """Filter every image with filters of its own, which its channels share, at stride 2.
 
@@ -106,6 +115,9 @@ def _filter_images(images: Tensor, filters: Tensor) -> Tensor:
     """
     n, count, side, _ = filters.shape
     padding = side // 2 - 1
+    if n == 0:
+        # a convolution cannot have 0 groups
+        return images.new_empty(0, count, images.shape[1], images.shape[2] // 2, images.shape[3] // 2)
     if isinstance(n, torch.SymInt) and torch.onnx.is_in_onnx_export():
         # the number of groups of a convolution is a constant in ONNX
         phases = _split_phases(F.pad(images, (padding,) * 4))[:, None]  # [N, 1, M, h / 2 + 2, 2, w / 2 + 2, 2]
@@ -140,7 +152,7 @@ class GUM(_Guided):
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
-        guide = self.prepare_guide(x, guide)
+        guide = _prepare_guide(x, guide, self.guide_channels)
         coarse = fit(upsample_bilinear(x), guide.shape[2:])
         offsets = self.offset(self.mix(torch.cat([coarse, guide], dim=1)).relu())
         return sample(x, offsets[:, :, None])
@@ -160,7 +172,7 @@ class IndexNet(_Guided):
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
-        guide = self.prepare_guide(x, guide)
+        guide = _prepare_guide(x, guide, self.guide_channels)
         index = F.pixel_shuffle(self.index(_pad_to_even(guide)).sigmoid(), 2)
         return fit(upsample_nearest(x), guide.shape[2:]) * fit(index, guide.shape[2:])
 
@@ -187,11 +199,8 @@ class A2U(_Guided):
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
-        guide = self.prepare_guide(x, guide)
+        guide = _prepare_guide(x, guide, self.guide_channels)
         size, guide = guide.shape[2:], _cut_to_double(guide, x)
-        if x.shape[0] == 0:
-            # a convolution cannot have 0 groups
-            return fit(upsample_bilinear(x), size)
         filters = self.filters(pool_cells(guide, self.filter_size))  # [N, 2, 6, 6]
         u, v = _filter_images(_pad_to_even(guide), filters).unbind(1)  # [N, guide_channels, H, W]
         affinity = (self.norm_u(u) * self.norm_v(v)).sum(1, keepdim=True) / math.sqrt(self.guide_channels)
@@ -241,7 +250,7 @@ class SAPA(_Guided):
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
-        guide = self.prepare_guide(x, guide)
+        guide = _prepare_guide(x, guide, self.guide_channels)
         logits = self.logits(x, _cut_to_double(guide, x)).to(x.dtype)
         return reassemble(x, logits, kernel_size=self.kernel_size, up=2, size=guide.shape[2:])
 
@@ -279,7 +288,7 @@ class FADE(_Guided):
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
-        guide = self.prepare_guide(x, guide)
+        guide = _prepare_guide(x, guide, self.guide_channels)
         size = guide.shape[2:]
         fine = self.encoder(self.compress_guide(_cut_to_double(guide, x)))  # [N, 25, h, w], at most [N, 25, 2H, 2W]
         coarse = self.encoder(self.compress(x))  # [N, 25, H, W]

@@ -5,6 +5,7 @@ at least one known pixel, and 0 in the hole.
 """
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +14,9 @@ from ..kernels import reassemble
 from .carafe import CARAFE
 from .global_local import LAYERS, Layer, Norm
 from .samplers import AvgPool, Bilinear, Nearest, Sampler, check_fit, fit
+
+torch.fx.wrap("check_fit")
+torch.fx.wrap("fit")
 
 # linear samplers with fixed weights: sampling `known` gives the known share of every target
 LINEAR = (Nearest, Bilinear, AvgPool)
@@ -88,16 +92,23 @@ class PartialSampler(nn.Module):
         return y * (1 / share).masked_fill(share == 0, 0).to(y.dtype), (share > 0).to(y.dtype)
 
 
+# torch.fx cannot compute a number from a dtype
+@torch.fx.wrap
+def _exclude(logits: Tensor, unknown: Tensor) -> Tensor:
+    """Replace the logits of unknown taps by a number so low that their weights are 0 beside those of known taps."""
+    # a finite number: a window without a known tap then sums zeros, where -inf would give NaN
+    return logits.masked_fill(unknown, torch.finfo(logits.dtype).min / 2)
+
+
 def _reassemble_known(sampler: CARAFE, x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     spec, logits = sampler.spec, sampler.logits(x)
     size, margin = spec.kernel_size, spec.kernel_size // 2
     taps = F.unfold(known, size, padding=margin, stride=spec.down)  # [N, K * K, Hq * Wq]
     taps = taps.unflatten(2, logits.shape[2:])[:, None, :, None]  # [N, 1, K * K, 1, Hq, Wq]
     cells = logits.unflatten(1, (spec.groups, spec.taps, spec.up**2))
-    # a finite number: a window without a known tap then sums zeros, where -inf would give NaN
-    masked = cells.masked_fill(taps == 0, torch.finfo(logits.dtype).min / 2).flatten(1, 3)
-    y = reassemble(x, masked, **spec._asdict())
-    inside = reassemble(x.new_ones(x.shape[0], spec.groups, *x.shape[2:]), logits, **spec._asdict())
+    y = reassemble(x, _exclude(cells, taps == 0).flatten(1, 3), **spec._asdict())
+    ones = torch.ones_like(x[:, : spec.groups], memory_format=torch.contiguous_format)
+    inside = reassemble(ones, logits, **spec._asdict())
     y = (y.unflatten(1, (spec.groups, -1)) * inside[:, :, None]).flatten(1, 2)
     known = F.max_pool2d(known, size, spec.down, margin)
     return y, F.interpolate(known, scale_factor=spec.up, mode="nearest").to(y.dtype)
@@ -164,7 +175,6 @@ class PartialGlobalLocal(nn.Module):
             x = y
             y, known = partial_stage(x, known)
             if layer.resize == "up":
-                size = sizes.pop()
-                check_fit(x.shape[2:], y.shape[2:], size, "upsample")
+                size = check_fit(x.shape[2:], y.shape[2:], sizes.pop(), "upsample")
                 y, known = fit(y, size), fit(known, size)
         return self.output(y, known)[0].clamp(-1, 1)

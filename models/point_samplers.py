@@ -17,6 +17,7 @@ from .samplers import fit_double
 torch.fx.wrap("fit_double")
 
 
+@torch.fx.wrap
 def sample(x: Tensor, offsets: Tensor) -> Tensor:
     """Read x bilinearly at the positions of 2x bilinear interpolation plus `offsets`; positions outside the map read its border.
 

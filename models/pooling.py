@@ -7,6 +7,7 @@ at 1024 channels or in channels_last.
 """
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +24,15 @@ def _repeat_in_blocks(cells: Tensor, x: Tensor) -> Tensor:
     """Repeat the values of 2x2 blocks, [N, C, ceil(H / 2), ceil(W / 2)], at the pixels of x [N, C, H, W]."""
     # negative padding crops; a slice would restrict an exported program to even or to odd maps
     return F.pad(upsample_nearest(cells), (0, -(x.shape[3] % 2), 0, -(x.shape[2] % 2)))
+
+
+@torch.fx.wrap
+def _blur(x: Tensor, kernel: Tensor, padding: tuple[int, int]) -> Tensor:
+    """Filter every channel of x [N, C, H, W] by `kernel` [1, 1, k, k] at stride 2; `padding` is that before and after a row."""
+    # reflection needs a map larger than the padding
+    mode = "reflect" if min(x.shape[2:]) > max(padding) else "replicate"
+    padded = F.pad(x, padding * 2, mode=mode)
+    return F.conv2d(padded, kernel.expand(x.shape[1], -1, -1, -1).to(x.dtype), stride=2, groups=x.shape[1])
 
 
 class BlurPool(nn.Module):
@@ -49,10 +59,7 @@ class BlurPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Downsample x [N, C, H, W] to [N, C, ceil(H / 2), ceil(W / 2)]."""
-        # reflection needs a map larger than the padding
-        mode = "reflect" if min(x.shape[2:]) > max(self.padding) else "replicate"
-        padded = F.pad(x, self.padding * 2, mode=mode)
-        return F.conv2d(padded, self.kernel.expand(x.shape[1], -1, -1, -1).to(x.dtype), stride=2, groups=x.shape[1])
+        return _blur(x, self.kernel, self.padding)
 
 
 class SoftPool(nn.Module):

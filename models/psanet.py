@@ -4,6 +4,7 @@ State-dict keys of the decoder are those of the authors' public PyTorch implemen
 """
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from .decoding import Backbone, make_classifier, make_conv_bn_relu, stretch
 
 
+@torch.fx.wrap
 def align_masks(masks: Tensor) -> Tensor:
     """Rearrange masks over relative positions into scores of absolute positions.
 
@@ -59,7 +61,7 @@ class PointwiseAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute [N, 2 * channels, H, W] from x [N, channels, H, W]: x itself, then what its positions collected and received."""
         size = x.shape[2:]
-        small = [-(-side // self.shrink) for side in size]
+        small = [-(-size[0] // self.shrink), -(-size[1] // self.shrink)]
         collected, distributed = (stretch(reduce(x), small) for reduce in (self.reduce, self.reduce_p))
         wanted = align_masks(self.attention(collected))
         # the weights with which j distributes to i are in the mask of j

@@ -14,6 +14,9 @@ Guides: an upsampler whose class sets `needs_guide = True` also takes the finer 
 with x [N, C, H, W] and guide [N, guide_channels, h, w], where h is 2H - 1, 2H or 2H + 1, and w is 2W - 1, 2W or 2W + 1. Its output is
 [N, C, h, w]. Networks pass the guide (`make_sampler`, `resize`). Without a guide, as in a mask head, the sampler uses the bilinearly
 upsampled x as its guide.
+
+torch.fx cannot follow a condition on the size of a map. Functions with such a condition are marked by `torch.fx.wrap` and become one node
+of its graph. The mark holds for the calls in one module: a module that imports such a function marks it again.
 """
 
 import inspect
@@ -60,11 +63,15 @@ def make_samplers(slot: Sampler | None, channels: int, guide_channels: int, coun
     return nn.ModuleList(samplers)  # pyright: ignore[reportArgumentType]
 
 
-def check_fit(coarse: Sequence[int], sampled: Sequence[int], fine: Sequence[int], slot: str) -> None:
+@torch.fx.wrap
+def check_fit(coarse: Sequence[int], sampled: Sequence[int], fine: Sequence[int], slot: str) -> Sequence[int]:
     """Check that a map of size `sampled`, which a sampler makes from one of size `coarse`, fits a finer map of size `fine`.
 
     It fits if less than one cell of the coarse map has to be cut or added. Otherwise the ratio of the levels of the network is not that of
     the sampler, and the features would not be where those of the finer map are.
+
+    Returns:
+        `fine`. A graph of torch.fx keeps the check because the result is used.
 
     Raises:
         ValueError: the sizes do not fit; the message names them and the slot.
@@ -77,8 +84,10 @@ def check_fit(coarse: Sequence[int], sampled: Sequence[int], fine: Sequence[int]
             "empty (None; `published` on the command line), or choose an output_stride of the backbone with which the ratio of the levels "
             "is that of the sampler"
         )
+    return fine
 
 
+@torch.fx.wrap
 def fit(y: Tensor, size: Sequence[int]) -> Tensor:
     """Cut y [N, C, H, W] at the bottom and right to `size`; repeat its last row or column where `size` is longer."""
     y = y[..., : size[0], : size[1]]
@@ -90,7 +99,6 @@ def fit(y: Tensor, size: Sequence[int]) -> Tensor:
     return y
 
 
-# torch.fx calls it as a whole, because it cannot follow the branch on `size`
 @torch.fx.wrap
 def fit_double(y: Tensor, x: Tensor, size: Sequence[int] | None) -> Tensor:
     """Fit y [N, C, 2H, 2W], upsampled from x [N, C, H, W], to `size`; None leaves y as it is.
@@ -122,16 +130,14 @@ def resize(x: Tensor, size: Sequence[int], sampler: nn.Module | None, guide: Ten
         ValueError: the output of the sampler does not fit `size` (see `check_fit`); the message names `slot`.
     """
     if sampler is None:
-        return F.interpolate(x, list(size), mode="bilinear", align_corners=False)
+        return F.interpolate(x, (size[0], size[1]), mode="bilinear", align_corners=False)
     if getattr(sampler, "needs_guide", False):
         check_fit(x.shape[2:], output_size(x, DOUBLE), size, slot)
         return sampler(x, guide)
     if takes_size(sampler):
-        check_fit(x.shape[2:], output_size(x, getattr(sampler, "spec", DOUBLE)), size, slot)
-        return sampler(x, size=size)
+        return sampler(x, size=check_fit(x.shape[2:], output_size(x, getattr(sampler, "spec", DOUBLE)), size, slot))
     y = sampler(x)
-    check_fit(x.shape[2:], y.shape[2:], size, slot)
-    return fit(y, size)
+    return fit(y, check_fit(x.shape[2:], y.shape[2:], size, slot))
 
 
 def upsample_nearest(x: Tensor) -> Tensor:
