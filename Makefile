@@ -27,7 +27,7 @@ lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	mkdir -p build/typed/carafepp
-	ln -sfn $(addprefix $(CURDIR)/,kernels models tasks scripts carafepp/__init__.py carafepp/py.typed) build/typed/carafepp
+	ln -sfn $(addprefix $(CURDIR)/,kernels models integrations tasks scripts carafepp/__init__.py carafepp/py.typed) build/typed/carafepp
 	$(BIN)/basedpyright
 
 bench: setup

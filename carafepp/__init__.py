@@ -1,7 +1,7 @@
 """CARAFE++: content-aware reassembly of features (Wang et al., 2020).
 
-`CARAFE` is the module, `reassemble` and `reassemble_weights` are the operator. Names are imported when they are first used, so that
-`import carafepp` costs nothing.
+`CARAFE` is the module, `reassemble` and `reassemble_weights` are the operator, and `convert_state_dict` converts weights of other
+implementations. Names are imported when they are first used, so that `import carafepp` costs nothing.
 """
 
 import importlib
@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from carafepp.integrations.state_dicts import convert_state_dict as convert_state_dict
     from carafepp.kernels import reassemble as reassemble
     from carafepp.kernels import reassemble_weights as reassemble_weights
     from carafepp.models.carafe import CARAFE as CARAFE
 
 __version__ = "0.1.0"
 
-_MODULES = {"CARAFE": "models.carafe", "reassemble": "kernels", "reassemble_weights": "kernels"}
-__all__ = ["CARAFE", "__version__", "reassemble", "reassemble_weights"]
+_MODULES = {
+    "CARAFE": "models.carafe",
+    "reassemble": "kernels",
+    "reassemble_weights": "kernels",
+    "convert_state_dict": "integrations.state_dicts",
+}
+__all__ = ["CARAFE", "__version__", "convert_state_dict", "reassemble", "reassemble_weights"]
 
 # In a checkout the sub-packages are the folders beside this one; in an installed package they are inside it.
 _CHECKOUT = Path(__file__).parent.parent

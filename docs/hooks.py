@@ -13,7 +13,7 @@ from mkdocs.structure.pages import Page
 from pygments.lexers import find_lexer_class_for_filename
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("kernels", "models", "tasks", "scripts")
+PACKAGES = ("kernels", "models", "integrations", "tasks", "scripts")
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "SECURITY.md": "security.md"}
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)")
 LOADED = re.compile(r'<(?:script|img|iframe|link)\b[^>]*(?:src|href)="(?:https?:)?//[^>]*>')

@@ -9,7 +9,7 @@ shorter, so that the last cell is cut, or up to up - 1 pixels longer. The pixels
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -44,12 +44,29 @@ class Spec(NamedTuple):
         return (size + self.down - 1) // self.down
 
 
+def is_scale(value: object) -> TypeGuard[float]:
+    """Return whether `value` is a number that somebody may mean as a scale."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0.01 <= value <= 100
+
+
+def write_scale(scale: float) -> str:
+    """Write a scale as options: 2 as "up=2", 0.5 as "down=2", 1.5 as "up=3, down=2"."""
+    # only messages of errors need it
+    from fractions import Fraction
+
+    ratio = Fraction(scale).limit_denominator(100)
+    sides = {"up": ratio.numerator, "down": ratio.denominator}
+    return ", ".join(f"{name}={side}" for name, side in sides.items() if side > 1) or "up=1"
+
+
 def check_spec(spec: Spec) -> None:
     """Raise TypeError or ValueError, naming the option, unless every option is in its domain."""
     for name in ("kernel_size", "up", "down", "groups"):
         value = getattr(spec, name)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+            scaled = name in ("up", "down") and isinstance(value, float) and is_scale(value)
+            right = f"; write {write_scale(value if name == 'up' else 1 / value)}" if scaled else ""
+            raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}{right}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if spec.kernel_size % 2 == 0:

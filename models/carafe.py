@@ -1,14 +1,61 @@
 """The CARAFE++ module: it predicts a kernel for every target location and reassembles features with it (paper, section 3)."""
 
-from collections.abc import Sequence
-from typing import Literal
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, ParamSpec
 
 import torch.nn as nn
 from torch import Tensor
 
 from ..kernels import reassemble
-from ..kernels.geometry import Spec, check_spec
+from ..kernels.geometry import Spec, check_spec, is_scale, write_scale
 from ..kernels.reference import reassembly_kernels
+
+P = ParamSpec("P")
+
+# the names that other implementations give to arguments of CARAFE
+OTHER_NAMES = {
+    "up": ("scale", "scale_factor", "up_factor", "ratio"),
+    "kernel_size": ("up_kernel", "k_up"),
+    "encoder_kernel": ("k_enc", "encoder_size"),
+    "compressed_channels": ("c_mid", "m_channels"),
+    "groups": ("up_group", "group_size"),
+    "channels": ("c", "c1", "in_channels"),
+}
+
+
+def write_argument(name: str, value: object, known: Iterable[str]) -> str:
+    """Write an argument of another implementation as one of CARAFE; without one, list those of CARAFE."""
+    ours = next((ours for ours, others in OTHER_NAMES.items() if name in others), None)
+    if ours is None:
+        return f"it has {', '.join(known)}"
+    if ours == "up":
+        return f"write {write_scale(value) if is_scale(value) else 'up=...'}"
+    return f"write {ours}={value!r}"
+
+
+def explain_arguments(init: Callable[P, None]) -> Callable[P, None]:
+    """Decorate the constructor of CARAFE: its TypeError says what to write instead of the arguments of other implementations."""
+    known = list(inspect.signature(init).parameters)[1:]
+
+    @functools.wraps(init)
+    def explained(*args: P.args, **options: P.kwargs) -> None:
+        given = args[1:]
+        if len(given) > 1:
+            got = ", ".join(map(repr, given))
+            scale = given[-1] if len(given) == 2 and not options else None
+            right = f"CARAFE({given[0]!r}, {write_scale(scale) if is_scale(scale) else 'up=..., down=..., kernel_size=...'})"
+            raise TypeError(
+                f"CARAFE takes only channels by position, got {got}; write {right}. carafepp.integrations.signatures has the constructors "
+                "of mmcv and of YOLO ports"
+            )
+        for name, value in options.items():
+            if name not in known:
+                raise TypeError(f"CARAFE has no argument {name}; {write_argument(name, value, known)}")
+        init(*args, **options)
+
+    return explained
 
 
 class CARAFE(nn.Module):
@@ -35,6 +82,7 @@ class CARAFE(nn.Module):
         TypeError, ValueError: an argument has a wrong type or value. The message names it and says what would be right.
     """
 
+    @explain_arguments
     def __init__(
         self,
         channels: int,

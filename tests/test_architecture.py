@@ -1,4 +1,7 @@
-"""The folders keep their direction, kernels <- models <- tasks <- scripts, under one import name, and private names stay private."""
+"""The folders keep their direction under one import name, and private names stay private.
+
+The direction is kernels <- models <- integrations <- tasks <- scripts.
+"""
 
 import ast
 import sys
@@ -10,7 +13,7 @@ import pytest
 from commands import run_code
 
 ROOT = Path(__file__).parent.parent
-LAYERS = ["kernels", "models", "tasks", "scripts"]
+LAYERS = ["kernels", "models", "integrations", "tasks", "scripts"]
 MODULES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 
 

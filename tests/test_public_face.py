@@ -19,8 +19,9 @@ NOT_INSTALLED = 'import sys\nsys.meta_path = [f for f in sys.meta_path if "__edi
 USE = """
 import pathlib
 import carafepp, torch
-from carafepp import CARAFE, reassemble, reassemble_weights
+from carafepp import CARAFE, convert_state_dict, reassemble, reassemble_weights
 assert CARAFE(4, up=2)(torch.rand(1, 4, 3, 5)).shape == (1, 4, 6, 10)
+assert not convert_state_dict(CARAFE(4).state_dict(), CARAFE(4)).missing
 assert reassemble(torch.rand(1, 4, 3, 5), torch.rand(1, 9, 3, 5), kernel_size=3).shape == (1, 4, 3, 5)
 assert reassemble_weights(torch.rand(1, 4, 3, 5), torch.rand(1, 9, 3, 5), kernel_size=3).shape == (1, 4, 3, 5)
 from carafepp.kernels import reassembly
@@ -66,7 +67,7 @@ def test_version_is_that_of_the_metadata():
 
 
 def test_unknown_names_are_refused():
-    assert {"CARAFE", "__version__", "reassemble", "reassemble_weights"} <= set(dir(carafepp))
+    assert {"CARAFE", "__version__", "convert_state_dict", "reassemble", "reassemble_weights"} <= set(dir(carafepp))
     with pytest.raises(AttributeError, match="module 'carafepp' has no attribute 'carafe'"):
         _ = carafepp.carafe
 

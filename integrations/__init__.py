@@ -1,0 +1,1 @@
+"""CARAFE++ in other people's networks."""
