@@ -105,6 +105,14 @@ def convert_state_dict(
             tensors |= {path + name: tensor for name, tensor in part.tensors.items()}
             moved |= {name: path + ours for name, ours in part.moved.items()}
             folded |= {name: path + ours for name, ours in part.folded.items()}
+            known = {*moved, *folded, *(prefix + name for name in own)}
+            if unknown := [name for name in state if name.startswith(place) and name not in known]:
+                raise ValueError(
+                    f"{origins[unknown[0]]!r} belongs to a layer that CARAFE at {path!r} does not have; if it is never called, remove it "
+                    "from the state dict"
+                )
+    if not tensors:
+        raise ValueError(f"prefix={prefix!r}: the state dict has no CARAFE at {', '.join(repr(prefix + path) for path in modules)}")
     for name in own:
         if name not in tensors and prefix + name in state:
             tensors[name], moved[prefix + name] = state[prefix + name], name

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn as nn
-from carafe_ports import BlockPort, PlainPort, ProjectedPort, SequentialPort, SubPixelFirstPort, randomise
+from carafe_ports import BlockPort, PlainPort, ProjectedPort, SequentialPort, SubPixelFirstBlockPort, UnnormalizedPort, randomise
 from carafepp.integrations.signatures import CARAFEPack, ProjectedCARAFE, YoloCARAFE
 from carafepp.integrations.state_dicts import Converted, convert_state_dict
 from carafepp.models import mmdet
@@ -46,8 +46,19 @@ PORTS = {
     "comp, enc": (lambda c: PlainPort(c, "comp", "enc"), plain(), {}),
     "compress_conv": (lambda c: PlainPort(c, "compress_conv", "encoder_conv"), plain(), {}),
     "down, encoder, out": (lambda c: ProjectedPort(c, c), lambda c: ProjectedCARAFE(c, c, compressed_channels=4), {}),
-    "sub-pixels first": (
-        lambda c: SubPixelFirstPort(c, "comp", "content_encoder", 5, 3, 3),
+    "sub-pixels first, folded": (
+        lambda c: SubPixelFirstBlockPort(c, c_mid=4, act=nn.ReLU, eps=1e-5),
+        normed(),
+        RELU | dict(sub_pixels_first=True),
+    ),
+    "sub-pixels first, kept": (
+        lambda c: SubPixelFirstBlockPort(c, 1, 3, 4, 3),
+        lambda c: YoloCARAFE(c, None, 1, 3, 4, 3),
+        SILU | dict(sub_pixels_first=True),
+    ),
+    "fused, no activation": (lambda c: fuse(randomise(BlockPort(c, c_mid=4, act=nn.Identity))), plain(), dict(activation="none")),
+    "sub-pixels first, not normalised": (
+        lambda c: UnnormalizedPort(c, "comp", "content_encoder", 5, 3, 3),
         plain(up=3, kernel_size=3, encoder_kernel=5, normalizer="none"),
         dict(sub_pixels_first=True),
     ),
@@ -103,19 +114,19 @@ def test_norms_of_yolo_train_as_in_the_port():
 
 def test_the_report_says_what_became_of_every_tensor():
     theirs = randomise(BlockPort(6, c_mid=4, act=nn.ReLU, eps=1e-5))
-    state = {**theirs.state_dict(), "later.weight": torch.zeros(1)}
+    state = {f"up.{name}": tensor for name, tensor in theirs.state_dict().items()} | {"later.weight": torch.zeros(1)}
     converted = convert_state_dict(state, CARAFE(6, up=2, compressed_channels=4, compressor_norm=True), **RELU)
     norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
     assert converted.used == []
     assert converted.renamed == {
-        "comp.conv.weight": "channel_compressor.weight",
-        **{f"comp.bn.{name}": f"compressor_norm.0.{name}" for name in norm},
-        "enc.conv.weight": "content_encoder.weight",
+        "up.comp.conv.weight": "channel_compressor.weight",
+        **{f"up.comp.bn.{name}": f"compressor_norm.0.{name}" for name in norm},
+        "up.enc.conv.weight": "content_encoder.weight",
     }
-    assert converted.folded == {f"enc.bn.{name}": "content_encoder.weight" for name in norm}
+    assert converted.folded == {f"up.enc.bn.{name}": "content_encoder.weight" for name in norm}
     assert converted.zeros == ["channel_compressor.bias"]
     assert converted.left == ["later.weight"]
-    assert "renamed  comp.conv.weight -> channel_compressor.weight" in str(converted)
+    assert "renamed  up.comp.conv.weight -> channel_compressor.weight" in str(converted)
     assert {tensor.dtype for tensor in converted.state.values()} == {torch.float32, torch.int64}
 
 
@@ -137,6 +148,8 @@ def test_a_prefix_must_be_given_where_several_fit():
     converted = convert_state_dict(state, module, prefix="head.ups.2.")
     assert torch.equal(converted.state["content_encoder.weight"], state["head.ups.2.enc.weight"])
     assert "head.ups.0.comp.weight" in converted.left
+    with pytest.raises(ValueError, match=r"prefix='head\.': the state dict has no CARAFE at 'head\.'"):
+        convert_state_dict(state, module, prefix="head.")
 
 
 def test_weights_of_this_package_are_used_as_they_are():
@@ -157,6 +170,22 @@ def test_layers_that_only_the_network_has_are_missing():
 
 
 BLOCK = dict(c_mid=4, act=nn.ReLU, eps=1e-5)
+
+
+class Extra(PlainPort):
+    """A port with a norm `bn` of other channels than the encoder's."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__(6, "comp", "enc")
+        self.bn = norm
+
+
+class Deep(PlainPort):
+    """A port whose compressor has two convolutions."""
+
+    def __init__(self):
+        super().__init__(6, "comp", "enc")
+        self.comp = nn.Sequential(nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
 
 
 def fuse(port: BlockPort) -> nn.Module:
@@ -190,6 +219,8 @@ def fuse(port: BlockPort) -> nn.Module:
         (PlainPort(6, "comp", "enc"), plain(up=3), {}, r"'enc\.weight' is \[100, 4, 3, 3\].*'content_encoder\.weight' is \[225, 4, 3, 3\]"),
         (PlainPort(6, "comp", "enc"), plain(up=3), dict(sub_pixels_first=True), r"'enc\.weight' is \[100, 4, 3, 3\]"),
         (nn.Conv2d(3, 3, 1), plain(), {}, r"has CARAFE at no place, and the network at ''.*get_submodule"),
+        (Extra(nn.BatchNorm2d(6)), plain(), {}, r"'bn\.weight' belongs to a layer that CARAFE at '' does not have; if it is never called"),
+        (Deep(), plain(), dict(activation="none"), r"'comp\.2\.weight' belongs to a layer"),
         # of other purpose: an autoencoder, linear layers
         (nn.ModuleDict(dict(down=nn.Conv2d(6, 4, 1), encoder=nn.Conv2d(6, 100, 3))), plain(), {}, r"has CARAFE at no place"),
         (nn.ModuleDict(dict(down=nn.Linear(6, 4), encoder=nn.Linear(4, 100))), plain(), {}, r"has CARAFE at no place"),

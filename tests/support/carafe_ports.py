@@ -29,15 +29,23 @@ class Block(nn.Module):
 
 
 class Port(nn.Module):
-    """Base: `encode` gives logits [N, k * k * scale**2, H, W] in the order of a pixel shuffle."""
+    """Base: `encode` gives logits [N, k * k * scale**2, H, W], in the order of a pixel shuffle or with the sub-pixel first."""
 
     scale, k = 2, 5
+    sub_pixels_first = False
+    normalized = True
 
     def encode(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return sum_windows(x, F.pixel_shuffle(self.encode(x), self.scale).softmax(1), self.scale, self.k)
+        logits = self.encode(x)
+        if self.sub_pixels_first:
+            weights = logits.unflatten(1, (self.scale, self.scale, self.k**2))  # [N, dy, dx, taps, H, W]
+            weights = weights.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
+        else:
+            weights = F.pixel_shuffle(logits, self.scale)
+        return sum_windows(x, weights.softmax(1) if self.normalized else weights, self.scale, self.k)
 
 
 class BlockPort(Port):
@@ -84,22 +92,25 @@ class PlainPort(Port):
         return x
 
 
-class SubPixelFirstPort(PlainPort):
-    """comp, content_encoder, whose channels are sub-pixels first; the weights are not normalised."""
+class UnnormalizedPort(PlainPort):
+    """The sub-pixel comes first in the encoder's channels, and the weights are used as they are."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits = self.encode(x).unflatten(1, (self.scale, self.scale, self.k**2))  # [N, dy, dx, taps, H, W]
-        weights = logits.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
-        return sum_windows(x, weights, self.scale, self.k)
+    sub_pixels_first = True
+    normalized = False
+
+
+class SubPixelFirstBlockPort(BlockPort):
+    """The port with norms, and the sub-pixel first in the encoder's channels."""
+
+    sub_pixels_first = True
 
 
 class ProjectedPort(PlainPort):
-    """down, encoder, out: with a 1x1 convolution after the sum, and a norm `bn` that is never called."""
+    """down, encoder, out: with a 1x1 convolution after the sum."""
 
     def __init__(self, c1: int, c2: int):
         super().__init__(c1, "down", "encoder", k_enc=3, scale=2, k=3)
         self.out = nn.Conv2d(c1, c2, 1)
-        self.bn = nn.BatchNorm2d(c2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(super().forward(x))
