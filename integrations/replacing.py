@@ -1,0 +1,199 @@
+"""`replace`: puts samplers where a network resamples."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn as nn
+
+from .choices import Sampler, choose_samplers
+from .observing import Forward, call_with, observe, undisturbed
+from .places import Place, find_places, is_sampler, select_places, walk
+from .planning import Plan, Unfit, make_plan, read_scale
+from .refusals import check_model
+from .report import Left, Report
+from .tracing import Trace, inherit, put_sampler, trace
+
+# by owner; an owner that is traced together with the one around it has the trace of that one
+Traces = dict[nn.Module, Trace]
+
+
+def replace(
+    model: nn.Module,
+    *,
+    up: Sampler | str | None = None,
+    down: Sampler | str | None = None,
+    where: str | Sequence[str] | None = None,
+    example: Any = None,
+    dry_run: bool = False,
+) -> Report:
+    """Put samplers where a network upsamples or downsamples, and keep everything else with its weights.
+
+    Args:
+        model: any network. It is changed in place. Only if its own forward has to be rewritten, `report.model` is another object.
+        up, down: what upsamples and downsamples: a callable that takes channels and returns a module, such as `partial(CARAFE, up=2)`, or
+            the name of a file in `conf/upsampler` or `conf/downsampler`, such as "carafe". None leaves these places.
+        where: the places to replace: a path in the model or a glob pattern, or several. The path of a module chooses all below it.
+        example: an input of the model, for one forward in evaluation mode that leaves the model as it is: a tuple of positional
+            arguments, a mapping of keyword arguments, or the only argument. Only a forward tells the channels of interpolation and
+            pooling, and the calls of functions.
+        dry_run: whether only to report what would be replaced.
+
+    Returns:
+        The report: `print` shows it, `.model` is the network, and `.undo()` puts the original modules back.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, the model cannot be changed (see `carafepp.integrations.refusals`), or nothing was
+            replaced; the message says why, and what would be right.
+    """
+    check_model(model)
+    slots = choose_samplers(up, down)
+    if not slots and not dry_run:
+        raise ValueError('give up=, down= or both, a callable that takes channels or a name such as "carafe"')
+    forwards = [] if example is None else observe(model, example)
+    taken = [path for path, module in walk(model) if is_sampler(module)]
+    places = select_places(find_places(model, forwards), where, taken)
+    with undisturbed(nn.Module()) if dry_run else torch.random.fork_rng([], enabled=False):
+        plans, left, traces = plan_places(model, places, slots, where, forwards)
+    report = Report(model, [plan.row for plan in plans], left, dry_run, make_notes(taken, example is not None))
+    if not dry_run:
+        if not plans and not taken:
+            raise ValueError(f"nothing can be replaced.\n{report}")
+        report.model, report.restore = install(model, plans, traces)
+        if example is not None:
+            verify(report, example, plans)
+    return report
+
+
+def plan_places(
+    model: nn.Module, places: Sequence[Place], slots: Mapping[str, Sampler], where: str | Sequence[str] | None, forwards: Sequence[Forward]
+) -> tuple[list[Plan], list[Left], Traces]:
+    """Decide for every place what comes there, or why it is left; rewrite the forwards that need it, without samplers yet."""
+    plans: list[Plan] = []
+    left: list[Left] = []
+    traces: Traces = {}
+    named = {where} if isinstance(where, str) else set(where or ())
+    for place in places:
+        try:
+            direction, scale = read_scale(place, bool(forwards))
+            if direction not in slots:
+                raise Unfit(f"{direction}= is not given")
+            if place.found.reads_image and not named & set(place.paths):
+                raise Unfit("it reads the image, where the paper keeps the convolution; its name in where= replaces it")
+            if place.owner is not None:
+                trace_owner(place, forwards, traces)
+            plans.append(make_plan(place, direction, scale, slots[direction], find_reference(model, place)))
+        except Unfit as reason:
+            left.append(Left(place.paths, place.found.name, str(reason)))
+    return plans, left, traces
+
+
+def trace_owner(place: Place, forwards: Sequence[Forward], traces: Traces) -> None:
+    """Trace the forward in which a place is a call, unless it is traced.
+
+    Raises:
+        Unfit: torch.fx cannot trace it.
+    """
+    if place.owner is None:
+        return
+    if place.owner not in traces:
+        forward = next(forward for forward in forwards if forward.module is place.owner)
+        try:
+            found = trace(forward)
+        except ValueError as error:
+            raise Unfit(str(error)) from error
+        traces.update({owner: found for owner, _ in found.nodes})
+    # the sampler of a call in a module that is traced with the one around it belongs to that one
+    inner = next(path for path, module in walk(traces[place.owner].owner) if module is place.owner)
+    name = ".".join(filter(None, [inner, place.paths[0].rpartition(".")[2]]))
+    place.paths = tuple(path.removesuffix(name) + name.replace(".", "_") for path in place.paths)
+
+
+def find_reference(model: nn.Module, place: Place) -> nn.Parameter | None:
+    """Return a parameter near a place: the first one of the innermost module around it that has any."""
+    path = place.paths[0]
+    while path:
+        path = path.rpartition(".")[0]
+        for parameter in model.get_submodule(path).parameters():
+            if parameter.is_floating_point():
+                return parameter
+    return None
+
+
+def install(model: nn.Module, plans: Sequence[Plan], traces: Traces) -> tuple[nn.Module, Callable[[], nn.Module]]:
+    """Put the modules of the plans in their places; return the network, and a function that puts the originals back."""
+    originals: list[tuple[nn.Module, str, nn.Module | None]] = []
+    root = model
+    paths = {}
+    for path, module in walk(model):
+        paths.setdefault(module, []).append(path)
+
+    def put(path: str, module: nn.Module) -> None:
+        nonlocal root
+        if not path:
+            root = module
+            return
+        parent, _, name = path.rpartition(".")
+        children = model.get_submodule(parent)._modules
+        originals.append((model.get_submodule(parent), name, children[name]))
+        children[name] = module
+
+    def restore() -> nn.Module:
+        for parent, name, module in reversed(originals):
+            parent._modules[name] = module
+        return model
+
+    for plan in plans:
+        if plan.place.owner is None:
+            for path in plan.place.paths:
+                put(path, plan.module)
+    calls: dict[Trace, list[Plan]] = {}
+    for plan in plans:
+        if plan.place.owner is not None:
+            calls.setdefault(traces[plan.place.owner], []).append(plan)
+    # a module before those that contain it, which then take its new form
+    for found in sorted(calls, key=lambda found: -max(map(len, paths[found.owner]))):
+        inherit(found.module, found.owner)
+        for plan in calls[found]:
+            put_sampler(found, plan.place, plan.row.path.rpartition(".")[2], plan.module)
+        found.module.recompile()
+        for path in paths[found.owner]:
+            put(path, found.module)
+    return root, restore
+
+
+def verify(report: Report, example: Any, plans: Sequence[Plan]) -> None:
+    """Run the network with the example, and check that its samplers are called; otherwise undo all.
+
+    Raises:
+        RuntimeError: the network does not run, or calls the original of a sampler, which it must hold elsewhere, too.
+    """
+    called = set()
+    hooks = [plan.module.register_forward_hook(lambda module, args, y: called.add(module)) for plan in plans]
+    try:
+        with undisturbed(report.model):
+            call_with(report.model, example)
+    except Exception as error:
+        report.undo()
+        raise RuntimeError(f"the network does not run with the samplers, and is as before: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    idle = [plan.row.path for plan in plans if plan.place.maps and plan.module not in called]
+    if idle:
+        report.undo()
+        raise RuntimeError(
+            f"the network still calls what was at {', '.join(idle)}, which it must also hold outside its modules; it is as before. "
+            "Replace there by hand, or leave these places out with where="
+        )
+
+
+def make_notes(taken: Sequence[str], has_example: bool) -> list[str]:
+    """Write the remarks on the whole."""
+    notes = []
+    if taken:
+        notes.append(f"samplers already: {', '.join(path or 'the model' for path in taken)}")
+    if not has_example:
+        notes.append("without example=, calls of functions such as F.interpolate are not found, and FLOPs are not counted")
+    return notes
