@@ -262,6 +262,22 @@ def test_mmdetections_detector_becomes_one_of_ours(published):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in converted.state.items())
 
 
+def test_mmdetections_mask_head_is_found_in_a_detector(published):
+    with torch.device("meta"):
+        head = mask_rcnn_carafe().roi_heads.mask_predictor
+    converted = convert_state_dict(published, head)
+    assert converted.missing == []
+    assert converted.renamed["roi_head.mask_head.upsample.content_encoder.bias"] == "conv5_mask.content_encoder.bias"
+    assert len(converted.renamed) == len(converted.state) == 6
+
+
+def test_half_precision_is_converted_to_that_of_the_network():
+    theirs, ours = randomise(BlockPort(6, **BLOCK)).half(), normed()(6).double().eval()
+    ours.load_state_dict(convert_state_dict(theirs.state_dict(), ours, **RELU).state)
+    x = torch.randn(1, 6, 3, 4, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs.double()(x), rtol=1e-9, atol=1e-9)
+
+
 def test_mmdetections_pyramid_is_found_in_a_detector(published):
     pyramid = FPNCarafe([256, 512, 1024, 2048], 256)
     converted = convert_state_dict(published, pyramid)
