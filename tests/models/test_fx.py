@@ -15,13 +15,11 @@ from carafepp.models.pooling import BlurPool
 from carafepp.models.psanet import PSANet
 from carafepp.models.pspnet import PSPNet
 from carafepp.models.upernet import UperNet
-from networks import UP, dilated_resnet, small_resnet
+from networks import DOWN, UP, dilated_resnet, small_resnet
 from sampler_cases import CASES
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torchvision.models.feature_extraction import create_feature_extractor
-
-DOWN = partial(CARAFE, down=2, kernel_size=3, compressed_channels=4)
 
 
 def upernet(sampler, backbone=small_resnet):

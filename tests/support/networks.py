@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 # the downsampler of the paper's classification networks
 NORMED_CARAFE = partial(CARAFE, down=2, compressor_norm=True)
-# a small upsampler for any slot
+# small samplers for any slot
 UP = partial(CARAFE, up=2, compressed_channels=4)
+DOWN = partial(CARAFE, down=2, kernel_size=3, compressed_channels=4)
 
 
 class FloorBackbone(nn.Module):
