@@ -75,6 +75,11 @@ def check_spec(spec: Spec) -> None:
         raise ValueError(f"normalizer must be one of {', '.join(NORMALIZERS)}, got {spec.normalizer!r}")
 
 
+def is_traced() -> bool:
+    """Return whether the tracer of TorchScript records: `torch.jit.trace`, or the ONNX exporter that is based on it."""
+    return torch._C._get_tracing_state() is not None
+
+
 def output_size(x: Tensor, spec: Spec, size: Sequence[int] | None = None) -> tuple[int, int]:
     """Return the rows and columns of the output for a source `x` [N, C, H, W]: `size` if it is given and can be had.
 
@@ -87,7 +92,7 @@ def output_size(x: Tensor, spec: Spec, size: Sequence[int] | None = None) -> tup
     if size is None:
         return natural
     # the tracer of TorchScript gives a side as a tensor
-    integers = (int, torch.SymInt, Tensor) if torch.jit.is_tracing() else (int, torch.SymInt)
+    integers = (int, torch.SymInt, Tensor) if is_traced() else (int, torch.SymInt)
     if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(side, integers) for side in size):
         raise TypeError(f"size must be a pair of integers (rows, columns), got {size!r}")
     rows, columns = size

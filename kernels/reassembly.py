@@ -12,7 +12,7 @@ from .backends import choose_backend
 from .decomposed import decompose
 from .execution import Options
 from .flops import register_formulas
-from .geometry import Spec, check_inputs, memory_format
+from .geometry import Spec, check_inputs, is_traced, memory_format
 from .reference import normalize, reassemble_reference, weighted_sum
 from .registration import call_reassemble
 
@@ -35,7 +35,7 @@ def _trace(x: Tensor, weights: Tensor, spec: Spec, size: Sequence[int] | None, *
     """
     with warnings.catch_warnings():
         # the checks hold for the sizes of the example
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # pyright: ignore[reportPrivateImportUsage]
         given = check_inputs(x, weights, spec, size, name=name)
         return decompose(x, weights, None if size is None else given, *spec, name == "weights", None)[0]
 
@@ -90,7 +90,7 @@ def reassemble(
         return handle_torch_function(reassemble, (x, logits), x, logits, **options)
     x, logits = _autocast(x, logits) if isinstance(x, Tensor) and isinstance(logits, Tensor) else (x, logits)
     spec = Spec(kernel_size, up, down, groups, normalizer)
-    if torch.jit.is_tracing():
+    if is_traced():
         return _trace(x, logits, spec, size, name="logits")
     rows, columns = check_inputs(x, logits, spec, size)
     if choose_backend(backend, x) == "reference":
@@ -133,7 +133,7 @@ def reassemble_weights(
         return handle_torch_function(reassemble_weights, (x, weights), x, weights, **options)
     x, weights = _autocast(x, weights) if isinstance(x, Tensor) and isinstance(weights, Tensor) else (x, weights)
     spec = Spec(kernel_size, up, down, groups, normalizer)
-    if torch.jit.is_tracing():
+    if is_traced():
         return _trace(x, weights, spec, size, name="weights")
     rows, columns = check_inputs(x, weights, spec, size, name="weights")
     if size is not None and (rows > spec.output_size(x.shape[2]) or columns > spec.output_size(x.shape[3])):
