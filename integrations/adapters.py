@@ -59,28 +59,29 @@ class SizedSampler(Adapter):
         return self.sampler(x) if size is None else resize_with(self.sampler, x, size)
 
 
-class CroppedSampler(Adapter):
+class FittedSampler(Adapter):
     """Downsampler whose output is cut at the bottom and right to the size that the replaced layer gives.
 
     Args:
         sampler: the downsampler, which gives ceil(H / scale) x ceil(W / scale) pixels.
         scale: the scale of the sampler.
-        shortfall: n, rows and columns, where the layer gives ceil((H - n) / scale) rows; 1 for a 2x2 pool of stride 2.
+        shortfall: n, rows and columns, where the layer gives ceil((H - n) / scale) rows; 1 for a 2x2 window of stride 2.
+        margin: whether to surround the output with n rows of zeros, for a convolution that follows and takes them away.
     """
 
-    def __init__(self, sampler: nn.Module, scale: int, shortfall: tuple[int, int]):
+    def __init__(self, sampler: nn.Module, scale: int, shortfall: tuple[int, int], margin: bool = False):
         super().__init__(sampler)
         self.scale, self.shortfall = scale, shortfall
+        before = tuple(n // 2 if margin else 0 for n in shortfall)
+        self.before, self.after = before, tuple(n - b if margin else 0 for n, b in zip(shortfall, before, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Downsample x [N, C, H, W] to [N, C, ceil((H - n) / scale), ceil((W - m) / scale)]."""
-        rows, columns = (x.shape[axis] for axis in (2, 3))
-        last = self.scale - 1
-        short, narrow = self.shortfall
+        """Downsample x [N, C, H, W] to [N, C, ceil((H - n) / scale), ceil((W - m) / scale)], plus the margin."""
+        (short, narrow), last = self.shortfall, self.scale - 1
         # negative padding crops; a slice would restrict an exported program to even or to odd maps
-        cut_rows = (rows - short + last) // self.scale - (rows + last) // self.scale
-        cut_columns = (columns - narrow + last) // self.scale - (columns + last) // self.scale
-        return F.pad(self.sampler(x), (0, cut_columns, 0, cut_rows))
+        bottom = (x.shape[2] - short + last) // self.scale - (x.shape[2] + last) // self.scale + self.after[0]
+        right = (x.shape[3] - narrow + last) // self.scale - (x.shape[3] + last) // self.scale + self.after[1]
+        return F.pad(self.sampler(x), (self.before[1], right, self.before[0], bottom))
 
 
 class SampledConv(Adapter):
@@ -88,7 +89,7 @@ class SampledConv(Adapter):
 
     Args:
         sampler: the downsampler.
-        conv: the convolution, with stride 1 and padding that keeps the size.
+        conv: the convolution, with stride 1.
     """
 
     def __init__(self, sampler: nn.Module, conv: nn.Module):
@@ -152,17 +153,9 @@ def project_mean(deconv: nn.ConvTranspose2d) -> nn.Conv2d:
     return conv
 
 
-def remove_stride(conv: nn.Conv2d, keeps_size: bool) -> nn.Conv2d:
-    """Return a convolution of stride 1 that shares weights and hooks with `conv`, which stays as it is.
-
-    Unless its padding `keeps_size` already, it gets padding that does.
-    """
+def remove_stride(conv: nn.Conv2d) -> nn.Conv2d:
+    """Return a convolution of stride 1 that shares weights, buffers and hooks with `conv`, which stays as it is."""
     # copy.copy would refuse parametrized modules
     copy = conv.__class__.__new__(conv.__class__)
-    copy.__dict__ = dict(vars(conv))
-    copy.stride = (1, 1)
-    if not keeps_size:
-        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        copy.padding = "same"
-        copy._reversed_padding_repeated_twice = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    vars(copy).update(vars(conv), stride=(1, 1))
     return copy

@@ -50,16 +50,21 @@ def choose_samplers(up: Sampler | str | None, down: Sampler | str | None) -> dic
         if not callable(slot) or isinstance(slot, nn.Module):
             raise TypeError(f"{direction} must be a callable that takes channels, or a name, got {type(slot).__name__}")
         if needs_guide(slot):
-            free = (name for name in list_samplers(direction) if not needs_guide(load_sampler(direction, name)))
-            raise ValueError(
-                f"{direction}={choice!r} needs the finer map as its guide, and a layer of another network gets only one map; "
-                f"samplers without a guide: {', '.join(free)}"
-            )
+            raise ValueError(explain_guide(direction, choice))
         slots[direction] = slot
     return slots
 
 
-def needs_guide(slot: Sampler) -> bool:
-    """Return whether the samplers of a slot are guided."""
+def needs_guide(slot: Sampler | nn.Module) -> bool:
+    """Return whether a sampler, or those of a slot, are guided."""
     # a partial hides its class in .func
     return getattr(getattr(slot, "func", slot), "needs_guide", False)
+
+
+def explain_guide(direction: str, choice: object) -> str:
+    """Say what to choose instead of a guided sampler."""
+    free = (name for name in list_samplers(direction) if not needs_guide(load_sampler(direction, name)))
+    return (
+        f"{direction}={choice!r} needs the finer map as its guide, and a layer of another network gets only one map; "
+        f"samplers without a guide: {', '.join(free)}"
+    )

@@ -6,10 +6,11 @@ from typing import Any, Literal, cast
 
 import torch.nn as nn
 
-from .adapters import CroppedSampler, SampledConv, SampledDeconv, SizedSampler, remove_stride
+from .adapters import FittedSampler, SampledConv, SampledDeconv, SizedSampler, remove_stride
 
 Direction = Literal["up", "down"]
 Pair = tuple[int, int]
+Sides = tuple[int, ...]
 
 
 @dataclass
@@ -81,7 +82,7 @@ def read_interpolation(kind: str, size: Any, scale_factor: Any, mode: str) -> Re
         return Resampling(name, "up", factors)
     # an interpolation by 1 / scale rounds sizes down
     scale = 1 / factors[0], 1 / factors[1]
-    return assemble_cropped(Resampling(name, "down", scale), (round(scale[0]) - 1, round(scale[1]) - 1))
+    return assemble_fitted(Resampling(name, "down", scale), (round(scale[0]) - 1, round(scale[1]) - 1))
 
 
 def read_deconv(kind: str, deconv: nn.ConvTranspose2d) -> Resampling | None:
@@ -111,7 +112,7 @@ def read_pool(kind: str, pool: nn.MaxPool2d | nn.AvgPool2d) -> Resampling | None
         found.reason = "its divisor_override scales the output"
     if kind.endswith("Same"):
         return found
-    return assemble_cropped(found, measure_shortfall(kernel_size, scale, padding, dilation, pool.ceil_mode))
+    return assemble_fitted(found, measure_shortfall(kernel_size, scale, padding, dilation, pool.ceil_mode))
 
 
 def read_conv(kind: str, conv: nn.Conv2d) -> Resampling | None:
@@ -120,16 +121,14 @@ def read_conv(kind: str, conv: nn.Conv2d) -> Resampling | None:
     if max(scale) == 1:
         return None
     padding = (0, 0) if isinstance(conv.padding, str) else cast(Pair, conv.padding)
-    shortfall = measure_shortfall(cast(Pair, conv.kernel_size), scale, padding, cast(Pair, conv.dilation), False)
-    # a subclass that pads by itself, as for weights of TensorFlow, gives sizes that are rounded up
-    keeps_size = kind.endswith("Same") or not any(shortfall)
+    shortfall = measure_shortfall(conv.kernel_size, scale, padding, conv.dilation, False)
     name = name_layer(kind, conv.kernel_size, scale)
-    found = Resampling(
-        name, "down", scale, conv.in_channels, lambda sampler: SampledConv(sampler, remove_stride(conv, keeps_size)), conv.in_channels <= 4
-    )
+    assemble = lambda sampler: SampledConv(sampler, remove_stride(conv))  # noqa: E731
+    found = Resampling(name, "down", scale, conv.in_channels, assemble, conv.in_channels <= 4)
     if "forward" in vars(conv):
         found.reason = "its forward is patched, so that it may not follow its stride"
-    return found if keeps_size else assemble_cropped(found, shortfall)
+    # a subclass that pads by itself, as for weights of TensorFlow, gives sizes that are rounded up
+    return found if kind.endswith("Same") else assemble_fitted(found, shortfall, margin=True)
 
 
 def read_blur_pool(kind: str, pool: nn.Module) -> Resampling | None:
@@ -138,20 +137,20 @@ def read_blur_pool(kind: str, pool: nn.Module) -> Resampling | None:
     return Resampling(f"{kind} s{by(scale)}", "down", scale) if max(scale) > 1 else None
 
 
-def measure_shortfall(kernel_size: Pair, scale: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Pair:
+def measure_shortfall(kernel_size: Sides, scale: Sides, padding: Sides, dilation: Sides, ceil_mode: bool) -> Pair:
     """Return n, for rows and columns, where windows give ceil((H - n) / scale) rows."""
     axes = zip(kernel_size, scale, padding, dilation, strict=True)
     short = [d * (k - 1) - 2 * p - (s - 1 if ceil_mode else 0) for k, s, p, d in axes]
     return short[0], short[1]
 
 
-def assemble_cropped(found: Resampling, shortfall: Pair) -> Resampling:
+def assemble_fitted(found: Resampling, shortfall: Pair, margin: bool = False) -> Resampling:
     """Let a downsampler be cut to the size of the layer, or say that the sizes are too different."""
     if found.scale is None or not any(shortfall):
         return found
     scale, assemble = found.scale, found.assemble
     if all(0 <= n <= s for n, s in zip(shortfall, scale, strict=True)):
-        found.assemble = lambda sampler: assemble(CroppedSampler(sampler, round(scale[0]), shortfall))
+        found.assemble = lambda sampler: assemble(FittedSampler(sampler, round(scale[0]), shortfall, margin))
     elif not found.reason:
         found.reason = f"its padding makes maps that are not 1/{by(scale)} of the input, rounded up or down"
     return found

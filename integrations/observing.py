@@ -4,17 +4,28 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx._symbolic_trace import PH
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from .layers import read_layer
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Placeholder(Enum):
+    """Stands for a value among arguments."""
+
+    TENSOR = "tensor"
+
+
+TENSOR = Placeholder.TENSOR
 
 # functions that resample
 FUNCTIONS: dict[Any, str] = {F.interpolate: "interpolate", F.max_pool2d: "max_pool2d", F.avg_pool2d: "avg_pool2d"}
@@ -57,13 +68,13 @@ class Forward:
 
     Attributes:
         module: the module.
-        arguments: its arguments by name, with `torch.fx.PH` in the place of tensors.
+        arguments: positional and keyword arguments, defaults included, with `TENSOR` in the place of tensors.
         steps: in order, the events directly in its forward, and the forwards of the modules that it calls.
         returns_tensor: whether its output is a tensor, and not a container.
     """
 
     module: nn.Module
-    arguments: dict[str, Any]
+    arguments: Arguments
     steps: list["Event | Forward"] = field(default_factory=list)
     returns_tensor: bool = True
 
@@ -102,7 +113,7 @@ class _Recorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         # the caller of the model comes first
-        self.stack = [Forward(nn.Identity(), {})]
+        self.stack = [Forward(nn.Identity(), ((), {}))]
         self.finished = self.stack.copy()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -128,14 +139,15 @@ class _Recorder(TorchFunctionMode):
         self.stack[-1].steps.append(forward if read_layer(module) is None else Event(module, (), {}, read_shapes(x, y)))
 
 
-def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Name the arguments of a forward, defaults included, with `torch.fx.PH` in the place of tensors."""
+def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Return all arguments of a forward, defaults included, with `TENSOR` in the place of tensors."""
     try:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
     except (TypeError, ValueError):
-        return {}
+        # a forward of C++ has no signature
+        return (), {}
     bound.apply_defaults()
-    return tree_map(lambda leaf: PH if isinstance(leaf, Tensor) else leaf, dict(bound.arguments))
+    return tree_map(lambda leaf: TENSOR if isinstance(leaf, Tensor) else leaf, (bound.args, bound.kwargs))
 
 
 def call_with(model: nn.Module, example: Any) -> Any:

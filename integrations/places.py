@@ -159,6 +159,8 @@ def select_places(places: Sequence[Place], where: str | Sequence[str] | None, ta
     """
     if where is None:
         return list(places)
+    if not isinstance(where, Sequence):
+        raise TypeError(f"where must be a name, a glob pattern or a sequence of them, got {where!r}")
     chosen = set()
     for pattern in [where] if isinstance(where, str) else where:
         if not isinstance(pattern, str):

@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .adapters import SizedSampler
-from .choices import Sampler
+from .choices import Sampler, explain_guide, needs_guide
 from .layers import Direction, by
 from .observing import Shapes, undisturbed
 from .places import Place, is_sampler
@@ -125,6 +125,8 @@ def build(slot: Sampler, channels: int, direction: Direction) -> nn.Module:
         raise Unfit(str(error)) from error
     if not isinstance(sampler, nn.Module):
         raise TypeError(f"{direction} must return a torch.nn.Module for a number of channels, got {type(sampler).__name__}")
+    if needs_guide(sampler):
+        raise ValueError(explain_guide(direction, sampler))
     return sampler
 
 

@@ -1,10 +1,11 @@
 """`replace`: puts samplers where a network resamples."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.fx
 import torch.nn as nn
 
 from .choices import Sampler, choose_samplers
@@ -13,10 +14,26 @@ from .places import Place, find_places, is_sampler, select_places, walk
 from .planning import Plan, Unfit, make_plan, read_scale
 from .refusals import check_model
 from .report import Left, Report
-from .tracing import Trace, inherit, put_sampler, trace
+from .rewriting import Rewriting, plan_rewriting, rewrite
 
-# by owner; an owner that is traced together with the one around it has the trace of that one
-Traces = dict[nn.Module, Trace]
+
+@dataclass
+class Target:
+    """A module whose forward can be rewritten.
+
+    Attributes:
+        owner: the module.
+        rewriting: how.
+        numbers: the numbers of the nodes of its events.
+    """
+
+    owner: nn.Module
+    rewriting: Rewriting
+    numbers: dict[tuple[nn.Module, int], int]
+
+
+# by module; a module that is traced together with the one around it has the target of that one
+Targets = dict[nn.Module, Target]
 
 
 def replace(
@@ -31,7 +48,7 @@ def replace(
     """Put samplers where a network upsamples or downsamples, and keep everything else with its weights.
 
     Args:
-        model: any network. It is changed in place. Only if its own forward has to be rewritten, `report.model` is another object.
+        model: any network. It is changed in place.
         up, down: what upsamples and downsamples: a callable that takes channels and returns a module, such as `partial(CARAFE, up=2)`, or
             the name of a file in `conf/upsampler` or `conf/downsampler`, such as "carafe". None leaves these places.
         where: the places to replace: a path in the model or a glob pattern, or several. The path of a module chooses all below it.
@@ -55,12 +72,12 @@ def replace(
     taken = [path for path, module in walk(model) if is_sampler(module)]
     places = select_places(find_places(model, forwards), where, taken)
     with undisturbed(nn.Module()) if dry_run else torch.random.fork_rng([], enabled=False):
-        plans, left, traces = plan_places(model, places, slots, where, forwards)
+        plans, left, targets = plan_places(model, places, slots, where, forwards)
     report = Report(model, [plan.row for plan in plans], left, dry_run, make_notes(taken, example is not None))
     if not dry_run:
         if not plans and not taken:
             raise ValueError(f"nothing can be replaced.\n{report}")
-        report.model, report.restore = install(model, plans, traces)
+        report.model, report.restore = install(model, plans, targets)
         if example is not None:
             verify(report, example, plans)
     return report
@@ -68,11 +85,11 @@ def replace(
 
 def plan_places(
     model: nn.Module, places: Sequence[Place], slots: Mapping[str, Sampler], where: str | Sequence[str] | None, forwards: Sequence[Forward]
-) -> tuple[list[Plan], list[Left], Traces]:
+) -> tuple[list[Plan], list[Left], Targets]:
     """Decide for every place what comes there, or why it is left; rewrite the forwards that need it, without samplers yet."""
     plans: list[Plan] = []
     left: list[Left] = []
-    traces: Traces = {}
+    targets: Targets = {}
     named = {where} if isinstance(where, str) else set(where or ())
     for place in places:
         try:
@@ -82,30 +99,30 @@ def plan_places(
             if place.found.reads_image and not named & set(place.paths):
                 raise Unfit("it reads the image, where the paper keeps the convolution; its name in where= replaces it")
             if place.owner is not None:
-                trace_owner(place, forwards, traces)
+                trace_owner(place, forwards, targets)
             plans.append(make_plan(place, direction, scale, slots[direction], find_reference(model, place)))
         except Unfit as reason:
             left.append(Left(place.paths, place.found.name, str(reason)))
-    return plans, left, traces
+    return plans, left, targets
 
 
-def trace_owner(place: Place, forwards: Sequence[Forward], traces: Traces) -> None:
+def trace_owner(place: Place, forwards: Sequence[Forward], targets: Targets) -> None:
     """Trace the forward in which a place is a call, unless it is traced.
 
     Raises:
         Unfit: torch.fx cannot trace it.
     """
-    if place.owner is None:
+    owner = place.owner
+    if owner is None:
         return
-    if place.owner not in traces:
-        forward = next(forward for forward in forwards if forward.module is place.owner)
+    if owner not in targets:
         try:
-            found = trace(forward)
+            rewriting, numbers = plan_rewriting(next(forward for forward in forwards if forward.module is owner))
         except ValueError as error:
             raise Unfit(str(error)) from error
-        traces.update({owner: found for owner, _ in found.nodes})
+        targets.update({inner: Target(owner, rewriting, numbers) for inner, _ in numbers})
     # the sampler of a call in a module that is traced with the one around it belongs to that one
-    inner = next(path for path, module in walk(traces[place.owner].owner) if module is place.owner)
+    inner = next(path for path, module in walk(targets[owner].owner) if module is owner)
     name = ".".join(filter(None, [inner, place.paths[0].rpartition(".")[2]]))
     place.paths = tuple(path.removesuffix(name) + name.replace(".", "_") for path in place.paths)
 
@@ -121,45 +138,32 @@ def find_reference(model: nn.Module, place: Place) -> nn.Parameter | None:
     return None
 
 
-def install(model: nn.Module, plans: Sequence[Plan], traces: Traces) -> tuple[nn.Module, Callable[[], nn.Module]]:
+def install(model: nn.Module, plans: Sequence[Plan], targets: Targets) -> tuple[nn.Module, Callable[[], nn.Module]]:
     """Put the modules of the plans in their places; return the network, and a function that puts the originals back."""
-    originals: list[tuple[nn.Module, str, nn.Module | None]] = []
-    root = model
-    paths = {}
-    for path, module in walk(model):
-        paths.setdefault(module, []).append(path)
-
-    def put(path: str, module: nn.Module) -> None:
-        nonlocal root
-        if not path:
-            root = module
-            return
-        parent, _, name = path.rpartition(".")
-        children = model.get_submodule(parent)._modules
-        originals.append((model.get_submodule(parent), name, children[name]))
-        children[name] = module
+    root, undo = model, []
+    samplers: dict[nn.Module, dict[int, tuple[str, nn.Module]]] = {}
+    for plan in plans:
+        place = plan.place
+        if place.owner is not None:
+            target = targets[place.owner]
+            name = place.paths[0].rpartition(".")[2]
+            samplers.setdefault(target.owner, {})[target.numbers[place.owner, place.index]] = name, plan.module
+            continue
+        for path in place.paths:
+            if not path:
+                root = plan.module
+                continue
+            parent, _, name = path.rpartition(".")
+            children = model.get_submodule(parent)._modules
+            undo.append(partial(children.__setitem__, name, children[name]))
+            children[name] = plan.module
+    undo += [rewrite(owner, targets[owner].rewriting, calls) for owner, calls in samplers.items()]
 
     def restore() -> nn.Module:
-        for parent, name, module in reversed(originals):
-            parent._modules[name] = module
+        for step in reversed(undo):
+            step()
         return model
 
-    for plan in plans:
-        if plan.place.owner is None:
-            for path in plan.place.paths:
-                put(path, plan.module)
-    calls: dict[Trace, list[Plan]] = {}
-    for plan in plans:
-        if plan.place.owner is not None:
-            calls.setdefault(traces[plan.place.owner], []).append(plan)
-    # a module before those that contain it, which then take its new form
-    for found in sorted(calls, key=lambda found: -max(map(len, paths[found.owner]))):
-        inherit(found.module, found.owner)
-        for plan in calls[found]:
-            put_sampler(found, plan.place, plan.row.path.rpartition(".")[2], plan.module)
-        found.module.recompile()
-        for path in paths[found.owner]:
-            put(path, found.module)
     return root, restore
 
 

@@ -1,0 +1,220 @@
+"""Modules whose forward calls samplers instead of functions.
+
+Only the forward changes: the module is the same object, its class gets a subclass of the same name with another forward, and the samplers
+become its children. A copy or a pickle traces the original forward again.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.fx
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .observing import TENSOR, Arguments, Forward
+from .tracing import Graph, find_events, trace
+
+# the attribute of a rewritten module that holds its rewriting
+ATTRIBUTE = "carafepp_rewriting"
+# arguments of these types are compared with those of the example
+CONSTANTS = (bool, int, float, str, type(None))
+
+
+@dataclass
+class Rewriting:
+    """How the forward of a module is rewritten. It is a part of the module's state.
+
+    Attributes:
+        arguments: positional and keyword arguments of the example, with `TENSOR` in the place of tensors.
+        inlined: paths of the children that are traced together with the module.
+        swaps: samplers by the number of the node that they replace in the graph of the original forward: names of children.
+    """
+
+    arguments: Arguments
+    inlined: tuple[str, ...]
+    swaps: dict[int, str]
+
+
+def read_base(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, without rewritings."""
+    return type(module).__mro__[1] if ATTRIBUTE in vars(module) else type(module)
+
+
+def plan_rewriting(forward: Forward) -> tuple[Rewriting, dict[tuple[nn.Module, int], int]]:
+    """Trace a forward as it ran with the example.
+
+    Children stay as they are, except that those which return containers are traced, too, if the forward takes the containers apart.
+
+    Returns:
+        The rewriting, still without new samplers, and the numbers of the nodes of the events (`Forward.list_events`).
+
+    Raises:
+        ValueError: torch.fx cannot trace the forward, or its graph differs from the example, or between training and evaluation.
+    """
+    owner = forward.module
+    earlier = vars(owner).get(ATTRIBUTE)
+    if earlier is not None:
+        return earlier, number_events(owner, earlier, forward)
+    if "forward" in vars(owner):
+        raise ValueError(f"the forward of {type(owner).__name__} is patched")
+    containers = forward.find_containers()
+    paths = tuple(path for path, module in owner.named_modules() if module in containers)
+    for inlined in ((), paths) if paths else ((),):
+        rewriting = Rewriting(forward.arguments, inlined, {})
+        try:
+            return rewriting, number_events(owner, rewriting, forward)
+        except ValueError:
+            if inlined == paths:
+                raise
+    raise AssertionError
+
+
+def number_events(owner: nn.Module, rewriting: Rewriting, forward: Forward) -> dict[tuple[nn.Module, int], int]:
+    """Return the number, in the graph of the original forward, of the node of each event of a forward.
+
+    Raises:
+        ValueError: see `plan_rewriting`.
+    """
+    graph, numbers = trace_rewritten(owner, rewriting)
+    nodes = find_events(owner, graph.graph)
+    events = forward.list_events({owner.get_submodule(path) for path in rewriting.inlined})
+    if len(nodes) != len(events):
+        raise ValueError(f"torch.fx finds {len(nodes)} calls in the forward of {type(owner).__name__}, and the example {len(events)}")
+    return {event: numbers[node] for event, node in zip(events, nodes, strict=True)}
+
+
+def trace_rewritten(owner: nn.Module, rewriting: Rewriting) -> tuple[Graph, dict[torch.fx.Node, int]]:
+    """Trace the original forward of a module and put the samplers into its graph.
+
+    Returns:
+        The graph, and the numbers that its nodes had in the original.
+
+    Raises:
+        ValueError: see `trace`.
+    """
+    inlined = [owner.get_submodule(path) for path in rewriting.inlined]
+    traced = trace(owner, read_base(owner).forward, rewriting.arguments, inlined)
+    numbers = {node: number for number, node in enumerate(traced.graph.nodes)}
+    for node, number in list(numbers.items()):
+        if number in rewriting.swaps:
+            swap_node(traced.graph, node, rewriting.swaps[number])
+    return traced, numbers
+
+
+def swap_node(graph: torch.fx.Graph, node: torch.fx.Node, name: str) -> None:
+    """Replace the node of a function or layer by a call of the child `name`."""
+    x = node.args[0] if node.args else node.kwargs["input"]
+    size = node.args[1] if len(node.args) > 1 else node.kwargs.get("size")
+    options: dict[str, Any] = {}
+    if node.target is F.interpolate and size is not None:
+        options["size"] = (size, size) if isinstance(size, int) else size
+    with graph.inserting_before(node):
+        call = graph.call_module(name, (x,), options)
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+
+
+def rewrite(owner: nn.Module, rewriting: Rewriting, samplers: dict[int, tuple[str, nn.Module]]) -> Callable[[], None]:
+    """Let the forward of a module call samplers.
+
+    Args:
+        owner: the module, which is changed.
+        rewriting: of `plan_rewriting`.
+        samplers: their names as children of the module, and the samplers, by the numbers of the nodes that they replace.
+
+    Returns:
+        A function that gives the module back its forward.
+    """
+    earlier, cls = vars(owner).get(ATTRIBUTE), type(owner)
+
+    def undo() -> None:
+        owner.__class__ = cls
+        for name, _ in samplers.values():
+            del owner._modules[name]
+        if earlier is None:
+            del vars(owner)[ATTRIBUTE]
+        else:
+            vars(owner)[ATTRIBUTE] = earlier
+
+    base = read_base(owner)
+    for name, sampler in samplers.values():
+        owner.add_module(name, sampler)
+    swaps = {number: name for number, (name, _) in samplers.items()}
+    vars(owner)[ATTRIBUTE] = replace(rewriting, swaps=rewriting.swaps | swaps)
+    owner.__class__ = derive_class(base)
+    define_forward(owner)
+    return undo
+
+
+def derive_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Derive a class for one rewritten module, whose forward `define_forward` adds."""
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return restore, (base,), self.__getstate__()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def set_state(self: nn.Module, state: Any) -> None:
+        base.__setstate__(self, state)
+        define_forward(self)
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), {**names, "__reduce_ex__": reduce, "__setstate__": set_state})
+
+
+def restore(base: type[nn.Module]) -> nn.Module:
+    """Make an empty rewritten module, whose state is set next: the first step of a copy or of unpickling."""
+    cls = derive_class(base)
+    return cls.__new__(cls)
+
+
+def define_forward(module: nn.Module) -> None:
+    """Define the forward of a rewritten module in its class, with the signature of the original."""
+    rewriting: Rewriting = vars(module)[ATTRIBUTE]
+    base = read_base(module)
+    # the tracer takes the class for the original
+    traced, _ = trace_rewritten(module, rewriting)
+    run, out_spec = traced.compile(), traced.out_spec
+    fixed, spec = tree_flatten(rewriting.arguments)
+    name = base.__name__
+
+    def call(self: nn.Module, given: Arguments) -> Any:
+        leaves, found = tree_flatten(given)
+        if found != spec:
+            raise ValueError(f"the forward of {name} was rewritten for arguments of this structure: {rewriting.arguments}")
+        for leaf, constant in zip(leaves, fixed, strict=True):
+            # a tracer passes a proxy for a default
+            if isinstance(constant, CONSTANTS) and not isinstance(leaf, torch.fx.Proxy) and leaf != constant:
+                raise ValueError(f"the forward of {name} was rewritten for the argument {constant!r}, got {leaf!r}")
+        tensors = [leaf for leaf, constant in zip(leaves, fixed, strict=True) if constant is TENSOR]
+        return tree_unflatten(run(self, *tensors), out_spec)
+
+    signature = inspect.signature(base.forward.__get__(module))
+    parameters = list(signature.parameters.values())
+    bare = [parameter.replace(default=inspect.Parameter.empty, annotation=inspect.Parameter.empty) for parameter in parameters]
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY if is_positional(bare) else inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional, keywords = [], []
+    for parameter in bare:
+        if parameter.kind == inspect.Parameter.VAR_POSITIONAL:
+            positional.append(f"*{parameter.name}")
+        elif parameter.kind == inspect.Parameter.VAR_KEYWORD:
+            keywords.append(f"**{parameter.name}")
+        elif parameter.kind == inspect.Parameter.KEYWORD_ONLY:
+            keywords.append(f"{parameter.name!r}: {parameter.name}")
+        else:
+            positional.append(parameter.name)
+    given = f"(({''.join(f'{p}, ' for p in positional)}), {{{', '.join(keywords)}}})"
+    names: dict[str, Any] = {"call_rewritten": call}
+    exec(f"def forward{inspect.Signature([first, *bare])}: return call_rewritten(self, {given})", names)
+    forward = names["forward"]
+    forward.__doc__, forward.__module__, forward.__qualname__ = base.forward.__doc__, base.__module__, f"{base.__qualname__}.forward"
+    given_defaults = [p for p in parameters if p.default is not inspect.Parameter.empty]
+    forward.__defaults__ = tuple(p.default for p in given_defaults if p.kind != inspect.Parameter.KEYWORD_ONLY) or None
+    forward.__kwdefaults__ = {p.name: p.default for p in given_defaults if p.kind == inspect.Parameter.KEYWORD_ONLY} or None
+    type(module).forward = forward
+
+
+def is_positional(parameters: Sequence[inspect.Parameter]) -> bool:
+    """Return whether the first of some parameters can only be given by position."""
+    return bool(parameters) and parameters[0].kind == inspect.Parameter.POSITIONAL_ONLY
