@@ -97,6 +97,7 @@ class ResNet(nn.Module):
     Attributes:
         out_channels: channels of C2 to C5.
         pretrained: whether `weights` were given.
+        untrained: names of the tensors that start at random, all without `weights`.
 
     Raises:
         ValueError: `output_stride` is not 8, 16 or 32.
@@ -156,8 +157,7 @@ class ResNet(nn.Module):
                 if isinstance(module, Bottleneck):
                     nn.init.zeros_(cast(Tensor, module.bn3.weight))
         self.pretrained = weights is not None
-        if weights is not None:
-            load_weights(self, weights)
+        self.untrained = [*self.state_dict()] if weights is None else load_weights(self, weights).initialised
 
     def apply_stem(self, x: Tensor) -> Tensor:
         """Compute [N, width, ceil(H / 4), ceil(W / 4)] from images x [N, 3, H, W]; a deep stem gives 2 * width channels."""

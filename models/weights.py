@@ -3,7 +3,7 @@
 import logging
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +78,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def load_weights(network: nn.Module, weights: str | Path | Mapping[str, Tensor]) -> Loaded:
     """Copy the tensors that `weights` and `network` share, and log how many were copied and which were not.
 
-    Samplers that are not in the file keep their initial values, as does a classifier `fc` with another number of classes.
+    Samplers that are not in the file keep their initial values, as does a classifier `fc` with another number of classes. Initial values
+    in any other layer than `fc` are a warning, because a network is meant to start from a classifier with the same samplers.
 
     Args:
         network: receives the tensors.
@@ -103,7 +104,13 @@ def load_weights(network: nn.Module, weights: str | Path | Mapping[str, Tensor])
         raise ValueError(f"{source} does not fit the network: {error}") from error
     report = Loaded(loaded, [name for name in own if name not in loaded], [name for name in state if name not in loaded])
     logger.info("%d of %d tensors loaded from %s", len(loaded), len(own), source)
-    for what, names in (("as initialised", report.initialised), ("not used", report.unused)):
-        if names:
-            logger.info("%s: %s", what, ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in names)))
+    if report.unused:
+        logger.info("not used: %s", _list_layers(report.unused))
+    if random := [name for name in report.initialised if not (name.startswith("fc.") or name.endswith("num_batches_tracked"))]:
+        logger.warning("%s has no weights for %d tensors, which start at random: %s", source, len(random), _list_layers(random))
     return report
+
+
+def _list_layers(names: Iterable[str]) -> str:
+    """List the layers of tensors with these names."""
+    return ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in names))

@@ -119,9 +119,17 @@ class Detection(Task):
     def on_fit_start(self) -> None:
         """Warn about layers that are frozen although their weights are random."""
         body = self.model.backbone.body
-        random = self.trainer.ckpt_path is None and not body.pretrained
-        if random and not all(parameter.requires_grad for parameter in body.parameters()):
-            logger.warning("layers of the backbone stay frozen at random weights: give backbone.weights=FILE, or model.trainable_layers=5")
+        if self.trainer.ckpt_path is not None:
+            return
+        trained = {name for name, parameter in body.named_parameters() if parameter.requires_grad}
+        tensors = {name for name, _ in body.named_parameters()}
+        if frozen := [name for name in body.untrained if name in tensors - trained]:
+            layers = ", ".join(dict.fromkeys(name.partition(".")[0] for name in frozen))
+            logger.warning(
+                "layers of the backbone stay frozen at random weights (%s): give weights_root=FOLDER or backbone.weights=FILE of a "
+                "classifier with the same samplers, or model.trainable_layers=5",
+                layers,
+            )
 
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
         """Return the sum of the detector's losses for images [3, H, W] of any sizes and their targets."""

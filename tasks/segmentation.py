@@ -1,5 +1,6 @@
 """Semantic segmentation (paper, sections 4.2 and 5.1; Tables VIII and IX)."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 
@@ -14,6 +15,8 @@ from .inference import check_inference, predict_labels
 from .label_maps import IGNORED
 from .pictures import draw_legend, overlay
 from .task import MakeOptimizer, MakeSchedule, Task, View, list_class_names
+
+logger = logging.getLogger(__name__)
 
 
 def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
@@ -65,6 +68,7 @@ class Segmentation(Task):
         auxiliary_weight: weight of the auxiliary losses; a network with auxiliary classifiers returns (logits, auxiliary, ...) in training.
         inference_resize: resizes images for the prediction; None keeps their size.
         scales, flip, window: see `carafepp.tasks.inference.predict_labels`.
+        from_scratch: whether a backbone without pretrained weights is intended; if not, training warns about it.
         mean, std: mean and standard deviation of the images' channels, in [0, 1].
 
     Raises:
@@ -90,6 +94,7 @@ class Segmentation(Task):
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
         window: int | None = None,
+        from_scratch: bool = False,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
@@ -99,6 +104,7 @@ class Segmentation(Task):
         self.auxiliary_weight = auxiliary_weight
         check_inference(scales, window)
         self.inference = {"base": inference_resize, "scales": list(scales), "flip": flip, "window": window}
+        self.from_scratch = from_scratch
         self.mean, self.std = list(mean), list(std)
         self.unpainted = [IGNORED, *(label for label, name in enumerate(names) if name == "background")]
         self.confusion = MulticlassConfusionMatrix(len(names), ignore_index=IGNORED)
@@ -120,6 +126,14 @@ class Segmentation(Task):
                     f"class_names must name the {classes} classes of data.{name}, got {len(self.class_names)} names; "
                     f"if the files have no more classes than that, set +data.{name}.classes={len(self.class_names)}"
                 )
+
+    def on_fit_start(self) -> None:
+        """Warn about a backbone that starts at random weights, unless this is intended."""
+        pretrained = getattr(getattr(self.model, "backbone", None), "pretrained", True)
+        if not (pretrained or self.from_scratch) and self.trainer.ckpt_path is None:
+            logger.warning(
+                "the backbone starts at random weights: give weights_root=FOLDER or backbone.weights=FILE, or +task.from_scratch=true"
+            )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross-entropy of images [N, 3, H, W] in [0, 1] with labels [N, H, W], auxiliary classifiers included."""

@@ -28,6 +28,13 @@ def list_rows(tables: dict, name: str) -> list[dict]:
     return [*rows, *own]
 
 
+def read_pretraining(table: str, row: str) -> str:
+    """Return the classifier that the backbone of a row starts from, such as "table2/resnet50_carafe", or "" if there is none."""
+    conf = files("carafepp.conf")
+    read = (OmegaConf.create(conf.joinpath(name).read_text()) for name in (f"row/{table}/{row}.yaml", f"experiment/{table}.yaml"))
+    return next((str(config.pretraining) for config in read if "pretraining" in config), "")
+
+
 def find_baseline(table: dict, row: str) -> str | None:
     """Return the name of the baseline of `row`, if there is one."""
     baseline = table["baseline"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ..common.app import app
-from ..common.paper import find_baseline, list_rows, read_paper, unit_factor
+from ..common.paper import find_baseline, list_rows, read_paper, read_pretraining, unit_factor
 from .cells import Rows, count_decimals, format_difference, format_scores
 from .renderers import render_rows
 from .runs import Setting, group_runs, read_runs
@@ -19,7 +19,7 @@ def tabulate_overview(settings: Sequence[Setting], digits: int) -> list[tuple[st
 
     `gain` is the first figure of a row minus that of the baseline, `ours` our score with the settings of the paper, `difference` our score
     minus the figure of the paper, `small` our score at `scale=small`, and `small gain` its paired difference from the baseline at this
-    scale.
+    scale. `starts from` is the classifier that the backbone of the row starts from, and the command finds it in CLASSIFIERS.
     """
     tables, metrics = read_paper()
     finder = SettingFinder(settings)
@@ -43,7 +43,9 @@ def tabulate_overview(settings: Sequence[Setting], digits: int) -> list[tuple[st
             text["difference"] = format_difference(compare_paired(ours, {seed: figures[column] for seed in ours}), digits, len(ours))
             text[f"{column} small"] = format_scores(summarize(small), digits)
             text["small gain"] = format_difference(compare_paired(small, others), digits, len(small))
-            text["command"] = f"carafepp-train experiment={name} row={name}/{row}"
+            text["starts from"] = read_pretraining(name, row)
+            weights = " weights_root=CLASSIFIERS" if text["starts from"] else ""
+            text["command"] = f"carafepp-train experiment={name} row={name}/{row}{weights}"
             rows.append(text)
         empty = {heading for heading in rows[0] if not any(row[heading] for row in rows)}
         rows = [{heading: text for heading, text in row.items() if heading not in empty} for row in rows]

@@ -11,8 +11,9 @@ from ..common.run_folders import INTERRUPTED
 
 # keys that affect the data and the training; runs that differ in these are in different tables
 PROTOCOL = ["scale", "setting", "data", "optimizer", "schedule", "trainer"]
-# the file of initial weights depends on the downsamplers of the network, so that only its presence is compared
+# the initial weights depend on the downsamplers of the network, so that only their presence is compared
 WEIGHTS = "backbone.weights"
+SOURCES = [WEIGHTS, "weights_root"]
 
 
 @dataclass
@@ -102,7 +103,8 @@ def group_runs(runs: Iterable[FinishedRun], tables: dict) -> tuple[list[Setting]
             else:
                 row = ""
             protocol = {key: options.pop(key) for key in sorted(options) if is_under(key, PROTOCOL)}
-            if options.pop(WEIGHTS, "null") != "null":
+            # not any(), which would leave the second in the options
+            if {options.pop(key, "null") for key in SOURCES} != {"null"}:
                 protocol[WEIGHTS] = "FILE"
             protocol = {"scale": run.choices.get("scale") or "paper"} | protocol
             # an experiment without a row is the baseline of its table

@@ -118,7 +118,12 @@ def test_paper_lists_every_row_with_ours(tmp_path, capsys):
     commands = [row[-1] for row in rows if row[-1].startswith("carafepp-train")]
     # 96 rows, and two baselines that are rows of other tables
     assert len(commands) == 96 + 2
-    assert "carafepp-train experiment=table9 row=table9/ppm_fpn" in commands
+    assert "carafepp-train experiment=table9 row=table9/ppm_fpn weights_root=CLASSIFIERS" in commands
+    assert "carafepp-train experiment=table2 row=table2/resnet50" in commands
+    started = {row[0]: row[-2] for row in rows if row[-1].startswith("carafepp-train experiment=table3")}
+    assert started["conv"] == "table2/resnet50"
+    assert started["carafe"] == "table2/resnet50_carafe"
+    assert started["lip"] == "pretraining/resnet50_lip"
     resnet, carafe = (row for row in rows if row[0] in ("resnet50", "resnet50_carafe"))
     assert resnet[1:-1] == ["76.43", "93.21", "", "77.00", "+0.57", "75.00 ± 0.00", ""]
     assert carafe[1:-1] == ["77.46", "93.63", "+1.03", "", "", "76.50 ± 0.71", "+1.50 [-4.85, +7.85]"]

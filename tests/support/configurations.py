@@ -12,10 +12,10 @@ from torch import nn
 CONF = Path(carafepp.conf.__path__[0])
 
 
-def compose_config(name: str, *overrides: str) -> DictConfig:
-    """Compose the configuration that `carafepp-NAME` gets with these overrides."""
+def compose_config(name: str, *overrides: str, with_hydra: bool = False) -> DictConfig:
+    """Compose the configuration that `carafepp-NAME` gets with these overrides, with or without that of Hydra itself."""
     with initialize_config_module("carafepp.conf", version_base="1.3"):
-        return compose(name, overrides=list(overrides))
+        return compose(name, overrides=list(overrides), return_hydra_config=with_hydra)
 
 
 def choices(group: str) -> list[str]:
