@@ -1,5 +1,6 @@
 """Hints for overrides whose key does not exist, or whose value has the wrong type."""
 
+import contextlib
 import difflib
 import os
 from collections import Counter
@@ -25,7 +26,7 @@ SHOWING = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", 
 def find_hints(config_name: str, arguments: Sequence[str]) -> list[str]:
     """List, for each override whose key does not exist, the keys that do; return nothing if the configuration cannot be composed."""
     config, overrides, groups = compose_defaults(config_name, arguments)
-    values = [override for override in overrides if not selects_group(override, groups)]
+    values = [override for override in overrides if config and not selects_group(override, groups)]
     return [line for override in values for line in explain_key(override, config, list_groups(config_name))]
 
 
@@ -56,8 +57,8 @@ def compose_defaults(config_name: str, arguments: Sequence[str]) -> tuple[dict[s
     """Compose a configuration with the groups that the arguments choose, and without the values that they set.
 
     Returns:
-        The unresolved configuration, the overrides without those of Hydra, and the groups of all commands; all are empty if the
-        configuration cannot be composed.
+        The unresolved configuration, which is empty if it cannot be composed; the overrides without those of Hydra, and the groups of all
+        commands, which are empty if the overrides cannot be read.
     """
     GlobalHydra.instance().clear()
     with hydra.initialize_config_module("carafepp.conf", version_base="1.3"):
@@ -65,12 +66,14 @@ def compose_defaults(config_name: str, arguments: Sequence[str]) -> tuple[dict[s
         groups = [group for group in loader.list_groups("") if group != "hydra"]
         try:
             overrides = OverridesParser.create().parse_overrides([a for a in arguments if "=" in a and a[0] not in "-+~"])
-            selections = [str(o.input_line) for o in overrides if selects_group(o, groups) and not o.is_sweep_override()]
-            config = hydra.compose(config_name, overrides=[*find_search_path(arguments), *selections])
-        except (HydraException, OmegaConfBaseException, ValueError):
+        except HydraException:
             return {}, [], []
-    # most values that refer to others need a mandatory value, such as a folder
-    plain: Any = OmegaConf.to_container(config, resolve=False)
+        selections = [str(o.input_line) for o in overrides if selects_group(o, groups) and not o.is_sweep_override()]
+        # most values that refer to others need a mandatory value, such as a folder
+        plain: Any = {}
+        with contextlib.suppress(HydraException, OmegaConfBaseException, ValueError):
+            config = hydra.compose(config_name, overrides=[*find_search_path(arguments), *selections])
+            plain = OmegaConf.to_container(config, resolve=False)
     return plain, [override for override in overrides if not override.key_or_group.startswith("hydra")], groups
 
 
