@@ -96,7 +96,9 @@ def output_size(x: Tensor, spec: Spec, size: Sequence[int] | None = None) -> tup
     if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(side, integers) for side in size):
         raise TypeError(f"size must be a pair of integers (rows, columns), got {size!r}")
     rows, columns = size
-    if min(rows, columns) < 1 or abs(rows - natural[0]) >= spec.up or abs(columns - natural[1]) >= spec.up:
+    # without min() and abs(), which a file of torch.export cannot hold
+    fits = (side >= 1 and side < whole + spec.up and whole < side + spec.up for side, whole in zip(size, natural, strict=True))
+    if not all(fits):
         raise ValueError(
             f"size must be at least 1 and differ by less than up={spec.up} pixels from {natural[0]} x {natural[1]}, the output size for "
             f"{height} x {width} with up={spec.up}, down={spec.down}; got {rows} x {columns}"

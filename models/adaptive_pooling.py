@@ -18,7 +18,7 @@ def _average(cells: int, size: int, device: torch.device) -> Tensor:
 def pool_cells(x: Tensor, cells: int) -> Tensor:
     """Average x [N, C, H, W] over cells x cells rectangles that cover it, to [N, C, cells, cells], as `F.adaptive_avg_pool2d` does."""
     height, width = x.shape[2:]
-    if cells == 1 or not isinstance(height * width, torch.SymInt) or not torch.onnx.is_in_onnx_export():
+    if cells == 1 or not isinstance(height * width, torch.SymInt) or not torch.compiler.is_exporting():
         return F.adaptive_avg_pool2d(x, cells)
     # PyTorch's exporter would fix the rectangles to those of its example
     rows, columns = _average(cells, height, x.device), _average(cells, width, x.device)

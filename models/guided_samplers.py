@@ -44,8 +44,10 @@ def _prepare_guide(x: Tensor, guide: Tensor | None, channels: int) -> Tensor:
     """Return the guide, or x upsampled bilinearly if there is none; raise ValueError if it does not fit."""
     if guide is None:
         guide = upsample_bilinear(x)
-    rows, columns = guide.shape[2:]
-    if guide.shape[1] != channels or abs(rows - 2 * x.shape[2]) > 1 or abs(columns - 2 * x.shape[3]) > 1:
+    # without abs(), which a file of torch.export cannot hold
+    if guide.shape[1] != channels or not all(
+        -1 <= fine - 2 * coarse <= 1 for fine, coarse in zip(guide.shape[2:], x.shape[2:], strict=True)
+    ):
         raise ValueError(
             f"guide must have {channels} channels and twice the size of x, or 1 pixel less or more, "
             f"got {tuple(guide.shape)} for x of shape {tuple(x.shape)}"

@@ -76,8 +76,8 @@ def check_fit(coarse: Sequence[int], sampled: Sequence[int], fine: Sequence[int]
     Raises:
         ValueError: the sizes do not fit; the message names them and the slot.
     """
-    # a coarse cell has a width of sampled / coarse
-    if not all(abs(s - f) * c < s for c, s, f in zip(coarse, sampled, fine, strict=True)):
+    # a coarse cell has a width of sampled / coarse; a file of torch.export cannot hold a condition on abs()
+    if not all((s - f) * c < s and (f - s) * c < s for c, s, f in zip(coarse, sampled, fine, strict=True)):
         sizes = [f"{height} x {width}" for height, width in (coarse, sampled, fine)]
         raise ValueError(
             f"the sampler in slot {slot} turns {sizes[0]} into {sizes[1]} pixels, but the finer map has {sizes[2]}: leave this slot "
@@ -90,6 +90,12 @@ def check_fit(coarse: Sequence[int], sampled: Sequence[int], fine: Sequence[int]
 @torch.fx.wrap
 def fit(y: Tensor, size: Sequence[int]) -> Tensor:
     """Cut y [N, C, H, W] at the bottom and right to `size`; repeat its last row or column where `size` is longer."""
+    if torch.compiler.is_exporting():
+        # a slice or a condition on sizes would hold for the example only
+        for side, longest in zip(size, y.shape[2:], strict=True):
+            torch._check(side <= longest + 1)
+        y = F.pad(y, (0, 1, 0, 1), mode="replicate")
+        return F.pad(y, (0, size[1] - y.shape[3], 0, size[0] - y.shape[2]))
     y = y[..., : size[0], : size[1]]
     rows, columns = size[0] - y.shape[2], size[1] - y.shape[3]
     if rows > 0:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms.v2.functional import normalize
 
+from .exportable import Exportable, Normalized
 from .pictures import caption
 from .task import MakeOptimizer, MakeSchedule, Task, View, register_metrics
 
@@ -40,6 +41,7 @@ class Classification(Task):
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
         super().__init__(model(num_classes=num_classes), optimizer=optimizer, schedule=schedule)
+        self.num_classes = num_classes
         self.inference_transform = inference_transform
         self.mean, self.std = list(mean), list(std)
         # with fewer than five classes, top-5 takes all of them
@@ -82,6 +84,12 @@ class Classification(Task):
         """Return what the network sees of an image [3, H, W] in [0, 1]."""
         seen = self._crop(image)
         return View(self.model, (normalize(seen[None].to(self.device), self.mean, self.std),), seen)
+
+    def exportable(self) -> Exportable:
+        """Return the network with its normalisation, from images [N, 3, H, W] in [0, 1] to logits [N, classes]."""
+        outputs = {"logits": "[N, classes], logits: a softmax over axis 1 gives probabilities"}
+        network = Normalized(self.model, self.mean, self.std)
+        return Exportable(network, {"images": 3}, outputs, network.facts() | {"classes": self.num_classes})
 
     def pictures(self, sample: tuple[Tensor, int]) -> dict[str, Tensor]:
         """Draw a validation sample -> "image", "truth" and "prediction", [3, height, W] in [0, 1], the last two with a class below."""

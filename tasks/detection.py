@@ -16,6 +16,7 @@ from torchvision.ops import box_iou
 
 from .coco_eval import COCO_SIDES, class_precision, evaluate_detections, format_results, read_ground_truth, read_scores
 from .data import get_data
+from .exportable import Exportable, Normalized
 from .image_files import to_plain
 from .pictures import draw_instances, enlarge, pick_colors
 from .task import MakeOptimizer, MakeSchedule, Task, View, list_class_names
@@ -230,6 +231,24 @@ class Detection(Task):
         height, width = images.tensors.shape[2:]
         (seen_height, seen_width), *_ = images.image_sizes
         return View(self.model.backbone, (images.tensors,), image, (seen_height / height, seen_width / width))
+
+    def exportable(self) -> Exportable:
+        """Return backbone and feature pyramid with the normalisation, from images [N, 3, H, W] in [0, 1] to the levels of the pyramid.
+
+        Proposals and heads are left out: how many boxes they pass on depends on the values of a map.
+        """
+        transform = self.model.transform
+        # mmdetection's networks have the mean and standard deviation of values up to 255
+        scale = 255 if max(transform.image_mean) > 1 else 1
+        mean, std = ([value / scale for value in values] for values in (transform.image_mean, transform.image_std))
+        level = (
+            "[N, C, h, w], features of the pyramid; the proposals, the heads and the suppression of overlapping boxes are not in the file"
+        )
+        # the names of the levels in the literature, by their strides of 4 to 64
+        outputs = {f"p{i}": level for i in range(2, 7)}
+        network = Normalized(self.model.backbone, mean, std)
+        facts = {"class_names": self.class_names, "part": "backbone and feature pyramid"}
+        return Exportable(network, {"images": 3}, outputs, network.facts() | facts)
 
     def _overlay(self, image: Tensor, instances: Target, numbers: Sequence[int]) -> Tensor:
         """Draw boxes [n, 4], class names, scores and masks [n, H, W] over an enlarged image, in the colours of the numbers [n]."""

@@ -11,6 +11,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..models.discriminator import average_over_hole
+from .exportable import Exportable
 from .images import ReadOptions, read_image, suggest_orientation
 from .masks import read_mask
 from .task import MakeOptimizer, MakeSchedule, Task, View, register_metrics
@@ -42,6 +43,24 @@ def shrink(image: Tensor, mask: Tensor, max_side: int | None) -> tuple[Tensor, T
     small = max(1, round(size[0] * max_side / max(size))), max(1, round(size[1] * max_side / max(size)))
     # mean and maximum over the same cells keep the colours of the hole out of known pixels
     return F.adaptive_avg_pool2d(image, small), F.adaptive_max_pool2d(mask, small)
+
+
+def fill(generator: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
+    """Fill the holes of images [N, 3, H, W] in [0, 1], where masks [N, 1, H, W] are 1, by a generator of images in [-1, 1]."""
+    generated = generator(2 * images - 1, masks).to(images.dtype)
+    return torch.where(masks > 0, (generated + 1) / 2, images)
+
+
+class Filler(nn.Module):
+    """Module that fills the holes of images (see `fill`)."""
+
+    def __init__(self, generator: nn.Module) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, images: Tensor, masks: Tensor) -> Tensor:
+        """Fill the holes of images [N, 3, H, W] in [0, 1], where masks [N, 1, H, W] are 1."""
+        return fill(self.generator, images, masks)
 
 
 class Inpainting(Task):
@@ -88,9 +107,7 @@ class Inpainting(Task):
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """Fill the holes of images [N, 3, H, W] in [0, 1], where masks [N, 1, H, W] are 1 -> [N, 3, H, W] in [0, 1]; None means no hole."""
-        masks = torch.zeros_like(images[:, :1]) if masks is None else masks
-        generated = self.model(2 * images - 1, masks).to(images.dtype)
-        return torch.where(masks > 0, (generated + 1) / 2, images)
+        return fill(self.model, images, torch.zeros_like(images[:, :1]) if masks is None else masks)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the sum of all losses for images [N, 3, H, W] in [0, 1] and masks [N, 1, H, W], 1 in the hole."""
@@ -190,6 +207,12 @@ class Inpainting(Task):
     def show(self, image: Tensor, mask: Tensor, max_side: int | None = None) -> Tensor:
         """Draw an image [3, H, W] in [0, 1] with a white hole."""
         return torch.where(mask > 0, 1, image)
+
+    def exportable(self) -> Exportable:
+        """Return the network that fills images [N, 3, H, W] in [0, 1] where masks [N, 1, H, W] are 1."""
+        outputs = {"filled": "[N, 3, H, W], RGB in [0, 1]: the generated content where the mask is 1, the image elsewhere"}
+        facts = {"masks": "1 in the hole, 0 elsewhere"}
+        return Exportable(Filler(self.model), {"images": 3, "masks": 1}, outputs, facts)
 
     def pictures(self, sample: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """Draw a validation sample -> "image" with a white hole, "mask", "prediction" and "truth", each [3, H, W] in [0, 1] (Figure 8)."""

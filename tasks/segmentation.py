@@ -11,6 +11,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms.v2.functional import normalize
 
 from .data import get_data
+from .exportable import Exportable, Normalized
 from .inference import check_inference, predict_labels
 from .label_maps import IGNORED
 from .pictures import draw_legend, overlay
@@ -178,6 +179,15 @@ class Segmentation(Task):
         seen = image[None].to(self.device)
         seen = base(seen) if (base := self.inference["base"]) else seen
         return View(self.model, (normalize(seen, self.mean, self.std),), image)
+
+    def exportable(self) -> Exportable:
+        """Return the network with its normalisation, from images [N, 3, H, W] in [0, 1] to logits [N, classes, h, w]."""
+        logits = (
+            "[N, classes, h, w], logits: interpolate them bilinearly (align_corners=False) to the size of the image; the class of a pixel "
+        )
+        outputs = {"logits": f"{logits}is the argmax over axis 1"}
+        network = Normalized(self.model, self.mean, self.std)
+        return Exportable(network, {"images": 3}, outputs, network.facts() | {"class_names": self.class_names})
 
     def pictures(self, sample: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """Draw a validation sample -> "image", "truth" and "prediction", [3, height, W] in [0, 1], the last two with a legend below."""

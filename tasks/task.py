@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from .exportable import Exportable
 from .images import read_image
 from .optimization import group_parameters
 
@@ -150,6 +151,14 @@ class Task(L.LightningModule, ABC):
     def show(self, *inputs: Any, **options: Any) -> Tensor:
         """Draw the inputs of one photograph without a prediction -> [3, height, width] in [0, 1]; here the image itself."""
         return inputs[0]
+
+    def exportable(self) -> Exportable:
+        """Return the network as `carafepp-export` writes it; it shares its weights with the task.
+
+        Raises:
+            ValueError: the task does not say how its network is used by itself.
+        """
+        raise ValueError(f"{type(self).__name__} cannot be exported: it does not implement the method exportable")
 
     @abstractmethod
     def pictures(self, sample: Any) -> dict[str, Tensor]:

@@ -174,6 +174,10 @@ def test_operator_with_a_size_in_every_precision(dtype, exporter):
 def test_pooled_cells_follow_the_size_of_the_map():
     module = CellPool(6)
     assert_agrees(export(module, *random_maps((2, 4, 12, 18))), module, *random_maps((1, 4, 13, 7), (3, 4, 5, 48)))
+    sides = {axis: torch.export.Dim(name, min=7, max=99) for axis, name in ((2, "height"), (3, "width"))}
+    program = torch.export.export(module, *random_maps((1, 4, 12, 18)), dynamic_shapes=(sides,))
+    file = torch.onnx.export(program, dynamo=True, verbose=False).model_proto.SerializeToString()
+    assert_agrees(file, module, *random_maps((1, 4, 13, 7), (1, 4, 9, 48)))
 
 
 @pytest.mark.parametrize("name", ["dysample", "sapa"])

@@ -54,3 +54,9 @@ def dilated_resnet(**options: object) -> ResNet:
 def random_mask(*size: int, share: float = 0.5) -> Tensor:
     """Mask [1, 1, H, W] in float64 of ones at a random `share` of the pixels."""
     return (torch.rand(1, 1, *size) < share).double()
+
+
+def small_classifier(num_classes: int) -> nn.Module:
+    """A network of one CARAFE and two convolutions, from images to logits."""
+    layers = [nn.Conv2d(3, 8, 3, padding=1), NORMED_CARAFE(8, kernel_size=3), nn.ReLU(), nn.Conv2d(8, num_classes, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
