@@ -1,7 +1,7 @@
 """The places of a network where samplers can be put: layers, and calls in the forward of a module."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -26,6 +26,7 @@ class Place:
         shapes: of its calls in the forward of the example; None stands for a call that does not take one map [N, C, H, W].
         owner: the module whose forward has to be rewritten; None for a layer.
         index: which of the events in the forward of the owner the call is.
+        aliases: paths of the layer that is called.
     """
 
     paths: tuple[str, ...]
@@ -34,6 +35,7 @@ class Place:
     shapes: list[Shapes | None] = field(default_factory=list)
     owner: nn.Module | None = None
     index: int = 0
+    aliases: tuple[str, ...] = ()
 
     @property
     def maps(self) -> list[Shapes]:
@@ -83,12 +85,12 @@ def find_places(model: nn.Module, forwards: Sequence[Forward]) -> list[Place]:
         if found is not None:
             shapes = [event.shapes for forward in forwards for event in forward.events if event.called is module]
             places.append(Place(tuple(names), found, module, shapes))
-        places += find_calls(names, [forward for forward in forwards if forward.module is module])
+        places += find_calls(paths, [forward for forward in forwards if forward.module is module])
     return choose_layers_or_calls(places)
 
 
-def find_calls(owner_paths: Sequence[str], forwards: Sequence[Forward]) -> list[Place]:
-    """Find the calls of functions and layers in the forwards of one module."""
+def find_calls(paths: Mapping[nn.Module, Sequence[str]], forwards: Sequence[Forward]) -> list[Place]:
+    """Find the calls of functions and layers in the forwards of one module, given the paths of all modules."""
     places: list[Place] = []
     counts: Counter[str] = Counter()
     for index, event in enumerate(forwards[0].events if forwards else ()):
@@ -96,17 +98,18 @@ def find_calls(owner_paths: Sequence[str], forwards: Sequence[Forward]) -> list[
         if found is None:
             continue
         is_function = event.called in FUNCTIONS
-        name = FUNCTIONS[event.called] if is_function else type(event.called).__name__.lower()
+        aliases = () if is_function else tuple(paths.get(event.called, ()))
+        name = FUNCTIONS[event.called] if is_function else aliases[0].rpartition(".")[2] if aliases else "layer"
         same = [forward.events[index] for forward in forwards if len(forward.events) == len(forwards[0].events)]
         if len(same) < len(forwards) or any(other.called is not event.called for other in same):
             found.reason = "its module does not call the same functions every time"
         # an earlier replacement has names of this form
         while hasattr(forwards[0].module, f"{name}_{counts[name]}"):
             counts[name] += 1
-        full = tuple(f"{path}.{name}_{counts[name]}".lstrip(".") for path in owner_paths)
+        full = tuple(f"{path}.{name}_{counts[name]}".lstrip(".") for path in paths[forwards[0].module])
         counts[name] += 1
         layer = None if is_function else event.called
-        places.append(Place(full, found, layer, [other.shapes for other in same], forwards[0].module, index))
+        places.append(Place(full, found, layer, [other.shapes for other in same], forwards[0].module, index, aliases))
     return places
 
 
@@ -125,6 +128,9 @@ def read_event(event: Event) -> Resampling | None:
         for i, (key, default) in enumerate({"size": None, "scale_factor": None, "mode": "nearest"}.items())
     )
     found = read_interpolation("interpolate", size, factor, mode)
+    if found is not None:
+        # the mode is of no use in a report
+        found.name = found.name.removesuffix(f" {mode}")
     if found is not None and size is not None:
         # the call passes a size, which can differ from that of the example
         found.name, found.assemble = "interpolate to size", SizedSampler
@@ -138,11 +144,14 @@ def choose_layers_or_calls(places: Sequence[Place]) -> list[Place]:
         if place.owner is not None:
             calls.setdefault(place.layer, []).append(place)
     split = {
-        place.layer
-        for place in places
-        if place.owner is None and len(place.channels) > 1 and all(len(call.channels) == 1 for call in calls[place.layer])
+        place.layer for place in places if place.owner is None and len(place.channels) > 1 and covers(calls.get(place.layer, []), place)
     }
     return [place for place in places if (place.owner is not None) == (place.layer is None or place.layer in split)]
+
+
+def covers(calls: Sequence[Place], layer: Place) -> bool:
+    """Return whether calls are all those of a layer, and each gets one number of channels."""
+    return all(len(call.channels) == 1 for call in calls) and sum(len(call.shapes) for call in calls) == len(layer.shapes)
 
 
 def select_places(places: Sequence[Place], where: str | Sequence[str] | None, taken: Sequence[str] = ()) -> list[Place]:
@@ -165,7 +174,7 @@ def select_places(places: Sequence[Place], where: str | Sequence[str] | None, ta
     for pattern in [where] if isinstance(where, str) else where:
         if not isinstance(pattern, str):
             raise TypeError(f"where must be a name, a glob pattern or a sequence of them, got {pattern!r}")
-        matching = {i for i, place in enumerate(places) if fits(pattern, place.paths)}
+        matching = {i for i, place in enumerate(places) if fits(pattern, [*place.paths, *place.aliases])}
         if not matching and not fits(pattern, taken):
             known = ", ".join(path for place in places for path in place.paths)
             raise ValueError(f"where={pattern!r} chooses nothing; what resamples: {known or 'nothing'}")

@@ -1,13 +1,13 @@
 """Plans: the sampler for a place, built and measured before anything is changed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .adapters import SizedSampler
+from .adapters import SampledConv, SampledDeconv, SizedSampler
 from .choices import Sampler, explain_guide, needs_guide
 from .layers import Direction, by
 from .observing import Shapes, undisturbed
@@ -85,31 +85,41 @@ def make_plan(place: Place, direction: Direction, scale: int, slot: Sampler, ref
         Unfit: the sampler does not take these channels, or does not give the size of the layer.
         TypeError, ValueError: `slot` does not return a sampler for other people's networks.
     """
-    channels = place.found.channels or place.channels.copy().pop()
-    sampler = build(slot, channels, direction)
+    sampler = build(slot, place.found.channels or next(iter(place.channels)), direction)
     spec = getattr(sampler, "spec", None)
     own = 2 if spec is None else getattr(spec, direction)
     if own != scale:
         raise Unfit(f"it resizes by {scale} and the sampler by {own}; {direction}=partial(CARAFE, {direction}={scale}) would fit")
     weight = next((p for p in place.layer.parameters() if p.is_floating_point()), reference) if place.layer is not None else reference
+    dtype = place.maps[0].dtype if weight is None and place.maps else None if weight is None else weight.dtype
+    sampler.to(place.maps[0].device if place.maps else None if weight is None else weight.device, dtype)
     module = place.found.assemble(sampler)
     if not is_sampler(module):
         # a second `replace` must know it
         module = SizedSampler(module)
-    sampler.to(place.maps[0].device if place.maps else None if weight is None else weight.device, None if weight is None else weight.dtype)
-    module.train((place.layer or place.owner or module).training)
-    after, conv = type(sampler).__name__, getattr(module, "conv", None)
-    if conv is not None:
-        after += f" + {type(conv).__name__}"
-    elif isinstance(getattr(module, "projection", None), nn.Conv2d):
+    inherit(module, place)
+    after = type(sampler).__name__
+    if isinstance(module, SampledConv):
+        after += f" + {type(module.conv).__name__}"
+    elif isinstance(module, SampledDeconv) and isinstance(module.projection, nn.Conv2d):
         after += " after 1x1 Conv2d"
-    costs = count_parameters(place.layer), count_parameters(module)
-    if not place.maps:
-        return Plan(place, module, Replacement(place.paths, place.found.name, after, *costs))
-    dtype = place.maps[0].dtype if weight is None else weight.dtype
-    sized = place.found.scale is None and place.layer is None
-    flops = 0 if place.layer is None else measure(place.layer, place, dtype, False), measure(module, place, dtype, sized)
-    return Plan(place, module, Replacement(place.paths, place.found.name, after, *costs, *flops))
+    row = Replacement(place.paths, place.found.name, after, count_parameters(place.layer), count_parameters(module))
+    if place.maps and dtype is not None:
+        sized = place.found.scale is None and place.layer is None
+        flops = 0 if place.layer is None else measure(place.layer, place, dtype, False)
+        row = replace(row, flops_before=flops, flops_after=measure(module, place, dtype, sized))
+    return Plan(place, module, row)
+
+
+def inherit(module: nn.Module, place: Place) -> None:
+    """Give the module of a place the training mode, and the attributes that a framework has set on the layer, such as its index."""
+    before = place.owner if place.layer is None or place.owner is not None else place.layer
+    if before is None:
+        return
+    module.train(before.training)
+    if before is place.layer:
+        own = {"transposed", *getattr(before, "__constants__", ())}
+        vars(module).update({k: v for k, v in vars(before).items() if k[0] != "_" and k not in own and k not in vars(module)})
 
 
 def build(slot: Sampler, channels: int, direction: Direction) -> nn.Module:

@@ -20,11 +20,12 @@ from ..tasks.pictures import Pictures
 from ..tasks.runs import BestCheckpoint, LastCheckpoint, RandomState, RunRecord
 from ..tasks.writing import CheckpointFiles, write_atomically
 from .common.app import app
-from .common.arguments import parse_override
+from .common.arguments import NULLABLE, parse_override
 from .common.checkpoints import check_last_checkpoint, drop_weight_paths
 from .common.jobs import check_interruption, interruptible_sweep, is_job, read_repeated_job, shares_process, train_in_subprocess
 from .common.lightning_messages import silence_lightning
 from .common.options import read_options
+from .common.paper import read_paper
 from .common.results import is_finished
 from .common.run_folders import LauncherSignals, is_first_process, lock_folder, read_config, record_failure
 from .common.run_length import RunLength, change_length
@@ -43,7 +44,7 @@ def start_run(cfg: DictConfig, folder: Path) -> DictConfig:
 
     Raises:
         RuntimeError: the folder already holds a run.
-        ValueError: a mandatory key has no value.
+        ValueError: a mandatory key has no value, or the row is not one of the experiment.
     """
     first = is_first_process()
     if first and (folder / "config.yaml").exists():
@@ -54,11 +55,24 @@ def start_run(cfg: DictConfig, folder: Path) -> DictConfig:
         if missing := find_missing_keys(OmegaConf.to_container(cfg)):
             raise ValueError(f"this configuration needs {', '.join(f'{key}=...' for key in missing)}; scale=small needs no data set")
         choices = {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra/")}
+        choices |= {group: None for group in NULLABLE if choices.get(group) == "none"}
+        check_row(choices.get("experiment"), choices.get("row"))
         cfg.run = {"choices": choices, "overrides": list(HydraConfig.get().overrides.task)}
         OmegaConf.resolve(cfg)
         if first:
             write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg))
     return cfg
+
+
+def check_row(experiment: str | None, row: str | None) -> None:
+    """Check that a row of the paper's tables is given with the experiment of its table.
+
+    Raises:
+        ValueError: there is no experiment, or that of another table.
+    """
+    table, tables = (row or "").partition("/")[0], read_paper()[0]
+    if table in tables and experiment != table and (experiment is None or experiment in tables):
+        raise ValueError(f"row={row} needs experiment={table}, got experiment={experiment or 'null'}")
 
 
 def check_resume(arguments: Sequence[str]) -> None:

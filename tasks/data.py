@@ -33,7 +33,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
             batch is sorted by group, so that most of its parts have one group and need less padding.
 
     Raises:
-        ValueError: the global batch does not divide by devices x accumulation, or is larger than the data set.
+        ValueError: the global batch does not divide by devices x accumulation, or is larger than the data set, or there is no step.
     """
 
     def __init__(
@@ -50,14 +50,20 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
     ) -> None:
         if batch_size % (world_size * accumulate):
             raise ValueError(
-                f"batch_size is the global batch and must be a multiple of devices x accumulation, "
+                f"data.batch_size is the global batch and must be a multiple of devices x accumulation, "
                 f"got {batch_size} for {world_size} x {accumulate}"
             )
         self.length, self.batch_size, self.epochs, self.seed, self.groups = length, batch_size, epochs, seed, groups
         if batch_size > length:
-            raise ValueError(f"batch_size must not exceed the training samples, got {batch_size} for {length} samples")
+            parts = world_size * accumulate
+            raise ValueError(
+                f"data.batch_size must not exceed the training samples, got {batch_size} for {length} samples: "
+                f"give data.batch_size={length // parts * parts} or less"
+            )
         self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
         self.start = 0
+        if not len(self):
+            raise ValueError(f"data.epochs must be one step or more, got {epochs}, of an epoch of {length // batch_size} steps")
 
     def __len__(self) -> int:
         """Return the number of batches of the whole training, including those before `start`."""

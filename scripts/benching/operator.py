@@ -13,7 +13,7 @@ from torch import Tensor
 from ...kernels.geometry import Spec, check_spec
 from ...tasks.writing import write_csv
 from ..common.app import app
-from ..common.options import look_up
+from ..common.options import DTYPES, look_up
 from .hardware import describe_hardware
 from .memory import keep_freed_memory, measure_extra_bytes
 from .plots import plot_times
@@ -70,10 +70,12 @@ def measure_operator(cfg: DictConfig, spec: Spec) -> Iterator[dict]:
     """Time every applicable provider in interleaved rounds, and yield a row of figures for each provider and mode.
 
     Raises:
-        ValueError: a chosen provider does not exist.
+        ValueError: the shape has not four numbers, or the type or a chosen provider does not exist.
     """
+    if len(cfg.op.shape) != 4:
+        raise ValueError(f"op.shape must be [N, C, H, W], got {cfg.op.shape}")
     n, c, h, w = cfg.op.shape
-    options = {"device": cfg.device, "dtype": getattr(torch, cfg.dtype)}
+    options = {"device": cfg.device, "dtype": look_up("dtype", [cfg.dtype], DTYPES | {"float64": torch.float64})[0]}
     memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
     x = torch.randn(n, c, h, w, **options).contiguous(memory_format=memory_format).requires_grad_()
     logits = torch.randn(n, spec.groups * spec.taps * spec.up**2, spec.cells(h), spec.cells(w), **options)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...tasks.writing import write_csv
 from ..common.app import app
-from ..common.options import look_up
+from ..common.options import DTYPES, look_up
 from .hardware import describe_hardware
 from .memory import measure_peak_bytes
 from .timing import time_in_turns
@@ -110,7 +110,7 @@ class SamplerCalls:
 def measure_site(group: str, shape: tuple[int, ...], cfg: DictConfig) -> list[dict]:
     """Measure the chosen samplers of a group and its baseline at one site, features [N, C, H, W]; return a row of figures for each."""
     chosen = {name: slot for name, slot in load_slots(group).items() if cfg.names is None or name in (*cfg.names, BASELINES[group])}
-    options = {"device": cfg.device, "dtype": getattr(torch, cfg.dtype)}
+    options = {"device": cfg.device, "dtype": look_up("dtype", [cfg.dtype], DTYPES)[0]}
     memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
     runs = {}
     for name, slot in chosen.items():

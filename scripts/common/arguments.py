@@ -9,6 +9,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+# options of Hydra that take a value
+VALUED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p", "--info", "-i")
+# groups that need no choice; each has a file none.yaml
+NULLABLE = ("experiment", "logger", "row", "samplers")
+
 
 def parse_override(argument: str) -> Override | None:
     """Parse an override, such as `data.root=FOLDER`; return None for an option, and for an override that Hydra cannot read."""
@@ -29,6 +34,18 @@ def expand_home(argument: str) -> str:
     return key + equals + re.sub(r"""(^["']?|[\[,]["']?)~(?=/|["']?$|["']?[,\]])""", lambda match: match[1] + home, value)
 
 
+def name_empty_choices(argument: str) -> str:
+    """Replace null as the choice of a group by "none", the name of its empty file, because Hydra takes only names there.
+
+    `~row` becomes the same: Hydra would remove the group from the configuration, and not from the sweep of an experiment.
+    """
+    if argument.startswith("~"):
+        group = argument[1:].partition("=")[0]
+        return f"{group}=none" if group in NULLABLE else argument
+    group, equals, value = argument.partition("=")
+    return group + equals + re.sub(r"(^|,)null(?=,|$)", r"\1none", value) if group in NULLABLE else argument
+
+
 def quote(argument: str) -> str:
     """Quote the value of an override for Hydra, and the whole for the shell."""
     key, _, value = argument.partition("=")
@@ -40,8 +57,11 @@ def quote(argument: str) -> str:
 def explain_values(arguments: Sequence[str]) -> list[str]:
     """List, for each override whose value Hydra cannot read, or reads as a sweep without -m, how to write the value as it stands."""
     lines = []
-    for argument in arguments:
-        if "=" not in argument or argument.startswith("-"):
+    for position, argument in enumerate(arguments):
+        if argument.startswith(("-", "~")) or (position and arguments[position - 1] in VALUED):
+            continue
+        if "=" not in argument:
+            lines.append(f"{argument}: an argument is KEY=VALUE; --help lists the keys")
             continue
         override = parse_override(argument)
         key, _, value = argument.partition("=")

@@ -348,12 +348,24 @@ def test_layer_with_several_channels_gets_a_sampler_for_each_call():
     model = OneLayerManyPlaces()
     keys = set(model.state_dict())
     report = replace(model, up=small_up, down=small_down, example=X)
-    assert [row.path for row in report.replaced] == ["maxpool2d_0", "maxpool2d_1", "upsample_0", "upsample_1"]
+    assert [row.path for row in report.replaced] == ["pool_0", "pool_1", "up_0", "up_1"]
     assert report.model is model
     assert keys < set(report.model.state_dict())
     assert report.model(X).shape == (2, 2, 16, 24)
-    assert report.model.maxpool2d_1.sampler.channel_compressor.in_channels == 6
+    assert report.model.pool_1.sampler.channel_compressor.in_channels == 6
     assert report.undo() is model
+    assert [row.path for row in replace(model, up=small_up, down=small_down, where="up", example=X).replaced] == ["up_0", "up_1"]
+
+
+def test_attributes_of_a_framework_stay():
+    model = UNet()
+    for i, layer in enumerate(model.children()):
+        # as ultralytics numbers the layers of a network
+        layer.i, layer.f, layer.type = i, -1, type(layer).__name__
+    replace(model, up=small_up, down=small_down, example=X)
+    assert [(layer.i, layer.f) for layer in model.children()] == [(i, -1) for i in range(8)]
+    assert model.up2.type == "Upsample"
+    assert not {"mode", "scale_factor", "stride"} & set(vars(model.up2))
 
 
 def test_shared_module_gets_one_sampler():

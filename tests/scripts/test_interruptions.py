@@ -287,7 +287,7 @@ def test_broken_result_is_none_for_everyone_and_is_written_again(whole, tmp_path
     assert read_runs([tmp_path])[1] == []
 
 
-def test_damaged_last_checkpoint_is_named_and_the_best_one_continues(whole, tmp_path, capsys):
+def test_damaged_last_checkpoint_is_named_and_the_best_one_continues(whole, tmp_path):
     folder = Path(shutil.copytree(whole, tmp_path / "run"))
     (folder / "result.json").unlink()
     last, best = folder / "last.ckpt", folder / "best.ckpt"
@@ -300,9 +300,8 @@ def test_damaged_last_checkpoint_is_named_and_the_best_one_continues(whole, tmp_
         offer = rf"{last} is damaged: replace it by {best}.*\(cp '{best}' '{last}'\), or delete it .*resume={folder}"
         with pytest.raises(ValueError, match=offer):
             check_last_checkpoint(folder)
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match=f"{last} is damaged.*\n.*error.txt"):
         call("train", f"resume={folder}", raises=False)
-    assert f"{last} is damaged" in capsys.readouterr().err
     assert f"{last} is damaged" in (folder / "error.txt").read_text().splitlines()[0]
     shutil.copy(best, last)
     call("train", f"resume={folder}")

@@ -134,22 +134,3 @@ def test_predict_takes_any_photographs(whole_run, tmp_path):
     # the legend is below
     heights = {"odd.jpg.png": 61, "grey.png.png": 61, "rgba.png.png": 61, "pixel.png.png": 1, "turned.jpeg.png": 47}
     assert all(sizes[name][1] > height for name, height in heights.items())
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments", "message"),
-    [
-        ("train", ["resume=nowhere"], "is not a run folder"),
-        ("train", [], "needs data.root=..."),
-        ("train", ["data.root=nowhere"], "is missing"),
-        ("eval", ["checkpoint=nowhere.ckpt"], "does not exist"),
-        ("predict", ["checkpoint=setup.txt", "images=."], "cannot be read"),
-        ("report", ["runs=nowhere"], "is not a folder"),
-        ("train", ["scale=small", "data.batch_size=4000"], "must not exceed the training samples"),
-    ],
-)
-def test_wrong_input_is_named(tmp_path, script, arguments, message):
-    (tmp_path / "setup.txt").write_text("no checkpoint")
-    done = run_command(script, *arguments, cwd=tmp_path)
-    assert done.returncode != 0
-    assert message in done.stderr

@@ -1,0 +1,98 @@
+"""Failures of a command: one message says what is wrong, where, and what to do, and error.txt holds the stack."""
+
+import contextlib
+import difflib
+import re
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from .arguments import explain_values
+from .comments import list_choices
+from .hints import find_hints
+
+# longer messages, such as torch's about every tensor that does not fit, are cut; error.txt has the rest
+MOST_LINES = 8
+
+
+def describe_failure(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
+    """Say in a few lines why a command with these arguments failed."""
+    composing = isinstance(error, HydraException | OmegaConfBaseException) and not isinstance(error, InstantiationException)
+    if composing and (lines := explain_values(arguments)):
+        return "\n".join(lines)
+    # one misspelt choice or key is what the others follow from
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return describe_choice(error)
+    if composing and (lines := find_hints(config_name, arguments)):
+        return "\n".join(lines)
+    # OmegaConf does not always know the key
+    unresolved = [argument for argument in arguments if "${" in argument] if isinstance(error, OmegaConfBaseException) else []
+    return shorten(": ".join([*unresolved, describe_error(error)]))
+
+
+def describe_choice(error: MissingConfigException) -> str:
+    """Name the choices of a group for which a choice was given that does not exist."""
+    path = str(error.missing_cfg_file).removesuffix(".yaml")
+    # Hydra's own groups are in folders, and rows are in a folder for each table
+    group, _, name = path.rpartition("/") if path.startswith("hydra/") else path.partition("/")
+    if not name:
+        return f"there is no configuration {path}"
+    options = list_choices(group, name.rpartition("/")[0]) or list_choices(group) or list(error.options or [])
+    close = difflib.get_close_matches(name, options, n=1)
+    lines = [f"{group}={name} does not exist" + (f"; did you mean '{close[0]}'?" if close else "")]
+    return "\n".join([*lines, *([f"  choices: {', '.join(options)}"] if options else [])])
+
+
+def describe_error(error: BaseException) -> str:
+    """Describe an exception: the key that it is about, its type unless this is ValueError, and its message."""
+    if isinstance(error, InstantiationException):
+        return describe_instantiation(error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}=... is missing"
+    if isinstance(error, OmegaConfBaseException):
+        # the message goes on with lines about the object
+        key = f"{error.full_key}: " if error.full_key else ""
+        return key + str(error).partition("\n")[0]
+    if isinstance(error, HydraException):
+        return str(error).partition("\nSee https://")[0]
+    name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return name + (str(error).strip() or "without a message")
+
+
+def describe_instantiation(error: InstantiationException) -> str:
+    """Describe what a class or function raised that the configuration names, with the key of the configuration."""
+    text = str(error)
+    key = re.search(r"full_key: (\S+)", text)
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    told = text.partition("\n")[0] if cause is error else describe_error(cause)
+    target = re.search(r"target '([^']+)'", text)
+    if isinstance(cause, ImportError | AttributeError) and target and "locating" in text:
+        told = f"{target[1]} cannot be imported ({told})"
+        return f"{key[1]}._target_: {told}" if key else told
+    return f"{key[1]}: {told}" if key else told
+
+
+def shorten(text: str) -> str:
+    """Keep the first lines of a message that is too long, and the last."""
+    lines = text.splitlines()
+    return "\n".join(lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 2], "...", lines[-1]])
+
+
+def record_stack(error: Exception, folder: Path) -> Path | None:
+    """Write an exception to error.txt in the folder of a command, unless a run is in this folder; return the file that holds it, if any.
+
+    A run in the folder records its own failures. The working directory is not a folder of the command.
+    """
+    record = folder / "error.txt"
+    if not (folder / "config.yaml").exists() and not record.exists() and folder.resolve() != Path.cwd():
+        with contextlib.suppress(OSError):
+            record.write_text("".join([f"{type(error).__name__}: {' '.join(str(error).split())}\n\n", *traceback.format_exception(error)]))
+    with contextlib.suppress(OSError):
+        if record.read_text().startswith(type(error).__name__):
+            return record.relative_to(Path.cwd()) if record.is_relative_to(Path.cwd()) else record
+    return None
