@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import SymBool, Tensor
 
+from .borders import arrange_windows, pad_source, restore_windows
 from .execution import Options
-from .geometry import LSE_NORMALIZERS, Spec
+from .geometry import LSE_NORMALIZERS, PADDED_BORDERS, Spec
 from .reference import normalize, normalize_backward
 
 Block = tuple[int, int]  # runs of sub-rows and of sub-columns, by their place in `_runs`
@@ -49,13 +50,16 @@ def _join(blocks: dict[Block, Tensor], spec: Spec) -> Tensor:
 
 
 def _visits(source: Tensor, rows: int, columns: int, spec: Spec) -> Iterator[tuple[Block, int, Tensor]]:
-    """Yield (block, tap, part) for every weight: `part` [..., rows, columns] holds the pixels of source [..., H, W] that it multiplies."""
+    """Yield (block, tap, part) for every weight: `part` [..., rows, columns] holds the pixels of the source that it multiplies.
+
+    `source` [..., H, W] is padded as `pad_source` does.
+    """
     runs = list(enumerate(_runs(spec)))
     last = spec.kernel_size - 1 + runs[-1][1][0]
-    radius, beyond = spec.kernel_size // 2, -(-last // spec.down)
+    lead, beyond = 0 if spec.border in PADDED_BORDERS else spec.kernel_size // 2, -(-last // spec.down)
     # whole steps, so that the slice of every offset has one pixel for each cell
-    below, right = ((cells + beyond) * spec.down - size - radius for cells, size in zip((rows, columns), source.shape[-2:], strict=True))
-    padded = F.pad(source, (radius, right, radius, below))
+    below, right = ((cells + beyond) * spec.down - size - lead for cells, size in zip((rows, columns), source.shape[-2:], strict=True))
+    padded = F.pad(source, (lead, right, lead, below))
 
     def steps(offset: int) -> slice:
         surplus = beyond - offset // spec.down
@@ -100,7 +104,7 @@ def _group(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
 
 
 def _windows(x: Tensor, logits: Tensor, options: Options) -> Tensor:
-    """View the logits as [N, G, K * K, up, up, Hq, Wq], in the dtype of the sums."""
+    """Arrange the logits as windows [N, G, K * K, up, up, Hq, Wq] that read the padded source, in the dtype of the sums."""
     spec, up = options.spec, options.up
     channels = spec.groups * spec.taps
     if options.at_targets:
@@ -109,7 +113,8 @@ def _windows(x: Tensor, logits: Tensor, options: Options) -> Tensor:
         cells = logits.view(x.shape[0], channels, rows, up, columns, up).permute(0, 1, 3, 5, 2, 4)
     else:
         cells = _split(logits[:, : channels * up**2], 1, (channels, up, up))
-    return _group(cells, spec.groups, torch.promote_types(x.dtype, torch.float32))
+    windows = _group(cells, spec.groups, torch.promote_types(x.dtype, torch.float32))
+    return arrange_windows(windows, spec, *x.shape[2:])
 
 
 def decompose(x: Tensor, logits: Tensor, size: Sequence[int] | None, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -129,7 +134,7 @@ def decompose(x: Tensor, logits: Tensor, size: Sequence[int] | None, *arguments:
     windows = _windows(x, logits, options)
     weights = normalize(windows, spec.normalizer)
     taps = {block: part.split(1, dim=2) for block, part in _blocks(weights, spec).items()}  # [N, G, 1, sub-pixels, Hq, Wq] each
-    source = _group(x, spec.groups, weights.dtype).unsqueeze(3)  # [N, G, C / G, 1, H, W]
+    source = _group(pad_source(x, spec), spec.groups, weights.dtype).unsqueeze(3)  # [N, G, C / G, 1, H, W], or padded
     cell_rows, cell_columns = windows.shape[-2:]
     sums: dict[Block, Tensor] = {}
     terms: dict[Block, Tensor] = {}
@@ -168,7 +173,7 @@ def decompose_backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, size:
     dy = _resize_border(dy, (rows * spec.up, columns * spec.up))
     dcells = F.pixel_unshuffle(dy, spec.up).unflatten(1, (dy.shape[1], spec.up, spec.up))
     gradients = _blocks(_group(dcells, spec.groups, windows.dtype), spec)  # [N, G, C / G, sub-pixels, Hq, Wq] each
-    source = _group(x, spec.groups, windows.dtype).unsqueeze(3)
+    source = _group(pad_source(x, spec), spec.groups, windows.dtype).unsqueeze(3)
     products: dict[Block, dict[int, Tensor]] = {block: {} for block in gradients}
     for block, tap, part in _visits(source, rows, columns, spec):
         products[block][tap] = (part * gradients[block]).sum(2)
@@ -176,6 +181,6 @@ def decompose_backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, size:
     dweights = dweights.view(windows.shape)
     if spec.normalizer != "none":
         dweights = normalize_backward(dweights, normalize(windows, spec.normalizer), windows, spec.normalizer)
-    dlogits = dweights.flatten(1, 4)
+    dlogits = restore_windows(dweights, spec, *x.shape[2:]).flatten(1, 4)
     unread = logits.shape[1] - dlogits.shape[1]
     return x.new_empty(0), (F.pad(dlogits, (0, 0, 0, 0, 0, unread)) if unread else dlogits).to(logits.dtype)

@@ -25,6 +25,7 @@ class Options(NamedTuple):
     down: int
     groups: int
     normalizer: str
+    border: str
     at_targets: bool  # whether the logits are [N, G * K * K, Ho, Wo], instead of [N, G * K * K * up**2, Hq, Wq]
     backend: str | None
 
@@ -36,7 +37,7 @@ class Options(NamedTuple):
     @property
     def spec(self) -> Spec:
         """The options of the reassembly."""
-        return Spec(self.kernel_size, self.up, self.down, self.groups, self.normalizer)
+        return Spec(self.kernel_size, self.up, self.down, self.groups, self.normalizer, self.border)
 
 
 def empty_outputs(x: Tensor, options: Options) -> tuple[Tensor, Tensor]:

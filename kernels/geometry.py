@@ -4,6 +4,9 @@ An output row i' (the same for columns) belongs to cell q = i' // up, sub-row dy
 q * down + (dy * down) // up, which is (i' * down) // up. With down == 1 a cell is a source pixel (up x up outputs share its window);
 with up == 1 a cell is an output.
 
+A window that leaves the map is treated as the option `border` says (BORDERS). "shift" moves the whole window into the map, so that its
+taps are those of the nearest window inside.
+
 The output has ceil(H * up / down) x ceil(W * up / down) pixels, unless a call asks for another size. A side may be up to up - 1 pixels
 shorter, so that the last cell is cut, or up to up - 1 pixels longer. The pixels beyond ceil(H * up / down) repeat the last row or column.
 """
@@ -17,6 +20,11 @@ from torch import Tensor
 NORMALIZERS = ("softmax", "sigmoid", "sigmoid_normalized", "none")
 # normalizers that divide by a sum over the window; forward saves the logarithm of this sum for backward
 LSE_NORMALIZERS = ("softmax", "sigmoid_normalized")
+# what the taps of a window outside the map do: read zeros; are left out of the normalisation; read the nearest pixel of the map; move
+# into the map together with the whole window
+BORDERS = ("zero", "renormalize", "replicate", "shift")
+# borders at which windows read pixels of the map again instead of zeros
+PADDED_BORDERS = ("replicate", "shift")
 
 
 class Spec(NamedTuple):
@@ -27,6 +35,7 @@ class Spec(NamedTuple):
     down: int = 1
     groups: int = 1
     normalizer: str = "softmax"
+    border: str = "zero"
 
     @property
     def taps(self) -> int:
@@ -73,6 +82,13 @@ def check_spec(spec: Spec) -> None:
         raise ValueError(f"kernel_size must be odd, so that a window has a centre, got {spec.kernel_size}")
     if spec.normalizer not in NORMALIZERS:
         raise ValueError(f"normalizer must be one of {', '.join(NORMALIZERS)}, got {spec.normalizer!r}")
+    if spec.border not in BORDERS:
+        raise ValueError(f"border must be one of {', '.join(BORDERS)}, got {spec.border!r}")
+    if spec.border == "renormalize" and spec.normalizer not in LSE_NORMALIZERS:
+        raise ValueError(
+            f"border 'renormalize' needs a normalizer that divides by a sum over the window, {' or '.join(LSE_NORMALIZERS)}, got "
+            f"{spec.normalizer!r}, with which the weights of a window inside the map have any sum"
+        )
 
 
 def is_traced() -> bool:
@@ -134,6 +150,11 @@ def check_inputs(x: Tensor, weights: Tensor, spec: Spec, size: Sequence[int] | N
         raise ValueError(f"x must have C, H, W of at least 1, got shape {tuple(x.shape)}")
     if c % spec.groups:
         raise ValueError(f"groups must divide the channels of x, got groups={spec.groups} for {c} channels")
+    if spec.border == "shift" and min(h, w) < spec.kernel_size:
+        raise ValueError(
+            f"border 'shift' needs a map of at least kernel_size={spec.kernel_size} rows and columns, in which a whole window fits, got "
+            f"x of {h} x {w}"
+        )
     size = output_size(x, spec, size)
     channels = spec.groups * spec.taps
     if name == "logits":

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .backends import choose_backend
+from .borders import mask_outside
 from .decomposed import decompose
 from .execution import Options
 from .flops import register_formulas
@@ -49,6 +50,7 @@ def reassemble(
     down: int = 1,
     groups: int = 1,
     normalizer: str = "softmax",
+    border: str = "zero",
     size: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -65,10 +67,13 @@ def reassemble(
         logits: the output of the content encoder, [N, groups * kernel_size**2 * up**2, ceil(H / down), ceil(W / down)], before pixel
             shuffle and normalisation; dtype and device of `x`. The channel of tap (ky, kx) and sub-pixel (dy, dx) is ((g * K + ky) * K +
             kx) * up**2 + dy * up + dx.
-        kernel_size: side of the reassembly window, odd; windows are zero outside the map and not renormalised there.
+        kernel_size: side of the reassembly window, odd.
         up, down: output size is ceil(H * up / down) x ceil(W * up / down).
         groups: groups of channels that share a kernel; divides C.
         normalizer: "softmax", "sigmoid", "sigmoid_normalized" (divided by the sum over the window) or "none".
+        border: what the taps of a window outside the map do. "zero": they read zeros, and the other weights stay. "renormalize": they are
+            left out, and the normaliser runs over the taps inside the map; only with "softmax" and "sigmoid_normalized". "replicate": they
+            read the nearest pixel of the map. "shift": the whole window moves into the map, which needs at least K rows and columns.
         size: rows and columns of the output, which may each differ by less than `up` from the output size above, as in a pyramid whose
             finer level has an odd side. A shorter output is cut at the bottom and right; a longer one repeats its last row or column.
         backend: None chooses by device: "triton" on a GPU, "cpu" (compiled at first use) on a CPU. A name forces a backend: "reference" is
@@ -85,11 +90,11 @@ def reassemble(
     if has_torch_function_variadic(x, logits):
         # tensor subclasses, modes and the proxies of torch.fx take the call as one of a function of PyTorch
         options: dict[str, Any] = dict(
-            kernel_size=kernel_size, up=up, down=down, groups=groups, normalizer=normalizer, size=size, backend=backend
+            kernel_size=kernel_size, up=up, down=down, groups=groups, normalizer=normalizer, border=border, size=size, backend=backend
         )
         return handle_torch_function(reassemble, (x, logits), x, logits, **options)
     x, logits = _autocast(x, logits) if isinstance(x, Tensor) and isinstance(logits, Tensor) else (x, logits)
-    spec = Spec(kernel_size, up, down, groups, normalizer)
+    spec = Spec(kernel_size, up, down, groups, normalizer, border)
     if is_traced():
         return _trace(x, logits, spec, size, name="logits")
     rows, columns = check_inputs(x, logits, spec, size)
@@ -107,6 +112,7 @@ def reassemble_weights(
     down: int = 1,
     groups: int = 1,
     normalizer: str = "none",
+    border: str = "zero",
     size: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -116,7 +122,7 @@ def reassemble_weights(
         x: source features [N, C, H, W].
         weights: [N, groups * kernel_size**2, Ho, Wo], where Ho x Wo is the output size, channel (g * K + ky) * K + kx. They are read in
             place, except where the output size is not a multiple of `up`: there they are first padded to the next multiple.
-        kernel_size, up, down, groups, backend: as for `reassemble`.
+        kernel_size, up, down, groups, border, backend: as for `reassemble`.
         normalizer: "none" for weights that are already normalised; with another name, as for `reassemble`, `weights` are logits.
         size: rows and columns Ho, Wo of the output, each less than `up` shorter than ceil(H * up / down), ceil(W * up / down) or equal.
 
@@ -128,11 +134,11 @@ def reassemble_weights(
     """
     if has_torch_function_variadic(x, weights):
         options: dict[str, Any] = dict(
-            kernel_size=kernel_size, up=up, down=down, groups=groups, normalizer=normalizer, size=size, backend=backend
+            kernel_size=kernel_size, up=up, down=down, groups=groups, normalizer=normalizer, border=border, size=size, backend=backend
         )
         return handle_torch_function(reassemble_weights, (x, weights), x, weights, **options)
     x, weights = _autocast(x, weights) if isinstance(x, Tensor) and isinstance(weights, Tensor) else (x, weights)
-    spec = Spec(kernel_size, up, down, groups, normalizer)
+    spec = Spec(kernel_size, up, down, groups, normalizer, border)
     if is_traced():
         return _trace(x, weights, spec, size, name="weights")
     rows, columns = check_inputs(x, weights, spec, size, name="weights")
@@ -140,6 +146,9 @@ def reassemble_weights(
         raise ValueError(f"size must not exceed the output size of the scale for weights at output resolution, got {rows} x {columns}")
     if choose_backend(backend, x) == "reference":
         dtype = torch.promote_types(x.dtype, torch.float32)
-        windows = normalize(weights.to(dtype).unflatten(1, (groups, spec.taps)), normalizer)
-        return weighted_sum(x.to(dtype), windows, spec).to(x.dtype).contiguous(memory_format=memory_format(x))
+        windows = weights.to(dtype).unflatten(1, (groups, spec.taps))
+        if border == "renormalize":
+            windows = mask_outside(windows, spec, *x.shape[2:])
+        y = weighted_sum(x.to(dtype), normalize(windows, normalizer), spec)
+        return y.to(x.dtype).contiguous(memory_format=memory_format(x))
     return call_reassemble(x, weights, Options((rows, columns), *spec, True, backend))

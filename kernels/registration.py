@@ -15,6 +15,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from .borders import mask_outside
 from .decomposed import decompose, decompose_backward
 from .execution import Options, backward, compute_gradients, compute_outputs, empty_gradients, empty_outputs, forward
 from .reference import normalize, normalize_backward, normalize_forward
@@ -24,7 +25,9 @@ from .reference import normalize, normalize_backward, normalize_forward
 
 # `torch.library.custom_op` would wrap the op in code that takes more host time than the rest of a call on a GPU
 LIBRARY = torch.library.Library("carafepp", "FRAGMENT")
-OPTIONS = "SymInt[] size, SymInt kernel_size, SymInt up, SymInt down, SymInt groups, str normalizer, bool at_targets, str? backend"
+OPTIONS = (
+    "SymInt[] size, SymInt kernel_size, SymInt up, SymInt down, SymInt groups, str normalizer, str border, bool at_targets, str? backend"
+)
 SCHEMAS = (
     f"reassemble(Tensor x, Tensor logits, {OPTIONS}) -> (Tensor y, Tensor lse)",
     f"reassemble_backward(Tensor dy, Tensor x, Tensor logits, Tensor lse, {OPTIONS}, bool need_dx, bool need_dlogits) -> (Tensor, Tensor)",
@@ -93,14 +96,24 @@ def _call_below_autograd(op, *arguments):
 
 
 def _windows(logits: Tensor, options: Options) -> Tensor:
-    """View logits as [N, G, K * K, up**2, Hq, Wq], or [N, G, K * K, 1, Ho, Wo] at targets; further channels are left out."""
+    """View logits as [N, G, K * K, up, up, Hq, Wq], or [N, G, K * K, Ho, Wo] at targets; further channels are left out."""
     channels = options.groups * options.kernel_size**2
     used = logits[:, : channels if options.at_targets else channels * options.up**2]
-    return used.unflatten(1, (options.groups, options.kernel_size**2, -1))
+    subs = () if options.at_targets else (options.up, options.up)
+    return used.unflatten(1, (options.groups, options.kernel_size**2, *subs))
+
+
+def _weights(x: Tensor, logits: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Return the windows of the logits, as they are normalised, and their weights."""
+    windows = _windows(logits, options)
+    if options.border == "renormalize":
+        windows = mask_outside(windows, options.spec, *x.shape[2:])
+    return windows, normalize(windows, options.normalizer)
 
 
 def _bilinear(options: Options) -> Options:
-    return options._replace(normalizer="none")
+    """Return the options of the same sum with given weights; those of taps that "renormalize" leaves out are 0."""
+    return options._replace(normalizer="none", border="zero" if options.border == "renormalize" else options.border)
 
 
 class _Reassemble(_SingleLevelFunction):
@@ -132,14 +145,13 @@ class _Reassemble(_SingleLevelFunction):
     @staticmethod
     @_apply_to_tangents
     def jvp(ctx, x, logits, x_tangent, logits_tangent, _):
-        windows = _windows(logits, ctx.options)
-        weights = normalize(windows, ctx.options.normalizer)
+        windows, weights = _weights(x, logits, ctx.options)
         y_tangent = None
         if x_tangent is not None:
             y_tangent = reassemble_op(x_tangent, logits, *ctx.options)[0]
         if logits_tangent is not None:
             change = normalize_forward(_windows(logits_tangent, ctx.options), weights, windows, ctx.options.normalizer)
-            part = reassemble_op(x, change.flatten(1, 3), *_bilinear(ctx.options))[0]
+            part = reassemble_op(x, change.flatten(1, -3), *_bilinear(ctx.options))[0]
             y_tangent = part if y_tangent is None else y_tangent + part
         return y_tangent, None
 
@@ -148,14 +160,13 @@ def _differentiable_backward(
     dy: Tensor, x: Tensor, logits: Tensor, options: Options, need_dx: bool, need_dlogits: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute the same gradients with bilinear and elementwise ops, so that they can be differentiated again."""
-    windows = _windows(logits, options)
-    weights = normalize(windows, options.normalizer)
+    windows, weights = _weights(x, logits, options)
     none = x.new_empty(0)
-    dx, dweights = reassemble_backward_op(dy, x, weights.flatten(1, 3), none, *_bilinear(options), need_dx, need_dlogits)
+    dx, dweights = reassemble_backward_op(dy, x, weights.flatten(1, -3), none, *_bilinear(options), need_dx, need_dlogits)
     if not need_dlogits:
         return dx, dweights
     dwindows = normalize_backward(dweights.view(windows.shape), weights, windows, options.normalizer)
-    dlogits = dwindows.flatten(1, 3)
+    dlogits = dwindows.flatten(1, -3)
     unread = logits.shape[1] - dlogits.shape[1]
     return dx, F.pad(dlogits, (0, 0, 0, 0, 0, unread)) if unread else dlogits
 

@@ -1,5 +1,6 @@
 """The operator in plain PyTorch, on any device: one fused multiply-add per tap over shifted views, without an unfolded copy.
 
+The borders "replicate" and "shift" take a padded copy of the source.
 It runs on a CPU without a compiler for the CPU kernel.
 """
 
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import LSE_NORMALIZERS, Spec
+from .borders import arrange_windows, fold_padding, pad_source, restore_windows
+from .geometry import LSE_NORMALIZERS, PADDED_BORDERS, Spec
 from .reference import normalize, normalize_backward
 
 Index = tuple[EllipsisType, slice, slice]
@@ -32,39 +34,35 @@ def _subpixels(spec: Spec) -> Iterator[tuple[int, int]]:
     return ((dy, dx) for dy in range(spec.up) for dx in range(spec.up))
 
 
-def _visits(x: Tensor, logits: Tensor, y: Tensor, dy: int, dx: int, spec: Spec) -> Iterator[tuple[int, Index, Index]]:
+def _visits(source: Tensor, logits: Tensor, y: Tensor, dy: int, dx: int, spec: Spec) -> Iterator[tuple[int, Index, Index]]:
     """Yield (tap, cells, sources) for every weight of a sub-pixel: the cells that use it and the sources that they read."""
-    radius = spec.kernel_size // 2
+    # place of the map in the source
+    lead = spec.kernel_size // 2 if spec.border in PADDED_BORDERS else 0
     for tap in range(spec.taps):
-        ky, kx = divmod(tap, spec.kernel_size)
-        qi, i = _axis(x.shape[2], logits.shape[4], y.shape[2], ky - radius, dy, spec)
-        qj, j = _axis(x.shape[3], logits.shape[5], y.shape[3], kx - radius, dx, spec)
+        ky, kx = (offset - spec.kernel_size // 2 + lead for offset in divmod(tap, spec.kernel_size))
+        qi, i = _axis(source.shape[-2], logits.shape[4], y.shape[2], ky, dy, spec)
+        qj, j = _axis(source.shape[-1], logits.shape[5], y.shape[3], kx, dx, spec)
         if qi.stop > qi.start and qj.stop > qj.start:
             yield tap, (..., qi, qj), (..., i, j)
 
 
-def _scores(logits: Tensor, spec: Spec) -> Tensor:
+def _windows(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
     windows = logits.unflatten(1, (spec.groups, spec.taps))
-    windows = windows.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.logsigmoid(windows) if spec.normalizer == "sigmoid_normalized" else windows
-
-
-def _weights(logits: Tensor, spec: Spec) -> Tensor:
-    scores = _scores(logits, spec)
-    return scores.softmax(2) if spec.normalizer in LSE_NORMALIZERS else normalize(scores, spec.normalizer)
+    return arrange_windows(windows.to(torch.promote_types(logits.dtype, torch.float32)), spec, *x.shape[2:])
 
 
 def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> None:
     """Fill y [N, C, Ho, Wo] and lse [N, G, up, up, Hq, Wq] from x and logits [N, G * K * K, up, up, Hq, Wq]."""
-    if lse.numel():
-        torch.logsumexp(_scores(logits, spec), dim=2, out=lse)
-    weights = _weights(logits, spec)
-    source = x.unflatten(1, (spec.groups, -1))
+    windows = _windows(x, logits, spec)
+    if spec.normalizer in LSE_NORMALIZERS:
+        torch.logsumexp(F.logsigmoid(windows) if spec.normalizer == "sigmoid_normalized" else windows, dim=2, out=lse)
+    weights = normalize(windows, spec.normalizer)
+    source = pad_source(x, spec).unflatten(1, (spec.groups, -1))
     # the sums of a sub-pixel are contiguous: adding to its strided view of y takes twice the time
     total = weights.new_empty(*source.shape[:3], *logits.shape[4:])  # [N, G, C / G, Hq, Wq]
     for dy, dx in _subpixels(spec):
         total.zero_()
-        for tap, cells, sources in _visits(x, logits, y, dy, dx, spec):
+        for tap, cells, sources in _visits(source, logits, y, dy, dx, spec):
             total[cells].addcmul_(weights[:, :, tap, None, dy, dx][cells], source[sources].to(total.dtype))
         place = y[..., dy :: spec.up, dx :: spec.up]
         place.copy_(total.flatten(1, 2)[..., : place.shape[2], : place.shape[3]])
@@ -72,22 +70,26 @@ def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> No
 
 def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, spec: Spec) -> None:
     """Fill dx and dlogits, except those that are None. The weights are computed again, because the log-sum-exp has rounding errors."""
-    weights = _weights(logits, spec)
-    source = x.unflatten(1, (spec.groups, -1))
-    dsource = None
+    windows = _windows(x, logits, spec)
+    weights = normalize(windows, spec.normalizer)
+    padded = pad_source(x, spec)
+    source = padded.unflatten(1, (spec.groups, -1))
+    dpadded = dsource = None
     if dx is not None:
-        dsource = (dx.zero_() if dx.dtype == weights.dtype else torch.zeros_like(x, dtype=weights.dtype)).unflatten(1, (spec.groups, -1))
+        in_place = dx.dtype == weights.dtype and dx.shape == padded.shape
+        dpadded = dx.zero_() if in_place else torch.zeros_like(padded, dtype=weights.dtype)
+        dsource = dpadded.unflatten(1, (spec.groups, -1))
     dweights = torch.zeros_like(weights) if dlogits is not None else None
     for row, column in _subpixels(spec):
         gradient = dy[..., row :: spec.up, column :: spec.up].unflatten(1, (spec.groups, -1)).to(weights.dtype).contiguous()
-        for tap, cells, sources in _visits(x, logits, dy, row, column, spec):
+        for tap, cells, sources in _visits(source, logits, dy, row, column, spec):
             g = gradient[cells]
             if dsource is not None:
                 dsource[sources].addcmul_(weights[:, :, tap, None, row, column][cells], g)
             if dweights is not None:
                 dweights[:, :, tap, row, column][cells] = (g * source[sources].to(weights.dtype)).sum(2)
-    if dx is not None and dsource is not None and dx.dtype != weights.dtype:
-        dx.copy_(dsource.flatten(1, 2))
+    if dx is not None and dpadded is not None and dpadded is not dx:
+        dx.copy_(fold_padding(dpadded, spec))
     if dlogits is not None and dweights is not None:
-        windows = logits.unflatten(1, (spec.groups, spec.taps)).to(weights.dtype)
-        dlogits.copy_(normalize_backward(dweights, weights, windows, spec.normalizer).flatten(1, 2))
+        dwindows = normalize_backward(dweights, weights, windows, spec.normalizer)
+        dlogits.copy_(restore_windows(dwindows, spec, *x.shape[2:]).flatten(1, 2))

@@ -77,6 +77,8 @@ class CARAFE(nn.Module):
         compressor_norm: whether batch normalisation and ReLU follow the compressor, as in the paper's classification backbones
             (section 5.1).
         normalizer: "softmax", "sigmoid", "sigmoid_normalized" or "none" (Table XIV).
+        border: "zero" (the paper's), "renormalize", "replicate" or "shift": what windows do that leave the map, see
+            `carafepp.kernels.reassemble`.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value. The message names it and says what would be right.
@@ -96,9 +98,10 @@ class CARAFE(nn.Module):
         encoder_dilation: int = 1,
         compressor_norm: bool = False,
         normalizer: str = "softmax",
+        border: str = "zero",
     ):
         super().__init__()
-        self.spec = Spec(kernel_size, up, down, groups, normalizer)
+        self.spec = Spec(kernel_size, up, down, groups, normalizer, border)
         check_spec(self.spec)
         if compressed_channels == "auto":
             compressed_channels = 64 if up > 1 else 16

@@ -100,7 +100,7 @@ def _multiply_windows(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor
         return torch.einsum("nephw,nemhw->nmphw", _space_to_depth(queries).unflatten(1, (-1, 4)), windows).flatten(1, 2)
     weights = keys.new_zeros(1).expand(n, kernel_size**2 * 4, h, w)
     lse = keys.new_empty(0)
-    options = (2 * h, 2 * w), kernel_size, 2, 1, 1, "none", False, None
+    options = (2 * h, 2 * w), kernel_size, 2, 1, 1, "none", "zero", False, None
     return torch.ops.carafepp.reassemble_backward(queries, keys, weights, lse, *options, need_dx=False, need_dlogits=True)[1]
 
 

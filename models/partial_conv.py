@@ -66,7 +66,7 @@ class PartialSampler(nn.Module):
 
     Raises:
         TypeError: the sampler is of another type.
-        ValueError: the weights of a CARAFE do not sum to 1, or its scale is rational.
+        ValueError: the weights of a CARAFE do not sum to 1, its scale is rational, or its windows read pixels of the map outside it.
     """
 
     def __init__(self, sampler: nn.Module):
@@ -75,6 +75,8 @@ class PartialSampler(nn.Module):
             spec = sampler.spec
             if spec.normalizer not in ("softmax", "sigmoid_normalized"):
                 raise ValueError(f"normalizer must be softmax or sigmoid_normalized in a partial convolution, got {spec.normalizer!r}")
+            if spec.border not in ("zero", "renormalize"):
+                raise ValueError(f"border must be zero or renormalize in a partial convolution, got {spec.border!r}")
             if spec.up > 1 and spec.down > 1:
                 raise ValueError(f"up or down must be 1 in a partial convolution, got up={spec.up}, down={spec.down}")
         elif not isinstance(sampler, LINEAR):

@@ -20,7 +20,7 @@ class Region(NamedTuple):
     Attributes:
         module: name of the module that takes the map, or "" for the output of the last module.
         features: the map, [C, H, W].
-        weights: [L, H, W], one map per target. With softmax each sums to 1 if no window leaves the map.
+        weights: [L, H, W], one map per target. With softmax each sums to 1, unless a window of the border "zero" leaves the map.
     """
 
     module: str

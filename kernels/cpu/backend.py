@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..geometry import NORMALIZERS, Spec
+from ..geometry import BORDERS, NORMALIZERS, Spec
 from .build import BuildError, build
 
 # in the order of the enumeration in call.h
@@ -22,7 +22,7 @@ class Problem(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64)
         for name in (
-            *("dtype", "normalizer", "batch", "channels", "height", "width", "output_rows", "output_columns"),
+            *("dtype", "normalizer", "border", "batch", "channels", "height", "width", "output_rows", "output_columns"),
             *("kernel", "up", "down", "groups"),
         )
     )
@@ -106,7 +106,8 @@ _write_address = struct.Struct("P").pack_into
 @functools.lru_cache(maxsize=4096)
 def _template(dtype: torch.dtype, spec: Spec, shape: torch.Size, size: torch.Size, threads: int, forked: bool, *strides: tuple) -> bytes:
     """Return the bytes of a `Call` without its addresses, which are all that differs between calls with the same layouts."""
-    problem = (DTYPES.index(dtype), NORMALIZERS.index(spec.normalizer), *shape, *size, *spec[:4])
+    options = DTYPES.index(dtype), NORMALIZERS.index(spec.normalizer), BORDERS.index(spec.border)
+    problem = (*options, *shape, *size, *spec[:4])
     return bytes(Call(problem, threads, openmp_parallel(), *((None, steps) for steps in strides)))
 
 

@@ -8,11 +8,13 @@
 namespace carafepp {
 
 enum Dtype : std::int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+enum Border : std::int64_t { ZERO, RENORMALIZE, REPLICATE, SHIFT };
 enum Normalizer : std::int64_t { SOFTMAX, SIGMOID, SIGMOID_NORMALIZED, NONE };
 
 struct Problem {
     Dtype dtype;
     Normalizer normalizer;
+    Border border;
     std::int64_t batch, channels, height, width, output_rows, output_columns, kernel, up, down, groups;
 
     Index taps() const { return kernel * kernel; }

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "borders.h"
 #include "call.h"
 #include "index.h"
 #include "scratch.h"
@@ -103,24 +104,27 @@ inline void multiply_channels(const S* const* doutput, const S* const* source, I
 template <class S> struct PixelMap {
     S* data;
     Index row_stride, column_stride, height, width, factor;
+    Padding padding;
 
-    // null outside the map
+    // null for a zero outside the map
     S* pixel(Index row, Index column) const {
-        return row < 0 || column < 0 || row >= height || column >= width ? nullptr : data + row * row_stride + column * column_stride;
+        row = padding.pixel(row, height), column = padding.pixel(column, width);
+        return row < 0 || column < 0 ? nullptr : data + row * row_stride + column * column_stride;
     }
     // whether the cells within `halo` of a cell own no pixel outside the map
     bool inside(Index row, Index column, Index halo) const {
         return row >= halo && column >= halo && (row + halo + 1) * factor <= height && (column + halo + 1) * factor <= width;
     }
 };
-template <class S> PixelMap<S> source_pixels(const Task& task, const Tensor& x) {
+template <class S> PixelMap<S> source_pixels(const Task& task, const Tensor& x, const Padding& padding) {
     const Problem& problem = task.problem;
-    return {x.at<S>(task.image, task.first_channel()), x.strides[2], x.strides[3], problem.height, problem.width, problem.down};
+    S* data = x.at<S>(task.image, task.first_channel());
+    return {data, x.strides[2], x.strides[3], problem.height, problem.width, problem.down, padding};
 }
 template <class S> PixelMap<S> output_pixels(const Task& task, const Tensor& y) {
     const Problem& problem = task.problem;
     S* data = y.at<S>(task.image, task.first_channel());
-    return {data, y.strides[2], y.strides[3], problem.output_rows, problem.output_columns, problem.up};
+    return {data, y.strides[2], y.strides[3], problem.output_rows, problem.output_columns, problem.up, Padding{}};
 }
 
 // The step from the first pixel of a cell to a pixel that it sums, and the plane of the weight.
@@ -131,7 +135,7 @@ template <class S> Step make_step(const PixelMap<S>& map, Index rows, Index colu
     return {rows, columns, rows * map.row_stride + columns * map.column_stride, weight};
 }
 
-// Finds the pixels that a cell sums. `zeros` replaces pixels outside the map; a cell that is `inside` has none.
+// Finds the pixels that a cell sums. `zeros` replaces zeros outside the map; a cell that is `inside` has none.
 template <class S>
 inline void find_pixels(const std::vector<Step>& steps, const PixelMap<S>& map, Index cell_row, Index cell_column, bool inside,
                         S* zeros, S** pixels) {
@@ -175,7 +179,7 @@ template <class S, class T> void channels_last_forward(const Task& task, const S
     const Tile& tile = task.tile;
     const Planes<T>& weights = scratch.weights;
     const Index taps = task.problem.taps(), channels = task.problem.group_channels(), halo = task.grid.halo, pitch = task.grid.pitch;
-    const PixelMap<const S> source = source_pixels<const S>(task, task.call.x);
+    const PixelMap<const S> source = source_pixels<const S>(task, task.call.x, padding(task.problem));
     const PixelMap<S> output = output_pixels<S>(task, task.call.y);
     const std::vector<std::vector<Step>> steps = source_steps(task, source, weights);
     const std::vector<S> zeros(channels);
@@ -212,7 +216,7 @@ template <class S, class T> void channels_last_dx(const Task& task, const Scratc
     const Planes<T>& weights = scratch.weights;
     const Index channels = problem.group_channels(), halo = task.grid.halo, pitch = task.grid.pitch;
     const PixelMap<const S> output = output_pixels<const S>(task, task.call.dy);
-    const PixelMap<S> source = source_pixels<S>(task, task.call.dx);
+    const PixelMap<S> source = source_pixels<S>(task, task.call.dx, Padding{});
     // by phase, then by the row and column of the output relative to the first output of the first cell
     std::vector<std::map<std::pair<Index, Index>, WeightPlanes>> shared(problem.phases());
     for (const TapSource& from : task.windows.sources)
@@ -249,13 +253,28 @@ template <class S, class T> void channels_last_dx(const Task& task, const Scratc
                 sum_all_channels<NEIGHBOURS, S, T>(terms, channels, pixels);
             }
     }
+    // pixels that are also read at places outside the map: all of their terms again, so that the result is rounded once
+    visit_padding_pixels(task, [&](Index row, Index column, const std::vector<Index>& rows, const std::vector<Index>& columns) {
+        terms.pixels.clear(), terms.weights.clear();
+        for (Index place_row : rows)
+            for (Index place_column : columns)
+                visit_reads(task, place_row, place_column, [&](const TapSource& from, Index i, Index j) {
+                    const S* pixel = output.pixel(i * problem.up + from.sub_row, j * problem.up + from.sub_column);
+                    if (!pixel) return;
+                    terms.pixels.push_back(pixel);
+                    terms.weights.push_back(weights.at(from.tap, from.sub)[(i - tile.row) * pitch + j - tile.column]);
+                });
+        S* pixel = source.pixel(row, column);
+        sum_all_channels<1, S, T>(terms, channels, &pixel);
+    });
 }
 
 template <class S, class T> void channels_last_dweights(const Task& task, const Scratch<T>& scratch) {
     const Tile& tile = task.tile;
     const Planes<T>& dweights = scratch.dweights;
     const Index taps = task.problem.taps(), channels = task.problem.group_channels(), halo = task.grid.halo, pitch = task.grid.pitch;
-    const PixelMap<const S> source = source_pixels<const S>(task, task.call.x), output = output_pixels<const S>(task, task.call.dy);
+    const PixelMap<const S> source = source_pixels<const S>(task, task.call.x, padding(task.problem));
+    const PixelMap<const S> output = output_pixels<const S>(task, task.call.dy);
     const std::vector<std::vector<Step>> steps = source_steps(task, source, scratch.weights);
     const std::vector<S> zeros(channels);
     std::vector<const S*> pixels(taps);

@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <new>
 
+#include "borders.h"
 #include "call.h"
 #include "channels_last.h"
 #include "index.h"
@@ -61,6 +62,7 @@ template <class S> void forward(const Call& call) {
         const Task task(call, windows, layout, grid, number);
         const Scratch<T> scratch(layout, grid, memory);
         read_logits<S>(task, scratch.weights, false);
+        arrange_windows(task, scratch.weights);
         normalize(task, scratch);
         if (problem.has_lse()) write_lse(task, scratch.lse);
         if (channels_last) channels_last_forward<S>(task, scratch);
@@ -81,6 +83,7 @@ template <class S> void backward(const Call& call) {
         const Task task(call, windows, layout, grid, number);
         const Scratch<T> scratch(layout, grid, memory);
         read_logits<S>(task, scratch.weights, true);
+        arrange_windows(task, scratch.weights);
         if (problem.has_lse()) read_lse(task, scratch.lse);
         restore_weights(task, scratch);
         if (call.dlogits) std::fill_n(scratch.dweights.data, problem.taps() * scratch.dweights.set, T(0));
@@ -88,6 +91,8 @@ template <class S> void backward(const Call& call) {
         if (channels_last && call.dlogits) channels_last_dweights<S>(task, scratch);
         if (channels_last && call.dx) channels_last_dx<S>(task, scratch);
         if (!call.dlogits) return;
+        restore_windows(task, scratch.weights);
+        restore_windows(task, scratch.dweights);
         normalize_backward<S>(task, scratch);
         write_dlogits<S>(task, scratch.dweights);
     });

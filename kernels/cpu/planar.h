@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "borders.h"
 #include "call.h"
 #include "index.h"
 #include "layout.h"
@@ -119,8 +120,34 @@ template <int STEP, class F> inline void in_steps(Index count, F&& f) {
 // Reads the source planes of `count` channels from `first`.
 template <class S, class T> void read_source(const Task& task, const Planes<T>& source, Index first, Index count) {
     const Reach reach = task.reach(task.layout.source);
-    for (Index c = 0; c < count; ++c)
-        read_map(task, view_source<const S>(task, task.call.x, first + c), reach, T(0), source.at(c, 0), source.plane);
+    for (Index c = 0; c < count; ++c) {
+        const MapView<const S> map = view_source<const S>(task, task.call.x, first + c);
+        read_map(task, map, reach, T(0), source.at(c, 0), source.plane);
+        if (padding(task.problem)) pad_planes(task, map, reach, source.at(c, 0), source.plane);
+    }
+}
+
+// Adds the gradients of the places outside the map to those of the pixels that are read there.
+template <class T> void add_padding(const Task& task, const Scratch<T>& scratch, Index count) {
+    const Planes<T>&weights = scratch.weights, &doutput = scratch.doutput, &dsource = scratch.dsource;
+    const Index down = task.problem.down;
+    std::vector<T> totals(count);
+    visit_padding_pixels(task, [&](Index row, Index column, const std::vector<Index>& rows, const std::vector<Index>& columns) {
+        std::fill(totals.begin(), totals.end(), T(0));
+        for (Index place_row : rows)
+            for (Index place_column : columns) {
+                if (place_row == row && place_column == column) continue;
+                visit_reads(task, place_row, place_column, [&](const TapSource& from, Index i, Index j) {
+                    const Index f = (i - task.tile.row) * task.grid.pitch + j - task.tile.column;
+                    const T weight = weights.at(from.tap, from.sub)[f];
+                    const T* gradient = doutput.at(0, from.sub) + f;
+                    for (Index c = 0; c < count; ++c) totals[c] += weight * gradient[c * doutput.set];
+                });
+            }
+        const Index f = (row / down - task.tile.row) * task.grid.pitch + column / down - task.tile.column;
+        T* gradient = dsource.at(0, row % down * down + column % down) + f;
+        for (Index c = 0; c < count; ++c) gradient[c * dsource.set] += totals[c];
+    });
 }
 
 template <class S, class T> void planar_forward(const Task& task, const PlanarTables& tables, const Scratch<T>& scratch) {
@@ -173,6 +200,7 @@ template <class S, class T> void planar_backward(const Task& task, const PlanarT
                     sum_visits<decltype(width)::value>(scratch, weights.data + f, doutput.at(c, 0) + f, tables.visits[phase],
                                                        dsource.at(c, phase) + f);
                 });
+        add_padding(task, scratch, count);
         for (Index c = 0; c < count; ++c) write_map(task, dsource.at(c, 0), dsource.plane, view_source<S>(task, call.dx, first + c));
     }
 }

@@ -41,7 +41,8 @@ struct Grid {
         for (Index cuts = 1; cuts <= most_cuts; ++cuts) {
             const Index width = ceil_div(columns, cuts), tile_columns = ceil_div(columns, width);
             // between whole rows, one margin of zeros serves both the row before it and the row after it
-            const Index pitch = width + (tile_columns == 1 ? 1 : 2) * grid.halo;
+            const bool shared = tile_columns == 1 && problem.border != REPLICATE && problem.border != SHIFT;
+            const Index pitch = width + (shared ? 1 : 2) * grid.halo;
             const Index wanted = ceil_div(4 * threads, problem.batch * problem.groups * tile_columns);
             const Index fit = (bytes / Index(sizeof(T)) / pitch - haloed * 2 * grid.halo) / (bare + haloed);
             const Index height = std::min(fit, std::max<Index>(1, rows / wanted));
@@ -98,6 +99,8 @@ struct Task {
     // dsource sums the weights of a tap at its outputs, which lie on one side of the source pixel
     Reach weight_reach(Index sub, Index tap) const {
         if (!layout.weights.halo) return {};
+        // a window that moves into the map may lie on the other side of its centre
+        if (problem.border == SHIFT) return {grid.halo, grid.halo, grid.halo};
         const Index move = windows.source(sub, tap).move_rows;
         return {std::max<Index>(0, move), std::max<Index>(0, -move), grid.halo};
     }

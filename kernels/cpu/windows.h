@@ -48,6 +48,8 @@ struct Windows {
                 halo = std::max({halo, std::abs(move_rows), std::abs(move_columns)});
             }
         }
+        // a window that moves into the map reaches from its centre to the other end of the window
+        if (problem.border == SHIFT) halo = std::max(halo, (problem.kernel - 1) / down + 1);
         for (Index sub = 0, end; sub < problem.subs(); sub = end) {
             for (end = sub + 1; end < problem.subs() && shares_window(sub, end);) ++end;
             // runs of equal length, because a short run has few sums for its loads

@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..geometry import LSE_NORMALIZERS, Spec, is_channels_last
+from ..geometry import LSE_NORMALIZERS, PADDED_BORDERS, Spec, is_channels_last
 from . import taps
 from .banded_backward import banded_backward
 from .banded_forward import banded_forward
 from .launch import INT32_MAX, Launch, Plan
+from .padded_taps import padded_source_gradient
 from .records import Features, Layout, Logits, Sizes, Window
-from .tile_geometry import Tile, TileProblem, halo, reach
+from .tile_geometry import Direction, Tile, TileProblem, halo, reach
 from .tile_limits import source_blocks
 from .tile_ranking import choose_tile
 from .tile_tables import measured_tile
@@ -121,7 +122,14 @@ def _layout(problem: TileProblem, x_align: int, y_align: int, *tensors: Tensor) 
 
 def _window(spec: Spec) -> Window:
     # without the groups, because a program works on one group and the same code serves any number of them
-    return Window(spec.kernel_size, spec.up, spec.down, spec.normalizer, spec.normalizer in LSE_NORMALIZERS)
+    return Window(spec.kernel_size, spec.up, spec.down, spec.normalizer, spec.border, spec.normalizer in LSE_NORMALIZERS)
+
+
+def _find_tile(direction: Direction, problem: TileProblem, x: Tensor) -> Tile | None:
+    """Return the measured or ranked tile; None for the kernels that work tap by tap, which alone read pixels of the map outside it."""
+    if problem.spec.border in PADDED_BORDERS:
+        return None
+    return measured_tile(direction, problem, _device_name(x)) or choose_tile(direction, problem)
 
 
 def _tile_grid(problem: TileProblem, tile: Tile, programs: int) -> tuple[int, int, int]:
@@ -152,7 +160,7 @@ def forward_launches(
     `tile` replaces the measured or chosen tile, and `capability` that of the device.
     """
     problem = problem_of(x, logits, y, spec, capability)
-    tile = tile or measured_tile("forward", problem, _device_name(x)) or choose_tile("forward", problem)
+    tile = tile or _find_tile("forward", problem, x)
     arguments = {
         "sizes": _sizes(x, logits, y, spec),
         "x": Features(x, *x.stride()),
@@ -192,7 +200,7 @@ def backward_launches(
     `tile` replaces the measured or chosen tile, and `capability` that of the device.
     """
     problem = problem_of(x, logits, dy, spec, capability)
-    tile = tile or measured_tile("backward", problem, _device_name(x)) or choose_tile("backward", problem)
+    tile = tile or _find_tile("backward", problem, x)
     # the kernel does not touch a gradient that is None, so that the input can replace it
     to_x, to_logits = x if dx is None else dx, logits if dlogits is None else dlogits
     arguments = {
@@ -205,7 +213,8 @@ def backward_launches(
         "dlogits": Logits(to_logits, *to_logits.stride()),
     }
     if tile is None:
-        needed = ((dlogits, taps.tap_logit_gradient, logits), (dx, taps.tap_source_gradient, x))
+        source_gradient = padded_source_gradient if spec.border in PADDED_BORDERS else taps.tap_source_gradient
+        needed = ((dlogits, taps.tap_logit_gradient, logits), (dx, source_gradient, x))
         return [_tap_launch(kernel, arguments, problem, t.shape[2:].numel()) for result, kernel, t in needed if result is not None]
     x_align, y_align = math.gcd(problem.x_align, _alignment(to_x, problem.channels, problem.channels_last)), problem.y_align
     if not problem.channels_last:

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .blocks import align_sizes, align_strides, expand, image, load, product, store
 from .records import Features, Logits, Sizes
-from .window import centre, group_logits, logit_gradient, logit_offset, lse_address, split_target, weight
+from .window import centre, group_logits, is_left_out, logit_gradient, logit_offset, lse_address, split_target, weight
 
 
 @triton.jit
@@ -68,6 +68,8 @@ def compute_logit_gradient(
         mask=taps,
         other=-float("inf") if WINDOW.normalized else 0.0,
     ).to(tl.float32)
+    if WINDOW.border == "renormalize":
+        l = tl.where(is_left_out(row[None, :], col[None, :], t[:, None], sizes, WINDOW), -float("inf"), l)
     lse = tl.zeros([M], tl.float32)
     if WINDOW.normalized:
         lse = tl.load(lse_address(lse_ptr, sizes, 0, u, v, q, r, WINDOW), mask=exists, other=0.0)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .blocks import align_sizes, align_strides, image, load, product, store
 from .records import Features, Logits, Sizes
-from .window import centre, group_logits, logit_offset, lse_address, score, split_target, weight
+from .window import centre, group_logits, is_left_out, logit_offset, lse_address, score, split_target, weight
 
 
 @triton.jit
@@ -58,6 +58,8 @@ def banded_forward(
         mask=taps & exists[None, :],
         other=-float("inf"),
     ).to(tl.float32)
+    if WINDOW.border == "renormalize":
+        l = tl.where(is_left_out(row[None, :], col[None, :], t[:, None], sizes, WINDOW), -float("inf"), l)
     if WINDOW.normalized:
         s = score(l, WINDOW)
         top = tl.where(exists, tl.max(s, axis=0), 0.0)

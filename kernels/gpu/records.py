@@ -53,6 +53,7 @@ class Window(NamedTuple):
     up: int
     down: int
     normalizer: str
+    border: str
     normalized: bool  # whether the weights of a window are divided by their sum
 
 

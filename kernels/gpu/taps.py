@@ -8,6 +8,8 @@ output.
     dw[m, t] = sum_c dy[m, c] x[window(m) + t, c]
     dx[s] = sum_t sum_{m: window(m) + t = s} w[m, t] dy[m]
 
+The gradient dx of the borders "replicate" and "shift" is in padded_taps.py.
+
 A program computes BLOCK_M locations of one group of one image. Its blocks of features are [BLOCK_M, BLOCK_C] if channels are the fastest
 axis of the features, and [BLOCK_C, BLOCK_M] otherwise. AXIS is the axis of the locations.
 """
@@ -16,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .records import Features, Logits, Sizes
-from .window import centre, group_logits, logit_gradient, logit_offset, lse_address, score, split_target, weight
+from .window import centre, group_logits, is_left_out, logit_gradient, logit_offset, lse_address, score, split_target, weight
 
 
 @triton.jit
@@ -28,11 +30,31 @@ def split_program(rows, cols, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def clamp(value, low, high):
+    """Return the nearest number to `value` from `low` to `high`."""
+    return tl.minimum(tl.maximum(value, low), high)
+
+
+@triton.jit
+def tap_score(l_ptr, tap, stride_c, row, col, mask, sizes: Sizes, WINDOW: tl.constexpr):
+    """Return the unnormalised log-weight of one tap of every target's window, minus infinity where it is left out of the window."""
+    value = score(tl.load(l_ptr + tap * stride_c, mask=mask, other=0.0).to(tl.float32), WINDOW)
+    if WINDOW.border == "renormalize":
+        value = tl.where(is_left_out(row, col, tap, sizes, WINDOW), -float("inf"), value)
+    return value
+
+
+@triton.jit
 def tap_source(row, col, tap, mask, sizes, WINDOW: tl.constexpr):
     """Return the source row and column of one tap of every target's window, and whether it lies inside the map."""
     K: tl.constexpr = WINDOW.kernel_size
-    i = centre(row, WINDOW) + tap // K - K // 2
-    j = centre(col, WINDOW) + tap % K - K // 2
+    i, j = centre(row, WINDOW), centre(col, WINDOW)
+    if WINDOW.border == "shift":
+        i, j = clamp(i, K // 2, sizes.h - 1 - K // 2), clamp(j, K // 2, sizes.w - 1 - K // 2)
+    i = i + tap // K - K // 2
+    j = j + tap % K - K // 2
+    if WINDOW.border == "replicate":
+        i, j = clamp(i, 0, sizes.h - 1), clamp(j, 0, sizes.w - 1)
     return i, j, mask & (i >= 0) & (i < sizes.h) & (j >= 0) & (j < sizes.w)
 
 
@@ -59,9 +81,9 @@ def tap_forward(
     if WINDOW.normalized:
         top = tl.full([BLOCK_M], -float("inf"), tl.float32)
         for tap in range(K * K):
-            top = tl.maximum(top, score(tl.load(l_ptr + tap * logits.stride_c, mask=mask, other=0.0).to(tl.float32), WINDOW))
+            top = tl.maximum(top, tap_score(l_ptr, tap, logits.stride_c, row, col, mask, sizes, WINDOW))
         for tap in range(K * K):
-            lse += tl.exp(score(tl.load(l_ptr + tap * logits.stride_c, mask=mask, other=0.0).to(tl.float32), WINDOW) - top)
+            lse += tl.exp(tap_score(l_ptr, tap, logits.stride_c, row, col, mask, sizes, WINDOW) - top)
         lse = top + tl.log(lse)
         tl.store(lse_address(lse_ptr, sizes, ng, u, v, q, r, WINDOW), lse, mask=mask)
     mask = mask & (row < sizes.ho) & (col < sizes.wo)
@@ -128,6 +150,8 @@ def tap_logit_gradient(
             dw += tl.sum(source * gradient, axis=1 - AXIS)
         logit = tl.load(l_ptr + tap * logits.stride_c, mask=mask, other=0.0).to(tl.float32)
         w = weight(logit, lse, WINDOW)
+        if WINDOW.border == "renormalize":
+            w = tl.where(inside, w, 0.0)
         if NORMALIZED and step < K * K:
             mean += w * dw
         else:

@@ -50,6 +50,15 @@ def centre(output, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def is_left_out(row, col, tap, sizes: Sizes, WINDOW: tl.constexpr):
+    """Return whether a tap lies outside the map and is left out of its window; windows that a rational scale cuts off have all taps."""
+    K: tl.constexpr = WINDOW.kernel_size
+    i, j = centre(row, WINDOW), centre(col, WINDOW)
+    si, sj = i + tap // K - K // 2, j + tap % K - K // 2
+    return ((i < sizes.h) & ((si < 0) | (si >= sizes.h))) | ((j < sizes.w) & ((sj < 0) | (sj >= sizes.w)))
+
+
+@triton.jit
 def group_logits(logits: Logits, n, g, WINDOW: tl.constexpr):
     """Return the logits of group g of image n."""
     ptr = logits.ptr + n * logits.stride_n + g * (WINDOW.kernel_size * WINDOW.kernel_size) * logits.stride_c

@@ -81,6 +81,8 @@ def list_providers(spec: Spec, shape: tuple[int, ...], device: str, max_bytes: f
     def unfolded(provider: Callable[..., Tensor], size: float) -> Provider | str:
         if not integer or spec.normalizer != "softmax":
             return "supports only integer scales and softmax"
+        if spec.border != "zero":
+            return "supports only zeros outside the map"
         return when(size <= max_bytes, functools.partial(provider, spec=spec), f"its unfolded copy takes {size / 1e9:.1f} GB")
 
     interpolation = functools.partial(F.interpolate, scale_factor=spec.up)
@@ -103,8 +105,8 @@ def find_mmcv(spec: Spec, kind: str) -> Provider | str:
     """Return the operator of mmcv, or the reason why it does not apply on a device of this kind."""
     if kind != "cuda" or not importlib.util.find_spec("mmcv"):
         return "needs mmcv and device=cuda"
-    if spec.down > 1 or spec.normalizer != "softmax":
-        return "supports only upsampling with softmax"
+    if spec.down > 1 or spec.normalizer != "softmax" or spec.border != "zero":
+        return "supports only upsampling with softmax and zeros outside the map"
     carafe = importlib.import_module("mmcv.ops").carafe
 
     def run(x: Tensor, logits: Tensor) -> Tensor:

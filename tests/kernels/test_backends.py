@@ -12,7 +12,7 @@ from carafepp.kernels.geometry import NORMALIZERS, Spec
 from carafepp.kernels.reference import reassembly_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import AWKWARD, assert_matches_definition, describe, differentiate, random_inputs, relative_error
+from operator_cases import AWKWARD, BORDERED, assert_matches_definition, describe, differentiate, random_inputs, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -23,6 +23,13 @@ FORMATS = ("contiguous", "channels_last")
 @pytest.mark.parametrize("case", AWKWARD, ids=describe)
 def test_matches_the_definition_at_awkward_sizes(case, backend, device):
     index, spec = AWKWARD.index(case), case[-1]
+    inputs = random_inputs(*case, DTYPES[index % 3], FORMATS[index % 2], device=device)
+    assert_matches_definition(backend, *inputs, spec)
+
+
+@pytest.mark.parametrize("case", BORDERED, ids=describe)
+def test_matches_the_definition_at_every_border(case, backend, device):
+    index, spec = BORDERED.index(case), case[-1]
     inputs = random_inputs(*case, DTYPES[index % 3], FORMATS[index % 2], device=device)
     assert_matches_definition(backend, *inputs, spec)
 

@@ -5,14 +5,17 @@ import torch
 from carafepp.kernels import reassemble, reassemble_reference, reassemble_weights
 from carafepp.kernels.decomposed import decompose, decompose_backward
 from carafepp.kernels.geometry import LSE_NORMALIZERS, NORMALIZERS, Spec
-from operator_cases import AWKWARD, describe, differentiate, log_sum_exp, random_inputs, relative_error
+from operator_cases import AWKWARD, BORDERED, describe, differentiate, log_sum_exp, random_inputs, relative_error
 from torch._decomp import get_decompositions
 
+# every awkward case with every normalizer, and the cases of the other borders with their own
+CASES = [(*case[:4], case[4]._replace(normalizer=normalizer)) for normalizer in NORMALIZERS for case in AWKWARD] + BORDERED
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
-@pytest.mark.parametrize("case", AWKWARD, ids=describe)
-def test_decomposition_is_the_definition_at_every_size(case, normalizer):
-    spec = case[4]._replace(normalizer=normalizer)
+
+@pytest.mark.parametrize("case", CASES, ids=describe)
+def test_decomposition_is_the_definition_at_every_size(case):
+    spec = case[4]
+    normalizer = spec.normalizer
     x, logits, dy = random_inputs(*case[:4], spec, torch.float64)
     rows, columns = dy.shape[2:]
     for size in [None, (rows, columns), (max(1, rows - spec.up + 1), columns + spec.up - 1)]:
@@ -21,10 +24,10 @@ def test_decomposition_is_the_definition_at_every_size(case, normalizer):
         assert y.shape == expected.shape
         assert relative_error(y, expected) < 1e-14
         if normalizer in LSE_NORMALIZERS:
-            torch.testing.assert_close(lse, log_sum_exp(logits, spec))
+            torch.testing.assert_close(lse, log_sum_exp(logits, spec, *x.shape[2:]))
 
 
-@pytest.mark.parametrize("case", AWKWARD, ids=describe)
+@pytest.mark.parametrize("case", AWKWARD + BORDERED, ids=describe)
 def test_decomposition_of_weights_at_output_resolution(case):
     spec = case[4]._replace(normalizer="softmax")
     x, _, dy = random_inputs(*case[:4], spec, torch.float64)
@@ -33,10 +36,9 @@ def test_decomposition_of_weights_at_output_resolution(case):
     assert relative_error(y, reassemble_weights(x, weights, **spec._asdict(), backend="reference")) < 1e-14
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
-@pytest.mark.parametrize("case", AWKWARD, ids=describe)
-def test_decomposition_of_the_gradient_of_logits(case, normalizer):
-    spec = case[4]._replace(normalizer=normalizer)
+@pytest.mark.parametrize("case", CASES, ids=describe)
+def test_decomposition_of_the_gradient_of_logits(case):
+    spec = case[4]
     x, logits, dy = random_inputs(*case[:4], spec, torch.float64)
     expected = differentiate(reassemble_reference, x, logits, dy, (False, True), **spec._asdict())["dlogits"]
     _, dlogits = decompose_backward(dy, x, logits, x.new_empty(0), dy.shape[2:], *spec, False, None, False, True)

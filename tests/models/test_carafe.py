@@ -16,7 +16,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 def carafe_by_the_paper(module, x):
     """Equations 1 to 3 one target location at a time, from the module's weights and options."""
-    k, up, down, groups, _ = module.spec
+    k, up, down, groups, *_ = module.spec
     encoder, r = module.content_encoder, k // 2
     compressed = F.conv2d(x, module.channel_compressor.weight, module.channel_compressor.bias)
     encoded = F.conv2d(compressed, encoder.weight, encoder.bias, stride=down, padding=encoder.padding, dilation=encoder.dilation)

@@ -148,6 +148,8 @@ def test_samplers_without_known_weights_for_masks_are_refused():
         PartialGlobalLocal(4, upsample=Deconv)
     with pytest.raises(ValueError, match="softmax or sigmoid_normalized in a partial convolution, got 'none'"):
         PartialGlobalLocal(4, upsample=partial(CARAFE, up=2, normalizer="none"))
+    with pytest.raises(ValueError, match="border must be zero or renormalize in a partial convolution, got 'shift'"):
+        PartialGlobalLocal(4, upsample=partial(CARAFE, up=2, border="shift"))
     with pytest.raises(ValueError, match="got up=3, down=2"):
         PartialSampler(CARAFE(4, up=3, down=2))
 

@@ -54,11 +54,12 @@ def expected(features: torch.Tensor) -> torch.Tensor:
     return torch.stack([features[:, int(down * height), int(across * width)] for down, across in LOCATIONS], dim=1)
 
 
+STEPS = [{"up": 2}, {"down": 2}, {"up": 3}, {"up": 3, "down": 2}, {"up": 2, "kernel_size": 3}, {"up": 2, "border": "replicate"}]
+
+
 @settings(deadline=None, max_examples=40)
 @given(
-    st.lists(
-        st.sampled_from([{"up": 2}, {"down": 2}, {"up": 3}, {"up": 3, "down": 2}, {"up": 2, "kernel_size": 3}]), min_size=1, max_size=3
-    ),
+    st.lists(st.sampled_from(STEPS), min_size=1, max_size=3),
     st.tuples(st.integers(1, 9), st.integers(1, 9)),
     st.sampled_from(["softmax", "sigmoid"]),
 )
@@ -70,6 +71,15 @@ def test_sum_of_every_map_under_its_weights_is_the_target(steps, size, normalize
     assert torch.equal(regions[0].features, x[0])
     for region in regions:
         torch.testing.assert_close(torch.einsum("chw,lhw->cl", region.features, region.weights), expected(network(x)[0]))
+
+
+@pytest.mark.parametrize("border", ["renormalize", "replicate", "shift"])
+def test_weights_sum_to_one_if_no_tap_is_lost(border):
+    network = nn.Sequential(sampler(4, 0, up=2, border=border), sampler(4, 1, up=3, down=2, border=border))
+    x = torch.randn(1, 4, 6, 5, dtype=torch.float64)
+    for region in trace_regions(network, [x], "*", LOCATIONS):
+        torch.testing.assert_close(torch.einsum("chw,lhw->cl", region.features, region.weights), expected(network(x)[0]))
+        torch.testing.assert_close(region.weights.sum((1, 2)), torch.ones(len(LOCATIONS), dtype=torch.float64))
 
 
 def test_what_a_network_crops_takes_no_part():

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from carafepp.kernels.geometry import NORMALIZERS, Spec
+from carafepp.kernels.geometry import BORDERS, LSE_NORMALIZERS, NORMALIZERS, Spec
 from hypothesis import strategies as st
 from operator_cases import LAYOUTS, TOLERANCES, assert_matches_definition, random_inputs
 
@@ -30,9 +30,14 @@ def drawn_calls(draw: st.DrawFn, sizes=SMALL, channels=(1, 2, 3, 5, 16, 17, 33))
     groups = draw(st.integers(1, 3))
     kernel_size = draw(st.sampled_from([1, 3, 5, 7]))
     total = groups * draw(st.sampled_from(channels))
+    border, normalizer, (height, width) = draw(st.sampled_from(BORDERS)), draw(st.sampled_from(NORMALIZERS)), draw(sizes)
+    if border == "renormalize" and normalizer not in LSE_NORMALIZERS:
+        normalizer = LSE_NORMALIZERS[0]
+    if border == "shift":
+        height, width = max(height, kernel_size), max(width, kernel_size)
     return DrawnCall(
-        (draw(st.integers(1, 2)), total, *draw(sizes)),
-        Spec(kernel_size, up, down, groups, draw(st.sampled_from(NORMALIZERS))),
+        (draw(st.integers(1, 2)), total, height, width),
+        Spec(kernel_size, up, down, groups, normalizer, border),
         draw(st.sampled_from(list(TOLERANCES))),
         draw(st.tuples(*(st.sampled_from(LAYOUTS) for _ in range(3)))),
         draw(st.sampled_from([1, 2, 3, 7])),

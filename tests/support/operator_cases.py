@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from carafepp.kernels import reassemble, reassemble_reference
+from carafepp.kernels.borders import mask_outside
 from carafepp.kernels.geometry import LSE_NORMALIZERS, Spec
 from torch import Tensor
 
@@ -29,6 +30,25 @@ AWKWARD = [
     (1, 4, 2, 1, Spec(3, up=12)),
 ]
 
+# the same for the other borders: windows inside the map, larger than it, and cut off by a rational scale
+BORDERED = [
+    (1, 8, 6, 5, Spec(5, up=2, border="renormalize")),
+    (1, 5, 1, 1, Spec(5, up=2, normalizer="sigmoid_normalized", border="renormalize")),
+    (1, 4, 7, 5, Spec(3, up=4, down=5, border="renormalize")),
+    (1, 4, 9, 8, Spec(5, down=2, groups=2, border="renormalize")),
+    (1, 4, 2, 1, Spec(3, up=12, border="renormalize")),
+    (2, 8, 5, 7, Spec(3, up=2, groups=4, normalizer="none", border="replicate")),
+    (1, 6, 3, 2, Spec(7, up=2, border="replicate")),
+    (1, 5, 1, 1, Spec(5, up=2, normalizer="sigmoid", border="replicate")),
+    (1, 4, 7, 5, Spec(5, up=3, down=2, normalizer="sigmoid_normalized", border="replicate")),
+    (1, 4, 9, 8, Spec(3, down=3, border="replicate")),
+    (1, 8, 6, 5, Spec(5, up=2, border="shift")),
+    (1, 4, 7, 5, Spec(3, up=3, down=2, groups=2, normalizer="none", border="shift")),
+    (1, 4, 9, 8, Spec(5, down=2, normalizer="sigmoid_normalized", border="shift")),
+    (1, 4, 7, 5, Spec(3, up=2, down=3, normalizer="sigmoid", border="shift")),
+    (1, 5, 3, 3, Spec(3, border="shift")),
+]
+
 # Largest error over the largest value. Half precision rounds the result once; the sums have up to 2,000 terms.
 TOLERANCES = {torch.float32: 4e-6, torch.float64: 1e-14, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # The matrix units of a GPU round a weight, a product and the result.
@@ -38,9 +58,10 @@ LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "expanded")
 
 
 def describe(case: tuple[int, int, int, int, Spec]) -> str:
-    """Name a case of AWKWARD in the id of a test."""
+    """Name a case of AWKWARD or BORDERED in the id of a test."""
     n, c, h, w, spec = case
-    return f"k{spec.kernel_size}u{spec.up}d{spec.down}g{spec.groups}-{n}x{c}x{h}x{w}"
+    border = "" if spec.border == "zero" else f"-{spec.border}"
+    return f"k{spec.kernel_size}u{spec.up}d{spec.down}g{spec.groups}-{n}x{c}x{h}x{w}{border}"
 
 
 def arrange(tensor: Tensor, layout: str) -> Tensor:
@@ -95,9 +116,11 @@ def differentiate(
     return {"y": y.detach(), **dict(zip(wanted, gradients, strict=True))}
 
 
-def log_sum_exp(logits: Tensor, spec: Spec) -> Tensor:
-    """Log-sum-exp of every window, [N, G, up, up, Hq, Wq], for logits in encoder layout."""
+def log_sum_exp(logits: Tensor, spec: Spec, height: int, width: int) -> Tensor:
+    """Log-sum-exp of every window over a map of `height` x `width`, [N, G, up, up, Hq, Wq], for logits in encoder layout."""
     windows = logits.unflatten(1, (spec.groups, spec.taps, spec.up, spec.up))
+    if spec.border == "renormalize":
+        windows = mask_outside(windows, spec, height, width)
     return (F.logsigmoid(windows) if spec.normalizer == "sigmoid_normalized" else windows).logsumexp(2)
 
 
@@ -126,7 +149,7 @@ def assert_matches_definition(
     # dlogits are differences of sums over the channels, which cancel; the Triton kernels do without this
     slack = 1e-9 if backend == "triton" else (x.shape[1] / spec.groups) ** 0.5
     if backend != "reference" and spec.normalizer in LSE_NORMALIZERS:
-        expected["lse"] = log_sum_exp(logits.double(), spec)
+        expected["lse"] = log_sum_exp(logits.double(), spec, *x.shape[2:])
         actual["lse"] = torch.ops.carafepp.reassemble(x, logits, dy.shape[2:], *spec, False, backend)[1]
     tolerance = tolerance or (TRITON_TOLERANCES if backend == "triton" else TOLERANCES)[x.dtype]
     assert actual.keys() == expected.keys()

@@ -56,6 +56,9 @@ def test_kernel_without_the_processors_own_instructions(plain_kernel, call):
         ((1, 64, 61, 67), Spec(5, down=2)),
         ((1, 48, 23, 31), Spec(3, up=3, down=2, groups=3, normalizer="sigmoid_normalized")),
         ((1, 16, 9, 300), Spec(7, up=2)),
+        ((1, 32, 37, 41), Spec(5, up=2, border="renormalize")),
+        ((1, 32, 37, 41), Spec(5, up=2, border="replicate")),
+        ((1, 32, 37, 41), Spec(5, down=2, border="shift")),
     ],
     ids=str,
 )

@@ -8,14 +8,14 @@ import subprocess
 import pytest
 from carafepp.kernels.cpu.backend import DTYPES, Call, Problem, TensorView
 from carafepp.kernels.cpu.build import COMPILERS, HEADERS, SOURCE
-from carafepp.kernels.geometry import NORMALIZERS
+from carafepp.kernels.geometry import BORDERS, NORMALIZERS
 
 FOUND = [compiler for compiler in ("g++", "clang++") if shutil.which(compiler)] or list(filter(shutil.which, COMPILERS))[:1]
 ONE_EACH = pytest.mark.parametrize("compiler", FOUND or [pytest.param("none", marks=pytest.mark.skip(reason="no C++ compiler"))])
 
 # standard header by the names that it declares
 STANDARD = {
-    "algorithm": "fill_n max min",
+    "algorithm": "clamp fill fill_n max min",
     "array": "array",
     "atomic": "atomic",
     "cmath": "isinf log",
@@ -64,6 +64,6 @@ def test_structures_agree_with_python(compiler):
         lines.append(f"static_assert(sizeof({name}) == {ctypes.sizeof(structure)});")
         for field, _ in structure._fields_:
             lines.append(f"static_assert(offsetof({name}, {field}) == {getattr(structure, field).offset});")
-    for numbers in ([str(dtype).removeprefix("torch.") for dtype in DTYPES], NORMALIZERS):
+    for numbers in ([str(dtype).removeprefix("torch.") for dtype in DTYPES], BORDERS, NORMALIZERS):
         lines += [f"static_assert({name.upper()} == {number});" for number, name in enumerate(numbers)]
     check(compiler, "\n".join(lines) + "\n")
