@@ -71,6 +71,11 @@ def _rotate(windows: Tensor, spec: Spec, height: int, width: int, direction: int
     return taps.flatten(2, 3)
 
 
+def _cut(x: Tensor, dim: int, part: slice) -> Tensor:
+    """Return a part of the rows (dim 2) or columns (dim 3) of `x`, by a slice, which serves any size in a traced program."""
+    return x[..., part, :] if dim == 2 else x[..., part]
+
+
 def pad_source(x: Tensor, spec: Spec) -> Tensor:
     """Pad x [N, C, H, W] by K // 2 on every side with the pixels that windows read there; zeros are left to the caller."""
     size, radius = spec.kernel_size, spec.kernel_size // 2
@@ -80,12 +85,8 @@ def pad_source(x: Tensor, spec: Spec) -> Tensor:
         before, after = [slice(size - radius, size)], [slice(-size, radius - size)]
     else:
         before, after = [slice(0, 1)] * radius, [slice(-1, None)] * radius
-    for rows in (True, False):
-
-        def cut(part: slice, x: Tensor = x, rows: bool = rows) -> Tensor:
-            return x[..., part, :] if rows else x[..., part]
-
-        x = torch.cat([*map(cut, before), x, *map(cut, after)], 2 if rows else 3)
+    for dim in (2, 3):
+        x = torch.cat([*(_cut(x, dim, part) for part in before), x, *(_cut(x, dim, part) for part in after)], dim)
     return x
 
 
