@@ -132,9 +132,11 @@ def read_conv(kind: str, conv: nn.Conv2d) -> Resampling | None:
 
 
 def read_blur_pool(kind: str, pool: nn.Module) -> Resampling | None:
-    """Describe a blur pool, whose classes share only their name and `stride`."""
+    """Describe a blur pool, whose classes share only their name and `stride`. One with parameters also does something else."""
     scale = cast(Pair, pair(pool.stride))
-    return Resampling(f"{kind} s{by(scale)}", "down", scale) if max(scale) > 1 else None
+    if max(scale) == 1 or next(pool.parameters(), None) is not None:
+        return None
+    return Resampling(f"{kind} s{by(scale)}", "down", scale)
 
 
 def measure_shortfall(kernel_size: Sides, scale: Sides, padding: Sides, dilation: Sides, ceil_mode: bool) -> Pair:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -57,11 +58,11 @@ def is_sampler(module: nn.Module) -> bool:
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield the path of a module and the module, then the same for all below it.
 
-    A shared module appears at each of its paths. What is below a sampler or a compiled TorchScript module is left out.
+    A shared module appears at each of its paths. What is below a layer that resamples, a sampler or a TorchScript module is left out.
     """
     yield path, module
-    # named_children would omit the second path of a shared module
-    if not is_sampler(module) and not hasattr(module, "_c"):
+    if not is_sampler(module) and read_layer(module) is None and not isinstance(module, torch.jit.ScriptModule):
+        # named_children would omit the second path of a shared module
         for name, child in module._modules.items():
             if child is not None:
                 yield from walk(child, f"{path}.{name}".lstrip("."))

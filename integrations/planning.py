@@ -1,6 +1,7 @@
 """Plans: the sampler for a place, built and measured before anything is changed."""
 
-from dataclasses import dataclass, replace
+import dataclasses
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -61,6 +62,8 @@ def read_scale(place: Place, has_example: bool) -> tuple[Direction, int]:
         raise Unfit(f"its calls resize by different factors: {', '.join(sorted(map(by, scales)))}")
     rows, columns = scales.pop()
     if rows != columns or rows != int(rows) or rows < 2:
+        if found.scale is None:
+            raise Unfit("its output is not a whole number of times as large as its input")
         raise Unfit(f"it resizes by {by((rows, columns))}, and not by an integer")
     return found.direction or "up", int(rows)
 
@@ -107,7 +110,7 @@ def make_plan(place: Place, direction: Direction, scale: int, slot: Sampler, ref
     if place.maps and dtype is not None:
         sized = place.found.scale is None and place.layer is None
         flops = 0 if place.layer is None else measure(place.layer, place, dtype, False)
-        row = replace(row, flops_before=flops, flops_after=measure(module, place, dtype, sized))
+        row = dataclasses.replace(row, flops_before=flops, flops_after=measure(module, place, dtype, sized))
     return Plan(place, module, row)
 
 

@@ -1,11 +1,11 @@
 """`replace`: puts samplers where a network resamples."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn as nn
 
 from .choices import Sampler, choose_samplers
@@ -71,7 +71,7 @@ def replace(
     forwards = [] if example is None else observe(model, example)
     taken = [path for path, module in walk(model) if is_sampler(module)]
     places = select_places(find_places(model, forwards), where, taken)
-    with undisturbed(nn.Module()) if dry_run else torch.random.fork_rng([], enabled=False):
+    with undisturbed(model) if dry_run else nullcontext():
         plans, left, targets = plan_places(model, places, slots, where, forwards)
     report = Report(model, [plan.row for plan in plans], left, dry_run, make_notes(taken, example is not None))
     if not dry_run:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch.nn as nn
 
 WIDTH = 100
+# paths in one line
+MOST = 12
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Left:
         return self.paths[0]
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What `carafepp.replace` did; `print` shows it as a table.
 
@@ -72,7 +74,7 @@ class Report:
     left: list[Left]
     dry_run: bool = False
     notes: list[str] = field(default_factory=list)
-    restore: Callable[[], nn.Module] | None = field(default=None, repr=False)
+    restore: Callable[[], nn.Module] | None = None
 
     def undo(self) -> nn.Module:
         """Put the original modules back, the very objects, and return the original model. A second call changes nothing."""
@@ -81,7 +83,7 @@ class Report:
             self.restore = None
         return self.model
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = []
         if self.replaced:
             title = "would be replaced" if self.dry_run else "replaced"
@@ -94,7 +96,8 @@ class Report:
         for place in self.left:
             grouped.setdefault((place.what, place.reason), []).extend(path or "the model" for path in place.paths)
         for (what, reason), paths in grouped.items():
-            text = f"left: {', '.join(paths)}, {what}: {reason}"
+            more = [f"{len(paths) - MOST} more"] if len(paths) > MOST else []
+            text = f"left: {', '.join([*paths[:MOST], *more])}, {what}: {reason}"
             lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ")
         for note in self.notes:
             lines += textwrap.wrap(note, WIDTH, subsequent_indent="  ")

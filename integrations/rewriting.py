@@ -4,9 +4,10 @@ Only the forward changes: the module is the same object, its class gets a subcla
 become its children. A copy or a pickle traces the original forward again.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch.fx
@@ -143,7 +144,7 @@ def rewrite(owner: nn.Module, rewriting: Rewriting, samplers: dict[int, tuple[st
     for name, sampler in samplers.values():
         owner.add_module(name, sampler)
     swaps = {number: name for number, (name, _) in samplers.items()}
-    vars(owner)[ATTRIBUTE] = replace(rewriting, swaps=rewriting.swaps | swaps)
+    vars(owner)[ATTRIBUTE] = dataclasses.replace(rewriting, swaps=rewriting.swaps | swaps)
     owner.__class__ = derive_class(base)
     define_forward(owner)
     return undo

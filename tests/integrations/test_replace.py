@@ -391,6 +391,12 @@ def test_blur_pool_of_another_package():
         def forward(self, x):
             return self.pool(x)
 
+    class BlurPoolWithWeights(BlurPool2D):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+    assert replace(nn.Sequential(BlurPoolWithWeights()), down=small_down, dry_run=True).left == []
     model = nn.Sequential(BlurPool2D())
     [row] = replace(model, down=small_down, example=torch.rand(1, 4, 9, 8)).replaced
     assert row.before == "BlurPool2D s2"
@@ -415,3 +421,8 @@ def test_report_fits_a_page():
     text = str(replace(model, up="carafe", example=X))
     assert max(map(len, text.splitlines())) <= 100
     assert "2 places" in text
+
+
+def test_report_is_its_own_representation():
+    report = replace(UNet(), up=small_up, example=X)
+    assert repr(report) == str(report)

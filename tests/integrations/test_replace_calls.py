@@ -323,3 +323,17 @@ def test_every_kind_of_parameter():
     torch.testing.assert_close(model(x, y, y, y, gain=2.0, shift=y), expected)
     with pytest.raises(ValueError, match="the forward of Wide was rewritten for arguments of this structure"):
         model(x, y, shift=y)
+
+
+class Paste(nn.Module):
+    """Resizes to sizes of all kinds, as a detector does with its masks."""
+
+    def forward(self, x):
+        return [F.interpolate(x, size=(i, 1)) for i in range(1, 21)]
+
+
+def test_many_calls_are_one_line_of_the_report():
+    report = replace(Paste(), up=small_up, example=torch.rand(1, 2, 3, 3), dry_run=True)
+    assert len(report.left) == 20
+    text = " ".join(str(report).split())
+    assert "interpolate_11, 8 more, interpolate to size: its output is not a whole number of times as large as its input" in text
