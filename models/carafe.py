@@ -167,6 +167,13 @@ class CARAFE(nn.Module):
         kernels = reassembly_kernels(self.logits(x), self.spec, *x.shape[2:])
         return kernels.unflatten(2, (self.spec.kernel_size,) * 2)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse torch.jit.script, which calls this method of a module and of its parts."""
+        raise TypeError(
+            "torch.jit.script cannot compile CARAFE, whose operator is chosen by device in Python: "
+            "use torch.jit.trace, torch.export.export or torch.compile"
+        )
+
     def extra_repr(self) -> str:
         """Show the options in the representation of the module."""
         return ", ".join(f"{name}={value!r}" for name, value in self.spec._asdict().items())

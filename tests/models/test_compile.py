@@ -10,6 +10,7 @@ from carafepp.models.fpn import FPN
 from carafepp.models.global_local import GlobalLocal
 from carafepp.models.guided_samplers import FADE
 from carafepp.models.partial_conv import PartialGlobalLocal
+from carafepp.models.psanet import PSANet
 from carafepp.models.pspnet import PSPNet
 from carafepp.models.resnet import ResNet
 from carafepp.models.upernet import UperNet
@@ -27,6 +28,7 @@ NETWORKS = {
     "upernet": (lambda: UperNet(backbone(), 3, ppm=UP, fpn=FADE, fuse=UP, **decoder), "aot_eager"),
     "pyramid": (lambda: FasterRCNN(3, backbone=backbone(downsample=DOWN), fpn=UP, fpn_dim=8, head_dim=8).backbone, "aot_eager"),
     "pspnet": (lambda: PSPNet(backbone(output_stride=8), 3, ppm=UP, dim=8, ppm_dim=4, pool_scales=(1, 2)), "eager"),
+    "psanet": (lambda: PSANet(backbone(output_stride=8), 3, dim=8, mask_size=3), "eager"),
     "generator": (lambda: GlobalLocal(4, downsample=DOWN, upsample=UP), "eager"),
     "partial generator": (lambda: PartialGlobalLocal(4, downsample=DOWN, upsample=UP), "eager"),
 }

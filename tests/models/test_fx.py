@@ -14,7 +14,9 @@ from carafepp.models.point_samplers import DySample
 from carafepp.models.pooling import BlurPool
 from carafepp.models.psanet import PSANet
 from carafepp.models.pspnet import PSPNet
+from carafepp.models.resnet import ResNet
 from carafepp.models.upernet import UperNet
+from configurations import choices, configured_sampler
 from networks import DOWN, UP, dilated_resnet, small_resnet
 from sampler_cases import CASES
 from torch import nn
@@ -48,6 +50,8 @@ NETWORKS = {
     "partial generator": lambda: PartialGlobalLocal(4),
     "partial generator, carafe": lambda: PartialGlobalLocal(4, downsample=DOWN, upsample=UP),
 }
+# without the file for a single slot
+NAMES = {group: [name for name in choices(group) if name != "shared"] for group in ("upsampler", "downsampler")}
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
@@ -100,6 +104,23 @@ def test_traced_networks_train():
         gradients.append([parameter.grad.clone() for parameter in network.parameters()])
     for actual, expected in zip(*gradients, strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", NAMES["upsampler"])
+@torch.no_grad()
+def test_features_are_extracted_from_decoders_with_every_upsampler(name):
+    sampler = configured_sampler("upsampler", name)
+    network = UperNet(ResNet((1, 1), width=4), 3, ppm=sampler, fpn=sampler, fuse=sampler, fpn_dim=8, ppm_dim=8, pool_scales=(1, 2)).eval()
+    extractor, x = create_feature_extractor(network, {"conv_last": "logits"}), torch.rand(1, 3, 43, 30)
+    assert torch.equal(extractor(x)["logits"], network(x))
+
+
+@pytest.mark.parametrize("name", NAMES["downsampler"])
+@torch.no_grad()
+def test_features_are_extracted_from_backbones_with_every_downsampler(name):
+    network = ResNet((1, 1), width=4, downsample=configured_sampler("downsampler", name)).eval()
+    extractor, x = create_feature_extractor(network, ["layer1", "layer2"]), torch.rand(1, 3, 43, 30)
+    assert_equal(lambda x: list(extractor(x).values()), network, x)
 
 
 @torch.no_grad()

@@ -171,6 +171,17 @@ class Doubled(CARAFE):
         return 2 * super().forward(x)
 
 
+@pytest.mark.parametrize("sampler", [Nearest, lambda channels: Repeated(), UP, GUM], ids=["nearest", "own", "carafe", "gum"])
+@torch.no_grad()
+def test_an_exported_program_takes_levels_of_every_parity(sampler):
+    module = FromLevels(sampler(8).eval())
+    any_size = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    program = torch.export.export(module, (torch.rand(1, 8, 6, 5), torch.rand(1, 8, 12, 10)), dynamic_shapes=(any_size, any_size)).module()
+    for rows, columns in ((14, 12), (13, 11), (15, 13), (13, 13)):
+        levels = torch.rand(1, 8, H, W), torch.rand(1, 8, rows, columns)
+        torch.testing.assert_close(program(*levels), module(*levels))
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_samplers_without_a_size_are_cut_or_repeated(size):
     x = torch.rand(1, 8, H, W)
