@@ -124,36 +124,79 @@ class LIP(nn.Module):
 
     out_p = sum_q exp(l_q) x_q / sum_q exp(l_q), with logits l = 12 sigmoid(norm(conv(x))) of the size of x. The last convolution starts
     at 0, so that the layer starts as average pooling. Simplified logits come from one 3x3 convolution, 9 C^2 + 2 C parameters.
-    Bottleneck logits first go through a 1x1 and a 3x3 convolution of `bottleneck` channels B, 2 B C + 9 B^2 + 4 B + 2 C parameters. The
-    authors share the part before the last convolution between the two samplers of a residual block; here each sampler has its own.
+    Bottleneck logits first go through a 1x1 and a 3x3 convolution of `bottleneck` channels B, 2 B C + 9 B^2 + 4 B + 2 C parameters. In a
+    residual block of this package's ResNet, `PairedLIP` shares these two convolutions between main path and shortcut, as the authors do.
     Normalisation is per image and channel. The convolutions run at the resolution of the input and take, per output pixel, 36 C^2
     multiply-adds for simplified logits and 8 B C + 36 B^2 for bottleneck logits.
 
     Args:
         channels: C.
         bottleneck: None selects simplified logits, and so does a value greater than `channels`. 128 gives the authors' ResNet, with
-            simplified logits in the stem's 64 channels and bottlenecks elsewhere.
+            simplified logits in the stem's 64 channels and `PairedLIP` in the blocks.
     """
 
     def __init__(self, channels: int, bottleneck: int | None = None):
         super().__init__()
         if bottleneck and bottleneck > channels:
             bottleneck = None
-        width = bottleneck or channels
-        project = nn.Conv2d(width, channels, 1 if bottleneck else 3, padding=0 if bottleneck else 1, bias=False)
-        nn.init.zeros_(project.weight)
-        layers = [project, nn.InstanceNorm2d(channels, affine=True)]
-        if bottleneck:
-            for inputs, size in ((bottleneck, 3), (channels, 1)):
-                conv = nn.Conv2d(inputs, bottleneck, size, padding=size // 2, bias=False)
-                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-                layers = [conv, nn.InstanceNorm2d(bottleneck, affine=True), nn.ReLU(inplace=True), *layers]
-        self.logits = nn.Sequential(*layers, nn.Sigmoid())
+        shared = _make_bottleneck(channels, bottleneck) if bottleneck else []
+        self.logits = nn.Sequential(*shared, *_make_logits(bottleneck or channels, channels, 1 if bottleneck else 3))
+
+    @staticmethod
+    def make_pair(inputs: int, width: int, bottleneck: int | None = None) -> "PairedLIP | None":
+        """Make the sampler of both paths of a residual block, from the options of this class; None for simplified logits."""
+        return PairedLIP(inputs, width, bottleneck) if bottleneck else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Downsample x [N, C, H, W] to [N, C, ceil(H / 2), ceil(W / 2)]."""
-        # exp(12) exceeds the range of float16
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        weights = (12 * self.logits(x).to(dtype)).exp()
-        y = F.avg_pool2d(x.to(dtype) * weights, 3, stride=2, padding=1) / F.avg_pool2d(weights, 3, stride=2, padding=1)
-        return y.to(x.dtype)
+        return _pool_by_importance(x, self.logits(x))
+
+
+class PairedLIP(nn.Module):
+    """LIP of a residual block in the authors' ResNet: main path and shortcut take their importances from the input of the block.
+
+    A 1x1 and a 3x3 convolution of `bottleneck` channels are shared, and a 1x1 convolution for each path gives its logits. A 1x1 convolution
+    replaces the 3x3 of the block. ResNet-50 then has 23.9 M parameters with 1000 classes, as published.
+
+    Args:
+        inputs: channels of the input of the block, which is also the input of the shortcut.
+        width: channels of the main path.
+        bottleneck: channels of the shared convolutions.
+    """
+
+    def __init__(self, inputs: int, width: int, bottleneck: int):
+        super().__init__()
+        self.shared = nn.Sequential(*_make_bottleneck(inputs, bottleneck))
+        self.shortcut_logits = nn.Sequential(*_make_logits(bottleneck, inputs, 1))
+        self.main_logits = nn.Sequential(*_make_logits(bottleneck, width, 1))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Downsample the input of a block x [N, inputs, H, W] and the map of its main path y [N, width, H, W] by 2."""
+        shared = self.shared(x)
+        return _pool_by_importance(x, self.shortcut_logits(shared)), _pool_by_importance(y, self.main_logits(shared))
+
+
+def _make_bottleneck(channels: int, bottleneck: int) -> list[nn.Module]:
+    """Make the convolutions before the logits: 1x1 and 3x3, each with normalisation and ReLU."""
+    layers: list[nn.Module] = []
+    for inputs, size in ((channels, 1), (bottleneck, 3)):
+        conv = nn.Conv2d(inputs, bottleneck, size, padding=size // 2, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        layers += [conv, nn.InstanceNorm2d(bottleneck, affine=True), nn.ReLU(inplace=True)]
+    return layers
+
+
+def _make_logits(inputs: int, channels: int, kernel_size: int) -> list[nn.Module]:
+    """Make the last convolution of logits, which starts at 0, with normalisation and sigmoid."""
+    conv = nn.Conv2d(inputs, channels, kernel_size, padding=kernel_size // 2, bias=False)
+    nn.init.zeros_(conv.weight)
+    return [conv, nn.InstanceNorm2d(channels, affine=True), nn.Sigmoid()]
+
+
+def _pool_by_importance(x: Tensor, gates: Tensor) -> Tensor:
+    """Pool x [N, C, H, W] in 3x3 windows at stride 2, weighted by exp(12 gates), with gates [N, C, H, W] in [0, 1]."""
+    # exp(12) exceeds the range of float16
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weights = (12 * gates.to(dtype)).exp()
+    y = F.avg_pool2d(x.to(dtype) * weights, 3, stride=2, padding=1) / F.avg_pool2d(weights, 3, stride=2, padding=1)
+    return y.to(x.dtype)

@@ -23,6 +23,13 @@ def _make_conv(inputs: int, outputs: int, kernel_size: int, stride: int = 1, dil
     return conv
 
 
+def _make_pair(sampler: Sampler, inputs: int, width: int) -> nn.Module | None:
+    """Make the module that downsamples both paths of a block, if the sampler has one."""
+    # a partial hides its class in .func
+    pair = getattr(getattr(sampler, "func", sampler), "make_pair", None)
+    return pair(inputs, width, **getattr(sampler, "keywords", {})) if pair else None
+
+
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions with a shortcut; the 3x3 and the shortcut downsample (torchvision's "v1.5" block).
 
@@ -31,7 +38,8 @@ class Bottleneck(nn.Module):
         width: channels of the 3x3 convolution; the output has 4 times as many.
         stride: factor of the downsampling.
         sampler: None means strided convolutions. With a sampler, the convolutions have stride 1, and a sampler before the 3x3 and another
-            before the 1x1 of the shortcut downsample instead.
+            before the 1x1 of the shortcut downsample instead. A sampler with a function `make_pair` downsamples both paths with one module,
+            which also sees the input of the block, and a 1x1 convolution replaces the 3x3 (LIP with a bottleneck).
         norm_layer: takes a number of channels and returns the normalisation layer.
         deformable: whether the 3x3 is a DCNv2, except where a sampler precedes it (paper, section 5.2).
         dilation: dilation of the 3x3.
@@ -51,13 +59,15 @@ class Bottleneck(nn.Module):
     ):
         super().__init__()
         outputs = width * self.expansion
-        resample = sampler if sampler and stride > 1 else lambda channels: nn.Identity()
+        self.pair_sampler = _make_pair(sampler, inputs, width) if sampler and stride > 1 else None
+        resample = sampler if sampler and stride > 1 and self.pair_sampler is None else lambda channels: nn.Identity()
         conv_stride = 1 if sampler else stride
         deforms = deformable and not (sampler and stride > 1)
+        size = 1 if self.pair_sampler is not None else 3
         self.conv1 = _make_conv(inputs, width, 1)
         self.bn1 = norm_layer(width)
         self.sampler = resample(width)
-        self.conv2 = DeformConv(width, width, conv_stride, dilation) if deforms else _make_conv(width, width, 3, conv_stride, dilation)
+        self.conv2 = DeformConv(width, width, conv_stride, dilation) if deforms else _make_conv(width, width, size, conv_stride, dilation)
         self.bn2 = norm_layer(width)
         self.conv3 = _make_conv(width, outputs, 1)
         self.bn3 = norm_layer(outputs)
@@ -70,9 +80,13 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute [N, width * 4, ceil(H / stride), ceil(W / stride)] from x [N, inputs, H, W]."""
         y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(self.sampler(y))))
+        if self.pair_sampler is not None:
+            x, y = self.pair_sampler(x, y)
+        else:
+            x, y = self.shortcut_sampler(x), self.sampler(y)
+        y = self.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
-        return self.relu(y + self.downsample(self.shortcut_sampler(x)))
+        return self.relu(y + self.downsample(x))
 
 
 class ResNet(nn.Module):
@@ -91,7 +105,7 @@ class ResNet(nn.Module):
         output_stride: 32 gives the published network. 16 removes the stride (and the samplers) of layer4 and dilates its 3x3 convolutions
             by 2. 8 removes those of layer3 and layer4, with dilations 2 and 4, as in the backbone of PSPNet and PSANet.
         deformable: the layers, of 1 to 4, whose 3x3 convolutions are DCNv2. The paper's "Res-2, Res-3, Res-4" are taken as (2, 3, 4), the
-            stages c3 to c5 that public DCNv2 backbones deform.
+            stages c3 to c5 of the cited DCNv2; by the count of section 4.1, they are (1, 2, 3).
         weights: a file to start from, see `carafepp.models.weights`.
 
     Attributes:

@@ -63,12 +63,14 @@ class Table:
 class SettingFinder:
     """Index of settings by table, row, protocol and options.
 
-    Rows with the same figures in two tables of the paper are the same configuration, so that the runs of one row also serve the other.
+    Rows with the same figures in two tables of the paper are the same configuration, so that the runs of one row also serve the other,
+    except at the scales at which one of the tables differs (`own_scales`).
     """
 
     def __init__(self, settings: Sequence[Setting]) -> None:
         tables, metrics = read_paper()
         self.settings = {self._key(s.table, s.row, s.protocol, s.options): s for s in settings}
+        self.own_scales = {name: table.get("own_scales", []) for name, table in tables.items()}
         self.figures: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
         for name in tables:
             for row in list_rows(tables, name):
@@ -91,7 +93,13 @@ class SettingFinder:
 
     def find(self, table: str, row: str, protocol: Mapping[str, str], options: Mapping[str, str]) -> Setting | None:
         """Return the setting of a row, or of an equal row in another table, if there is one."""
-        keys = (self._key(*place, protocol, options) for place in self.list_equal_rows(table, row))
+        scale = protocol.get("scale")
+        places = (
+            (other, name)
+            for other, name in self.list_equal_rows(table, row)
+            if other == table or scale not in [*self.own_scales.get(table, []), *self.own_scales[other]]
+        )
+        keys = (self._key(*place, protocol, options) for place in places)
         return next((self.settings[key] for key in keys if key in self.settings), None)
 
     def find_reference(self, setting: Setting, table: str, row: str) -> Setting | None:

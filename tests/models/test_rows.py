@@ -9,6 +9,7 @@ import yaml
 from carafepp.models.carafe import CARAFE
 from carafepp.models.deform import DeformConv
 from carafepp.models.detection import MaskRCNN
+from carafepp.models.pooling import LIP, PairedLIP
 from carafepp.tasks.runs import count_flops
 from configurations import CONF, choices, compose_config
 from hydra.utils import instantiate
@@ -108,5 +109,25 @@ def test_rows_add_the_parameters_of_their_samplers():
     # a frozen norm has no parameters: 2 * 16 less in each of seven places than the 69,743 of a classifier
     assert parameters[2] - parameters[0] == 69743 - 7 * 2 * 16
     body = lip.backbone.body
-    # simplified logits in the stem, bottlenecks elsewhere
-    assert [len(sampler.logits) for sampler in (body.maxpool, body.layer2[0].sampler, body.layer4[0].shortcut_sampler)] == [3, 9, 9]
+    # simplified logits in the stem, one bottleneck of 128 channels for both paths of each first block
+    assert isinstance(body.maxpool, LIP)
+    assert [isinstance(body.get_submodule(f"layer{i}")[0].pair_sampler, PairedLIP) for i in (1, 2, 3, 4)] == [False, True, True, True]
+    assert body.layer4[0].pair_sampler.shared[0].weight.shape == (128, 1024, 1, 1)
+    assert body.layer4[0].conv2.weight.shape == (512, 512, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "millions"),
+    [
+        # torchvision's documentation
+        (["row=table2/resnet50"], 25.6),
+        (["row=table2/resnet101"], 44.5),
+        # Gao et al., Table 4
+        (["row=pretraining/resnet50_lip"], 23.9),
+        (["row=pretraining/resnet50_lip", "backbone=resnet101"], 42.9),
+    ],
+)
+def test_classifiers_have_the_published_number_of_parameters(overrides, millions):
+    with torch.device("meta"):
+        model = build("experiment=table2", *overrides, "data.root=FOLDER", classes=1000)
+    assert round(count_parameters(model) / 1e6, 1) == millions

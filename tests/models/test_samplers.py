@@ -5,7 +5,7 @@ import torch
 from carafepp.models.guided_samplers import FADE, GUM, SAPA
 from carafepp.models.learned_samplers import BilinearConv, Deconv, NearestConv, PixelShuffle, SpatialAttention
 from carafepp.models.point_samplers import DySample
-from carafepp.models.pooling import DPP, LIP, BlurPool, SoftPool
+from carafepp.models.pooling import DPP, LIP, BlurPool, PairedLIP, SoftPool
 from carafepp.models.resnet import ResNet
 from carafepp.models.upernet import UperNet
 from configurations import CONF
@@ -223,6 +223,24 @@ def test_sapa_is_the_same_on_a_device_without_kernels(monkeypatch):
     expected = sapa(x, guide)
     monkeypatch.setattr("carafepp.models.guided_samplers.default_backend", lambda *_: "reference")
     torch.testing.assert_close(sapa(x, guide), expected)
+
+
+def test_paired_lip_pools_both_paths_by_importances_of_the_blocks_input():
+    torch.manual_seed(0)
+    pair = PairedLIP(8, 4, bottleneck=6)
+    x, y = torch.randn(2, 8, 7, 6), torch.randn(2, 4, 7, 6)
+    average = torch.nn.AvgPool2d(3, 2, 1, count_include_pad=False)
+    for pooled, given in zip(pair(x, y), (x, y), strict=True):
+        torch.testing.assert_close(pooled, average(given))
+    for logits in (pair.main_logits, pair.shortcut_logits):
+        torch.nn.init.normal_(logits[0].weight)
+    alone = LIP(8, bottleneck=6)
+    alone.logits = torch.nn.Sequential(*pair.shared, *pair.shortcut_logits)
+    torch.testing.assert_close(pair(x, y)[0], alone(x))
+    # Gao et al., equation 6, at a pixel in the middle: rows 3 to 5, columns 1 to 3
+    importance = (12 * pair.main_logits(pair.shared(x))).exp()[..., 3:6, 1:4]
+    expected = (importance * y[..., 3:6, 1:4]).sum((2, 3)) / importance.sum((2, 3))
+    torch.testing.assert_close(pair(x, y)[1][..., 2, 1], expected)
 
 
 def test_soft_pool_and_lip_do_not_overflow():

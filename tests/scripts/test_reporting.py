@@ -84,6 +84,17 @@ def test_own_method_joins_the_table_and_its_baseline(tmp_path):
     assert rows["carafe, model.fpn_dim=9"]["AP vs nearest"].startswith("+5.00 [")
 
 
+def test_tables_that_differ_at_a_scale_lend_no_runs_there(tmp_path):
+    # in the paper, carafe of Table IV is cm64 of Table XI; at the small scale, C_m is scaled in Table XI alone
+    for scale in ("small", "paper"):
+        write_run(tmp_path / f"a_{scale}", 0, {"val/box_AP": 0.3}, row="table4/carafe", scale=scale)
+        write_run(tmp_path / f"b_{scale}", 0, {"val/box_AP": 0.2}, row="table11/cm16", scale=scale)
+    found = {table.protocol: format_rows(table) for table in make_tables(tmp_path) if table.name == "table11"}
+    assert [found[f"scale={scale}"][2]["AP"] for scale in ("small", "paper")] == ["", "30.00"]
+    lent = {table.protocol: format_rows(table) for table in make_tables(tmp_path) if table.name == "table14"}
+    assert not lent, "a table without runs of its own is not shown"
+
+
 def test_boxes_and_masks_are_lines_of_their_own(tmp_path):
     write_run(tmp_path / "0", 0, {"val/box_AP": 0.2, "val/mask_AP": 0.1}, row="table7/published")
     write_run(tmp_path / "1", 0, {"val/box_AP": 0.25, "val/mask_AP": 0.12}, row="table7/fpn")
