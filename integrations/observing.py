@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from .layers import read_layer
 
@@ -26,6 +26,8 @@ class Placeholder(Enum):
 
 
 TENSOR = Placeholder.TENSOR
+# arguments of these types are fixed when a forward is rewritten
+CONSTANTS = (bool, int, float, str, type(None), Placeholder)
 
 # functions that resample
 FUNCTIONS: dict[Any, str] = {F.interpolate: "interpolate", F.max_pool2d: "max_pool2d", F.avg_pool2d: "avg_pool2d"}
@@ -82,6 +84,12 @@ class Forward:
     def events(self) -> list[Event]:
         """What resamples directly in its forward, in order."""
         return [step for step in self.steps if isinstance(step, Event)]
+
+    def resembles(self, other: "Forward") -> bool:
+        """Return whether the structure of the arguments, and the constants among them, are those of another forward."""
+        (leaves, spec), (others, other_spec) = tree_flatten(self.arguments), tree_flatten(other.arguments)
+        pairs = zip(leaves, others, strict=False)
+        return spec == other_spec and all(not isinstance(leaf, CONSTANTS) or leaf == value for leaf, value in pairs)
 
     def find_containers(self) -> set[nn.Module]:
         """Return the modules that it calls and that return containers, and those that these call."""

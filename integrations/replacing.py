@@ -61,8 +61,9 @@ def replace(
         The report: `print` shows it, `.model` is the network, and `.undo()` puts the original modules back.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, the model cannot be changed (see `carafepp.integrations.refusals`), or nothing was
+        TypeError, ValueError: an argument is wrong, the model cannot be changed (see `carafepp.integrations.refusals`), or nothing can be
             replaced; the message says why, and what would be right.
+        RuntimeError: the network does not run with the samplers, or does not call them (see `verify`), and is as before.
     """
     check_model(model)
     slots = choose_samplers(up, down)
@@ -86,7 +87,7 @@ def replace(
 def plan_places(
     model: nn.Module, places: Sequence[Place], slots: Mapping[str, Sampler], where: str | Sequence[str] | None, forwards: Sequence[Forward]
 ) -> tuple[list[Plan], list[Left], Targets]:
-    """Decide for every place what comes there, or why it is left; rewrite the forwards that need it, without samplers yet."""
+    """Decide for every place what comes there, or why it is left, and trace the forwards that have to be rewritten."""
     plans: list[Plan] = []
     left: list[Left] = []
     targets: Targets = {}
@@ -116,8 +117,11 @@ def trace_owner(place: Place, forwards: Sequence[Forward], targets: Targets) -> 
     if owner is None:
         return
     if owner not in targets:
+        first, *others = (forward for forward in forwards if forward.module is owner)
+        if not all(first.resembles(other) for other in others):
+            raise Unfit("its module is called with different arguments")
         try:
-            rewriting, numbers = plan_rewriting(next(forward for forward in forwards if forward.module is owner))
+            rewriting, numbers = plan_rewriting(first)
         except ValueError as error:
             raise Unfit(str(error)) from error
         targets.update({inner: Target(owner, rewriting, numbers) for inner, _ in numbers})

@@ -6,7 +6,7 @@ become its children. A copy or a pickle traces the original forward again.
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .observing import TENSOR, Arguments, Forward
+from .observing import CONSTANTS, TENSOR, Arguments, Forward
 from .tracing import Graph, find_events, trace
 
 # the attribute of a rewritten module that holds its rewriting
 ATTRIBUTE = "carafepp_rewriting"
-# arguments of these types are compared with those of the example
-CONSTANTS = (bool, int, float, str, type(None))
 
 
 @dataclass
@@ -171,10 +169,9 @@ def restore(base: type[nn.Module]) -> nn.Module:
 
 
 def define_forward(module: nn.Module) -> None:
-    """Define the forward of a rewritten module in its class, with the signature of the original."""
+    """Define the forward of a rewritten module in its class."""
     rewriting: Rewriting = vars(module)[ATTRIBUTE]
     base = read_base(module)
-    # the tracer takes the class for the original
     traced, _ = trace_rewritten(module, rewriting)
     run, out_spec = traced.compile(), traced.out_spec
     fixed, spec = tree_flatten(rewriting.arguments)
@@ -184,38 +181,44 @@ def define_forward(module: nn.Module) -> None:
         leaves, found = tree_flatten(given)
         if found != spec:
             raise ValueError(f"the forward of {name} was rewritten for arguments of this structure: {rewriting.arguments}")
+        tensors = []
         for leaf, constant in zip(leaves, fixed, strict=True):
+            if constant is TENSOR:
+                tensors.append(leaf)
             # a tracer passes a proxy for a default
-            if isinstance(constant, CONSTANTS) and not isinstance(leaf, torch.fx.Proxy) and leaf != constant:
+            elif isinstance(constant, CONSTANTS) and not isinstance(leaf, torch.fx.Proxy) and leaf != constant:
                 raise ValueError(f"the forward of {name} was rewritten for the argument {constant!r}, got {leaf!r}")
-        tensors = [leaf for leaf, constant in zip(leaves, fixed, strict=True) if constant is TENSOR]
         return tree_unflatten(run(self, *tensors), out_spec)
 
-    signature = inspect.signature(base.forward.__get__(module))
-    parameters = list(signature.parameters.values())
-    bare = [parameter.replace(default=inspect.Parameter.empty, annotation=inspect.Parameter.empty) for parameter in parameters]
-    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY if is_positional(bare) else inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    positional, keywords = [], []
-    for parameter in bare:
-        if parameter.kind == inspect.Parameter.VAR_POSITIONAL:
-            positional.append(f"*{parameter.name}")
-        elif parameter.kind == inspect.Parameter.VAR_KEYWORD:
-            keywords.append(f"**{parameter.name}")
-        elif parameter.kind == inspect.Parameter.KEYWORD_ONLY:
-            keywords.append(f"{parameter.name!r}: {parameter.name}")
-        else:
-            positional.append(parameter.name)
-    given = f"(({''.join(f'{p}, ' for p in positional)}), {{{', '.join(keywords)}}})"
-    names: dict[str, Any] = {"call_rewritten": call}
-    exec(f"def forward{inspect.Signature([first, *bare])}: return call_rewritten(self, {given})", names)
-    forward = names["forward"]
+    forward = give_signature(call, inspect.signature(base.forward.__get__(module)))
     forward.__doc__, forward.__module__, forward.__qualname__ = base.forward.__doc__, base.__module__, f"{base.__qualname__}.forward"
-    given_defaults = [p for p in parameters if p.default is not inspect.Parameter.empty]
-    forward.__defaults__ = tuple(p.default for p in given_defaults if p.kind != inspect.Parameter.KEYWORD_ONLY) or None
-    forward.__kwdefaults__ = {p.name: p.default for p in given_defaults if p.kind == inspect.Parameter.KEYWORD_ONLY} or None
     type(module).forward = forward
 
 
-def is_positional(parameters: Sequence[inspect.Parameter]) -> bool:
-    """Return whether the first of some parameters can only be given by position."""
-    return bool(parameters) and parameters[0].kind == inspect.Parameter.POSITIONAL_ONLY
+def give_signature(call: Callable[[nn.Module, Arguments], Any], signature: inspect.Signature) -> Any:
+    """Return a method with a signature, without annotations, that passes the module and all arguments to `call`.
+
+    torch.fx and others read the signature from the code of a function, so that `*args` would not do.
+    """
+    empty, kinds = inspect.Parameter.empty, inspect.Parameter
+    parameters = list(signature.parameters.values())
+    bare = [parameter.replace(default=empty, annotation=empty) for parameter in parameters]
+    positional, keywords = [], []
+    for parameter in bare:
+        if parameter.kind == kinds.VAR_POSITIONAL:
+            positional.append(f"*{parameter.name}, ")
+        elif parameter.kind == kinds.VAR_KEYWORD:
+            keywords.append(f"**{parameter.name}")
+        elif parameter.kind == kinds.KEYWORD_ONLY:
+            keywords.append(f"{parameter.name!r}: {parameter.name}")
+        else:
+            positional.append(f"{parameter.name}, ")
+    first_kind = kinds.POSITIONAL_ONLY if bare and bare[0].kind == kinds.POSITIONAL_ONLY else kinds.POSITIONAL_OR_KEYWORD
+    head = inspect.Signature([inspect.Parameter("self", first_kind), *bare])
+    names: dict[str, Any] = {"call_rewritten": call}
+    exec(f"def forward{head}: return call_rewritten(self, (({''.join(positional)}), {{{', '.join(keywords)}}}))", names)
+    forward = names["forward"]
+    optional = [parameter for parameter in parameters if parameter.default is not empty]
+    forward.__defaults__ = tuple(parameter.default for parameter in optional if parameter.kind != kinds.KEYWORD_ONLY) or None
+    forward.__kwdefaults__ = {parameter.name: parameter.default for parameter in optional if parameter.kind == kinds.KEYWORD_ONLY} or None
+    return forward

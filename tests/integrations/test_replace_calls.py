@@ -220,6 +220,45 @@ def test_calls_that_are_left(model, reason):
     assert (model.training, set(vars(model))) == (modes, names)
 
 
+class Switching(nn.Module):
+    """Calls a module twice, with different arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = Decoder()
+
+    def forward(self, x):
+        return self.decoder(x) + self.decoder(x, scale=2.0)
+
+
+def test_module_that_is_called_with_different_arguments():
+    report = replace(Switching(), up=small_up, example=X, dry_run=True)
+    assert {place.reason for place in report.left} >= {"its module is called with different arguments"}
+    assert report.replaced == []
+
+
+class Outer(nn.Module):
+    """Calls functions itself, beside a module that does."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = Decoder()
+
+    def forward(self, x):
+        return F.interpolate(self.decoder(F.max_pool2d(x, 2)), scale_factor=2)
+
+
+def test_modules_within_rewritten_modules():
+    model = Outer().eval()
+    report = replace(model, up=small_up, down=small_down, example=X)
+    assert [row.path for row in report.replaced] == ["max_pool2d_0", "interpolate_0", *(f"decoder.{name}" for name in CALLS)]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(X), model(X), rtol=0, atol=0)
+    report.undo()
+    assert type(model) is Outer
+    assert type(model.decoder) is Decoder
+
+
 class Constant(nn.Module):
     def forward(self, x):
         return F.interpolate(x, scale_factor=2) * torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)
