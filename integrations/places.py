@@ -13,7 +13,9 @@ from .adapters import Adapter, SizedSampler
 from .layers import Resampling, read_interpolation, read_layer
 from .observing import FUNCTIONS, Event, Forward, Shapes
 
-SAMPLER_FILES = ("carafe", "guided_samplers", "learned_samplers", "point_samplers", "pooling", "samplers")
+SAMPLER_MODULES = tuple(
+    f"carafepp.models.{name}" for name in ("carafe", "guided_samplers", "learned_samplers", "point_samplers", "pooling", "samplers")
+)
 
 
 @dataclass
@@ -50,9 +52,8 @@ class Place:
 
 
 def is_sampler(module: nn.Module) -> bool:
-    """Return whether a module is a sampler of carafepp, or was installed by `replace`."""
-    package, _, file = type(module).__module__.rpartition(".")
-    return isinstance(module, Adapter) or (package == "carafepp.models" and file in SAMPLER_FILES)
+    """Return whether a module is a sampler of carafepp or derived from one, or was installed by `replace`."""
+    return isinstance(module, Adapter) or any(cls.__module__ in SAMPLER_MODULES for cls in type(module).__mro__)
 
 
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -410,9 +410,13 @@ def test_model_that_is_a_layer_itself():
 
 
 def test_our_own_samplers_are_left_alone():
-    model = nn.Sequential(CARAFE(4, down=2), SoftPool(4), nn.MaxPool2d(2))
+    class Derived(CARAFE):
+        pass
+
+    model = nn.Sequential(CARAFE(4, down=2), SoftPool(4), Derived(4, down=2), nn.MaxPool2d(2))
     report = replace(model, down=small_down, example=torch.rand(1, 4, 16, 16))
-    assert [row.path for row in report.replaced] == ["2"]
+    assert [row.path for row in report.replaced] == ["3"]
+    assert "samplers already: 0, 1, 2" in str(report)
 
 
 def test_report_fits_a_page():
