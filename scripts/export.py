@@ -72,7 +72,7 @@ def export(cfg: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any], lis
     (dtype,) = look_up("dtype", [cfg["dtype"]], {name: dtype for name, dtype in DTYPES.items() if dtype in TOLERANCES})
     check_packages(cfg["format"])
     ranges = read_ranges(cfg["size"], cfg["height"], cfg["width"], cfg["batch"])
-    task, config = load_task(cfg["checkpoint"], OmegaConf.create(cfg["task"]), cfg["trust"])
+    task, config = load_task(cfg["checkpoint"], DictConfig(cfg["task"]), cfg["trust"])
     exportable = task.exportable()
     network = exportable.network.eval().requires_grad_(False).to(cfg["device"])
     expected = run_network(network, exportable.inputs, ranges.checked(), cfg["device"])

@@ -2,6 +2,10 @@
 
 import importlib.util
 import json
+import os
+import re
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +18,11 @@ from carafepp.scripts.exporting.sizes import read_ranges
 from carafepp.tasks.classification import Classification
 from carafepp.tasks.exportable import Normalized
 from carafepp.tasks.task import Task
-from commands import call, run_code
+from commands import call, run_code, run_line
 from configurations import compose_config
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from PIL import Image
 from torch import nn
 from training import TASKS
 
@@ -366,3 +371,64 @@ def test_an_operator_that_cannot_be_traced_is_named(checkpoint, tmp_path, monkey
     with pytest.raises(ValueError, match=r"(?s)format=pt2 does not take the network of checkpoint=.*classification\.ckpt: "):
         attempt(checkpoint, tmp_path, "format=pt2")
     assert not list(tmp_path.glob("*.pt2"))
+
+
+def read_snippets(heading: str, language: str) -> list[str]:
+    """Return the code of a section of docs/export.md."""
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    section = page.split(f"### {heading}\n")[1].split("\n### ")[0].split("\n## ")[0]
+    return [code for name, code in re.findall(r"^```(\w*)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE) if name == language]
+
+
+def use(exported: Exported, folder: Path, code: str) -> str:
+    """Run Python code of the documentation beside an exported file."""
+    shutil.copy(exported.path, folder)
+    return run_code(code, cwd=folder).stdout
+
+
+def test_documented_use_of_onnxruntime(export, tmp_path):
+    pytest.importorskip("onnxscript", reason="needs the extra `export`")
+    pytest.importorskip("onnxruntime", reason="needs the extra `export`")
+    exported = export("segmentation", "format=onnx", "size=[96,128]", "batch=1")
+    image = torch.randint(256, (3, 96, 128), dtype=torch.uint8)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "photo.jpg", format="PNG")
+    (code,) = read_snippets("onnxruntime", "python")
+    assert len(code.splitlines()) <= 11
+    labels = use(exported, tmp_path, code + "print(json.dumps(labels.tolist()))")
+    with torch.no_grad():
+        expected = exported.task(image[None] / 255)[0].argmax(0)
+    assert json.loads(labels) == [[exported.task.class_names[label] for label in row] for row in expected.tolist()]
+
+
+def test_documented_use_of_a_program(export, tmp_path):
+    exported = export("segmentation", "format=pt2", *RANGE)
+    (code,) = read_snippets("torch.export", "python")
+    found = use(exported, tmp_path, code.replace("256, 320", "70, 66") + "print(facts['task'], [*logits.shape])")
+    assert found == "segmentation [1, 11, 18, 17]\n"
+
+
+@pytest.mark.slow
+def test_package_runs_from_python_and_from_cpp(export, tmp_path, compiler):
+    exported = export("classification", "format=aoti", "size=[512,768]", "batch=1")
+    assert exported.facts["requires"] == []
+    run = formats.FORMATS["aoti"].read(exported.path.read_bytes())
+    images = torch.rand(1, 3, 512, 768)
+    torch.testing.assert_close(run([images])[0], exported.task(images).detach(), rtol=1e-5, atol=1e-5)
+
+    (code,) = read_snippets("AOTInductor", "python")
+    assert use(exported, tmp_path, code + "print(json.dumps(facts), [*outputs.shape])") == f"{json.dumps(exported.facts)} [1, 10]\n"
+
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    (program,), (commands,) = read_snippets("AOTInductor", "cpp"), read_snippets("AOTInductor", "")
+    (tmp_path / "run.cpp").write_text(program)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = run_line(["bash", "-ec", commands], cwd=tmp_path, PATH=path)
+    assert done.returncode == 0, done.stderr
+    facts, result = done.stdout.splitlines()
+    assert json.loads(facts) == exported.facts
+    expected = exported.task(torch.full((1, 3, 512, 768), 0.5)).sum().item()
+    shape, total = result.rsplit(" ", 1)
+    assert shape == "[1, 10]"
+    assert float(total) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert "libpython" not in run_line(["ldd", "run"], cwd=tmp_path).stdout
