@@ -23,10 +23,11 @@ from ..kernels import reassemble
 from ..kernels.backends import default_backend
 from .adaptive_pooling import pool_cells
 from .point_samplers import sample
-from .samplers import fit, upsample_bilinear, upsample_nearest
+from .samplers import fit, shuffle_pixels, upsample_bilinear, upsample_nearest
 
 torch.fx.wrap("fit")
 torch.fx.wrap("sample")
+torch.fx.wrap("shuffle_pixels")
 
 
 class _Guided(nn.Module):
@@ -175,7 +176,7 @@ class IndexNet(_Guided):
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
         guide = _prepare_guide(x, guide, self.guide_channels)
-        index = F.pixel_shuffle(self.index(_pad_to_even(guide)).sigmoid(), 2)
+        index = shuffle_pixels(self.index(_pad_to_even(guide)).sigmoid())
         return fit(upsample_nearest(x), guide.shape[2:]) * fit(index, guide.shape[2:])
 
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import torch.fx
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
-from .samplers import fit_double, upsample_bilinear, upsample_nearest
+from .samplers import fit_double, shuffle_pixels, upsample_bilinear, upsample_nearest
 
 torch.fx.wrap("fit_double")
+torch.fx.wrap("shuffle_pixels")
 
 
 class StridedConv(nn.Conv2d):
@@ -83,7 +83,7 @@ class PixelShuffle(nn.Conv2d):
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Upsample x [N, C, H, W] to [N, C, 2H, 2W], or to `size`, whose sides may differ from these by 1."""
-        return fit_double(F.pixel_shuffle(super().forward(x), 2), x, size)
+        return fit_double(shuffle_pixels(super().forward(x)), x, size)
 
 
 class SpatialAttention(nn.Module):

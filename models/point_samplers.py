@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.geometry import memory_format
-from .samplers import fit_double
+from .samplers import fit_double, shuffle_pixels
 
 torch.fx.wrap("fit_double")
+torch.fx.wrap("shuffle_pixels")
 
 
 @torch.fx.wrap
@@ -82,9 +83,9 @@ class DySample(nn.Module):
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Upsample x [N, C, H, W] to [N, C, 2H, 2W], or to `size`, whose sides may differ from these by 1."""
-        source = x if self.style == "lp" else F.pixel_shuffle(x, 2)
+        source = x if self.style == "lp" else shuffle_pixels(x)
         scope = 0.25 if self.scope is None else 0.5 * self.scope(source).sigmoid()
         offsets = self.offset(source) * scope
         if self.style == "lp":
-            offsets = F.pixel_shuffle(offsets, 2)
+            offsets = shuffle_pixels(offsets)
         return fit_double(sample(x, offsets.unflatten(1, (2, self.groups))), x, size)

@@ -156,6 +156,16 @@ def upsample_bilinear(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
+@torch.fx.wrap
+def shuffle_pixels(x: Tensor) -> Tensor:
+    """Rearrange x [N, 4 C, H, W] from depth to space, to [N, C, 2H, 2W]."""
+    n, channels, height, width = x.shape
+    if n == 0:
+        # the backward pass of F.pixel_shuffle gives an empty batch the wrong size
+        return x.reshape(0, channels // 4, 2 * height, 2 * width)
+    return F.pixel_shuffle(x, 2)
+
+
 class Nearest(nn.Module):
     """Nearest-neighbour interpolation: every pixel becomes a 2x2 block. The upsampler of the published FPN (Table IV). No parameters."""
 

@@ -71,6 +71,17 @@ def test_training_reaches_every_parameter(case):
         assert tensor.grad.any(), name
 
 
+# PyTorch's instance normalisation takes no empty batch; LIP is a layer of backbones, whose batch is that of the images
+@pytest.mark.parametrize("case", [case for case in CASES if case.name != "lip"], ids=lambda case: f"{case.group}-{case.id}")
+def test_an_empty_batch_has_gradients(case):
+    """A mask head gets no region of an image without objects."""
+    module, arguments = build(case), [tensor[:0].requires_grad_() for tensor in inputs(case)]
+    y = module(*arguments)
+    assert y.shape == (0, CHANNELS, *case.size(*arguments[0].shape[2:]))
+    y.sum().backward()
+    assert all(tensor.grad.shape == tensor.shape for tensor in arguments)
+
+
 @every_sampler
 def test_bfloat16_autocast(case):
     module = build(case)
