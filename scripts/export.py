@@ -58,6 +58,18 @@ def list_strides(expected: dict[Size, list[Tensor]], outputs: Iterable[str]) -> 
     return strides
 
 
+def explain(error: Exception, checkpoint: str, ranges: Ranges) -> str:
+    """Say what of a network a format does not take: a part of the range of sizes, or the network itself."""
+    if "Constraints violated" not in str(error):
+        return f"the network of checkpoint={checkpoint}: {error}"
+    asked = ", ".join(f"{name}=[{low},{high}]" for name, (low, high) in ranges._asdict().items() if low < high)
+    limits = "\n".join(line for line in str(error).splitlines() if line.startswith("  - "))
+    return (
+        f"all of {asked}: at the least sizes, a map of the network may have a side of one pixel, which PyTorch takes for fixed. Give a "
+        f"range that begins later, or size=. PyTorch says:\n{limits}"
+    )
+
+
 def export(cfg: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any], list[Difference]]:
     """Write the file of a checkpoint if it agrees with the network.
 
@@ -85,7 +97,7 @@ def export(cfg: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any], lis
     try:
         content = form.write(tracing, facts)
     except Exception as error:
-        raise ValueError(f"format={cfg['format']} does not take the network of checkpoint={cfg['checkpoint']}: {error}") from error
+        raise ValueError(f"format={cfg['format']} does not take {explain(error, cfg['checkpoint'], ranges)}") from error
     read = form.read(content)
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -363,6 +363,17 @@ def test_a_task_without_an_exportable_network_is_named(checkpoint, tmp_path, mon
         attempt(checkpoint, tmp_path, "format=pt2")
 
 
+def test_a_range_that_begins_too_low_is_named(checkpoint, tmp_path):
+    message = r"(?s)format=pt2 does not take all of height=\[32,96\], width=\[32,96\]: .*Give a range that begins later, or size=.*33 <= "
+    with pytest.raises(ValueError, match=message):
+        call(
+            "export",
+            *(f"checkpoint={checkpoint('segmentation')}", "format=pt2", "height=[32,96]", "width=[32,96]", "batch=1"),
+            f"hydra.run.dir={tmp_path}",
+        )
+    assert not list(tmp_path.glob("*.pt2"))
+
+
 def test_an_operator_that_cannot_be_traced_is_named(checkpoint, tmp_path, monkeypatch):
     def depend_on_values(self, images):
         return images[images > 0.5] if images.sum() > 3 else images
