@@ -2,9 +2,11 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from carafepp.models.carafe import CARAFE
 from carafepp.scripts.common.paper import list_rows, read_paper
 from configurations import CONF, compose_config
@@ -12,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 TABLES, METRICS = read_paper()
+SETTINGS = yaml.safe_load((Path(__file__).parents[1] / "data" / "paper_settings.yaml").read_text())
 ROWS = [f"{table}/{row}" for table in TABLES for row in dict.fromkeys(row["row"] for row in list_rows(TABLES, table))]
 
 # class and slots for samplers, by the start of the name of a row
@@ -183,6 +186,46 @@ def composed(config: dict) -> dict:
 def test_every_row_is_what_its_name_says(configs, table):
     rows = [row for row in ROWS if row.startswith(f"{table}/")]
     assert {row: composed(configs[row]) for row in rows} == {row: named(row) for row in rows}
+
+
+def list_fields(node: object, key: str) -> dict[str, object]:
+    """List every field of a configuration by key; the class of a part is the value of the part itself."""
+    if isinstance(node, dict):
+        if str(node.get("_target_")).endswith(".samplers.shared"):
+            return list_fields(node["slot"], key)
+        parts = {f"{key}.{name}": child for name, child in node.items() if name not in ("_target_", "_partial_")}
+        own = {key: node["_target_"].rpartition(".")[2]} if "_target_" in node else {}
+    elif isinstance(node, list) and node and isinstance(node[0], dict):
+        own, parts = {}, {f"{key}.{i}": child for i, child in enumerate(node)}
+    else:
+        return {key: len(node) if isinstance(node, list) and key.endswith("class_names") else node}
+    return own | {name: value for part, child in parts.items() for name, value in list_fields(child, part).items()}
+
+
+def list_settings(row: str) -> dict[str, object]:
+    """List the fields of a row that the file of the paper's settings gives."""
+    blocks = [SETTINGS["blocks"][block] if isinstance(block, str) else block for block in ["machine", *SETTINGS["rows"][row]]]
+    fields: dict[str, object] = {}
+    for key, value in (item for block in blocks for item in block.items()):
+        if isinstance(value, str) and value in SETTINGS["samplers"]:
+            # another sampler in the place of the one before
+            fields = {name: kept for name, kept in fields.items() if not name.startswith(f"{key}.")}
+            sampler = SETTINGS["samplers"][value]
+            fields |= {key if name == "class" else f"{key}.{name}": option for name, option in sampler.items()}
+        else:
+            fields[key] = value
+    return fields
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_field_of_every_row_is_that_of_the_papers_settings(configs, table):
+    rows = [row for row in ROWS if row.startswith(f"{table}/")]
+    assert [row for row in SETTINGS["rows"] if row.startswith(f"{table}/")] == rows
+    for row in rows:
+        found = {key: value for part in ("task", "data", "trainer") for key, value in list_fields(configs[row][part], part).items()}
+        expected = list_settings(row)
+        differ = {key: (found.get(key, "absent"), expected.get(key, "absent")) for key in found.keys() | expected.keys()}
+        assert {key: pair for key, pair in differ.items() if pair[0] != pair[1]} == {}, f"{row}: found, expected"
 
 
 @pytest.mark.parametrize("table", TABLES)
