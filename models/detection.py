@@ -6,7 +6,7 @@ weights load into networks with empty slots.
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.fx
@@ -22,22 +22,37 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from .fpn import FPN
+from .proposals import BorderedProposals
 from .resnet import ResNet
 from .samplers import Sampler
+
+FrozenNorm = bool | Literal["statistics"]
 
 # side of the RoI features of the box head
 ROI_SIZE = 7
 
 
-def freeze_norms(module: nn.Module) -> None:
-    """Replace every batch normalisation in `module`, including those of samplers, by one with fixed statistics, scale and shift."""
+class FixedStatistics(nn.BatchNorm2d):
+    """Batch normalisation by its running statistics, also in training, with scale and shift that can be trained."""
+
+    def train(self, mode: bool = True) -> "FixedStatistics":
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+
+def freeze_norms(module: nn.Module, *, affine: bool = True) -> None:
+    """Replace every batch normalisation in `module`, including those of samplers, by one with fixed statistics.
+
+    Args:
+        affine: whether scale and shift are fixed as well.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(child.num_features, child.eps).to(child.weight.device)
+            frozen = (FrozenBatchNorm2d if affine else FixedStatistics)(child.num_features, child.eps).to(child.weight.device)
             frozen.load_state_dict(child.state_dict())
-            setattr(module, name, frozen)
+            setattr(module, name, frozen.eval())
         else:
-            freeze_norms(child)
+            freeze_norms(child, affine=affine)
 
 
 def freeze_layers(backbone: ResNet, trainable_layers: int) -> None:
@@ -83,9 +98,11 @@ class Pyramid(nn.Module):
         return {name: _leave_autocast(level) for name, level in levels.items()}
 
 
-def _make_pyramid(backbone: ResNet, fpn: Sampler | None, fpn_dim: int, trainable_layers: int, frozen_norm: bool) -> Pyramid:
+def _make_pyramid(backbone: ResNet, fpn: Sampler | None, fpn_dim: int, trainable_layers: int, frozen_norm: FrozenNorm) -> Pyramid:
+    if frozen_norm not in (True, False, "statistics"):
+        raise ValueError(f'frozen_norm must be true, false or "statistics", got {frozen_norm!r}')
     if frozen_norm:
-        freeze_norms(backbone)
+        freeze_norms(backbone, affine=frozen_norm is True)
     freeze_layers(backbone, trainable_layers)
     return Pyramid(backbone, FPN(backbone.out_channels, fpn_dim, upsample=fpn, extra_blocks=LastLevelMaxPool()), fpn_dim)
 
@@ -103,14 +120,16 @@ class FasterRCNN(detection.FasterRCNN):
         fpn: sampler of the pyramid; None means nearest-neighbour interpolation.
         fpn_dim: channels of the pyramid.
         trainable_layers: number of layers of the backbone, counted from the last, that are trained: 3 freezes the stem and layer1.
-        frozen_norm: whether the backbone keeps the batch statistics, scales and shifts of its pretraining.
+        frozen_norm: whether the backbone keeps the batch statistics, scales and shifts of its pretraining; "statistics" keeps only the
+            statistics, and trains scales and shifts in the layers that are trained.
         anchor_sizes: side in pixels of the anchors on each of the five levels; height / width is 0.5, 1 and 2.
         head_dim: channels of the box head.
+        allowed_border: pixels by which an anchor that trains the proposals may cross the border of its image; None means any number.
         options: further arguments of torchvision's FasterRCNN (`min_size`, `rpn_post_nms_top_n_train`, ...).
 
     Raises:
         TypeError: an option is not an argument of torchvision's FasterRCNN.
-        ValueError: `trainable_layers` is not in 0..5.
+        ValueError: `trainable_layers` is not in 0..5, or `frozen_norm` is none of the above.
     """
 
     backbone: Pyramid
@@ -125,9 +144,10 @@ class FasterRCNN(detection.FasterRCNN):
         fpn: Sampler | None = None,
         fpn_dim: int = 256,
         trainable_layers: int = 5,
-        frozen_norm: bool = False,
+        frozen_norm: FrozenNorm = False,
         anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
         head_dim: int = 1024,
+        allowed_border: float | None = None,
         **options: Any,
     ):
         # torchvision ignores unknown options
@@ -143,6 +163,8 @@ class FasterRCNN(detection.FasterRCNN):
         )
         for part in (self.rpn, self.roi_heads):
             part.box_coder = BoxCoder(part.box_coder.weights)
+        if allowed_border is not None:
+            self.rpn = BorderedProposals(self.rpn, allowed_border)
 
 
 class MaskRCNN(FasterRCNN):

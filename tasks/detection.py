@@ -61,7 +61,8 @@ class Detection(Task):
     Args:
         model: the network, as a function of the number of classes including the background.
         class_names: the names of labels 1, 2, ...
-        optimizer, schedule: see `Task`; norms and biases have no weight decay.
+        optimizer, schedule: see `Task`; norms and biases have no weight decay, unless `decay_all`.
+        decay_all: whether all parameters have weight decay.
         sides: sides in pixels of the squares whose areas separate small from medium, and medium from large objects.
         flops_size: see `Task`.
 
@@ -87,11 +88,13 @@ class Detection(Task):
         schedule: MakeSchedule,
         sides: tuple[float, float] = COCO_SIDES,
         flops_size: tuple[int, int] | None = None,
+        decay_all: bool = False,
     ) -> None:
         names = list_class_names(class_names)
         super().__init__(model(num_classes=len(names) + 1), optimizer=optimizer, schedule=schedule)
         self.class_names = names
         self.sides, self.flops_size = sides, flops_size
+        self.decay_all = decay_all
         self.truth: dict = {}
         self.image_ids: list[int] = []
         self.found: dict[str, list[dict]] = {}
@@ -105,6 +108,12 @@ class Detection(Task):
         """Map images [3, H, W] in [0, 1] to the output of torchvision's detectors: losses in training, else boxes, labels, scores,
         masks."""
         return self.model(list(images), targets)
+
+    def parameter_groups(self) -> list[dict]:
+        """Return the parameter groups of the optimizer: matrices with weight decay, vectors without, or all with."""
+        if not self.decay_all:
+            return super().parameter_groups()
+        return [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}]
 
     @contextlib.contextmanager
     def full_load(self) -> Iterator[None]:

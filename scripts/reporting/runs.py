@@ -10,7 +10,7 @@ from ..common.results import BROKEN, FinishedRun, clean
 from ..common.run_folders import INTERRUPTED
 
 # keys that affect the data and the training; runs that differ in these are in different tables
-PROTOCOL = ["scale", "setting", "data", "optimizer", "schedule", "trainer"]
+PROTOCOL = ["scale", "setting", "protocol", "data", "optimizer", "schedule", "trainer"]
 # the initial weights depend on the downsamplers of the network, so that only their presence is compared
 WEIGHTS = "backbone.weights"
 SOURCES = [WEIGHTS, "weights_root"]

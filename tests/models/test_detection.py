@@ -8,10 +8,11 @@ import torch
 import torch.nn as nn
 import torchvision
 from carafepp.models.carafe import CARAFE
-from carafepp.models.detection import FasterRCNN, MaskRCNN
+from carafepp.models.detection import FasterRCNN, FixedStatistics, MaskRCNN
 from carafepp.models.resnet import resnet50, tiny
 from carafepp.tasks.detection import Detection
-from configurations import choices, configured_sampler
+from configurations import choices, compose_config, configured_sampler
+from hydra.utils import instantiate
 
 SMALL = {"fpn_dim": 16, "head_dim": 32, "anchor_sizes": [8, 16, 32, 48, 64], "min_size": 64, "max_size": 64}
 
@@ -144,3 +145,53 @@ def test_published_mask_head_has_a_relu_and_samplers_have_none():
     assert isinstance(published.roi_heads.mask_predictor.relu, nn.ReLU)
     assert isinstance(carafe.roi_heads.mask_predictor.conv5_mask, CARAFE)
     assert isinstance(carafe.roi_heads.mask_predictor.relu, nn.Identity)
+
+
+def test_fixed_statistics_train_scale_and_shift_alone():
+    model = FasterRCNN(4, backbone=tiny(), trainable_layers=3, frozen_norm="statistics", **SMALL)
+    before = {name: value.clone() for name, value in model.backbone.body.state_dict().items()}
+    assert trains(model)
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    moved = {name for name, value in model.backbone.body.state_dict().items() if not value.equal(before[name])}
+    assert {"layer2.0.bn1.weight", "layer4.0.bn3.bias"} <= moved
+    assert not any("running" in name or "num_batches" in name or name.startswith(("bn1", "layer1")) for name in moved)
+    # the state dict is that of a backbone with plain norms
+    assert before.keys() == tiny().state_dict().keys()
+    with pytest.raises(ValueError, match="frozen_norm must be true, false or \"statistics\", got 'affine'"):
+        FasterRCNN(4, backbone=tiny(), frozen_norm="affine", **SMALL)
+
+
+def test_anchors_across_the_border_do_not_train_the_proposals():
+    model = FasterRCNN(4, backbone=tiny(), allowed_border=0, **SMALL)
+    plain = FasterRCNN(4, backbone=tiny(), **SMALL)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert trains(model)
+    # inside, across the left border, and across the border of a smaller image in its padding
+    anchors = torch.tensor([[0.0, 0, 31, 39], [-1, 0, 30, 39], [30, 30, 50, 40], [0, 0, 8, 8]])
+    target = {"boxes": torch.tensor([[0.0, 0, 30, 40]])}
+    model.rpn.sizes = [(64, 48)]
+    (labels,), (boxes,) = model.rpn.assign_targets_to_anchors([anchors], [target])
+    assert labels.tolist() == [1, -1, -1, 0]
+    assert boxes[0].equal(target["boxes"][0])
+    (everywhere,), _ = plain.rpn.assign_targets_to_anchors([anchors], [target])
+    assert everywhere.tolist() == [1, 1, 0, 0]
+    # a few pixels may be allowed
+    model.rpn.allowed_border = 2
+    assert model.rpn.assign_targets_to_anchors([anchors], [target])[0][0].tolist() == [1, 1, -1, 0]
+    # an image smaller than every anchor trains nothing
+    model.rpn.allowed_border, model.rpn.sizes = 0, [(4, 4)]
+    assert model.rpn.assign_targets_to_anchors([anchors], [target])[0][0].tolist() == [-1] * 4
+
+
+def test_protocol_of_mmdetection():
+    config = compose_config("train", "experiment=table4", "row=table4/nearest", "data.root=FOLDER", "protocol=mmdet", "backbone=tiny")
+    assert (config.trainer.gradient_clip_val, config.trainer.gradient_clip_algorithm) == (35, "norm")
+    task = instantiate(config.task)
+    assert task.model.rpn.allowed_border == 0
+    assert isinstance(task.model.backbone.body.layer3[0].bn2, FixedStatistics)
+    (group,) = task.parameter_groups()
+    trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
+    assert len(group["params"]) == len(trained)
+    assert any(parameter.ndim == 1 for parameter in group["params"])
+    assert "weight_decay" not in group, "every parameter has the decay of the optimizer"
+    assert task.optimizer.keywords["weight_decay"] == 0.0001
