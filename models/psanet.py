@@ -27,10 +27,10 @@ def align_masks(masks: Tensor) -> Tensor:
     # padded to the offsets between positions of the map: -(h - 1)..h - 1 and -(w - 1)..w - 1
     rows, columns = h - 1 - side // 2, w - 1 - side // 2
     masks = F.pad(masks.view(n, side, side, h * w), (0, 0, columns, columns, rows, rows), value=float("-inf"))
-    y = torch.arange(h, device=masks.device).repeat_interleave(w)
-    x = torch.arange(w, device=masks.device).repeat(h)
-    offset = (y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1  # [j, i]
-    return masks.flatten(1, 2).gather(1, offset.expand(n, -1, -1))
+    y, x = torch.arange(h, device=masks.device), torch.arange(w, device=masks.device)
+    down, right = (y[:, None] - y + h - 1) * (2 * w - 1), x[:, None] - x + w - 1
+    offset = (down[:, None, :, None] + right[:, None]).view(h * w, h * w)  # [j, i]
+    return masks.flatten(1, 2).gather(1, offset.expand(n, h * w, h * w))
 
 
 class PointwiseAttention(nn.Module):
@@ -61,7 +61,8 @@ class PointwiseAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute [N, 2 * channels, H, W] from x [N, channels, H, W]: x itself, then what its positions collected and received."""
         size = x.shape[2:]
-        small = [-(-size[0] // self.shrink), -(-size[1] // self.shrink)]
+        # rounded up without a division of a negative number, which ONNX rounds towards zero
+        small = [(size[0] + self.shrink - 1) // self.shrink, (size[1] + self.shrink - 1) // self.shrink]
         collected, distributed = (stretch(reduce(x), small) for reduce in (self.reduce, self.reduce_p))
         wanted = align_masks(self.attention(collected))
         # the weights with which j distributes to i are in the mask of j
