@@ -60,6 +60,8 @@ def choose_backend(backend: str | None, x: Tensor) -> str:
         raise ValueError(f"backend 'cpu' takes CPU tensors, got x on {x.device}")
     if backend == "triton" and not HAS_TRITON:
         raise ValueError("backend 'triton' needs the triton package, which is not installed; 'reference' runs on any device")
+    if backend == "triton" and x.device.type not in ("cuda", "cpu", "meta"):
+        raise ValueError(f"backend 'triton' takes CUDA tensors, got x on {x.device}; 'reference' runs on any device")
     chosen = backend or default_backend(x.device.type, x.dtype)
     if chosen != "reference" and x.dtype not in DTYPES[chosen]:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[chosen])

@@ -34,7 +34,9 @@ template <class S> Index tile_bytes(const Problem& problem, Index threads, Index
     const Index input = problem.channels * problem.height * problem.width + logits;
     const Index output = problem.channels * problem.output_rows * problem.output_columns;
     const Index bytes = problem.batch * (inputs * input + output) * Index(sizeof(S));
-    return std::min(most, std::max(LEAST_BYTES, bytes / (share * threads)));
+    // windows that move read so far around a tile that a small one would hold little else
+    const Index least = problem.border == SHIFT ? most : LEAST_BYTES;
+    return std::min(most, std::max(least, bytes / (share * threads)));
 }
 
 // Whether channels are adjacent in all maps that are given and fill at least one vector.
@@ -55,7 +57,7 @@ template <class S> void forward(const Call& call) {
     const Index threads = useful_threads(call, 1);
     const bool channels_last = is_channels_last<S>(problem, {call.x, call.y});
     const Layout layout = Layout::forward(call, held_channels(problem, channels_last));
-    const Windows windows(problem);
+    const Windows windows(problem, false);
     const Grid grid = Grid::make<T>(problem, windows, layout, threads, tile_bytes<S>(problem, threads, FORWARD_BYTES, FORWARD_SHARE, 1));
     const PlanarTables tables(problem, windows, layout, grid);
     run_tasks<T>(Task::count(problem, grid), threads, Scratch<T>::size(layout, grid), call.parallel, [&](Index number, T* memory) {
@@ -76,7 +78,7 @@ template <class S> void backward(const Call& call) {
     const Index threads = useful_threads(call, 2);
     const bool channels_last = is_channels_last<S>(problem, {call.dy, call.x, call.dx});
     const Layout layout = Layout::backward(call, held_channels(problem, channels_last));
-    const Windows windows(problem);
+    const Windows windows(problem, bool(call.dx));
     const Grid grid = Grid::make<T>(problem, windows, layout, threads, tile_bytes<S>(problem, threads, BACKWARD_BYTES, BACKWARD_SHARE, 2));
     const PlanarTables tables(problem, windows, layout, grid);
     run_tasks<T>(Task::count(problem, grid), threads, Scratch<T>::size(layout, grid), call.parallel, [&](Index number, T* memory) {

@@ -35,7 +35,8 @@ struct Windows {
     std::vector<TapSource> sources;  // [sub][tap]
     std::vector<SubRun> runs;
 
-    explicit Windows(const Problem& problem) : taps(problem.taps()) {
+    // `scattered` windows are also found from the pixels that they read
+    Windows(const Problem& problem, bool scattered) : taps(problem.taps()) {
         const Index radius = problem.kernel / 2, up = problem.up, down = problem.down;
         for (Index sub = 0; sub < problem.subs(); ++sub) {
             const Index sub_row = sub / up, sub_column = sub % up;
@@ -49,7 +50,7 @@ struct Windows {
             }
         }
         // a window that moves into the map reaches from its centre to the other end of the window
-        if (problem.border == SHIFT) halo = std::max(halo, (problem.kernel - 1) / down + 1);
+        if (problem.border == SHIFT && scattered) halo = std::max(halo, (problem.kernel - 1) / down + 1);
         for (Index sub = 0, end; sub < problem.subs(); sub = end) {
             for (end = sub + 1; end < problem.subs() && shares_window(sub, end);) ++end;
             // runs of equal length, because a short run has few sums for its loads

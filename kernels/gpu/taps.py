@@ -1,4 +1,4 @@
-"""The operator tap by tap, for any window, any scale and any strides. The banded kernels are faster where they apply.
+"""The operator tap by tap, for any window, any scale, any border and any strides. The banded kernels are faster where they apply.
 
 N is the batch, C the channels of one group, G the groups and K the kernel size. The source has H x W locations, the output HO x WO, and the
 logits HQ x WQ cells. A rational scale may cut the last cell: its targets beyond HO, WO have a log-sum-exp and a zero gradient, and no

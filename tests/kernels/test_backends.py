@@ -7,7 +7,7 @@ interpreter.
 import pytest
 import torch
 import torch.nn.functional as F
-from carafepp.kernels import backends, reassemble, reassemble_reference, reassemble_weights, torch_backend
+from carafepp.kernels import reassemble, reassemble_reference, reassemble_weights, torch_backend
 from carafepp.kernels.geometry import NORMALIZERS, Spec
 from carafepp.kernels.reference import reassembly_kernels
 from hypothesis import given, settings
@@ -29,7 +29,11 @@ def test_matches_the_definition_at_awkward_sizes(case, backend, device):
 
 @pytest.mark.parametrize("case", BORDERED, ids=describe)
 def test_matches_the_definition_at_every_border(case, backend, device):
-    index, spec = BORDERED.index(case), case[-1]
+    index = BORDERED.index(case)
+    if backend == "triton" and device == "cpu":
+        # in Triton's interpreter, a program takes milliseconds
+        case = (1, 1, 3, 3, case[4]._replace(kernel_size=3, up=min(case[4].up, 4), groups=1))
+    spec = case[-1]
     inputs = random_inputs(*case, DTYPES[index % 3], FORMATS[index % 2], device=device)
     assert_matches_definition(backend, *inputs, spec)
 
@@ -288,12 +292,6 @@ def test_forward_saves_inputs_and_one_number_per_window(backend, device):
     windows = 8 * 8
     assert sorted(t.numel() for t in saved) == sorted([x.numel(), logits.numel(), windows])
     assert {t.untyped_storage().data_ptr() for t in saved} >= {x.data_ptr(), logits.data_ptr()}
-
-
-def test_an_op_runs_where_the_definition_is_the_default():
-    """A program that was exported with backend=None may be moved to any device."""
-    assert backends.default_backend("mps", torch.float32) == "reference"
-    assert backends.implementation(None, torch.device("mps"), torch.float32) is torch_backend
 
 
 def test_a_place_that_is_left_out_has_an_error_that_is_no_number():

@@ -34,6 +34,12 @@ HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
         ((1, 5, 5, 3), Spec(3), BF16, NCHW, 80),
         # too many channels for one product of the gradient to the sources
         ((1, 272, 3, 4), Spec(3, up=2), FLOAT, NHWC, 90),
+        ((1, 40, 6, 11), Spec(5, up=2, border="renormalize"), HALF, NCHW, 80),
+        ((1, 64, 7, 6), Spec(3, up=4, down=5, border="renormalize"), BF16, NHWC, 90),
+        ((1, 8, 5, 6), Spec(3, up=2, border="replicate"), FLOAT, NHWC, 80),
+        ((1, 6, 2, 1), Spec(5, up=3, down=2, normalizer="sigmoid", border="replicate"), HALF, NCHW, 90),
+        ((1, 6, 7, 5), Spec(3, up=3, down=2, groups=2, border="shift"), HALF, NCHW, 80),
+        ((1, 8, 9, 8), Spec(5, down=2, normalizer="sigmoid_normalized", border="shift"), BF16, NHWC, 90),
     ],
 )
 def test_results_match_float64(size, spec, dtype, memory_format, capability):
@@ -107,6 +113,8 @@ def test_offsets_beyond_32_bits(axes):
         (90, *UP, FLOAT, NCHW),
         (100, *UP, HALF, NHWC),
         (100, *DOWN, FLOAT, NHWC),
+        (80, UP[0], UP[1]._replace(border="renormalize"), HALF, NCHW),
+        (90, UP[0], UP[1]._replace(border="renormalize"), FLOAT, NHWC),
     ],
 )
 def test_assembly_spills_nothing_and_uses_tensor_cores(capability, size, spec, dtype, memory_format):
@@ -123,3 +131,15 @@ def test_assembly_spills_nothing_and_uses_tensor_cores(capability, size, spec, d
             name = "HGMMA" if capability == 90 and dtype != FLOAT else "MMA"
             assert any(name in opcode for opcode in assembly.tensor_core), assembly
     assert products > 0
+
+
+@pytest.mark.parametrize("border", ["replicate", "shift"])
+@pytest.mark.parametrize(("capability", "dtype", "memory_format"), [(80, FLOAT, NCHW), (90, HALF, NHWC)])
+def test_assembly_of_padded_windows_spills_nothing(capability, dtype, memory_format, border):
+    step = build_training_step(*UP[0], UP[1]._replace(border=border), dtype, memory_format)
+    launches = [x for direction in DIRECTIONS for x in step.build_launches(direction, capability=divmod(capability, 10))]
+    assert [launch.kernel.__name__ for launch in launches] == ["tap_forward", "tap_logit_gradient", "padded_source_gradient"]
+    for launch in launches:
+        assembly = read_assembly(compile_launch(launch, capability))
+        assert assembly.spills == 0
+        assert assembly.blocks > 0
