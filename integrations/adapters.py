@@ -53,9 +53,11 @@ class SizedSampler(Adapter):
         super().__init__(sampler)
         self.size = size
 
-    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Resize x [N, C, H, W] to [N, C, *size], or by the scale of the sampler without a size."""
+    def forward(self, x: Tensor, size: Sequence[int] | int | None = None) -> Tensor:
+        """Resize x [N, C, H, W] to [N, C, *size], or by the scale of the sampler without a size. One number is both sides."""
         size = self.size if size is None else size
+        if isinstance(size, int | torch.SymInt):
+            size = size, size
         return self.sampler(x) if size is None else resize_with(self.sampler, x, size)
 
 

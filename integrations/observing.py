@@ -23,9 +23,10 @@ class Placeholder(Enum):
     """Stands for a value among arguments."""
 
     TENSOR = "tensor"
+    NUMBER = "number"
 
 
-TENSOR = Placeholder.TENSOR
+TENSOR, NUMBER = Placeholder.TENSOR, Placeholder.NUMBER
 # arguments of these types are fixed when a forward is rewritten
 CONSTANTS = (bool, int, float, str, type(None), Placeholder)
 

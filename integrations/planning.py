@@ -54,6 +54,8 @@ def read_scale(place: Place, has_example: bool) -> tuple[Direction, int]:
         raise Unfit(f"it gets maps of different channels: {', '.join(map(str, sorted(place.channels)))}")
     if place.maps and all(shapes.source[2:] == shapes.target[2:] for shapes in place.maps):
         raise Unfit("it keeps the size of its input")
+    if found.scale is None and any(shapes.source[2:] == (1, 1) for shapes in place.maps):
+        raise Unfit("its input is a single cell, which tells no scale; if this is no pooled cell, a larger example tells the scale")
     if found.direction is not None:
         scales = {cast(tuple[float, float], found.scale)}
     else:

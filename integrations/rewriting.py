@@ -13,9 +13,9 @@ from typing import Any
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .observing import CONSTANTS, TENSOR, Arguments, Forward
+from .observing import CONSTANTS, NUMBER, Arguments, Forward, Placeholder
 from .tracing import Graph, find_events, trace
 
 # the attribute of a rewritten module that holds its rewriting
@@ -27,7 +27,8 @@ class Rewriting:
     """How the forward of a module is rewritten. It is a part of the module's state.
 
     Attributes:
-        arguments: positional and keyword arguments of the example, with `TENSOR` in the place of tensors.
+        arguments: positional and keyword arguments of the example, with placeholders for the inputs of the graph: tensors, and integers
+            where the forward can be traced for any.
         inlined: paths of the children that are traced together with the module.
         swaps: samplers by the number of the node that they replace in the graph of the original forward: names of children.
     """
@@ -46,6 +47,7 @@ def plan_rewriting(forward: Forward) -> tuple[Rewriting, dict[tuple[nn.Module, i
     """Trace a forward as it ran with the example.
 
     Children stay as they are, except that those which return containers are traced, too, if the forward takes the containers apart.
+    Integers among the arguments, such as the size of another map, are inputs of the graph where torch.fx can trace the forward for any.
 
     Returns:
         The rewriting, still without new samplers, and the numbers of the nodes of the events (`Forward.list_events`).
@@ -61,14 +63,20 @@ def plan_rewriting(forward: Forward) -> tuple[Rewriting, dict[tuple[nn.Module, i
         raise ValueError(f"the forward of {type(owner).__name__} is patched")
     containers = forward.find_containers()
     paths = tuple(path for path, module in owner.named_modules() if module in containers)
-    for inlined in ((), paths) if paths else ((),):
-        rewriting = Rewriting(forward.arguments, inlined, {})
+    ways = [(arguments, inlined) for inlined in ((), paths) for arguments in (free_integers(forward.arguments), forward.arguments)]
+    failure = ValueError()
+    for arguments, inlined in ways:
+        rewriting = Rewriting(arguments, inlined, {})
         try:
             return rewriting, number_events(owner, rewriting, forward)
-        except ValueError:
-            if inlined == paths:
-                raise
-    raise AssertionError
+        except ValueError as error:
+            failure = error
+    raise failure
+
+
+def free_integers(arguments: Arguments) -> Arguments:
+    """Put placeholders in the place of integers."""
+    return tree_map(lambda leaf: NUMBER if type(leaf) is int else leaf, arguments)
 
 
 def number_events(owner: nn.Module, rewriting: Rewriting, forward: Forward) -> dict[tuple[nn.Module, int], int]:
@@ -82,6 +90,8 @@ def number_events(owner: nn.Module, rewriting: Rewriting, forward: Forward) -> d
     events = forward.list_events({owner.get_submodule(path) for path in rewriting.inlined})
     if len(nodes) != len(events):
         raise ValueError(f"torch.fx finds {len(nodes)} calls in the forward of {type(owner).__name__}, and the example {len(events)}")
+    for node in nodes:
+        check_options(node)
     return {event: numbers[node] for event, node in zip(events, nodes, strict=True)}
 
 
@@ -103,13 +113,29 @@ def trace_rewritten(owner: nn.Module, rewriting: Rewriting) -> tuple[Graph, dict
     return traced, numbers
 
 
-def swap_node(graph: torch.fx.Graph, node: torch.fx.Node, name: str) -> None:
-    """Replace the node of a function or layer by a call of the child `name`."""
+def read_node(node: torch.fx.Node) -> tuple[Any, Any]:
+    """Return the input of a node that resamples, and the size to which it interpolates, if it is given one."""
     x = node.args[0] if node.args else node.kwargs["input"]
     size = node.args[1] if len(node.args) > 1 else node.kwargs.get("size")
-    options: dict[str, Any] = {}
-    if node.target is F.interpolate and size is not None:
-        options["size"] = (size, size) if isinstance(size, int) else size
+    return x, size if node.target is F.interpolate else None
+
+
+def check_options(node: torch.fx.Node) -> None:
+    """Check that a call of a function gets nothing from the graph that its sampler could not take, such as a factor.
+
+    Raises:
+        ValueError: it does.
+    """
+    taken: list[torch.fx.Node] = []
+    torch.fx.node.map_arg(read_node(node), taken.append)
+    if node.op == "call_function" and set(node.all_input_nodes) - set(taken):
+        raise ValueError(f"the call of {node.name} gets options that the forward computes")
+
+
+def swap_node(graph: torch.fx.Graph, node: torch.fx.Node, name: str) -> None:
+    """Replace the node of a function or layer by a call of the child `name`."""
+    x, size = read_node(node)
+    options = {} if size is None else {"size": size}
     with graph.inserting_before(node):
         call = graph.call_module(name, (x,), options)
     node.replace_all_uses_with(call)
@@ -181,14 +207,14 @@ def define_forward(module: nn.Module) -> None:
         leaves, found = tree_flatten(given)
         if found != spec:
             raise ValueError(f"the forward of {name} was rewritten for arguments of this structure: {rewriting.arguments}")
-        tensors = []
+        inputs = []
         for leaf, constant in zip(leaves, fixed, strict=True):
-            if constant is TENSOR:
-                tensors.append(leaf)
+            if isinstance(constant, Placeholder):
+                inputs.append(leaf)
             # a tracer passes a proxy for a default
             elif isinstance(constant, CONSTANTS) and not isinstance(leaf, torch.fx.Proxy) and leaf != constant:
                 raise ValueError(f"the forward of {name} was rewritten for the argument {constant!r}, got {leaf!r}")
-        return tree_unflatten(run(self, *tensors), out_spec)
+        return tree_unflatten(run(self, *inputs), out_spec)
 
     forward = give_signature(call, inspect.signature(base.forward.__get__(module)))
     forward.__doc__, forward.__module__, forward.__qualname__ = base.forward.__doc__, base.__module__, f"{base.__qualname__}.forward"

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .layers import read_layer
-from .observing import FUNCTIONS, TENSOR, Arguments
+from .observing import FUNCTIONS, Arguments, Placeholder
 
 
 class ForwardTracer(torch.fx.Tracer):
@@ -18,7 +18,7 @@ class ForwardTracer(torch.fx.Tracer):
 
     Args:
         forward: the function, which takes the module first.
-        arguments: positional and keyword arguments, with `TENSOR` in the place of tensors.
+        arguments: positional and keyword arguments, with placeholders for what the graph takes.
         inlined: modules.
     """
 
@@ -32,10 +32,12 @@ class ForwardTracer(torch.fx.Tracer):
         return all(m is not module for module in self.inlined)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Return a function of the module that puts placeholders in the place of tensors and flattens the output."""
+        """Return a function of the module that takes the placeholders as inputs of the graph and flattens the output."""
         leaves, spec = tree_flatten(self.arguments)
-        filled = [self.create_proxy("placeholder", f"input_{i}", (), {}) if leaf is TENSOR else leaf for i, leaf in enumerate(leaves)]
-        args, kwargs = tree_unflatten(filled, spec)
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Placeholder):
+                leaves[i] = self.create_proxy("placeholder", f"input_{i}", (), {})
+        args, kwargs = tree_unflatten(leaves, spec)
 
         def call(module: nn.Module) -> list[Any]:
             outputs, self.out_spec = tree_flatten(self.forward(module, *args, **kwargs))
@@ -49,7 +51,7 @@ class Graph:
     """A traced forward.
 
     Attributes:
-        graph: takes the tensors among the arguments and returns a list of outputs.
+        graph: takes the inputs among the arguments and returns a list of outputs.
         out_spec: puts the outputs into their containers.
         constants: tensors that the forward makes without its arguments, by the names that the graph uses.
     """
@@ -59,7 +61,7 @@ class Graph:
     constants: dict[str, Any]
 
     def compile(self) -> Callable[..., list[Any]]:
-        """Return the graph as a function of the module and the tensors."""
+        """Return the graph as a function of the module and the inputs."""
         code = self.graph.python_code("self")
         source = code.src
         for name in self.constants:

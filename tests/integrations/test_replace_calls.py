@@ -376,3 +376,66 @@ def test_many_calls_are_one_line_of_the_report():
     assert len(report.left) == 20
     text = " ".join(str(report).split())
     assert "interpolate_11, 8 more, interpolate to size: its output is not a whole number of times as large as its input" in text
+
+
+class Sized(nn.Module):
+    """A decoder block that gets the size of its output as numbers, or a factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x, rows, columns, skip=None, factor=None):
+        if factor is not None:
+            return self.conv(F.interpolate(x, scale_factor=factor))
+        y = self.conv(F.interpolate(x, size=(rows, columns)))
+        return y if skip is None else y + skip
+
+
+def test_sizes_stay_free():
+    x = torch.rand(1, 4, 5, 6)
+    model = replace(Sized(), up=small_up, example=(x, 10, 12)).model
+    assert model(x, rows=10, columns=12).shape == (1, 4, 10, 12)
+    assert model(x[..., :4], 9, columns=8).shape == (1, 4, 9, 8)
+    with pytest.raises(ValueError, match="30"):
+        model(x, 30, 12)
+    assert copy.deepcopy(model)(x[..., :4], 9, 8).shape == (1, 4, 9, 8)
+
+
+def test_factors_are_fixed():
+    x = torch.rand(1, 4, 5, 6)
+    model = replace(Sized(), up=small_up, example={"x": x, "rows": 1, "columns": 1, "factor": 2}).model
+    assert model(x, 1, 1, factor=2).shape == (1, 4, 10, 12)
+    with pytest.raises(ValueError, match="rewritten for the argument 2, got 4"):
+        model(x, 1, 1, factor=4)
+
+
+class Computed(nn.Module):
+    """Enlarges by a factor that it computes from the sizes of two maps, or to a square."""
+
+    def __init__(self, square):
+        super().__init__()
+        self.square = square
+
+    def forward(self, x, skip):
+        if self.square:
+            return F.interpolate(x, size=skip.shape[2]) + skip
+        return F.interpolate(x, scale_factor=skip.shape[2] / x.shape[2]) + skip
+
+
+def test_computed_factors_are_left():
+    x, skip = torch.rand(1, 4, 5, 5), torch.rand(1, 4, 10, 10)
+    report = replace(Computed(False), up=small_up, example=(x, skip), dry_run=True)
+    assert "options that the forward computes" in report.left[0].reason
+    model = replace(Computed(True), up=small_up, example=(x, skip)).model
+    assert model(x[..., :4, :4], skip[..., :7, :7]).shape == (1, 4, 7, 7)
+
+
+def test_a_single_cell_tells_no_scale():
+    class Pooling(nn.Module):
+        def forward(self, x):
+            return F.interpolate(F.adaptive_avg_pool2d(x, 1), size=x.shape[2:])
+
+    report = replace(nn.Sequential(Pooling()), up=small_up, example=torch.rand(1, 4, 2, 2), dry_run=True)
+    assert [place.path for place in report.left] == ["0.interpolate_0"]
+    assert "single cell" in report.left[0].reason
