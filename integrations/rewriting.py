@@ -13,6 +13,7 @@ from typing import Any
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .observing import CONSTANTS, NUMBER, Arguments, Forward, Placeholder
@@ -127,7 +128,7 @@ def check_options(node: torch.fx.Node) -> None:
         ValueError: it does.
     """
     taken: list[torch.fx.Node] = []
-    torch.fx.node.map_arg(read_node(node), taken.append)
+    map_arg(read_node(node), taken.append)
     if node.op == "call_function" and set(node.all_input_nodes) - set(taken):
         raise ValueError(f"the call of {node.name} gets options that the forward computes")
 
