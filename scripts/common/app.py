@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from .arguments import expand_home, name_empty_choices
 from .failures import describe_failure, record_stack
 from .hints import find_problems
+from .own_code import admit_own_code
 
 # Hydra raises an exception if this variable is 1, and otherwise prints it and exits
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -74,6 +75,7 @@ def make_job(task: Callable[[DictConfig], None], config_name: str, given: Sequen
     def job(cfg: DictConfig) -> None:
         try:
             with full_errors(raises):
+                admit_own_code(cfg)
                 task(cfg)
         except Exception as error:
             record = record_stack(error, Path(HydraConfig.get().runtime.output_dir))
