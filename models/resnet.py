@@ -98,7 +98,8 @@ class ResNet(nn.Module):
         downsample: None means the published network, with the stride in the 3x3 and in the 1x1 of the shortcut, and a 3x3 max-pool in the
             stem. A sampler has seven places: it replaces the max-pool, and it precedes the 3x3 and the 1x1 of the shortcut in the first
             blocks of layer2, layer3 and layer4. The sizes of the maps stay the same.
-        deep_stem: whether three 3x3 convolutions replace the 7x7 of the stem, with the names that UperNet's authors gave them.
+        deep_stem: whether three 3x3 convolutions replace the 7x7 of the stem, with the names that UperNet's authors gave them. Section 4.1
+            of the paper says "one 3x3 convolution layer", which neither ResNet [13] nor the official UperNet has.
         num_classes: None gives a backbone; a number adds global average pooling and the classifier `fc`.
         norm_layer: takes a number of channels and returns the normalisation layer.
         zero_init_residual: whether every block starts as the identity, because the scale of its last norm starts at 0.

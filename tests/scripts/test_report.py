@@ -21,10 +21,10 @@ from report_runs import make_tables, write_run
 
 def test_runs_serve_every_table_that_has_their_configuration(tmp_path, capsys):
     for seed in (0, 1):
-        write_run(tmp_path / f"a{seed}", seed, {"val/box_AP": 0.3}, row="table4/nearest")
-        write_run(tmp_path / f"b{seed}", seed, {"val/box_AP": 0.4 + seed / 100}, row="table4/carafe")
-        write_run(tmp_path / f"c{seed}", seed, {"val/box_AP": 0.35}, row="table11/cm16")
-        write_run(tmp_path / f"d{seed}", seed, {"val/box_AP": 0.45}, row="table5/backbone")
+        write_run(tmp_path / f"a{seed}", seed, {"val/box_AP": 0.3}, row="table4/nearest", scale="paper")
+        write_run(tmp_path / f"b{seed}", seed, {"val/box_AP": 0.4 + seed / 100}, row="table4/carafe", scale="paper")
+        write_run(tmp_path / f"c{seed}", seed, {"val/box_AP": 0.35}, row="table11/cm16", scale="paper")
+        write_run(tmp_path / f"d{seed}", seed, {"val/box_AP": 0.45}, row="table5/backbone", scale="paper")
     found = {table.name: {row["row"]: row for row in format_rows(table)} for table in make_tables(tmp_path)}
     assert list(found) == ["table4", "table5", "table11"]
     assert found["table11"]["cm64"]["AP"] == "40.50 ± 0.71"
@@ -33,7 +33,7 @@ def test_runs_serve_every_table_that_has_their_configuration(tmp_path, capsys):
     assert [found["table5"][row]["AP"] for row in ("published", "fpn", "fpn_backbone")] == ["30.00 ± 0.00", "40.50 ± 0.71", ""]
     assert found["table5"]["fpn"]["AP vs published"].startswith("+10.50 [")
     # runs of the table itself take precedence
-    write_run(tmp_path / "own", 0, {"val/box_AP": 0.1}, row="table11/cm64")
+    write_run(tmp_path / "own", 0, {"val/box_AP": 0.1}, row="table11/cm64", scale="paper")
     eleven = next(table for table in make_tables(tmp_path) if table.name == "table11")
     assert {row["row"]: row["AP"] for row in format_rows(eleven)}["cm64"] == "10.00"
     lines = csv.DictReader(render_csv(make_tables(tmp_path)).splitlines())
