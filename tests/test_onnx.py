@@ -29,6 +29,11 @@ MOVES = {"Concat", "DepthToSpace", "Pad", "Reshape", "Shape", "Slice", "Split", 
 DIMS = {0: "batch", 2: "height", 3: "width"}
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def make_trained(module: nn.Module) -> nn.Module:
     """Draw parameters and statistics at random, so that nothing is zero or one as at the start of a training."""
     generator = torch.Generator().manual_seed(0)
@@ -141,6 +146,16 @@ def test_older_exporter_and_tracer(options):
         program = torch.jit.trace(module, example)
     for args in inputs:
         torch.testing.assert_close(program(*args), module(*args), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("border", "nodes"), [("renormalize", 95), ("replicate", 61), ("shift", 150)])
+def test_borders_at_any_size(border, nodes):
+    module = make_trained(CARAFE(8, up=2, kernel_size=3, border=border))
+    file = export(module, *random_maps((2, 8, 6, 8)))
+    operators = count_operators(file)
+    assert not {name for name in operators if name.startswith(("Gather", "Scatter", "GridSample"))}
+    assert operators.total() <= nodes
+    assert_agrees(file, module, *random_maps((1, 8, 7, 5), (3, 8, 33, 3)))
 
 
 class BothOperators(nn.Module):
