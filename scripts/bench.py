@@ -1,9 +1,43 @@
 """carafepp-bench: times of the operator and other implementations; the first argument can select the bench samplers, models or growth."""
 
-from .benching import bench_growth, bench_models, bench_operator, bench_samplers
-from .common.app import dispatch
+from omegaconf import DictConfig
 
-main = dispatch(bench_operator, samplers=bench_samplers, models=bench_models, growth=bench_growth)
+from .common.app import app, dispatch
+
+
+@app("bench")
+def time_operator(cfg: DictConfig) -> None:
+    """Time the operator and other implementations."""
+    from .benching import bench_operator
+
+    bench_operator(cfg)
+
+
+@app("bench")
+def time_growth(cfg: DictConfig) -> None:
+    """Time the operator over a range of sizes."""
+    from .benching import bench_growth
+
+    bench_growth(cfg)
+
+
+@app("bench_samplers")
+def time_samplers(cfg: DictConfig) -> None:
+    """Measure every sampler."""
+    from .benching import bench_samplers
+
+    bench_samplers(cfg)
+
+
+@app("bench_models")
+def time_models(cfg: DictConfig) -> None:
+    """Measure the networks of a table of the paper."""
+    from .benching import bench_models
+
+    bench_models(cfg)
+
+
+main = dispatch(time_operator, samplers=time_samplers, models=time_models, growth=time_growth)
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,8 @@ from ..tasks.exportable import Exportable
 from ..tasks.writing import replace_file, write_atomically
 from .common.app import app
 from .common.checkpoints import load_task
-from .common.options import DTYPES, look_up, read_options
+from .common.options import look_up, read_options
+from .common.sites import DTYPES
 from .exporting.checks import TOLERANCES, Difference, compare, format_size, make_inputs, run_network
 from .exporting.formats import FORMATS, Tracing, check_packages
 from .exporting.sizes import Ranges, Size, read_ranges

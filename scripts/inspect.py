@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from .common.app import app
-from .common.options import DTYPES, MEMORY_FORMATS, look_up, read_options, read_site
+from .common.options import look_up, read_options
 
 if TYPE_CHECKING:
     from ..kernels.gpu.launch import Launch
@@ -23,6 +23,7 @@ def find_kernels(options: Mapping[str, Any], capability: int) -> Iterator[tuple[
     """Yield every distinct kernel that the operator launches at the sites, with the first site and options that launch it."""
     from ..kernels.gpu.tile_geometry import DIRECTIONS
     from ..kernels.gpu.training_step import build_training_step
+    from .common.sites import DTYPES, MEMORY_FORMATS, read_site
 
     seen = set()
     dtypes = dict(zip(options["dtypes"], look_up("dtypes", options["dtypes"], DTYPES), strict=True))

@@ -2,7 +2,6 @@
 
 from omegaconf import DictConfig
 
-from ..tasks.layouts import write_scenes
 from .common.app import app
 from .common.options import read_options
 
@@ -10,6 +9,8 @@ from .common.options import read_options
 @app("scenes")
 def main(cfg: DictConfig) -> None:
     """Write the scenes of the configuration that do not exist yet."""
+    from ..tasks.layouts import write_scenes
+
     write_scenes(**read_options(cfg))
 
 

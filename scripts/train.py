@@ -6,29 +6,18 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import lightning as L
-import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins import DoublePrecision
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from ..tasks.pictures import Pictures
-from ..tasks.runs import BestCheckpoint, LastCheckpoint, RandomState, RunRecord
-from ..tasks.writing import CheckpointFiles, write_atomically
+from ..tasks.writing import write_atomically
 from .common.app import app
 from .common.arguments import NULLABLE, parse_override
-from .common.checkpoints import check_last_checkpoint, drop_weight_paths
 from .common.jobs import check_interruption, interruptible_sweep, is_job, read_repeated_job, shares_process, train_in_subprocess
-from .common.lightning_messages import silence_lightning
 from .common.options import read_options
 from .common.paper import read_paper
+from .common.processes import is_first_process
 from .common.results import is_finished
-from .common.run_folders import LauncherSignals, is_first_process, lock_folder, read_config, record_failure
-from .common.run_length import RunLength, change_length
+from .common.run_folders import lock_folder, read_config, record_failure
 from .common.trust import find_foreign
 
 
@@ -111,57 +100,6 @@ def check_resume_overrides(overrides: Iterable[str]) -> None:
         )
 
 
-def build_logger(cfg: DictConfig, folder: Path) -> Logger | bool:
-    """Build the logger that supplements metrics.csv, or return False if the configuration has none.
-
-    Raises:
-        ModuleNotFoundError: the package of the logger is not installed.
-    """
-    if not cfg.get("logger"):
-        return False
-    try:
-        return instantiate(cfg.logger, save_dir=folder)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ModuleNotFoundError):
-            raise ModuleNotFoundError(f"{cfg.logger._target_} needs a package: pip install 'carafepp[loggers]'") from error
-        raise
-
-
-def train(cfg: DictConfig, folder: Path) -> None:
-    """Train a resolved configuration to its end in `folder`, from the last checkpoint in this folder if there is one."""
-    silence_lightning()
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
-    config = read_options(cfg)
-    last = folder / "last.ckpt"
-    if last.exists():
-        check_last_checkpoint(folder)
-    data, task = instantiate(cfg.data), instantiate(drop_weight_paths(config["task"]) if last.exists() else cfg.task)
-    if cfg.channels_last:
-        task.model.to(memory_format=torch.channels_last)
-    if cfg.compile:
-        task.model.compile()
-    callbacks = [
-        # result.json, which RunRecord writes, says that everything else is written
-        Pictures(folder),
-        RunRecord(folder, cfg.log_every_n_steps, config),
-        RandomState(),
-        RunLength(folder, config),
-        LauncherSignals(),
-        BestCheckpoint(folder, task.monitor, task.direction),
-        LastCheckpoint(folder, cfg.checkpoint_every_n_steps),
-    ]
-    trainer = instantiate(
-        cfg.trainer, callbacks=callbacks, logger=build_logger(cfg, folder), log_every_n_steps=cfg.log_every_n_steps, default_root_dir=folder
-    )
-    trainer.strategy.checkpoint_io = CheckpointFiles()
-    for logger in trainer.loggers:
-        logger.log_hyperparams(config)
-    if isinstance(trainer.precision_plugin, DoublePrecision):
-        # Lightning converts the module after it has restored the weights, which would round them to 32 bits
-        task.double()
-    trainer.fit(task, data, ckpt_path=last if last.exists() else None, weights_only=True)
-
-
 @app("train", check=check_resume)
 def run(cfg: DictConfig) -> None:
     """Train in Hydra's output folder.
@@ -181,6 +119,8 @@ def run(cfg: DictConfig) -> None:
             trust, epochs = cfg.trust, OmegaConf.select(cfg, "data.epochs")
             cfg = read_config(folder, trust)
             if any(override.startswith("data.epochs=") for override in overrides):
+                from .common.run_length import change_length
+
                 lengthens = change_length(cfg, epochs, folder)
         elif is_job() and (folder / "config.yaml").exists():
             # the folder may contain the names of this command line
@@ -190,14 +130,19 @@ def run(cfg: DictConfig) -> None:
             cfg = start_run(cfg, folder)
             trust = find_foreign(read_options(cfg))
         if is_finished(folder) and not lengthens:
-            rank_zero_only(print)(f"{folder} is finished: see result.json")
+            if is_first_process():
+                print(f"{folder} is finished: see result.json")
             return
         if not shares_process():
             with record_failure(folder):
+                # torch takes seconds to import, and everything before needs none of it
+                from .running.train import train
+
                 train(cfg, folder)
                 if is_first_process() and not is_finished(folder):
                     raise RuntimeError(f"the training ended without {folder / 'result.json'}: continue it with resume={folder}")
-            rank_zero_only(print)(f"run folder: {folder}")
+            if is_first_process():
+                print(f"run folder: {folder}")
             return
     train_in_subprocess(folder, trust)
 

@@ -5,15 +5,12 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from ..kernels.gpu.tile_geometry import DIRECTIONS
-from ..kernels.gpu.tile_tables import read_table, table_key, table_path, write_table
 from .common.app import app
-from .common.options import DTYPES, MEMORY_FORMATS, look_up, read_options, read_site
+from .common.options import look_up, read_options
 
 
 @app("tune")
@@ -21,9 +18,14 @@ def main(cfg: DictConfig) -> None:
     """Time the tiles of every kernel that the table lacks; without a GPU, rank the tiles by their compiled code."""
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("carafepp-tune needs the triton package, which is not installed (pip install triton; Linux only)")
+    import torch
+
     from ..kernels.gpu import tile_search
     from ..kernels.gpu.assembly import RESIDENCY_LIMITS
+    from ..kernels.gpu.tile_geometry import DIRECTIONS
+    from ..kernels.gpu.tile_tables import read_table, table_key, table_path
     from ..kernels.gpu.training_step import build_training_step
+    from .common.sites import DTYPES, MEMORY_FORMATS, read_site
 
     options = read_options(cfg)
     dtypes = look_up("dtypes", options["dtypes"], DTYPES)
@@ -62,6 +64,8 @@ def main(cfg: DictConfig) -> None:
 
 def store_tile(path: Path, device: str, key: str, tile: list[int]) -> None:
     """Write the fastest tile of a kernel to the table, which other processes may also write."""
+    from ..kernels.gpu.tile_tables import read_table, write_table
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         table = read_table(path)

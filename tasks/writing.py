@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from lightning.fabric.plugins import TorchCheckpointIO
-
 # how the names of files end that are still being written
 PARTIAL = ".partial"
 
@@ -68,22 +65,3 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     table.writeheader()
     table.writerows({name: neutralize_formula(value) for name, value in row.items()} for row in rows)
     write_atomically(path, text.getvalue())
-
-
-class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's way to checkpoint files, with `replace_file`.
-
-    Lightning itself writes to the system's folder of temporary files. If that is on another disk, a kill or a full disk during the copy
-    cuts the earlier checkpoint.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint and flush it to the disk."""
-        # PyTorch's writer would turn the error of a full disk into one without a reason
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replace_file(Path(path), "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())

@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from ...kernels.geometry import Spec, check_spec
 from ...tasks.writing import write_csv
-from ..common.app import app
 from .hardware import describe_hardware
 from .memory import keep_freed_memory
 from .operator import OURS, measure_operator
@@ -38,7 +37,6 @@ def list_variants(cfg: DictConfig) -> Iterator[tuple[str, int, dict, int]]:
             yield "threads", count, {}, count
 
 
-@app("bench")
 def bench_growth(cfg: DictConfig) -> None:
     """Print the times and write them to the run folder."""
     if cfg.threads:

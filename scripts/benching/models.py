@@ -15,7 +15,6 @@ from torch import Tensor
 from ...tasks.runs import count_flops
 from ...tasks.task import Task
 from ...tasks.writing import write_csv
-from ..common.app import app
 from ..common.options import look_up
 from ..common.paper import find_baseline, list_rows, read_paper
 from .hardware import describe_hardware
@@ -83,7 +82,6 @@ def format_row(row: dict) -> str:
     return f"{row['row']:<36}{row['parameters']:>14,}{row['flops'] / 1e9:>12.2f}{ms:>10}{ratios}"
 
 
-@app("bench_models")
 def bench_models(cfg: DictConfig) -> None:
     """Print the table and write its rows to the run folder."""
     if cfg.threads:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...kernels.geometry import Spec, check_spec
 from ...tasks.writing import write_csv
-from ..common.app import app
-from ..common.options import DTYPES, look_up
+from ..common.options import look_up
+from ..common.sites import DTYPES
 from .hardware import describe_hardware
 from .memory import keep_freed_memory, measure_extra_bytes
 from .plots import plot_times
@@ -124,7 +124,6 @@ def format_row(row: dict) -> str:
     return f"{row['provider']:<20}{row['mode']:<10}{times}{row['gb_per_s']:>8.1f}{extra}{relative:>9}"
 
 
-@app("bench")
 def bench_operator(cfg: DictConfig) -> None:
     """Print the table and write it to the run folder."""
     if cfg.threads:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...tasks.writing import write_csv
-from ..common.app import app
-from ..common.options import DTYPES, look_up
+from ..common.options import look_up
+from ..common.sites import DTYPES
 from .hardware import describe_hardware
 from .memory import measure_peak_bytes
 from .timing import time_in_turns
@@ -168,7 +168,6 @@ def measure_samplers(cfg: DictConfig) -> list[dict]:
     return rows
 
 
-@app("bench_samplers")
 def bench_samplers(cfg: DictConfig) -> None:
     """Print the tables and write their rows to the run folder."""
     if cfg.threads:

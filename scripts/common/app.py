@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from .arguments import expand_home, name_empty_choices
 from .failures import describe_failure, record_stack
+from .help import format_help
 from .hints import find_problems
 from .own_code import admit_own_code
 
@@ -50,6 +51,9 @@ def app(
             job = make_job(task, config_name, given, raises)
             run = hydra.main(version_base="1.3", config_path="pkg://carafepp.conf", config_name=config_name)(job)
             try:
+                if {"--help", "-h"} & {*given}:
+                    print(format_help(config_name, given))
+                    return
                 check(given)
                 if problems := find_problems(config_name, given):
                     raise ValueError("\n".join(problems))

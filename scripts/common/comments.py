@@ -1,6 +1,7 @@
 """The files of the configuration as `--help` and messages show them: their comments, and the choices of their groups."""
 
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 
 import yaml
@@ -8,34 +9,60 @@ import yaml
 KEY = re.compile(r"( *)([\w.@/-]+):(?: |$)")
 
 
-def read_comments(name: str) -> dict[str, str]:
-    """Read the comments above the keys of a file of conf/, such as "train" or "trainer/default", by key ("data.epochs").
+def read_text(name: str) -> str:
+    """Read a file of conf/, such as "train" or "trainer/default"; a file that is elsewhere, such as in a folder of your own, is empty."""
+    path = files("carafepp.conf").joinpath(f"{name}.yaml")
+    return path.read_text() if path.is_file() else ""
 
-    Comments in the list of defaults belong to their group.
+
+def read_comments(name: str, package: str = "") -> dict[str, str]:
+    """Read the comments above the keys of a file of conf/, by key ("data.epochs").
+
+    Comments in the list of defaults belong to their group ("defaults.row"), and a blank line ends the comment at the top of a file.
+
+    Args:
+        name: see `read_text`.
+        package: the key below which the values of the file are.
     """
     found, parents, lines = {}, [], []
-    for line in files("carafepp.conf").joinpath(f"{name}.yaml").read_text().splitlines():
+    for line in read_text(name).splitlines():
         text = line.strip()
-        if not text:
-            lines = []
         if text.startswith("#"):
             lines += [text.lstrip("# ")] if not text.startswith("# @package") else []
             continue
-        entry = line.replace("- ", "  ", 1) if text.startswith("- ") else line
-        if key := KEY.match(entry):
+        if text and (key := KEY.match(line.replace("- ", "  ", 1))):
             depth = len(key[1])
             parents = [(indent, parent) for indent, parent in parents if indent < depth]
             parents.append((depth, key[2]))
             if lines:
-                found[".".join(parent for _, parent in parents)] = " ".join(lines)
+                found[".".join([*([package] if package else []), *(parent for _, parent in parents)])] = " ".join(lines)
         lines = []
     return found
 
 
+def read_all_comments(name: str, choices: Mapping[str, str | None]) -> dict[str, str]:
+    """Read the comments of a configuration by key: those of its file, and of the file of every choice of a group.
+
+    Args:
+        name: name of the file.
+        choices: choices by group, "upsampler" or "upsampler@model.fpn".
+    """
+    comments = read_comments(name)
+    for group, choice in choices.items():
+        folder, _, package = group.partition("@")
+        if "@package _global_" in read_text(f"{folder}/{choice}"):
+            package = ""
+        elif not package:
+            package = folder.replace("/", ".")
+        comments |= read_comments(f"{folder}/{choice}", package)
+    return comments
+
+
 def list_groups(name: str) -> list[str]:
     """List the groups in the defaults of a file of conf/, such as "upsampler"."""
-    defaults = yaml.safe_load(files("carafepp.conf").joinpath(f"{name}.yaml").read_text()).get("defaults", [])
-    return [key.partition("@")[0] for entry in defaults if isinstance(entry, dict) for key in entry if not key.startswith("override ")]
+    defaults = yaml.safe_load(read_text(name)).get("defaults", [])
+    entries = [key.partition("@")[0] for entry in defaults if isinstance(entry, dict) for key in entry]
+    return [entry for entry in entries if not entry.startswith(("override ", "optional "))]
 
 
 def list_choices(group: str, folder: str = "") -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
+from .processes import is_first_process
 
 # control characters, which can hide or rewrite a terminal's text or end a line of a table, and halves of characters, which no file can hold
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -74,6 +74,7 @@ def is_finished(folder: Path) -> bool:
     try:
         FinishedRun.read(path)
     except BROKEN as problem:
-        rank_zero_only(print)(f"{path} is broken ({type(problem).__name__}: {problem}): it is written again")
+        if is_first_process():
+            print(f"{path} is broken ({type(problem).__name__}: {problem}): it is written again")
         return False
     return True

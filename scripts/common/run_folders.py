@@ -9,23 +9,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
-import lightning as L
-import torch.distributed as dist
 from filelock import FileLock, Timeout
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from ...tasks.writing import remove_partial_files, write_atomically
+from .processes import is_first_process
 from .trust import check_config, read_yaml
 
+LIGHTNING_EXCEPTIONS = "lightning.pytorch.utilities.exceptions"
 # how error.txt begins where a signal ended the run, which is then unfinished rather than failed
 INTERRUPTED = "interrupted by"
-
-
-def is_first_process() -> bool:
-    """Return whether this process is the only one of a run, or the first of several."""
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def read_config(folder: Path, trust: str | Iterable[str] = ()) -> DictConfig:
@@ -72,8 +65,10 @@ class Termination:
         self.received = self.received or signal.Signals(signum)
         if signum == signal.SIGINT:
             raise KeyboardInterrupt
-        if first and not dist.is_initialized():
-            raise SIGTERMException
+        # a signal can come before the training has loaded these modules
+        processes = sys.modules.get("torch.distributed")
+        if first and not (processes and processes.is_initialized()):
+            raise getattr(sys.modules.get(LIGHTNING_EXCEPTIONS), "SIGTERMException", SystemExit)
 
 
 @contextlib.contextmanager
@@ -92,26 +87,9 @@ def catch_termination() -> Iterator[Termination]:
             signal.signal(signum, default)
 
 
-class LauncherSignals(L.Callback):
-    """Callback that leaves SIGTERM to a launcher with a handler of its own, instead of Lightning's, which ends the training.
-
-    Slurm sends SIGTERM when the grace time of a preemption begins, and kills and requeues the job when it ends. submitit therefore passes
-    over SIGTERM. A training that ends by itself in this time is a failure for Slurm.
-    """
-
-    def __init__(self) -> None:
-        self.handler = signal.getsignal(signal.SIGTERM)
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the handler that Lightning has extended by its own."""
-        foreign = callable(self.handler) and not isinstance(self.handler, Termination)
-        if foreign and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.handler)
-
-
 def find_signal(stop: BaseException) -> signal.Signals | None:
     """Find the signal behind an exception that ends the process; None means that a program, such as a launcher, has asked for the end."""
-    if isinstance(stop, SIGTERMException):
+    if (exceptions := sys.modules.get(LIGHTNING_EXCEPTIONS)) and isinstance(stop, exceptions.SIGTERMException):
         return signal.SIGTERM
     # Lightning turns the first into the second
     if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):

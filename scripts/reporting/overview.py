@@ -5,7 +5,6 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ..common.app import app
 from ..common.paper import find_baseline, list_rows, read_paper, read_pretraining, unit_factor
 from .cells import Rows, count_decimals, format_difference, format_scores
 from .renderers import render_rows
@@ -61,7 +60,6 @@ def find_values(finder: SettingFinder, table: str, row: str | None, scale: str, 
     return {}
 
 
-@app("report_paper")
 def report_paper(cfg: DictConfig) -> None:
     """Print every table of the paper."""
     runs = cfg.runs if cfg.runs is not None else "runs" if Path("runs").is_dir() else []

@@ -131,10 +131,11 @@ def test_the_exception_itself_is_raised_on_request(tmp_path, monkeypatch):
 @pytest.mark.parametrize("words", [["row=null"], ["~row", "logger=null", "samplers=null"], ["row=null", "-m"], ["~row", "-m"]])
 def test_no_choice_of_a_group_is_one_run_of_the_baseline(words, tmp_path, monkeypatch):
     from carafepp.scripts import train
+    from carafepp.scripts.running import train as running
 
     started = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "train", lambda cfg, folder: started.append(cfg) or (folder / "result.json").write_text("{}"))
+    monkeypatch.setattr(running, "train", lambda cfg, folder: started.append(cfg) or (folder / "result.json").write_text("{}"))
     monkeypatch.setattr(train, "is_finished", lambda folder: (folder / "result.json").exists())
     monkeypatch.setattr(train, "train_in_subprocess", lambda folder, trust: started.append(train.read_config(folder)))
     call("train", "experiment=table4", "scale=small", *words)

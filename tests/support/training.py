@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from carafepp.scripts.train import train
+from carafepp.scripts.running.train import train
 from configurations import compose_config
 from omegaconf import OmegaConf
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from carafepp.models.detection import MaskRCNN
 from carafepp.models.resnet import tiny
-from carafepp.scripts.train import train
+from carafepp.scripts.running.train import train
 from carafepp.tasks.class_pictures import draw_scores
 from carafepp.tasks.coco import COCO
 from carafepp.tasks.coco_eval import SCORES

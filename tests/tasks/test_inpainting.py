@@ -9,8 +9,8 @@ import pytest
 import torch
 from carafepp.models.discriminator import PatchGAN
 from carafepp.models.global_local import GlobalLocal
-from carafepp.scripts.predict import find_masks
-from carafepp.scripts.train import train
+from carafepp.scripts.running.predict import find_masks
+from carafepp.scripts.running.train import train
 from carafepp.tasks.inpainting import Inpainting, mean_within, psnr
 from carafepp.tasks.layouts import write_scenes
 from carafepp.tasks.places import Places

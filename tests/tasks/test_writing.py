@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from carafepp.scripts.common.run_folders import lock_folder, record_failure
-from carafepp.scripts.train import train
+from carafepp.scripts.running.train import train
+from carafepp.tasks.checkpoint_files import CheckpointFiles
 from carafepp.tasks.pictures import Pictures
 from carafepp.tasks.runs import LastCheckpoint
-from carafepp.tasks.writing import CheckpointFiles, remove_partial_files, replace_file, write_atomically
+from carafepp.tasks.writing import remove_partial_files, replace_file, write_atomically
 from omegaconf import OmegaConf
 from training import TINY, read_result, train_in
 

@@ -1,0 +1,28 @@
+"""The sites of the operator in a configuration, and values that are chosen by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...kernels.geometry import Spec, check_spec
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def read_site(site: Mapping[str, Any], **options: Any) -> tuple[tuple[int, int, int, int], Spec]:
+    """Return the shape N, C, H, W of the features at a site (conf/sites) and the specification of the operator there.
+
+    Args:
+        site: n, channels, height, width, and fields of the specification.
+        options: further fields of the specification.
+
+    Raises:
+        ValueError: the specification is not valid.
+    """
+    shape = site["n"], site["channels"], site["height"], site["width"]
+    fields: dict[str, Any] = {name: value for name, value in site.items() if name not in ("n", "channels", "height", "width")}
+    spec = Spec(**fields | options)
+    check_spec(spec)
+    return shape, spec
