@@ -1,9 +1,12 @@
 """carafepp-inspect: compile every kernel for GPUs that need not be present, and report on the machine code."""
 
+import contextlib
+import hashlib
 import importlib.util
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +15,18 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from ..tasks.writing import write_atomically
 from .common.app import app
 from .common.options import look_up, read_options
 
 if TYPE_CHECKING:
     from ..kernels.gpu.launch import Launch
+
+LABELS = ("site", "dtype", "memory_format", "normalizer", "kernel", "architecture")
+
+# headings in a narrow terminal
+SHORT = {"registers": "regs", "occupancy": "occ.", "widest load": "load", "widest store": "store", "barriers": "bars"}
+SHORT |= {"instructions": "instr."}
 
 
 def find_kernels(options: Mapping[str, Any], capability: int) -> Iterator[tuple[dict[str, str], "Launch"]]:
@@ -37,16 +47,54 @@ def find_kernels(options: Mapping[str, Any], capability: int) -> Iterator[tuple[
             key = (launch.source().hash(), launch.num_warps, launch.num_stages)
             if key not in seen:
                 seen.add(key)
-                labels = {"site": site, "dtype": dtype, "memory_format": memory_format, "normalizer": normalizer}
-                yield labels | {"kernel": launch.kernel.__name__, "architecture": f"sm_{capability}"}, launch
+                where = (site, dtype, memory_format, normalizer, launch.kernel.__name__, f"sm_{capability}")
+                yield dict(zip(LABELS, where, strict=True)), launch
 
 
-def format_table(rows: list[dict]) -> str:
-    """Format rows with the same keys as aligned columns."""
-    heads = [name.replace("_", " ") for name in rows[0]]
-    lines = [heads] + [[format_value(value) for value in row.values()] for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+def read_figures(launch: "Launch", capability: int) -> dict[str, Any]:
+    """Compile a kernel and read its code, or read the figures that an earlier call has stored in the user's cache folder."""
+    import triton
+
+    from ..kernels.cpu.build import cache_directory
+    from ..kernels.gpu import assembly
+
+    # the source, its compiler, and the code that reads the result
+    told = (launch.source().hash(), launch.options, capability, triton.__version__, Path(assembly.__file__).read_text())
+    path = cache_directory() / "inspect" / f"{hashlib.sha256(repr(told).encode()).hexdigest()}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return assembly.Assembly(**json.loads(path.read_text()))._asdict()
+    figures = assembly.read_assembly(assembly.compile_launch(launch, capability))._asdict()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(figures))
+    return figures
+
+
+def format_table(rows: list[dict], width: int) -> str:
+    """Format rows with the same keys as aligned columns; in a narrow terminal, the figures of a kernel are below its labels."""
+    cells = [[name.replace("_", " ") for name in rows[0]], *([format_value(value) for value in row.values()] for row in rows)]
+    whole = align(cells)
+    if max(map(len, whole)) <= width:
+        return "\n".join(whole)
+    labels = [", ".join(line[: len(LABELS)]) for line in cells]
+    head, *figures = [line[len(LABELS) :] for line in cells]
+    lines = align([*stack_words([SHORT.get(name, name) for name in head]), *figures], gap=1)
+    heads, figures = lines[: -len(rows)], lines[-len(rows) :]
+    kernels = (f"{label}\n {figure}" for label, figure in zip(labels[1:], figures, strict=True))
+    return "\n".join([labels[0], *(f" {line}" for line in heads), *kernels])
+
+
+def align(cells: list[list[str]], gap: int = 2) -> list[str]:
+    """Pad the cells of every column to one width, with `gap` spaces between columns."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [(" " * gap).join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+
+
+def stack_words(head: list[str]) -> list[list[str]]:
+    """Put the words of every heading below each other, in as many lines as the longest needs."""
+    words = [cell.split() for cell in head]
+    tall = max(map(len, words))
+    return [[*line] for line in zip(*([""] * (tall - len(cell)) + cell for cell in words), strict=True)]
 
 
 def format_value(value: object) -> str:
@@ -61,7 +109,7 @@ def main(cfg: DictConfig) -> None:
     """Compile the kernels and print a table; exit with status 1 if a kernel spills registers."""
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("carafepp-inspect needs the triton package, which is not installed (pip install triton; Linux only)")
-    from ..kernels.gpu.assembly import RESIDENCY_LIMITS, compile_launch, read_assembly
+    from ..kernels.gpu.assembly import RESIDENCY_LIMITS
 
     options = read_options(cfg)
     capabilities = look_up("architectures", options["architectures"], {f"sm_{number}": number for number in RESIDENCY_LIMITS})
@@ -69,17 +117,19 @@ def main(cfg: DictConfig) -> None:
 
     def assemble(job: tuple[int, dict[str, str], "Launch"]) -> dict:
         capability, labels, launch = job
-        return labels | read_assembly(compile_launch(launch, capability))._asdict()
+        return labels | read_figures(launch, capability)
 
     # the compiler releases the interpreter lock during most of its work
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = list(tqdm(pool.map(assemble, work), total=len(work), unit="kernel"))
-    print(format_table(rows))
+    # a file or another program gets one line for each kernel
+    width = shutil.get_terminal_size((10_000, 24)).columns
+    print(format_table(rows, width))
     if options["json"]:
         Path(options["json"]).write_text(json.dumps(rows, indent=1) + "\n")
     spilled = [row for row in rows if row["spills"]]
     if spilled:
-        raise SystemExit(f"{len(spilled)} of {len(rows)} kernels spill registers:\n{format_table(spilled)}")
+        raise SystemExit(f"{len(spilled)} of {len(rows)} kernels spill registers:\n{format_table(spilled, width)}")
 
 
 if __name__ == "__main__":

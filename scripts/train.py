@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ..tasks.writing import write_atomically
+from .common import sweep_folder
 from .common.app import app
 from .common.arguments import NULLABLE, parse_override
 from .common.jobs import check_interruption, interruptible_sweep, is_job, read_repeated_job, shares_process, train_in_subprocess
@@ -147,11 +148,26 @@ def run(cfg: DictConfig) -> None:
     train_in_subprocess(folder, trust)
 
 
+def print_sweep() -> None:
+    """Print the table of the sweep that this process has run, if it has run one."""
+    if sweep_folder.started:
+        from .running.ending import describe_sweep
+
+        print(describe_sweep(sweep_folder.started.pop()))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `carafepp-train`. Its `arguments` default to those of the process."""
     sweeps = {"-m", "--multirun"} & {*(sys.argv[1:] if arguments is None else arguments)}
-    with interruptible_sweep() if sweeps else contextlib.nullcontext():
-        run(arguments)
+    try:
+        with interruptible_sweep() if sweeps else contextlib.nullcontext():
+            run(arguments)
+    except SystemExit as stop:
+        # a job has failed; after a signal, the code is a number
+        if isinstance(stop.code, str):
+            print_sweep()
+        raise
+    print_sweep()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ def main(cfg: DictConfig) -> None:
         print(f"{device}: timing tiles; the table is {path}")
     else:
         print(f"no GPU: ranking tiles compiled for {options['architecture']} by millions of warp instructions; no table is written")
-    sites: dict[str, Any] = options["sites"]
+    sites = choose_sites(options["sites"], options["only"], gpu)
     bar = tqdm(list(itertools.product(sites.items(), dtypes, formats, DIRECTIONS)), unit="kernel")
+    start, first = time.monotonic(), True
     seen = set()
     for (name, site), dtype, memory_format, direction in bar:
         shape, spec = read_site(site)
@@ -54,12 +56,30 @@ def main(cfg: DictConfig) -> None:
         else:
             search = tile_search.count_instructions(step, direction, options["limit"], capability)
         found = sorted(search)
+        if first and len(bar) > 1:
+            first, seconds = False, time.monotonic() - start
+            tqdm.write(f"the first kernel took {seconds:.0f} s: all {len(bar)} take about {format_duration(seconds * len(bar))}")
         if not found:
             tqdm.write(f"{key}: no tile fits")
             continue
         tqdm.write("\n".join([key, *(f"  {cost:10.4f} {'ms' if gpu else 'M'}  {tuple(tile)}" for cost, tile in found[: options["show"]])]))
         if gpu:
             store_tile(path, device, key, list(found[0][1]))
+
+
+def choose_sites(sites: dict[str, Any], only: list[str] | None, gpu: bool) -> dict[str, Any]:
+    """Return the sites to tune by name: those of `only`, or all, or without a GPU, where a kernel takes a minute, the first one.
+
+    Raises:
+        ValueError: a name is not that of a site.
+    """
+    names = only or [*sites][: None if gpu else 1]
+    return dict(zip(names, look_up("only", names, sites), strict=True))
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration in the unit that suits it."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def store_tile(path: Path, device: str, key: str, tile: list[int]) -> None:

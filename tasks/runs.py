@@ -7,6 +7,7 @@ random generators and the rows of metrics.csv, so that a killed run continues ex
 import contextlib
 import hashlib
 import json
+import logging
 import platform
 import random
 import time
@@ -26,6 +27,8 @@ from .class_pictures import draw_scores
 from .data import get_data
 from .task import Task
 from .writing import replace_file, write_atomically, write_csv
+
+log = logging.getLogger(__name__)
 
 
 def write_classes(folder: Path, rows: list[dict]) -> None:
@@ -212,6 +215,7 @@ class RunRecord(L.Callback):
     def _add(self, trainer: L.Trainer, prefix: str, more: dict) -> None:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
         self.rows.append({"step": trainer.global_step, **metrics, **more})
+        log.info("step %d: %s", trainer.global_step, ", ".join(f"{name} {value:.6g}" for name, value in (metrics | more).items()))
         if trainer.is_global_zero:
             write_csv(self.folder / "metrics.csv", self.rows)
 

@@ -13,6 +13,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from .arguments import explain_values
 from .comments import list_choices
 from .hints import find_hints
+from .run_folders import shorten_path
 
 # longer messages, such as torch's about every tensor that does not fit, are cut; error.txt has the rest
 MOST_LINES = 8
@@ -94,5 +95,5 @@ def record_stack(error: Exception, folder: Path) -> Path | None:
             record.write_text("".join([f"{type(error).__name__}: {' '.join(str(error).split())}\n\n", *traceback.format_exception(error)]))
     with contextlib.suppress(OSError):
         if record.read_text().startswith(type(error).__name__):
-            return record.relative_to(Path.cwd()) if record.is_relative_to(Path.cwd()) else record
+            return shorten_path(record)
     return None

@@ -32,6 +32,11 @@ def read_config(folder: Path, trust: str | Iterable[str] = ()) -> DictConfig:
     return OmegaConf.create(config)
 
 
+def shorten_path(path: Path) -> Path:
+    """Return a path as a user types it: relative if it is below the working directory."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Lock a run folder in the first process of a run; the other processes of the run rely on this lock.

@@ -7,7 +7,7 @@ from .pictures import compare_pictures
 from .plots import plot_table
 from .renderers import render_csv, render_tables
 from .runs import Setting, group_runs, read_runs
-from .tables import Cell, Line, Table, tabulate_others, tabulate_paper
+from .tables import Cell, Line, Table, tabulate_kinds, tabulate_others, tabulate_paper
 
 __all__ = [
     "Cell",
@@ -24,6 +24,7 @@ __all__ = [
     "render_csv",
     "render_tables",
     "report_paper",
+    "tabulate_kinds",
     "tabulate_others",
     "tabulate_paper",
 ]

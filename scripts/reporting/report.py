@@ -13,7 +13,7 @@ from .pictures import compare_pictures
 from .plots import plot_table
 from .renderers import render_tables
 from .runs import group_runs, read_runs
-from .tables import Table, tabulate_others, tabulate_paper
+from .tables import Table, tabulate_kinds, tabulate_paper
 
 FILES = {"report.md": "markdown", "report.tex": "latex", "report.csv": "csv"}
 
@@ -45,7 +45,7 @@ def report(cfg: DictConfig) -> None:
         sys.exit(f"no finished run below {', '.join(map(str, folders))}")
     tables = tabulate_paper(settings, cfg.metrics, cfg.digits, cfg.baseline)
     if others := [setting for setting in settings if not setting.table]:
-        tables.append(tabulate_others(others, cfg.digits, cfg.baseline))
+        tables += tabulate_kinds(others, cfg.digits, cfg.baseline)
     check_options(cfg, tables)
     print(render_tables(tables, cfg.format))
     used = [(table.name, line.name, line.setting) for table in tables for line in table.lines if line.setting]
@@ -64,6 +64,6 @@ def report(cfg: DictConfig) -> None:
             for path in plot_table(table, folders[0], stem):
                 print(f"plot: {path}", file=notes)
         if rows := compare_pictures(table):
-            path = folders[0] / ("compare.png" if table.name == "others" else f"{stem}.png")
+            path = folders[0] / f"{stem.replace('others', 'compare')}.png"
             save_image(arrange(rows), path)
             print(f"pictures (image, truth, then a run of each line of {table.name}): {path}", file=notes)

@@ -40,6 +40,14 @@ class Setting:
         return {seed: run.metrics[metric] for seed, run in self.runs.items() if metric in run.metrics}
 
     @property
+    def kind(self) -> dict[str, str]:
+        """What the runs must have in common with others in one table: the task, the scale, the data, and their metrics."""
+        run = next(iter(self.runs.values()))
+        shown = {name: choice for name in ("task", "scale", "setting") if (choice := run.choices.get(name))}
+        data = {"data.root": self.options["data.root"]} if "data.root" in self.options else {}
+        return shown | data | {"metrics": " ".join(sorted(run.metrics))}
+
+    @property
     def seconds(self) -> float:
         """Mean wall-clock time of the runs."""
         return statistics.fmean(run.seconds for run in self.runs.values())
@@ -56,8 +64,18 @@ def numeric_order(path: Path) -> list[tuple[bool, int, str]]:
     return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.parts]
 
 
+def is_failed_start(folder: Path) -> bool:
+    """Return whether a command failed before it had trained; a job of a sweep is a row that is missing, and does not count."""
+    error, trained = folder / "error.txt", ("result.json", "metrics.csv", "last.ckpt")
+    if not error.exists() or any((folder / name).exists() for name in trained) or (folder.parent / "multirun.yaml").exists():
+        return False
+    return not error.read_text(errors="replace").startswith(INTERRUPTED)
+
+
 def read_runs(folders: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
     """Read the finished runs below the folders, and describe the runs that are broken, failed or unfinished.
+
+    Commands that failed before they had trained are not mentioned, except in the folders themselves and in sweeps.
 
     Raises:
         FileNotFoundError: a folder does not exist.
@@ -69,6 +87,8 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
         marked |= {path.parent for name in ("result.json", "config.yaml", "error.txt") for path in folder.rglob(name)}
     for folder in sorted(marked, key=numeric_order):
         path, error = folder / "result.json", folder / "error.txt"
+        if is_failed_start(folder) and folder not in folders:
+            continue
         if path.exists():
             try:
                 runs.append(FinishedRun.read(path))
@@ -84,6 +104,8 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
 
 def group_runs(runs: Iterable[FinishedRun], tables: dict) -> tuple[list[Setting], list[str]]:
     """Group runs that differ only in their seed, in the order of their folders, and describe the runs that repeat another run.
+
+    Runs with the same overrides and another number of parameters, or other metrics, are in different groups.
 
     Args:
         runs: finished runs.
@@ -112,7 +134,11 @@ def group_runs(runs: Iterable[FinishedRun], tables: dict) -> tuple[list[Setting]
                 row = baseline
         else:
             table = ""
-        identity = (table, row, *protocol.items(), None, *sorted(options.items()))
+        # the same options with other data or another network are another setting
+        if not table and "data.root" in run.overrides:
+            options["data.root"] = Path(run.overrides["data.root"]).name
+        network = (run.parameters, *([] if table else sorted(run.metrics)))
+        identity = (table, row, *protocol.items(), None, *sorted(options.items()), *network)
         setting = settings.setdefault(identity, Setting(table, row, protocol, options))
         if run.seed in setting.runs:
             repeated.append(f"{run.folder}: omitted, because it repeats seed {run.seed} of {setting.runs[run.seed].folder}")

@@ -151,6 +151,21 @@ def tabulate_paper(settings: Sequence[Setting], columns: Sequence[str], digits: 
     return result
 
 
+def tabulate_kinds(settings: Sequence[Setting], digits: int, baseline: str | None) -> list[Table]:
+    """Build one table (see `tabulate_others`) of the settings of each kind that are outside the experiments of the paper.
+
+    Runs of another task, scale or data set are not compared, and have no metrics in common.
+    """
+    kinds: dict[tuple, list[Setting]] = {}
+    for setting in settings:
+        kinds.setdefault(tuple(setting.kind.items()), []).append(setting)
+    tables = [tabulate_others(alike, digits, baseline) for alike in kinds.values()]
+    if len(tables) > 1:
+        for table, alike in zip(tables, kinds.values(), strict=True):
+            table.protocol = " ".join(f"{key}={value}" for key, value in alike[0].kind.items() if key != "metrics")
+    return tables
+
+
 def tabulate_others(settings: Sequence[Setting], digits: int, baseline: str | None) -> Table:
     """Build one table of settings outside the experiments of the paper, with the overrides that distinguish them and all metrics.
 

@@ -17,7 +17,9 @@ from ..common.checkpoints import check_last_checkpoint, drop_weight_paths
 from ..common.lightning_messages import silence_lightning
 from ..common.options import read_options
 from ..common.run_length import RunLength
+from .ending import describe_run
 from .launcher_signals import LauncherSignals
+from .progress import PassesBar
 
 
 def build_logger(cfg: DictConfig, folder: Path) -> Logger | bool:
@@ -49,7 +51,9 @@ def train(cfg: DictConfig, folder: Path) -> None:
         task.model.to(memory_format=torch.channels_last)
     if cfg.compile:
         task.model.compile()
+    bar = [PassesBar()] if cfg.trainer.get("enable_progress_bar") else []
     callbacks = [
+        *bar,
         # result.json, which RunRecord writes, says that everything else is written
         Pictures(folder),
         RunRecord(folder, cfg.log_every_n_steps, config),
@@ -69,3 +73,5 @@ def train(cfg: DictConfig, folder: Path) -> None:
         # Lightning converts the module after it has restored the weights, which would round them to 32 bits
         task.double()
     trainer.fit(task, data, ckpt_path=last if last.exists() else None, weights_only=True)
+    if trainer.is_global_zero and (folder / "result.json").exists():
+        print(describe_run(folder, task))

@@ -15,6 +15,7 @@ ONE_SITE = ["~sites", "+sites.one={n: 1, channels: 16, height: 8, width: 8, kern
 
 def run(monkeypatch, tmp_path, *arguments):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     call("inspect", *ONE_SITE, "dtypes=[float16]", *arguments)
 
 
@@ -45,3 +46,32 @@ def test_without_triton_it_says_what_is_missing(monkeypatch, tmp_path):
 def test_an_unknown_architecture_is_named(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"architectures must be among sm_80, .*, got 'sm_12'"):
         run(monkeypatch, tmp_path, "architectures=[sm_12]")
+
+
+def test_the_second_call_reads_what_the_first_has_stored(monkeypatch, tmp_path, capsys):
+    options = ["architectures=[sm_80]", "memory_formats=[contiguous]"]
+    run(monkeypatch, tmp_path, *options)
+    first = capsys.readouterr().out
+    stored = list((tmp_path / "cache").rglob("inspect/*.json"))
+    assert len(stored) == len(first.splitlines()) - 1
+    monkeypatch.setattr(assembly, "compile_launch", lambda *_: pytest.fail("compiles again"))
+    run(monkeypatch, tmp_path, *options)
+    assert capsys.readouterr().out == first
+    monkeypatch.undo()
+    # a file that is cut is written again
+    stored[0].write_text("{")
+    run(monkeypatch, tmp_path, *options)
+    assert capsys.readouterr().out == first
+    assert stored[0].read_text().startswith('{"registers"')
+
+
+def test_the_table_fits_the_terminal(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    run(monkeypatch, tmp_path, "architectures=[sm_80]", "memory_formats=[contiguous]", "json=kernels.json")
+    lines = capsys.readouterr().out.splitlines()
+    rows = json.loads((tmp_path / "kernels.json").read_text())
+    assert max(map(len, lines)) <= 80
+    heads = len(lines) - 2 * len(rows)
+    for row, labels, figures in zip(rows, lines[heads::2], lines[heads + 1 :: 2], strict=True):
+        assert row["kernel"] in labels
+        assert figures.split()[:2] == [str(row["registers"]), str(row["spills"])]

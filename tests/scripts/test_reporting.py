@@ -14,6 +14,7 @@ from carafepp.scripts.reporting import (
     read_runs,
     render_csv,
     render_tables,
+    tabulate_kinds,
 )
 from carafepp.scripts.reporting.statistics import compare_paired, summarize, t_quantile
 from report_runs import make_tables, write_run
@@ -160,6 +161,7 @@ def test_broken_unfinished_and_failed_runs_are_named_and_the_rest_is_reported(tm
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text("")
     (tmp_path / "failed" / "error.txt").write_text("ValueError: no such thing\n\nTraceback ...\n")
+    (tmp_path / "failed" / "metrics.csv").write_text("step\n1\n")
     write_run(tmp_path / "twice", 0, {"val/top1": 0.8}, row="table2/resnet50")
     runs, problems = read_runs([tmp_path, tmp_path / "good"])
     assert [run.folder for run in runs] == [good, tmp_path / "twice"]
@@ -198,3 +200,37 @@ def test_names_that_mean_something_in_a_format_are_escaped(tmp_path):
     assert "{[}a\\textbar{}b]" in lines
     assert "50\\%\\_a\\&b\\#c\\$d\\textasciitilde{}e\\textasciicircum{}f\\{g\\}\\textless{}h\\textbackslash{}i" in lines
     assert "note=[a|b]" in render_csv(found)
+
+
+def test_failed_starts_are_not_runs(tmp_path):
+    write_run(tmp_path / "good", 0, {"val/top1": 0.75}, row="table2/resnet50")
+    for name in ("start", "sweep/0", "eval-now", "stopped"):
+        (tmp_path / name).mkdir(parents=True)
+        reason = "interrupted by SIGTERM" if name == "stopped" else "ValueError: no such thing"
+        (tmp_path / name / "error.txt").write_text(f"{reason}\n")
+    (tmp_path / "start" / "config.yaml").write_text("")
+    (tmp_path / "sweep" / "multirun.yaml").write_text("")
+    problems = read_runs([tmp_path])[1]
+    # a missing row of a sweep is named, and so is a run that can go on
+    assert [problem.partition(":")[0] for problem in problems] == [str(tmp_path / "stopped"), str(tmp_path / "sweep/0")]
+    assert read_runs([tmp_path / "start"])[1] == [f"{tmp_path / 'start'}: failed (ValueError: no such thing)"]
+
+
+def test_runs_of_other_data_networks_or_tasks_are_neither_averaged_nor_in_one_table(tmp_path):
+    accuracy, scores = {"val/top1": 0.75}, {"val/mIoU": 0.5}
+    write_run(tmp_path / "0", 0, accuracy, "task=classification", "data.root=/data/cats")
+    write_run(tmp_path / "1", 1, accuracy, "task=classification", "data.root=/data/dogs")
+    write_run(tmp_path / "2", 1, accuracy, "task=classification", "data.root=/elsewhere/cats")
+    write_run(tmp_path / "3", 0, scores)
+    other = write_run(tmp_path / "4", 1, scores)
+    content = json.loads((other / "result.json").read_text()) | {"parameters": 7}
+    (other / "result.json").write_text(json.dumps(content))
+    settings, repeated = group_runs(read_runs([tmp_path])[0], read_paper()[0])
+    assert repeated == []
+    assert [sorted(setting.runs) for setting in settings] == [[0, 1], [1], [0], [1]]
+    tables = tabulate_kinds(settings, 4, None)
+    assert [len(table.lines) for table in tables] == [1, 1, 2]
+    assert ["data.root=cats" in table.protocol for table in tables] == [True, False, False]
+    # every metric of a table is one of each of its lines
+    for table in tables:
+        assert len({tuple(line.cells) for line in table.lines}) == 1
