@@ -72,13 +72,16 @@ def read_figures(launch: "Launch", capability: int) -> dict[str, Any]:
 
 def format_table(rows: list[dict], width: int) -> str:
     """Format rows with the same keys as aligned columns; in a narrow terminal, the figures of a kernel are below its labels."""
-    cells = [[name.replace("_", " ") for name in rows[0]], *([format_value(value) for value in row.values()] for row in rows)]
+    cells: list[list[str]] = [
+        [name.replace("_", " ") for name in rows[0]],
+        *([format_value(value) for value in row.values()] for row in rows),
+    ]
     whole = align(cells)
     if max(map(len, whole)) <= width:
         return "\n".join(whole)
     labels = [", ".join(line[: len(LABELS)]) for line in cells]
-    head, *figures = [line[len(LABELS) :] for line in cells]
-    lines = align([*stack_words([SHORT.get(name, name) for name in head]), *figures], gap=1)
+    heads, *figures = [line[len(LABELS) :] for line in cells]
+    lines = align([*stack_words([SHORT.get(head, head) for head in heads]), *figures], gap=1)
     heads, figures = lines[: -len(rows)], lines[-len(rows) :]
     kernels = (f"{label}\n {figure}" for label, figure in zip(labels[1:], figures, strict=True))
     return "\n".join([labels[0], *(f" {line}" for line in heads), *kernels])

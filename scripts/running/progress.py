@@ -96,5 +96,5 @@ class PassesBar(ProgressBar):
 
 def count_steps(trainer: L.Trainer) -> int:
     """Count the optimizer steps of the whole training, including those before a continuation."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+    batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # pyright: ignore[reportAttributeAccessIssue]
     return batches // trainer.accumulate_grad_batches
