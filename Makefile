@@ -5,7 +5,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 RUNS := runs/main-$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: run test soak setup lint bench docs
+.PHONY: run test soak setup lint bench docs recipes
 
 run: setup
 	$(BIN)/carafepp-train -m scale=small samplers=published,carafe hydra.sweep.dir=$(RUNS)
@@ -39,6 +39,10 @@ docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "open build/site/index.html"
 
+# the recipes of docs/recipes.md with the packages that they are for
+recipes: .venv/installed-recipes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests/recipes
+
 setup: .venv/installed
 
 .venv/installed: pyproject.toml
@@ -46,6 +50,10 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+.venv/installed-recipes: .venv/installed
+	$(BIN)/pip install --quiet --editable ".[recipes]"
 	touch $@
 
 .venv/installed-docs: .venv/installed
