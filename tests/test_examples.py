@@ -18,7 +18,8 @@ LONGEST = 80
 def load(name: str) -> ModuleType:
     """Import a script by the name of its file."""
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
