@@ -61,7 +61,7 @@ def test_misspelt_choice_is_answered_with_the_valid_ones():
 
 
 COMMANDS = ["train", "eval", "predict", "report", "report paper", "scenes", "validate", "inspect", "tune", "bench", "bench samplers"]
-COMMANDS += ["bench models", "bench growth"]
+COMMANDS += ["bench models", "bench growth", "export"]
 
 
 def ask_for_help(capsys, command: str, *overrides: str) -> str:
@@ -97,7 +97,7 @@ def test_help_shows_the_choices_and_the_keys_with_their_comments(capsys):
     assert "data.root=..." not in text
 
 
-@pytest.mark.parametrize("name", ["train", "eval", "predict", "report", "scenes", "inspect", "tune", "bench"])
+@pytest.mark.parametrize("name", ["train", "eval", "predict", "report", "scenes", "inspect", "tune", "bench", "export"])
 def test_help_and_typos_are_answered_without_torch(name, tmp_path):
     code = f"""
 import sys
