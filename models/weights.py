@@ -1,6 +1,7 @@
 """Loading of trained weights into a network, from torchvision's ImageNet classifiers or from checkpoints of `carafepp-train`."""
 
 import logging
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -9,8 +10,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import get_weight
 
 logger = logging.getLogger(__name__)
+
+# torchvision's names of weights
+WEIGHTS_NAME = re.compile(r"\w+_Weights\.\w+")
 
 
 class Loaded(NamedTuple):
@@ -39,12 +44,19 @@ def is_whole(path: str | Path) -> bool:
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict from a file, or from a checkpoint, without changing names.
 
+    The name of torchvision's weights, such as "ResNet50_Weights.IMAGENET1K_V2", downloads them once (see `download_state`).
+
     Raises:
-        FileNotFoundError: the file does not exist.
+        FileNotFoundError: the file does not exist, or weights cannot be downloaded.
         ValueError: the file cannot be read as tensors and primitives, or does not hold a state dict.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"weights={path} does not exist; give a state dict, or the last.ckpt or best.ckpt of a run folder")
+        if WEIGHTS_NAME.fullmatch(str(path)):
+            return download_state(str(path))
+        raise FileNotFoundError(
+            f"weights={path} does not exist; give a state dict, the last.ckpt or best.ckpt of a run folder, or a name of torchvision's "
+            "weights, such as ResNet50_Weights.IMAGENET1K_V2"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     # the type of error for a damaged file depends on the place of the damage
@@ -58,6 +70,23 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"weights={path} does not hold a state dict of tensors")
     return dict(state)
+
+
+def download_state(name: str) -> dict[str, Tensor]:
+    """Download weights that torchvision publishes under a name, or read them from the cache of `torch.hub` (TORCH_HOME).
+
+    Raises:
+        ValueError: torchvision has no weights of this name.
+        FileNotFoundError: the weights cannot be downloaded.
+    """
+    try:
+        weights = get_weight(name)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"weights={name} is not a name of torchvision's weights, such as ResNet50_Weights.IMAGENET1K_V2") from error
+    try:
+        return dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
+    except OSError as error:
+        raise FileNotFoundError(f"weights={name} cannot be downloaded from {weights.url} ({error}); give a file instead") from error
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from .common.app import app
 from .common.arguments import NULLABLE, parse_override
 from .common.jobs import check_interruption, interruptible_sweep, is_job, read_repeated_job, shares_process, train_in_subprocess
 from .common.options import read_options
+from .common.own_data import make_paths_absolute, read_own_data
 from .common.paper import read_paper
 from .common.processes import is_first_process
 from .common.results import is_finished
@@ -44,11 +45,13 @@ def start_run(cfg: DictConfig, folder: Path) -> DictConfig:
         del cfg.resume, cfg.trust
         if missing := find_missing_keys(OmegaConf.to_container(cfg)):
             raise ValueError(f"this configuration needs {', '.join(f'{key}=...' for key in missing)}; scale=small needs no data set")
+        read_own_data(cfg)
         choices = {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra/")}
         choices |= {group: None for group in NULLABLE if choices.get(group) == "none"}
         check_row(choices.get("experiment"), choices.get("row"))
         cfg.run = {"choices": choices, "overrides": list(HydraConfig.get().overrides.task)}
         OmegaConf.resolve(cfg)
+        make_paths_absolute(cfg)
         if first:
             write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg))
     return cfg

@@ -1,6 +1,7 @@
 """Image classification (paper, section 5.1; Tables II and XII), which also trains the backbones of the other tasks."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +10,8 @@ from torchvision.transforms.v2.functional import normalize
 
 from .exportable import Exportable, Normalized
 from .pictures import caption
-from .task import MakeOptimizer, MakeSchedule, Task, View, register_metrics
+from .prediction_files import ClassTable
+from .task import MakeOptimizer, MakeSchedule, Task, View, list_class_names, register_metrics
 
 
 class Classification(Task):
@@ -20,6 +22,7 @@ class Classification(Task):
     Args:
         model: the network, as a function of the number of classes.
         num_classes: the number of classes; labels are in 0..num_classes - 1.
+        class_names: names of the classes for pictures and tables; None means their numbers.
         optimizer, schedule: see `Task`; norms and biases have no weight decay.
         inference_transform: crops a photograph to the part that the network is validated on; None keeps the whole photograph.
         mean, std: mean and standard deviation of the images' channels, in [0, 1].
@@ -36,12 +39,16 @@ class Classification(Task):
         num_classes: int,
         optimizer: MakeOptimizer,
         schedule: MakeSchedule,
+        class_names: Sequence[str] | None = None,
         inference_transform: Callable[[Tensor], Tensor] | None = None,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
         super().__init__(model(num_classes=num_classes), optimizer=optimizer, schedule=schedule)
         self.num_classes = num_classes
+        self.class_names = list_class_names(class_names or range(num_classes))
+        if len(self.class_names) != num_classes:
+            raise ValueError(f"class_names must name the {num_classes} classes, got {len(self.class_names)} names")
         self.inference_transform = inference_transform
         self.mean, self.std = list(mean), list(std)
         # with fewer than five classes, top-5 takes all of them
@@ -76,9 +83,13 @@ class Classification(Task):
         """Return the probabilities [classes] of the classes of an image [3, H, W] in [0, 1]."""
         return self._classify(self._crop(image))
 
-    def draw(self, image: Tensor) -> Tensor:
+    def draw(self, image: Tensor, prediction: Tensor | None = None) -> Tensor:
         """Write the likeliest class and its probability below an image [3, H, W] in [0, 1] -> [3, H + a line, W]."""
-        return _caption_class(image, self.predict(image))
+        return self._caption(image, self.predict(image) if prediction is None else prediction)
+
+    def prediction_files(self, folder: Path) -> ClassTable:
+        """Return the writer of a table of classes."""
+        return ClassTable(folder, self.class_names)
 
     def view(self, image: Tensor) -> View:
         """Return what the network sees of an image [3, H, W] in [0, 1]."""
@@ -94,7 +105,7 @@ class Classification(Task):
     def pictures(self, sample: tuple[Tensor, int]) -> dict[str, Tensor]:
         """Draw a validation sample -> "image", "truth" and "prediction", [3, height, W] in [0, 1], the last two with a class below."""
         image, label = sample
-        return {"image": image, "truth": caption(image, f"{label}"), "prediction": _caption_class(image, self._classify(image))}
+        return {"image": image, "truth": caption(image, self.class_names[label]), "prediction": self._caption(image, self._classify(image))}
 
     def _crop(self, image: Tensor) -> Tensor:
         """Crop a photograph [3, H, W] to the part that the network is validated on."""
@@ -104,8 +115,7 @@ class Classification(Task):
         """Return the probabilities [classes] of an image [3, H, W] as it is, on the CPU."""
         return self(image[None].to(self.device)).float().softmax(1)[0].cpu()
 
-
-def _caption_class(image: Tensor, probabilities: Tensor) -> Tensor:
-    """Write the likeliest class and its probability below an image."""
-    probability, label = probabilities.max(0)
-    return caption(image, f"{label.item()}  {probability.item():.0%}")
+    def _caption(self, image: Tensor, probabilities: Tensor) -> Tensor:
+        """Write the likeliest class and its probability below an image."""
+        probability, label = probabilities.max(0)
+        return caption(image, f"{self.class_names[int(label)]}  {probability.item():.0%}")

@@ -19,6 +19,7 @@ from .data import get_data
 from .exportable import Exportable, Normalized
 from .image_files import to_plain
 from .pictures import draw_instances, enlarge, pick_colors
+from .prediction_files import DetectionFile
 from .task import MakeOptimizer, MakeSchedule, Task, View, list_class_names
 from .writing import write_atomically
 
@@ -219,20 +220,26 @@ class Detection(Task):
         return {"image": enlarge(image), "truth": self._overlay(image, truth, numbers), "prediction": self.draw(image, truth["boxes"])}
 
     def predict(self, image: Tensor) -> Target:
-        """Return the detections in an image [3, H, W] in [0, 1] whose score is at least DRAWN_SCORE: boxes, labels, scores and masks."""
+        """Return the detections in an image [3, H, W] in [0, 1]: boxes, labels, scores, masks, and "image_size", its height and width."""
         found = self([image.to(self.device)])[0]
-        kept = found["scores"] >= DRAWN_SCORE
-        return {name: value[kept].cpu() for name, value in found.items()}
+        return {name: value.cpu() for name, value in found.items()} | {"image_size": torch.tensor(image.shape[1:])}
 
-    def draw(self, image: Tensor, truth: Tensor | None = None) -> Tensor:
+    def draw(self, image: Tensor, truth: Tensor | None = None, prediction: Target | None = None) -> Tensor:
         """Draw the prediction over an image [3, H, W] in [0, 1] -> [3, height, width]; a small image is enlarged by an integer factor.
 
-        A detection has the colour of the object that it finds; `truth` [m, 4] are the boxes of the objects.
+        Detections whose score is at least DRAWN_SCORE are drawn. A detection has the colour of the object that it finds; `truth` [m, 4]
+        are the boxes of the objects.
         """
-        found = self.predict(image)
+        found = self.predict(image) if prediction is None else prediction
+        kept = found["scores"] >= DRAWN_SCORE
+        found = {name: value[kept] for name, value in found.items() if name != "image_size"}
         if "masks" in found:
             found["masks"] = found["masks"][:, 0] > 0.5
         return self._overlay(image, found, number_detections(found["boxes"], found["boxes"][:0] if truth is None else truth))
+
+    def prediction_files(self, folder: Path) -> DetectionFile:
+        """Return the writer of detections in COCO's format."""
+        return DetectionFile(folder, self.class_names)
 
     def view(self, image: Tensor) -> View:
         """Return the input of backbone and feature pyramid for an image [3, H, W] in [0, 1]."""

@@ -14,6 +14,7 @@ from ..models.discriminator import average_over_hole
 from .exportable import Exportable
 from .images import ReadOptions, read_image, suggest_orientation
 from .masks import read_mask
+from .prediction_files import FilledImages
 from .task import MakeOptimizer, MakeSchedule, Task, View, register_metrics
 
 
@@ -194,9 +195,13 @@ class Inpainting(Task):
         filled = F.interpolate(filled[None], image.shape[1:], mode="bicubic", align_corners=False)[0].clamp(0, 1)
         return torch.where(mask > 0, filled, image)
 
-    def draw(self, image: Tensor, mask: Tensor, max_side: int | None = None) -> Tensor:
+    def draw(self, image: Tensor, mask: Tensor, max_side: int | None = None, prediction: Tensor | None = None) -> Tensor:
         """Draw the filled image, see `predict`."""
-        return self.predict(image, mask, max_side)
+        return self.predict(image, mask, max_side) if prediction is None else prediction
+
+    def prediction_files(self, folder: Path) -> FilledImages:
+        """Return the writer of filled photographs."""
+        return FilledImages(folder)
 
     def view(self, image: Tensor, mask: Tensor, max_side: int | None = None) -> View:
         """Return the input of the generator for an image [3, H, W] in [0, 1] with a hole, see `predict`."""

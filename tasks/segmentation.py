@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from .exportable import Exportable, Normalized
 from .inference import check_inference, predict_labels
 from .label_maps import IGNORED
 from .pictures import draw_legend, overlay
+from .prediction_files import LabelMapFiles
 from .task import MakeOptimizer, MakeSchedule, Task, View, list_class_names
 
 logger = logging.getLogger(__name__)
@@ -170,9 +172,13 @@ class Segmentation(Task):
         """Return the labels [H, W] of an image [3, H, W] in [0, 1]."""
         return predict_labels(self, image[None].to(self.device), image.shape[-2:], **self.inference)[0].cpu()
 
-    def draw(self, image: Tensor) -> Tensor:
+    def draw(self, image: Tensor, prediction: Tensor | None = None) -> Tensor:
         """Draw the prediction over an image [3, H, W] in [0, 1], with a legend below -> [3, H + its lines, W]."""
-        return self._paint(image, self.predict(image))
+        return self._paint(image, self.predict(image) if prediction is None else prediction)
+
+    def prediction_files(self, folder: Path) -> LabelMapFiles:
+        """Return the writer of label maps."""
+        return LabelMapFiles(folder, self.class_names)
 
     def view(self, image: Tensor) -> View:
         """Return the input of the network for an image [3, H, W] in [0, 1]: the whole image, at scale 1."""

@@ -19,6 +19,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from .exportable import Exportable
 from .images import read_image
 from .optimization import group_parameters
+from .prediction_files import PredictionFiles
 
 # Parameter groups -> optimizer.
 MakeOptimizer = Callable[[list[dict]], Optimizer]
@@ -143,6 +144,13 @@ class Task(L.LightningModule, ABC):
     @abstractmethod
     def draw(self, *inputs: Any, **options: Any) -> Tensor:
         """Draw the prediction for the inputs of one photograph -> [3, height, width] in [0, 1]."""
+
+    def prediction_files(self, folder: Path) -> PredictionFiles | None:
+        """Return what writes the predictions into a folder for other programs, or None if the task has only pictures.
+
+        If it is not None, `draw` takes what `predict` returned as its option `prediction`, so that it is not computed again.
+        """
+        return None
 
     @abstractmethod
     def view(self, *inputs: Any, **options: Any) -> View:

@@ -1,6 +1,7 @@
 """Predictions of trained networks for given photographs, side by side, or their reassembly regions."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -9,8 +10,9 @@ from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from ...tasks.images import is_image
+from ...tasks.images import is_image, read_image
 from ...tasks.pictures import arrange, caption, enlarge
+from ...tasks.prediction_files import PredictionFiles
 from ...tasks.region_pictures import draw_regions
 from ...tasks.task import Task
 from ..common.checkpoints import load_task
@@ -73,12 +75,27 @@ def load_tasks(cfg: DictConfig) -> dict[str, Task]:
     return tasks
 
 
-def draw(tasks: dict[str, Task], inputs: dict[str, tuple], cfg: DictConfig) -> Tensor:
-    """Draw the prediction or the regions of each network for its inputs (see `Task.read`), several networks side by side."""
+def make_files(tasks: dict[str, Task], folder: Path) -> dict[str, PredictionFiles]:
+    """Return what writes the predictions of each network for other programs; those of several are in folders 1, 2, ..."""
+    found = {}
+    for number, (label, task) in enumerate(tasks.items(), start=1):
+        place = folder if len(tasks) == 1 else folder / str(number)
+        if (files := task.prediction_files(place)) is not None:
+            place.mkdir(exist_ok=True)
+            found[label] = files
+    return found
+
+
+def draw(tasks: dict[str, Task], inputs: dict[str, tuple], predictions: dict[str, Any], cfg: DictConfig) -> Tensor:
+    """Draw the prediction or the regions of each network for its inputs (see `Task.read`), several networks side by side.
+
+    `predictions` are those that are known already.
+    """
     if cfg.regions is not None:
         pictures = {label: draw_regions(task.view(*inputs[label]), cfg.regions, cfg.locations) for label, task in tasks.items()}
     else:
-        pictures = {label: task.draw(*inputs[label]) for label, task in tasks.items()}
+        known = {label: {"prediction": predictions[label]} if label in predictions else {} for label in tasks}
+        pictures = {label: task.draw(*inputs[label], **known[label]) for label, task in tasks.items()}
     if len(pictures) == 1:
         return next(iter(pictures.values()))
     titled = [caption(picture, label) for label, picture in pictures.items()]
@@ -104,9 +121,11 @@ def predict(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     paths = find_images(Path(cfg.images))
     masks = [None] * len(paths) if cfg.masks is None else find_masks(Path(cfg.masks), paths)
-    options = {"ignore_orientation": cfg.ignore_orientation, "allow_huge": cfg.allow_huge}
+    reading = {"ignore_orientation": cfg.ignore_orientation, "allow_huge": cfg.allow_huge}
+    options = dict(reading)
     if cfg.masks is not None:
         options |= {"invert": cfg.invert_masks, "threshold": cfg.mask_threshold}
+    files = {} if cfg.regions is not None else make_files(tasks, folder)
     skipped = []
     for path, mask in tqdm(list(zip(paths, masks, strict=True)), unit="image"):
         try:
@@ -114,8 +133,15 @@ def predict(cfg: DictConfig) -> None:
         except (OSError, ValueError) as error:
             skipped.append(f"skipped: {error}")
             continue
-        save_image(draw(tasks, inputs, cfg), folder / f"{path.name}.png")
+        predictions = {label: tasks[label].predict(*inputs[label]) for label in files}
+        height, width = next(iter(inputs.values()))[0].shape[1:]
+        # the size of the file, where the image may have been shrunk
+        if max(height, width) == cfg.max_side:
+            width, height = read_image(path, **reading).size
+        for label, prediction in predictions.items():
+            files[label].add(path.name, (height, width), prediction)
+        save_image(draw(tasks, inputs, predictions, cfg), folder / f"{path.name}.png")
     summary = "\n".join([*skipped, f"{len(paths) - len(skipped)} of {len(paths)} images predicted, pictures in {folder}"])
     if len(skipped) == len(paths):
         raise ValueError(summary)
-    print(summary)
+    print("\n".join([summary, *[f"predictions for other programs: {each.finish()}" for each in files.values()]]))

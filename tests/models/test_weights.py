@@ -1,11 +1,14 @@
 """Trained weights that a backbone starts from: torchvision's, a classifier's, a segmentation network's."""
 
+from urllib.error import URLError
+
 import pytest
 import torch
 import torchvision
 from carafepp.models.resnet import resnet50, tiny
-from carafepp.models.weights import load_weights
+from carafepp.models.weights import load_weights, read_state
 from networks import NORMED_CARAFE
+from torchvision.models import get_weight
 
 
 def test_torchvisions_weights_load_into_the_shared_layers(tmp_path):
@@ -72,3 +75,23 @@ def test_a_changed_bit_of_a_weight_is_found(tmp_path):
 def test_the_format_without_checksums_is_read(tmp_path):
     torch.save(tiny().state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert not load_weights(tiny(), tmp_path / "old.pth").initialised
+
+
+def test_weights_are_read_by_the_name_that_torchvision_gives_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    name = "ResNet50_Weights.IMAGENET1K_V1"
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    # in the cache of torch.hub, as after a download
+    torch.save({"fc.bias": torch.arange(3.0)}, tmp_path / "hub" / "checkpoints" / get_weight(name).url.rpartition("/")[2])
+    assert read_state(name)["fc.bias"].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"weights=ResNet50_Weights.V9 is not a name of torchvision's weights"):
+        read_state("ResNet50_Weights.V9")
+
+    def refuse(*arguments, **options):
+        raise URLError("offline")
+
+    monkeypatch.setattr("torch.hub.urlopen", refuse)
+    with pytest.raises(
+        FileNotFoundError, match=r"ResNet101_Weights.IMAGENET1K_V2 cannot be downloaded from https://.*offline.*give a file"
+    ):
+        read_state("ResNet101_Weights.IMAGENET1K_V2")
