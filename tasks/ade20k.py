@@ -1,14 +1,13 @@
 """ADE20K in the layout of ADEChallengeData2016: images/ and annotations/, each with training/ and validation/."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
 from torch import Tensor
 
-from .images import ReadOptions, is_image
-from .label_maps import IGNORED, LabelMaps
+from .images import ReadOptions
+from .label_maps import IGNORED, LabelMaps, list_images
 from .splits import check_split
 
 FOLDERS = {"train": "training", "val": "validation"}
@@ -64,12 +63,7 @@ class ADE20K(LabelMaps):
         for folder in (images, annotations):
             if not folder.is_dir():
                 raise FileNotFoundError(f"{folder} is missing: root={root} should hold images/ and annotations/, as ADEChallengeData2016")
-        paths = sorted(path for path in images.iterdir() if is_image(path))
-        if not paths:
-            raise FileNotFoundError(f"{images} holds no images")
-        stems = Counter(path.stem for path in paths)
-        if repeated := [path.name for path in paths if stems[path.stem] > 1]:
-            raise ValueError(f"{images} has several images for one annotation: {', '.join(repeated[:4])}")
+        paths = list_images(images)
         if labels is None and palette is not None:
             labels = {label: label for label in range(len(palette))}
         if labels is None:

@@ -1,6 +1,7 @@
 """The base of data sets with an annotation file that gives every pixel of an image a label."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from .image_files import ImageFiles
-from .images import ReadOptions, read_converted, read_image, suggest_orientation
+from .images import ReadOptions, is_image, read_converted, read_image, suggest_orientation
 
 IGNORED = 255
 
@@ -106,6 +107,64 @@ class LabelMaps(ImageFiles):
         if (odd := self.palette[found] != numbers).any():
             raise ValueError(f"annotation {path} has the colour {pixels[odd][0].tolist()}, which the palette does not name")
         return found
+
+
+class LabelMapFolders(LabelMaps):
+    """The images of a folder, and of another folder the maps with the same names as PNG; `LabelMaps` describes items and errors.
+
+    Args:
+        images, annotations: the two folders.
+        labels: maps each label that the maps may hold to a class, or to 255.
+        transforms, seed, palette, reading: see `LabelMaps`.
+
+    Raises:
+        FileNotFoundError: the folder of images holds none.
+        ValueError: two images have the same name except for its suffix.
+    """
+
+    def __init__(
+        self,
+        images: str | Path,
+        annotations: str | Path,
+        labels: Mapping[int, int],
+        transforms: Callable[[Tensor, Tensor], tuple] | None = None,
+        seed: int = 0,
+        palette: Sequence[Sequence[int]] | None = None,
+        **reading: Unpack[ReadOptions],
+    ) -> None:
+        paths = list_images(Path(images))
+        super().__init__(paths, [Path(annotations) / f"{path.stem}.png" for path in paths], labels, transforms, seed, palette, **reading)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """List the images of a folder whose annotations have the same names as PNG.
+
+    Raises:
+        FileNotFoundError: the folder holds no images.
+        ValueError: two images have the same name except for its suffix.
+    """
+    paths = sorted(path for path in folder.iterdir() if is_image(path))
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no images")
+    stems = Counter(path.stem for path in paths)
+    if repeated := [path.name for path in paths if stems[path.stem] > 1]:
+        raise ValueError(f"{folder} has several images for one annotation: {', '.join(repeated[:4])}")
+    return paths
+
+
+def find_labels(paths: Iterable[Path]) -> set[int]:
+    """Return the labels that occur in annotations.
+
+    Raises:
+        FileNotFoundError, ValueError: a file cannot be read, or holds colours instead of labels; the message names it.
+    """
+    found: set[int] = set()
+    for path in paths:
+        file = read_converted(path, "annotation", lambda file: file, _check_labels)
+        if file.mode not in ("L", "P"):
+            raise ValueError(f"annotation {path} must be an 8-bit grey or indexed PNG, got mode {file.mode}")
+        found.update(np.unique(np.array(file)).tolist())
+    return found
 
 
 def _check_labels(file: ImageFile) -> None:

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from . import ade20k
 from .coco_check import read_annotations
+from .imagenet import find_classes
+from .label_maps import IGNORED, find_labels, list_images
 
 # the names under which programs export the two parts of a data set
 PARTS = {"train": ("train", "train2017", "training"), "val": ("val", "val2017", "valid", "validation")}
@@ -72,3 +75,74 @@ def find_image_folder(root: Path, part: str, annotations: Path, content: dict) -
         f"the first image of {annotations}, {first}, is in none of the folders {', '.join(str(f.relative_to(root)) for f in folders)} of "
         f"data.root={root}"
     )
+
+
+def describe_label_maps(root: str | Path) -> dict[str, Any]:
+    """Find the images and label maps of a folder, and read the classes from the maps.
+
+    Every label that occurs is a class, in ascending order, and 255 is ignored; in maps of 0 and 255 alone, 255 is a class as well. The
+    lines of classes.txt, if the folder has this file, name the classes: those of labels 0, 1, ..., or, if there are as many lines as
+    labels, those of the labels in ascending order. With objectInfo150.txt, as in ADE20K, label 0 is ignored, and the names of that file are
+    those of labels 1, 2, ...
+
+    Returns:
+        Values of the configuration of `carafepp-train` (`conf/setting/segmentation_own.yaml`): the names of the classes, the folders of
+        images and maps, and the class of each label.
+
+    Raises:
+        FileNotFoundError: a folder or a map is missing.
+        ValueError: a map cannot be read, or classes.txt does not name all classes.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.root={root} is not a folder")
+    found, values = {}, set()
+    for part, names in PARTS.items():
+        images = find_folder(root, part, [pattern for name in names for pattern in (f"images/{name}", f"{name}/images")])
+        kinds = ("annotations", "masks", "labels")
+        maps = find_folder(root, part, [pattern for name in names for kind in kinds for pattern in (f"{kind}/{name}", f"{name}/{kind}")])
+        values |= find_labels(maps / f"{path.stem}.png" for path in list_images(images))
+        found[part] = {"images": str(images), "annotations": str(maps)}
+    ignored, labels = {IGNORED}, sorted(values if values <= {0, IGNORED} else values - {IGNORED})
+    names = [str(label) for label in labels]
+    if (root / "objectInfo150.txt").is_file():
+        names, ignored = ade20k.class_names(root), {0, IGNORED}
+        labels = list(range(1, 1 + len(names)))
+    elif (file := root / "classes.txt").is_file():
+        names = file.read_text(encoding="utf-8").split("\n")
+        names = [name.strip() for name in names if name.strip()]
+        if labels[-1] < len(names):
+            labels = list(range(len(names)))
+        elif len(labels) != len(names):
+            raise ValueError(f"{file} must name the classes of labels {', '.join(map(str, labels))}, got {len(names)} names")
+    classes = dict.fromkeys(ignored, IGNORED) | {label: number for number, label in enumerate(labels)}
+    for part in found.values():
+        part["labels"] = dict(classes)
+    return {"class_names": names, "data": found}
+
+
+def find_folder(root: Path, part: str, names: list[str]) -> Path:
+    """Return the first folder below `root` that exists.
+
+    Raises:
+        FileNotFoundError: none exists.
+    """
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise FileNotFoundError(f"data.root={root} has none of the folders {', '.join(names)} for its {part} part")
+
+
+def describe_class_folders(root: str | Path) -> dict[str, Any]:
+    """Read the classes of train/ below a folder, which holds a folder of images for each class.
+
+    Returns:
+        Values of the configuration of `carafepp-train` (`conf/setting/classification_own.yaml`): number and names of the classes.
+
+    Raises:
+        FileNotFoundError: there is no folder train/, or none of a class in it.
+    """
+    if not (Path(root) / "train").is_dir():
+        raise FileNotFoundError(f"data.root={root} should hold train/ and val/, each with a folder for each class")
+    names = find_classes(Path(root) / "train")
+    return {"num_classes": len(names), "task": {"class_names": names}}

@@ -5,16 +5,20 @@ import shutil
 from pathlib import Path
 
 import coco_files
+import numpy as np
 import pytest
 from carafepp.scripts.common.own_data import fill, make_paths_absolute
-from carafepp.tasks.own_data import describe_coco
+from carafepp.tasks.own_data import describe_class_folders, describe_coco, describe_label_maps
 from commands import call
 from omegaconf import OmegaConf
 from pages import read_blocks, read_commands
+from PIL import Image
 from training import ON_CPU, read_result
 
 # small sizes in the place of those of the settings
 DETECTOR = ["model.min_size=64", "model.max_size=64", "model.fpn_dim=8", "model.head_dim=8", "model.mask_dim=8", "data.batch_size=2"]
+
+QUIET = ["trainer.enable_progress_bar=false"]
 
 
 def run_page(page: str, sizes: dict[str, list[str]]) -> None:
@@ -29,7 +33,7 @@ def test_detection_from_a_folder_to_a_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train = [*DETECTOR, *ON_CPU, "data.epochs=1", "model.box_detections_per_img=3"]
     # arguments that are given twice: the last one counts
-    run_page("own_detection.md", {"scenes": ["train=4", "val=2", "size=64"], "train": train, "eval": ["trainer.enable_progress_bar=false"]})
+    run_page("own_detection.md", {"scenes": ["train=4", "val=2", "size=64"], "train": train, "eval": QUIET})
     result = read_result(tmp_path / "runs" / "carafe")
     assert result["steps"] == 2
     assert "val/mask_AP" in result["metrics"]
@@ -37,14 +41,60 @@ def test_detection_from_a_folder_to_a_picture(tmp_path, monkeypatch, capsys):
     assert config.class_names == [str(digit) for digit in range(10)]
     assert "own_data" not in config
     assert sorted(path.name for path in (tmp_path / "predictions").glob("*.png")) == [f"{i:012d}.jpg.png" for i in (1, 2)]
-    capsys.readouterr()
-    (code,) = read_blocks("own_detection.md", "python")
-    exec(code, {})
-    assert all(line.startswith("00000000000") for line in capsys.readouterr().out.splitlines())
+    assert all(line.startswith("00000000000") for line in run_code_of("own_detection.md", capsys))
     # from another folder, after a run from a relative path
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    call("eval", f"checkpoint={tmp_path}/runs/mine/best.ckpt", "trainer.enable_progress_bar=false")
+    call("eval", f"checkpoint={tmp_path}/runs/mine/best.ckpt", *QUIET)
+
+
+def run_code_of(page: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Run the Python block of a page, and return the lines that it prints."""
+    capsys.readouterr()
+    (code,) = read_blocks(page, "python")
+    exec(code, {})
+    return capsys.readouterr().out.splitlines()
+
+
+def test_segmentation_from_a_folder_to_a_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    crop = ["data.train.transforms.transforms.1.size=32", "data.train.transforms.transforms.0.min_size=[32]"]
+    train = [*crop, "task.inference_resize.size=32", "decoder.dim=8", "decoder.ppm_dim=4", "data.batch_size=2", "data.epochs=1", *ON_CPU]
+    run_page("own_segmentation.md", {"scenes": ["train=4", "val=2", "size=64"], "train": train, "eval": QUIET})
+    assert read_result(tmp_path / "runs" / "carafe")["steps"] == 2
+    config = OmegaConf.load(tmp_path / "runs" / "mine" / "config.yaml")
+    assert config.class_names == ["background", *(str(digit) for digit in range(10))]
+    lines = run_code_of("own_segmentation.md", capsys)
+    assert len(lines) == len(list((tmp_path / "predictions").glob("*.png"))) == 2
+    labels = np.asarray(Image.open(next((tmp_path / "predictions" / "labels").glob("*.png"))))
+    assert labels.shape == (64, 64), "not at the size of the image"
+    assert labels.max() <= 10
+
+
+def test_classification_from_a_folder_to_a_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sizes = ["data.train.transforms.transforms.0.size=32", "single_crop.transforms.0.size=36", "single_crop.transforms.1.size=32"]
+    train = [*sizes, "data.batch_size=8", "data.epochs=0.2", *ON_CPU]
+    run_page("own_classification.md", {"scenes": ["train=100", "val=40", "size=40"], "train": train, "eval": QUIET})
+    assert read_result(tmp_path / "runs" / "carafe")["steps"] == 2
+    config = OmegaConf.load(tmp_path / "runs" / "mine" / "config.yaml")
+    assert config.task.class_names == [str(digit) for digit in range(10)]
+    assert len(run_code_of("own_classification.md", capsys)) == len(list((tmp_path / "FOLDER" / "val" / "3").iterdir()))
+
+
+def test_inpainting_from_a_folder_to_a_picture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = read_blocks("own_inpainting.md", "python")
+    exec(code, {})
+    crops = [f"data.{part}.images.transforms.transforms.{i}.size=32" for part in ("train", "val") for i in (0, 1)]
+    train = [*crops, "holes.width=[2,5]", "model.width=4", "task.discriminator.width=4", "data.epochs=1", *ON_CPU]
+    run_page("own_inpainting.md", {"scenes": ["train=4", "val=2"], "train": train, "eval": QUIET, "predict": ["max_side=40"]})
+    assert read_result(tmp_path / "runs" / "carafe")["steps"] == 1
+    filled, photograph = (sorted((tmp_path / name).iterdir())[0] for name in ("predictions/filled", "FOLDER/val"))
+    pixels, before = (np.asarray(Image.open(path), int) for path in (filled, photograph))
+    hole = np.asarray(Image.open("mask.png")) > 0
+    assert (pixels[~hole] == before[~hole]).all()
+    assert (pixels[hole] != before[hole]).any()
 
 
 LAYOUTS = {
@@ -96,6 +146,52 @@ def test_a_folder_without_a_part_is_answered_with_the_layouts(tmp_path):
     (tmp_path / "labels.json").rename(tmp_path / "train.json")
     with pytest.raises(FileNotFoundError, match=r"000000000139.jpg, is in none of the folders \., train, "):
         describe_coco(tmp_path)
+
+
+def write_maps(root: Path, images: str, maps: str, values: list[int]) -> None:
+    """Write an image and a label map with these values into two folders."""
+    for folder in (images, maps):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (len(values), 1)).save(root / images / "a.jpg")
+    Image.fromarray(np.array([values], np.uint8)).save(root / maps / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "expected"),
+    [
+        ([0, 255], None, {0: 0, 255: 1}),
+        ([0, 3, 7, 255], None, {0: 0, 3: 1, 7: 2, 255: 255}),
+        ([0, 2], "background\ncrack\nstain\n", {0: 0, 1: 1, 2: 2, 255: 255}),
+        ([10, 20], "road\nsky\n", {10: 0, 20: 1, 255: 255}),
+        ([0, 255], "background\ncrack", {0: 0, 255: 1}),
+    ],
+)
+@pytest.mark.parametrize("folders", ["images/{part}:masks/{part}", "{part}/images:{part}/labels"])
+def test_classes_are_read_from_label_maps(tmp_path, values, names, expected, folders):
+    for part in ("train", "valid"):
+        write_maps(tmp_path, *folders.format(part=part).split(":"), values)
+    if names is not None:
+        (tmp_path / "classes.txt").write_text(names)
+    found = describe_label_maps(tmp_path)
+    assert found["data"]["train"]["labels"] == found["data"]["val"]["labels"] == expected
+    assert found["class_names"] == (names.split() if names else [str(label) for label, number in expected.items() if number != 255])
+    assert Path(found["data"]["val"]["images"]).is_dir()
+    assert "valid" in found["data"]["val"]["annotations"]
+
+
+def test_folders_that_do_not_fit_are_answered(tmp_path):
+    write_maps(tmp_path, "images/train", "masks/train", [0, 1, 9])
+    with pytest.raises(FileNotFoundError, match=r"has none of the folders images/val, val/images, .* for its val part"):
+        describe_label_maps(tmp_path)
+    write_maps(tmp_path, "images/val", "masks/val", [0, 1, 9])
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match=r"classes.txt must name the classes of labels 0, 1, 9, got 2 names"):
+        describe_label_maps(tmp_path)
+    Image.new("RGB", (3, 1)).save(tmp_path / "masks" / "val" / "a.png")
+    with pytest.raises(ValueError, match=r"a.png must be an 8-bit grey or indexed PNG, got mode RGB"):
+        describe_label_maps(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"should hold train/ and val/, each with a folder for each class"):
+        describe_class_folders(tmp_path)
 
 
 def test_what_is_given_is_kept():
