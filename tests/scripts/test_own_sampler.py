@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from carafepp.scripts import train
+from carafepp.scripts import train as train_command
 from carafepp.scripts.common.own_code import search_working_folder
+from carafepp.scripts.running import train as training
 from carafepp.tasks.scenes import Scenes
 from commands import call, run_command
 from omegaconf import OmegaConf
@@ -30,7 +31,9 @@ def folder(tmp_path, monkeypatch):
     Path("my_module.py").write_text(python)
     Path("conf/upsampler").mkdir(parents=True)
     Path("conf/upsampler/mine.yaml").write_text(yaml)
-    monkeypatch.setattr(train, "train_in_subprocess", lambda folder, trust: train.train(train.read_config(folder, trust), folder))
+    monkeypatch.setattr(
+        train_command, "train_in_subprocess", lambda folder, trust: training.train(train_command.read_config(folder, trust), folder)
+    )
     yield tmp_path
     sys.modules.pop("my_module", None)
 
@@ -63,8 +66,8 @@ def test_one_file_and_one_command(folder):
 def test_options_and_single_slots(folder, argument, slots, monkeypatch):
     assert argument in (Path(__file__).parents[2] / "docs" / PAGE).read_text()
     configs = []
-    monkeypatch.setattr(train, "train", lambda cfg, folder: configs.append(cfg) or (folder / "result.json").write_text("{}"))
-    monkeypatch.setattr(train, "is_finished", lambda folder: (folder / "result.json").exists())
+    monkeypatch.setattr(training, "train", lambda cfg, folder: configs.append(cfg) or (folder / "result.json").write_text("{}"))
+    monkeypatch.setattr(train_command, "is_finished", lambda folder: (folder / "result.json").exists())
     call("train", *SIZES["upernet"], argument, *([] if slots else ["upsampler._target_=my_module.Sampler"]))
     (cfg,) = configs
     if slots:
