@@ -116,7 +116,7 @@ def foreign_private_names(path: Path) -> Iterator[str]:
 
 # modules of tests/support are imported by their bare names
 OWN = {"carafepp", *(path.stem for path in (ROOT / "tests" / "support").iterdir())}
-FILES = [*MODULES, ROOT / "carafepp" / "__init__.py", *sorted((ROOT / "tests").rglob("*.py"))]
+FILES = [*MODULES, ROOT / "carafepp" / "__init__.py", *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "examples").glob("*.py"))]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
