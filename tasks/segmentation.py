@@ -135,7 +135,7 @@ class Segmentation(Task):
         pretrained = getattr(getattr(self.model, "backbone", None), "pretrained", True)
         if not (pretrained or self.from_scratch) and self.trainer.ckpt_path is None:
             logger.warning(
-                "the backbone starts at random weights: give weights_root=FOLDER or backbone.weights=FILE, or +task.from_scratch=true"
+                "the backbone starts at random weights: give weights_root=FOLDER or backbone.weights=FILE, or task.from_scratch=true"
             )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
