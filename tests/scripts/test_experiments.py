@@ -147,7 +147,7 @@ def named(place: str) -> dict:
         filled = dict.fromkeys(slots if row.endswith("_carafe") else [], "carafe")
     numbers = [None if number == "none" else int(number) for number in re.findall(r"\d+|none", row)]
     changed = dict(zip(ABLATED[table][1], numbers or [row], strict=True)) if table in ABLATED else {}
-    usual = {"kernel_size": 5, "encoder_kernel": 3, "normalizer": "softmax", "groups": 1, "encoder_dilation": 1}
+    usual = {"kernel_size": 5, "encoder_kernel": 3, "normalizer": "softmax", "groups": 1, "encoder_dilation": 1, "border": "zero"}
     # batch normalisation and ReLU in pretrained backbones, section 5.1
     up = usual | {"up": 2, "compressed_channels": 64, "compressor_norm": False} | changed
     down = usual | {"down": 2, "compressed_channels": 16, "compressor_norm": table != "table10"} | changed

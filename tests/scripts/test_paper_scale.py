@@ -105,6 +105,7 @@ def test_one_step_at_the_papers_scale(tmp_path, row, write, metric):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "run" / "result.json").read_text())
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    # the peak of all tests so far
     print(f"{row}: {found['steps']} step, {time.monotonic() - start:.0f} s, at most {peak:.1f} GiB, {found['parameters']:,} parameters")
     assert found["steps"] == 1
     assert np.isfinite(found["metrics"][metric])
