@@ -1,5 +1,7 @@
 """Your own data in a folder: what its files say about the configuration of a training, such as the classes."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,14 @@ COCO_LAYOUTS = (
 )
 
 
-def describe_coco(root: str | Path) -> dict[str, Any]:
+def describe_coco(
+    root: str | Path, annotations: Mapping[str, str | None] | None = None, images: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
     """Find the annotations and images of a folder in COCO's format, and read the names of the classes.
+
+    Args:
+        root: the folder.
+        annotations, images: the annotation file and the folder of images of the parts "train" and "val"; what is None is searched for.
 
     Returns:
         Values of the configuration of `carafepp-train` (`conf/setting/detection_own.yaml`): the classes in the order of their ids, the
@@ -33,9 +41,10 @@ def describe_coco(root: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"data.root={root} is not a folder")
     found, names = {}, []
     for part in PARTS:
-        annotations = find_annotations(root, part)
-        content = read_annotations(annotations)
-        found[part] = {"annotations": str(annotations), "images": str(find_image_folder(root, part, annotations, content))}
+        file = Path((annotations or {}).get(part) or find_annotations(root, part))
+        content = read_annotations(file)
+        folder = (images or {}).get(part) or find_image_folder(root, part, file, content)
+        found[part] = {"annotations": str(file), "images": str(folder)}
         if part == "train":
             names = [str(category.get("name")) for category in sorted(content["categories"], key=lambda category: category["id"])]
     return {"class_names": names, "data": found}
@@ -55,7 +64,7 @@ def find_annotations(root: Path, part: str) -> Path:
     found = ", ".join(sorted(str(path.relative_to(root)) for path in root.rglob("*.json"))[:5]) or "none"
     raise FileNotFoundError(
         f"data.root={root} has no annotations of the {part} part; it should hold {COCO_LAYOUTS}. JSON files in the folder: {found}; "
-        f"data.{part}.annotations=FILE data.{part}.images=FOLDER with setting=detection_paper takes any place"
+        f"data.{part}.annotations=FILE data.{part}.images=FOLDER takes any place"
     )
 
 
@@ -71,9 +80,10 @@ def find_image_folder(root: Path, part: str, annotations: Path, content: dict) -
     for folder in folders:
         if (folder / first).is_file():
             return folder
+    searched = ", ".join(dict.fromkeys(os.path.relpath(folder, root) for folder in folders))
     raise FileNotFoundError(
-        f"the first image of {annotations}, {first}, is in none of the folders {', '.join(str(f.relative_to(root)) for f in folders)} of "
-        f"data.root={root}"
+        f"the first image of {annotations}, {first}, is in none of the folders {searched} of data.root={root}: "
+        f"give data.{part}.images=FOLDER"
     )
 
 

@@ -73,7 +73,7 @@ def describe_instantiation(error: InstantiationException) -> str:
     told = text.partition("\n")[0] if cause is error else describe_error(cause)
     target = re.search(r"target '([^']+)'", text)
     if isinstance(cause, ImportError | AttributeError) and target and "locating" in text:
-        told = f"{target[1]} cannot be imported ({told})"
+        told = f"{target[1]} cannot be imported ({told}); your own module belongs into the folder of the command, or onto PYTHONPATH"
         return f"{key[1]}._target_: {told}" if key else told
     return f"{key[1]}: {told}" if key else told
 

@@ -137,6 +137,18 @@ def test_every_layout_of_coco_is_found(tmp_path, layout):
         assert Path(found["data"][part]["images"]) == root / LAYOUTS[layout][part]
 
 
+def test_files_from_any_place_are_taken(tmp_path):
+    made = coco_files.write(tmp_path / "made")
+    (made / "annotations" / "instances_val2017.json").rename(tmp_path / "odd.json")
+    (made / "val2017").rename(tmp_path / "photographs")
+    with pytest.raises(FileNotFoundError, match=r"give data.val.images=FOLDER"):
+        describe_coco(made, {"train": None, "val": str(tmp_path / "odd.json")})
+    found = describe_coco(made, {"val": str(tmp_path / "odd.json")}, {"train": None, "val": str(tmp_path / "photographs")})
+    assert found["class_names"] == coco_files.NAMES
+    assert found["data"]["val"] == {"annotations": str(tmp_path / "odd.json"), "images": str(tmp_path / "photographs")}
+    assert found["data"]["train"]["images"] == str(made / "train2017")
+
+
 def test_a_folder_without_a_part_is_answered_with_the_layouts(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data.root=nowhere is not a folder"):
         describe_coco("nowhere")
