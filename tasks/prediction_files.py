@@ -23,6 +23,7 @@ class PredictionFiles(Protocol):
 
     def finish(self) -> Path:
         """Write what is not yet written, and return the file or folder."""
+        ...
 
 
 def name_file(folder: Path, name: str) -> Path:
