@@ -76,6 +76,35 @@ def test_lightning_trains_and_loads(tmp_path):
     torch.testing.assert_close(loaded.network.eval()(names["example"]), module.network.eval()(names["example"]))
 
 
+def test_lightning_replaces_in_configure_model():
+    import lightning
+    from torch.utils.data import DataLoader, TensorDataset
+
+    names = find("Lightning").run()
+
+    class Late(names["Segmentation"]):
+        def __init__(self):
+            super().__init__()
+            layers = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.MaxPool2d(2), torch.nn.Upsample(scale_factor=2)
+            self.network = torch.nn.Sequential(*layers)
+
+        def configure_model(self):
+            self.network = names["replace"](self.network, up="carafe", down="carafe", example=torch.rand(1, 3, 16, 16)).model
+
+        def validation_step(self, batch, index):
+            self.training_step(batch, index)
+
+    data = DataLoader(TensorDataset(torch.rand(2, 3, 16, 16), torch.randint(5, (2, 16, 16))), batch_size=2)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer, module = lightning.Trainer(max_steps=1, accelerator="cpu", **options), Late()
+    trainer.fit(module, data)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    assert any("content_encoder" in name for name in state)
+    trainer.validate(module, data, verbose=False)
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    assert state.keys() == module.state_dict().keys()
+
+
 def test_backbones_of_timm_under_a_pyramid():
     names = find("timm's backbones under UperNet and FPN").run()
     assert [tuple(level.shape) for level in names["levels"].values()] == [(2, 64, 64 // s, 64 // s) for s in (4, 8, 16, 32)]
