@@ -21,6 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 DOCUMENTED = {"carafepp.models.resnet.ResNet", "carafepp.tasks.masks.Box", "carafepp.tasks.masks.MaskFiles"}
 # webdataset runs the text after pipe: in a shell, and commands such as curl for other addresses
 OPENS_ADDRESSES = "carafepp.tasks.shards.Shards"
+# they look into the folder of a new run's data, and config.yaml has what they found
+NEVER_STORED = "carafepp.tasks.own_data."
 LOGGERS = "lightning.pytorch.loggers."
 # paths, and settings of the service that wandb starts
 LEADS_AWAY = re.compile(r"[/\\~{]|\.\.")
@@ -31,9 +33,10 @@ MOST_BYTES, MOST_VALUES, MOST_LEVELS = 200_000, 100_000, 40
 
 @functools.cache
 def known_targets() -> frozenset[str]:
-    """Return the import paths that conf/ and the documentation name."""
+    """Return the import paths that conf/ and the documentation name, without the functions that a run calls only before it is stored."""
     named = re.compile(r"^[ -]*_target_: (\S+)", re.MULTILINE)
-    return frozenset(DOCUMENTED.union(*(named.findall(file.read_text()) for file in list_yaml(files("carafepp.conf")))))
+    found = DOCUMENTED.union(*(named.findall(file.read_text()) for file in list_yaml(files("carafepp.conf"))))
+    return frozenset(name for name in found if not name.startswith(NEVER_STORED))
 
 
 def list_yaml(folder: Traversable) -> Iterator[Traversable]:

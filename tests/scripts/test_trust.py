@@ -312,7 +312,9 @@ def collect(node: object) -> set[str]:
 
 def test_a_file_may_name_exactly_what_the_configuration_names():
     named = set().union(*(collect(yaml.safe_load(path.read_text())) for path in (ROOT / "conf").rglob("*.yaml")))
-    assert known_targets() == named | DOCUMENTED
+    read_data = {f"carafepp.tasks.own_data.describe_{what}" for what in ("coco", "label_maps", "class_folders")}
+    assert read_data < named
+    assert known_targets() == named - read_data | DOCUMENTED
     assert not DOCUMENTED & named
     for name in sorted(known_targets()):
         home = get_object(name)
