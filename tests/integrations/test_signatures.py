@@ -97,7 +97,7 @@ def test_adapters_fill_the_slots_of_networks():
         ((256,), dict(k_enc=3), r"no argument k_enc; write encoder_kernel=3$"),
         ((256,), dict(c_mid=64), r"no argument c_mid; write compressed_channels=64$"),
         ((), dict(in_channels=256), r"no argument in_channels; write channels=256$"),
-        ((256,), dict(mode="nearest"), r"no argument mode; it has channels, up, down, kernel_size, .*, normalizer$"),
+        ((256,), dict(mode="nearest"), r"no argument mode; it has channels, up, down, kernel_size, .*, normalizer, border$"),
         ((), dict(up=2), r"missing 1 required positional argument: 'channels'"),
     ],
 )

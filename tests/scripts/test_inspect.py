@@ -16,6 +16,8 @@ ONE_SITE = ["~sites", "+sites.one={n: 1, channels: 16, height: 8, width: 8, kern
 def run(monkeypatch, tmp_path, *arguments):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # pytest-xdist sets it
+    monkeypatch.delenv("COLUMNS", raising=False)
     call("inspect", *ONE_SITE, "dtypes=[float16]", *arguments)
 
 

@@ -278,7 +278,7 @@ def result(rng: np.random.Generator, folder: Path) -> None:
     path.write_bytes(damage_json(json.loads(path.read_text()), rng))
     (folder / "failed").mkdir()
     (folder / "failed" / "error.txt").write_bytes(damage_bytes("ValueError: image é.jpg\n\nTraceback\n".encode(), rng))
-    runs, problems = read_runs([folder])
+    runs, problems = read_runs([folder, folder / "failed"])
     assert len(runs) + len(problems) == 4
     assert str(folder / "failed") in problems[-1]
     assert all(problem.startswith(str(folder)) and not UNPRINTABLE.search(problem) for problem in problems)

@@ -201,7 +201,7 @@ def fade(module, x, guide):
 
 def carafe(module, x, guide=None):
     """Equations 1 to 3."""
-    k, up, down, groups, normalizer = module.spec
+    k, up, down, groups, normalizer, _ = module.spec
     layer = module.content_encoder
     logits = conv(layer, module.compressor_norm(module.channel_compressor(x)), stride=down, padding=layer.padding, dilation=layer.dilation)
     size = (2 * x.shape[2], 2 * x.shape[3]) if up == 2 else (-(-x.shape[2] // 2), -(-x.shape[3] // 2))
