@@ -13,11 +13,15 @@ from carafepp.kernels.gpu import assembly
 ONE_SITE = ["~sites", "+sites.one={n: 1, channels: 16, height: 8, width: 8, kernel_size: 3, up: 2}"]
 
 
+@pytest.fixture(autouse=True)
+def _no_width(monkeypatch):
+    """Remove the width of the terminal, which pytest-xdist sets."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def run(monkeypatch, tmp_path, *arguments):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    # pytest-xdist sets it
-    monkeypatch.delenv("COLUMNS", raising=False)
     call("inspect", *ONE_SITE, "dtypes=[float16]", *arguments)
 
 
