@@ -60,10 +60,10 @@ def test_the_second_call_reads_what_the_first_has_stored(monkeypatch, tmp_path, 
     first = capsys.readouterr().out
     stored = list((tmp_path / "cache").rglob("inspect/*.json"))
     assert len(stored) == len(first.splitlines()) - 1
-    monkeypatch.setattr(assembly, "compile_launch", lambda *_: pytest.fail("compiles again"))
-    run(monkeypatch, tmp_path, *options)
-    assert capsys.readouterr().out == first
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(assembly, "compile_launch", lambda *_: pytest.fail("compiles again"))
+        run(monkeypatch, tmp_path, *options)
+        assert capsys.readouterr().out == first
     # a file that is cut is written again
     stored[0].write_text("{")
     run(monkeypatch, tmp_path, *options)
