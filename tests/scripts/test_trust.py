@@ -182,7 +182,7 @@ def test_addresses_are_trusted_by_scheme():
 @pytest.mark.parametrize(
     "options",
     [
-        *({"version": "/tmp/elsewhere"}, {"name": "../elsewhere"}, {"sub_dir": "~"}, {"filename_suffix": "/../x"}, {"log_dir": "a\\b"}),
+        *({"version": "/elsewhere"}, {"name": "../elsewhere"}, {"sub_dir": "~"}, {"filename_suffix": "/../x"}, {"log_dir": "a\\b"}),
         *({"settings": {"x_executable": "run"}}, {"settings": {"host": "h"}}, {"_args_": [{"x": "y"}]}, {"base_url": "https://host"}),
     ],
 )

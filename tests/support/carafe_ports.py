@@ -1,5 +1,7 @@
 """Other implementations of CARAFE, written from their definitions: their layers by their names, and their arithmetic step by step."""
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -28,15 +30,15 @@ class Block(nn.Module):
         return self.act(self.bn(self.conv(x)))
 
 
-class Port(nn.Module):
+class Port(nn.Module, ABC):
     """Base: `encode` gives logits [N, k * k * scale**2, H, W], in the order of a pixel shuffle or with the sub-pixel first."""
 
     scale, k = 2, 5
     sub_pixels_first = False
     normalized = True
 
-    def encode(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor: ...
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.encode(x)
