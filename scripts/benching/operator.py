@@ -1,5 +1,6 @@
 """carafepp-bench: the operator and other implementations, timed in interleaved rounds in one process."""
 
+import functools
 import importlib.util
 import platform
 from collections.abc import Callable, Iterator
@@ -22,8 +23,15 @@ from .timing import quantile, time_in_turns
 
 MODES = ("forward", "backward", "both")
 OURS = ("cpu", "triton")
+# the provider that only moves the bytes that a pass must move
+COPY = "copy"
 # a call that took less is repeated before it is timed
 WARM_MS = 100
+
+
+def least_bytes(mode: str, inputs: int, outputs: int) -> int:
+    """Count the bytes that a mode must read and write at least, from the bytes of x and logits and those of y."""
+    return {"forward": inputs + outputs, "backward": 2 * inputs + outputs, "both": 3 * inputs + 2 * outputs}[mode]
 
 
 class ProviderCalls:
@@ -55,15 +63,24 @@ class ProviderCalls:
         y = self.provider(self.x, self.logits)
         return y, *self.gradients(y)
 
-    def least_bytes(self, mode: str) -> int:
-        """Count the bytes that a mode must read and write at least."""
-        inputs, outputs = self.x.nbytes + self.logits.nbytes, self.dy.nbytes
-        return {"forward": inputs + outputs, "backward": 2 * inputs + outputs, "both": 3 * inputs + 2 * outputs}[mode]
 
-    def held_bytes(self, mode: str) -> int:
-        """Count the bytes of the inputs, outputs and gradients of a mode."""
-        inputs, outputs = self.x.nbytes + self.logits.nbytes, self.dy.nbytes
-        return {"forward": inputs + outputs, "backward": 2 * inputs + outputs, "both": 2 * (inputs + outputs)}[mode]
+def held_bytes(mode: str, inputs: int, outputs: int) -> int:
+    """Count the bytes of the inputs, outputs and gradients of a mode, from the bytes of x and logits and those of y."""
+    return {"forward": inputs + outputs, "backward": 2 * inputs + outputs, "both": 2 * (inputs + outputs)}[mode]
+
+
+class CopyCalls:
+    """Copies by mode, each of half the bytes that the mode must move at least, because a copy reads and writes every byte."""
+
+    def __init__(self, inputs: int, outputs: int, device: str):
+        # zeros would not do: the system may map all pages of a zero tensor to one page, which a cache holds
+        self.sources = {mode: torch.full((least_bytes(mode, inputs, outputs) // 2,), 1, dtype=torch.uint8, device=device) for mode in MODES}
+        self.copies = {mode: torch.zeros_like(source) for mode, source in self.sources.items()}
+
+    def copy(self, mode: str) -> tuple[()]:
+        """Copy half of the least bytes of a mode."""
+        self.copies[mode].copy_(self.sources[mode])
+        return ()
 
 
 def measure_operator(cfg: DictConfig, spec: Spec) -> Iterator[dict]:
@@ -82,46 +99,53 @@ def measure_operator(cfg: DictConfig, spec: Spec) -> Iterator[dict]:
     logits = logits.contiguous(memory_format=memory_format).requires_grad_()
 
     found = list_providers(spec, (n, c, h, w), cfg.device, cfg.max_unfold_gb * 1e9)
-    look_up("providers", cfg.providers or (), found)
-    runs = {}
-    for name in cfg.providers or found:
+    look_up("providers", cfg.providers or (), {**found, COPY: None})
+    sizes = x.nbytes + logits.nbytes, n * c * spec.output_size(h) * spec.output_size(w) * x.element_size()
+    calls: dict[tuple[str, str], Callable[[], tuple[Tensor | None, ...]]] = {}
+    for name in cfg.providers or (*found, COPY):
+        if name == COPY:
+            copies = CopyCalls(*sizes, cfg.device)
+            calls |= {(COPY, mode): functools.partial(copies.copy, mode) for mode in MODES}
+            continue
         provider = found[name]
         if isinstance(provider, str):
             print(f"{name} is skipped: {provider}")
         else:
-            runs[name] = ProviderCalls(provider, x, logits)
-    calls = {(name, mode): getattr(run, mode) for mode in MODES for name, run in runs.items()}
+            run = ProviderCalls(provider, x, logits)
+            calls |= {(name, mode): getattr(run, mode) for mode in MODES}
+    names = list(dict.fromkeys(name for name, _ in calls))
+    calls = {(name, mode): calls[name, mode] for mode in MODES for name in names}
     times = time_in_turns(calls, cfg.device, cfg.rounds, seconds=cfg.seconds, at_least=3, warm_below_ms=WARM_MS)
 
-    ours = next((name for name in OURS if name in runs), None)
-    for mode in MODES:
-        for name, run in runs.items():
-            taken = times[name, mode]
-            median = quantile(taken, 0.5)
-            extra = measure_extra_bytes(calls[name, mode], cfg.device)
-            yield {
-                "provider": name,
-                "mode": mode,
-                "ms": median,
-                "ms_20": quantile(taken, 0.2),
-                "ms_80": quantile(taken, 0.8),
-                "runs": len(taken),
-                "gb_per_s": run.least_bytes(mode) / median / 1e6,
-                "extra_mb": None if extra is None else extra / 1e6,
-                "extra_share": None if extra is None else extra / run.held_bytes(mode),
-                "relative": median / quantile(times[ours, mode], 0.5) if ours else None,
-            }
+    medians = {key: quantile(taken, 0.5) for key, taken in times.items()}
+    ours = next((name for name in OURS if name in names), None)
+    for (name, mode), call in calls.items():
+        median = medians[name, mode]
+        extra = measure_extra_bytes(call, cfg.device)
+        yield {
+            "provider": name,
+            "mode": mode,
+            "ms": median,
+            "ms_20": quantile(times[name, mode], 0.2),
+            "ms_80": quantile(times[name, mode], 0.8),
+            "runs": len(times[name, mode]),
+            "gb_per_s": least_bytes(mode, *sizes) / median / 1e6,
+            "extra_mb": None if extra is None else extra / 1e6,
+            "extra_share": None if extra is None else extra / held_bytes(mode, *sizes),
+            "relative": median / medians[ours, mode] if ours else None,
+            "copies": median / medians[COPY, mode] if COPY in names else None,
+        }
 
 
-HEADER = f"{'':<20}{'mode':<10}{'ms':>10}{'20 %':>10}{'80 %':>10}{'GB/s':>8}{'extra MB':>10}{'%':>6}{'/ ours':>9}"
+HEADER = f"{'':<20}{'mode':<10}{'ms':>10}{'20 %':>10}{'80 %':>10}{'GB/s':>8}{'extra MB':>10}{'%':>6}{'/ ours':>9}{'x copy':>9}"
 
 
 def format_row(row: dict) -> str:
     """Format a row below HEADER."""
     extra = " " * 16 if row["extra_mb"] is None else f"{row['extra_mb']:>10.1f}{row['extra_share']:>6.0%}"
-    relative = "" if row["relative"] is None else f"{row['relative']:.2f}"
+    ratios = "".join(f"{'' if row[name] is None else f'{row[name]:.2f}':>9}" for name in ("relative", "copies"))
     times = f"{row['ms']:>10.3f}{row['ms_20']:>10.3f}{row['ms_80']:>10.3f}"
-    return f"{row['provider']:<20}{row['mode']:<10}{times}{row['gb_per_s']:>8.1f}{extra}{relative:>9}"
+    return f"{row['provider']:<20}{row['mode']:<10}{times}{row['gb_per_s']:>8.1f}{extra}{ratios}"
 
 
 def bench_operator(cfg: DictConfig) -> None:

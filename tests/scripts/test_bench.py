@@ -9,7 +9,7 @@ import torch
 from carafepp.kernels import reassemble_reference
 from carafepp.kernels.geometry import Spec
 from carafepp.scripts.benching import providers
-from carafepp.scripts.benching.operator import MODES
+from carafepp.scripts.benching.operator import MODES, CopyCalls
 from commands import call
 
 
@@ -43,15 +43,28 @@ def test_every_provider_is_offered_or_says_why_not():
 
 
 def test_table_and_file_tell_the_same(tmp_path, capsys):
-    arguments = ["op=down2", "op.shape=[1,8,9,10]", "providers=[cpu,avg_pool]", "rounds=2", f"hydra.run.dir={tmp_path}"]
+    arguments = ["op=down2", "op.shape=[1,8,9,10]", "providers=[cpu,avg_pool,copy]", "rounds=2", f"hydra.run.dir={tmp_path}"]
     call("bench", *arguments)
     printed = capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "times.csv").open()))
-    assert [(row["provider"], row["mode"]) for row in rows] == [(name, mode) for mode in MODES for name in ("cpu", "avg_pool")]
+    assert [(row["provider"], row["mode"]) for row in rows] == [(name, mode) for mode in MODES for name in ("cpu", "avg_pool", "copy")]
     for row in rows:
         assert float(row["ms_20"]) <= float(row["ms"]) <= float(row["ms_80"])
         assert f"{float(row['ms']):.3f}" in printed
     assert float(rows[0]["relative"]) == 1
+    for ours, _, copy in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        assert float(copy["copies"]) == 1
+        assert float(ours["copies"]) == pytest.approx(float(ours["ms"]) / float(copy["ms"]))
+
+
+def test_a_copy_moves_the_least_bytes():
+    # x and logits of 12 bytes and y of 8: forward reads 12 and writes 8; backward reads 20 and writes 12
+    copies = CopyCalls(12, 8, "cpu")
+    for mode, moved in {"forward": 20, "backward": 32, "both": 52}.items():
+        copies.copy(mode)
+        source, copy = copies.sources[mode], copies.copies[mode]
+        assert source.nbytes + copy.nbytes == moved
+        assert torch.equal(source, copy)
 
 
 def test_growth_varies_one_thing_at_a_time(tmp_path):
