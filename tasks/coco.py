@@ -26,6 +26,7 @@ from .coco_check import (
 from .coco_masks import decode_mask, read_mask
 from .image_files import ImageFiles
 from .images import ReadOptions, read_image, suggest_orientation
+from .splits import take_share
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class COCO(ImageFiles):
         train: whether the set is trained on.
         keep_empty: whether to train also on images without an object.
         allow_outside: whether file names in the annotations may lead out of the folder `images`.
+        share: the part of the images to take instead of all, as fractions in the order of `splits.take_share`: [0, 0.8] are the first four
+            fifths. A training and a validation set can thus have one file.
         reading: see `carafepp.tasks.images.ReadOptions`.
 
     Attributes:
@@ -70,11 +73,16 @@ class COCO(ImageFiles):
         train: bool = False,
         keep_empty: bool = False,
         allow_outside: bool = False,
+        share: Sequence[float] | None = None,
         transforms: Callable[[Tensor, dict], tuple] | None = None,
         seed: int = 0,
         **reading: Unpack[ReadOptions],
     ) -> None:
-        content = read_annotations(annotations)
+        self.annotations, self.images, self.train, self.share = annotations, Path(images), train, share
+        content = self._read_annotations()
+        if share is not None:
+            part = "training" if train else "validation"
+            logger.warning("%s: %d of its images are the %s set, share=%s", annotations, len(content["images"]), part, list(share))
         problems = check_annotations(content, images, allow_outside=allow_outside)
         if not train and not any(problem.rule == "image file missing" for problem in problems):
             problems += check_images(content, images, allow_outside=allow_outside, **reading)
@@ -85,7 +93,6 @@ class COCO(ImageFiles):
             found = ", ".join(f"{category['id']} {category.get('name')}" for category in categories)
             raise ValueError(f"class_names must be the categories of {annotations} by their ids, {found or 'none'}, got {', '.join(names)}")
         super().__init__(transforms, seed, skip_damaged=train, **reading)
-        self.annotations, self.images, self.train = annotations, Path(images), train
         self.keep_empty = keep_empty
         self.unusable = {problem.position for problem in problems if problem.severity == UNUSABLE}
         self.damaged_masks = {problem.position for problem in problems if problem.severity in (UNMASKED, REPAIRED)}
@@ -94,6 +101,11 @@ class COCO(ImageFiles):
         self.masks = any(read_mask(a.get("segmentation"), sizes[a["image_id"]]).has_pixels for a in usable)
         labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
         self._keep(content, labels, self.unusable | {problem.position for problem in problems if problem.severity == UNTRAINED})
+
+    def _read_annotations(self) -> dict:
+        """Read the annotation file without the images that are not in the share, and without their annotations."""
+        content = read_annotations(self.annotations)
+        return content if self.share is None else take_share(content, self.share)
 
     def _keep(self, content: dict, labels: dict[int, int], left_out: set[int | None]) -> None:
         """Keep the records from which `read` builds items."""
@@ -121,7 +133,7 @@ class COCO(ImageFiles):
 
         If a mask is missing or damaged, and other objects have one, its segmentation has the pixels that can be decoded, possibly none.
         """
-        content = read_annotations(self.annotations)
+        content = self._read_annotations()
         sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
         for position in self.damaged_masks if self.masks else ():
             annotation = content["annotations"][position]

@@ -35,7 +35,7 @@ class Places(ImageFiles):
         check_split(split)
         folder = next((Path(root) / name for name in FOLDERS[split] if (Path(root) / name).is_dir()), None)
         if folder is None:
-            raise FileNotFoundError(f"root={root} should hold the {split} images of Places365 in a folder {' or '.join(FOLDERS[split])}")
+            raise FileNotFoundError(f"root={root} should hold the {split} images in a folder {' or '.join(FOLDERS[split])}")
         self.names = sorted(walk_images(folder))
         if not self.names:
             raise FileNotFoundError(f"{folder} holds no images")

@@ -16,12 +16,12 @@ def describe_run(folder: Path, task: Task) -> str:
     run, name = FinishedRun.read(folder / "result.json"), task.monitor
     short = shorten_path(folder)
     scores = ", ".join(f"{metric.removeprefix('val/')} {value:.4f}" for metric, value in run.metrics.items())
-    pick = max if task.direction == "max" else min
     # the table at the end of a sweep says the rest
     if (folder.parent / "multirun.yaml").exists():
         return f"{short}: {scores}"
     lines = [f"scores:      {scores}"]
     if points := [point for point in run.curve if name in point]:
+        pick = max if task.direction == "max" else min
         best = pick(points, key=lambda point: point[name])
         lines.append(f"best:        {name.removeprefix('val/')} {best[name]:.4f} at step {int(best['step'])}")
     lines.append(f"pictures:    {short / 'pictures.png'}")

@@ -1,5 +1,6 @@
 """Predictions of trained networks for given photographs, side by side, or their reassembly regions."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,10 @@ def load_tasks(cfg: DictConfig) -> dict[str, Task]:
     """Load the tasks of one or several checkpoints, each labelled with the overrides of its run.
 
     Raises:
-        ValueError: a task takes masks and none are given, or masks are given and a task takes none.
+        ValueError: a checkpoint is given twice, a task takes masks and none are given, or masks are given and a task takes none.
     """
     tasks = {}
-    for path in [cfg.checkpoint] if isinstance(cfg.checkpoint, str) else cfg.checkpoint:
+    for path in list_checkpoints(cfg):
         task, config = load_task(path, cfg.task, cfg.trust)
         omitted = [*INCIDENTAL, "scale", "experiment"]
         label = ", ".join(o for o in config.run.overrides if not is_under(o.partition("=")[0], omitted)) or Path(path).parent.name
@@ -75,11 +76,38 @@ def load_tasks(cfg: DictConfig) -> dict[str, Task]:
     return tasks
 
 
-def make_files(tasks: dict[str, Task], folder: Path) -> dict[str, PredictionFiles]:
-    """Return what writes the predictions of each network for other programs; those of several are in folders 1, 2, ..."""
+def list_checkpoints(cfg: DictConfig) -> list[str]:
+    """List the paths of the checkpoints, of which there may be one or several.
+
+    Raises:
+        ValueError: a path is given twice.
+    """
+    paths = [cfg.checkpoint] if isinstance(cfg.checkpoint, str) else list(cfg.checkpoint)
+    if twice := [path for path in {*paths} if paths.count(path) > 1]:
+        raise ValueError(f"checkpoint= must name each file once, got {twice[0]} {paths.count(twice[0])} times")
+    return paths
+
+
+def name_folders(checkpoints: Sequence[str]) -> list[str]:
+    """Name a folder for each checkpoint: its run folder, preceded by those above it and followed by the file as far as names coincide.
+
+    runs/a/best.ckpt and runs/b/best.ckpt have the folders a and b, runs/a/1/best.ckpt and runs/b/1/best.ckpt the folders a_1 and b_1, and
+    the checkpoints best.ckpt and last.ckpt of runs/a the folders a_best and a_last.
+    """
+    paths = [Path(path).absolute() for path in checkpoints]
+    for depth in range(1, max(len(path.parts) for path in paths)):
+        for file in (False, True):
+            names = ["_".join([*path.parts[1:-1][-depth:], *([path.stem] if file else [])]) for path in paths]
+            if len({*names}) == len(names):
+                return names
+    return [str(number) for number in range(1, 1 + len(paths))]
+
+
+def make_files(tasks: dict[str, Task], folder: Path, names: Sequence[str]) -> dict[str, PredictionFiles]:
+    """Return what writes the predictions of each network for other programs; those of several are in folders of these names."""
     found = {}
-    for number, (label, task) in enumerate(tasks.items(), start=1):
-        place = folder if len(tasks) == 1 else folder / str(number)
+    for name, (label, task) in zip(names, tasks.items(), strict=True):
+        place = folder if len(tasks) == 1 else folder / name
         if (files := task.prediction_files(place)) is not None:
             place.mkdir(exist_ok=True)
             found[label] = files
@@ -125,7 +153,7 @@ def predict(cfg: DictConfig) -> None:
     options = dict(reading)
     if cfg.masks is not None:
         options |= {"invert": cfg.invert_masks, "threshold": cfg.mask_threshold}
-    files = {} if cfg.regions is not None else make_files(tasks, folder)
+    files = {} if cfg.regions is not None else make_files(tasks, folder, name_folders(list_checkpoints(cfg)))
     skipped = []
     for path, mask in tqdm(list(zip(paths, masks, strict=True)), unit="image"):
         try:

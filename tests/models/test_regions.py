@@ -1,11 +1,14 @@
 """Where features are reassembled from: weights that give the features back, through any path, and pictures of them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from carafepp.models.carafe import CARAFE
 from carafepp.models.regions import trace_regions
 from carafepp.models.resnet import tiny
+from carafepp.scripts.running.predict import name_folders
 from carafepp.tasks.region_pictures import draw_regions
 from carafepp.tasks.task import View
 from commands import call
@@ -200,6 +203,23 @@ def test_predict_draws_regions(runs, photograph, tmp_path, name, path, maps):
     assert green.any(0).sum() >= maps + 2
 
 
+@pytest.mark.parametrize(
+    ("checkpoints", "names"),
+    [
+        (["runs/a/best.ckpt", "runs/b/best.ckpt"], ["a", "b"]),
+        (["runs/a/best.ckpt", "runs/a/last.ckpt"], ["a_best", "a_last"]),
+        (["runs/a/1/best.ckpt", "runs/b/1/best.ckpt"], ["a_1", "b_1"]),
+        (["a.ckpt", "b.ckpt"], ["here_a", "here_b"]),
+        (["x/a.ckpt"], ["x"]),
+        (["/x/a.ckpt", "/x_x/a.ckpt", "/x/x/a.ckpt"], ["1", "2", "3"]),
+    ],
+)
+def test_predictions_of_several_networks_have_the_names_of_their_runs(checkpoints, names, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert name_folders(checkpoints) == names
+
+
 def test_predict_sets_networks_side_by_side(runs, photograph, tmp_path):
     both = f"checkpoint=[{runs['published']}/last.ckpt,{runs['upernet']}/last.ckpt]"
     call("predict", f"hydra.run.dir={tmp_path / 'out'}", both, f"images={photograph}")
@@ -215,6 +235,10 @@ def test_predict_sets_networks_side_by_side(runs, photograph, tmp_path):
         *(f"checkpoint=[{runs['upernet']}/last.ckpt,{runs['upernet']}/best.ckpt]", f"images={photograph}"),
     )
     assert Image.open(tmp_path / "twice" / "photograph.png.png").width == figure.width
+    name = Path(runs["upernet"]).name
+    assert {path.parent.parent.name for path in tmp_path.glob("twice/*/labels/photograph.png")} == {f"{name}_last", f"{name}_best"}
+    with pytest.raises(ValueError, match=r"checkpoint= must name each file once, got .*last.ckpt 2 times"):
+        call("predict", "checkpoint=[{0},{0}]".format(f"{runs['upernet']}/last.ckpt"), f"images={photograph}")
     with pytest.raises(ValueError, match="takes a mask for every image: give masks="):
         call(
             "predict",

@@ -7,9 +7,13 @@ from pathlib import Path
 import coco_files
 import numpy as np
 import pytest
-from carafepp.scripts.common.own_data import fill, make_paths_absolute
+from carafepp.scripts.common.own_data import fill, make_paths_absolute, read_own_data
+from carafepp.tasks.coco import COCO
+from carafepp.tasks.label_maps import LabelMapFolders
 from carafepp.tasks.own_data import describe_class_folders, describe_coco, describe_label_maps
+from carafepp.tasks.splits import take_share
 from commands import call
+from configurations import compose_config
 from omegaconf import OmegaConf
 from pages import read_blocks, read_commands
 from PIL import Image
@@ -152,12 +156,73 @@ def test_files_from_any_place_are_taken(tmp_path):
 def test_a_folder_without_a_part_is_answered_with_the_layouts(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data.root=nowhere is not a folder"):
         describe_coco("nowhere")
-    (tmp_path / "labels.json").write_text(json.dumps(coco_files.content()))
-    with pytest.raises(FileNotFoundError, match=r"no annotations of the train part; it should hold train.json.*folder: labels.json"):
+    for name in ("cats.json", "dogs.json"):
+        (tmp_path / name).write_text(json.dumps(coco_files.content()))
+    with pytest.raises(
+        FileNotFoundError, match=r"no annotations of the train part; it should hold train.json.*folder: cats.json, dogs.json"
+    ):
         describe_coco(tmp_path)
-    (tmp_path / "labels.json").rename(tmp_path / "train.json")
+    (tmp_path / "cats.json").rename(tmp_path / "train.json")
     with pytest.raises(FileNotFoundError, match=r"000000000139.jpg, is in none of the folders \., train, "):
         describe_coco(tmp_path)
+
+
+SINGLE = {
+    "result.json of Label Studio": ("result.json", "images"),
+    "CVAT": ("annotations/instances_default.json", "images/default"),
+    "roboflow without valid/": ("train/_annotations.coco.json", "train"),
+    "train.json": ("train.json", "train"),
+}
+
+
+@pytest.mark.parametrize("layout", SINGLE)
+def test_a_single_annotation_file_is_divided_and_a_warning_says_so(tmp_path, layout, caplog):
+    made, root = coco_files.write(tmp_path / "made"), tmp_path / "root"
+    annotations, images = (root / name for name in SINGLE[layout])
+    shutil.copytree(made / "train2017", images)
+    annotations.parent.mkdir(exist_ok=True)
+    shutil.copy(made / "annotations" / "instances_train2017.json", annotations)
+    found = describe_coco(root, val_share=0.5)
+    assert f"{annotations} is the only annotation file" in caplog.text
+    assert "own_data.val_share=0.5" in caplog.text
+    assert found["data"]["train"] == {"annotations": str(annotations), "images": str(images), "share": [0, 0.5]}
+    assert found["data"]["val"] == {"annotations": str(annotations), "images": str(images), "share": [0.5, 1]}
+    parts = [COCO(class_names=coco_files.NAMES, **found["data"][part]) for part in ("train", "val")]
+    ids = [{image["id"] for image in part.ground_truth()["images"]} for part in parts]
+    assert [len(part) for part in parts] == [len(part) for part in ids] == [2, 2]
+    assert ids[0] | ids[1] == {*coco_files.SIZES}
+    for part, images_of_part in zip(parts, ids, strict=True):
+        assert {annotation["image_id"] for annotation in part.ground_truth()["annotations"]} <= images_of_part
+        assert {part[i][1]["image_id"] for i in range(2)} == images_of_part
+    assert "2 of its images are the validation set" in caplog.text
+    for val_share in (0, 0.9, 1):
+        with pytest.raises(ValueError, match=rf"own_data.val_share={val_share} leaves a part of the 4 images of .* empty"):
+            describe_coco(root, val_share=val_share)
+
+
+def test_a_single_file_of_the_validation_part_is_not_divided(tmp_path):
+    (tmp_path / "val.json").write_text(json.dumps(coco_files.content()))
+    with pytest.raises(FileNotFoundError, match=r"no annotations of the train part"):
+        describe_coco(tmp_path)
+
+
+def test_shares_do_not_depend_on_the_order_in_the_file_and_cover_all_images():
+    images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(10)]
+    content = {"images": images, "annotations": [{"image_id": number} for number in [*range(10), None, [1]]], "categories": []}
+    first, rest = take_share(content, [0, 0.7]), take_share(content, [0.7, 1])
+    assert [len(part["images"]) for part in (first, rest)] == [7, 3]
+    assert sorted(image["id"] for part in (first, rest) for image in part["images"]) == list(range(10))
+    assert {image["id"] for image in take_share({**content, "images": images[::-1]}, [0, 0.7])["images"]} == {
+        image["id"] for image in first["images"]
+    }
+    assert [image["id"] for image in first["images"]] != list(range(7)), "the frames of a video in their order"
+    # checks report annotations of unknown images
+    assert [annotation["image_id"] for annotation in rest["annotations"]][-2:] == [None, [1]]
+    for share in ([0.5, 0.5], [0.5], [0, 1.5], [0.8, 0.2]):
+        with pytest.raises(ValueError, match="share must be two ascending fractions"):
+            take_share(content, share)
+    with pytest.raises(ValueError, match=r"share=\[0, 0.05\] of 10 images holds no image"):
+        take_share(content, [0, 0.05])
 
 
 def write_maps(root: Path, images: str, maps: str, values: list[int]) -> None:
@@ -189,6 +254,38 @@ def test_classes_are_read_from_label_maps(tmp_path, values, names, expected, fol
     assert found["class_names"] == (names.split() if names else [str(label) for label, number in expected.items() if number != 255])
     assert Path(found["data"]["val"]["images"]).is_dir()
     assert "valid" in found["data"]["val"]["annotations"]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P"])
+def test_colours_of_classes_are_read_from_a_table(tmp_path, mode):
+    colours = [[0, 0, 0], [128, 64, 128], [255, 255, 255]]
+    for part in ("train", "val"):
+        write_maps(tmp_path, f"images/{part}", f"masks/{part}", [0, 1, 2])
+        colored = Image.fromarray(np.array([colours], np.uint8))
+        if mode == "P":
+            colored = Image.fromarray(np.array([[0, 1, 2]], np.uint8))
+            colored.putpalette([value for colour in colours for value in colour])
+        colored.save(tmp_path / "masks" / part / "a.png")
+    # as CVAT writes it
+    table = tmp_path / "labelmap.txt"
+    table.write_text("# label:color_rgb:parts:actions\nbackground:0,0,0::\nvoid:255,255,255::\nroad: 128, 64, 128\n")
+    found = describe_label_maps(tmp_path)
+    assert found["class_names"] == ["background", "road"]
+    assert found["data"]["train"]["labels"] == {0: 0, 1: 255, 2: 1}
+    data = LabelMapFolders(**found["data"]["val"])
+    assert data.num_classes == 2
+    assert data[0][1].tolist() == [[0, 1, 255]]
+    cfg = compose_config("train", "setting=segmentation_own", f"data.root={tmp_path}")
+    OmegaConf.set_struct(cfg, False)
+    read_own_data(cfg)
+    assert cfg.data.train.palette == [colours[0], colours[2], colours[1]]
+    for line in ("road", "road:1,2", "road:1,2,256", "road:1,2,red", ":1,2,3", "background:1,2,3"):
+        table.write_text(f"background:0,0,0\n{line}\n")
+        with pytest.raises(ValueError, match=rf"labelmap.txt must have one line NAME:RED,GREEN,BLUE .* got '{line}'"):
+            describe_label_maps(tmp_path)
+    table.write_text("background:0,0,0\nvoid:1,1,1")
+    with pytest.raises(ValueError, match=r"labelmap.txt must name two classes or more, got background, void"):
+        describe_label_maps(tmp_path)
 
 
 def test_folders_that_do_not_fit_are_answered(tmp_path):

@@ -209,7 +209,7 @@ def test_places_are_read_in_every_layout(tmp_path):
         Places(tmp_path / "standard", "val")[1]
     (tmp_path / "standard" / "train" / "b.jpg").write_text("damaged")
     assert torch.equal(Places(tmp_path / "standard", "train")[1], Places(tmp_path / "standard", "train")[0])
-    with pytest.raises(FileNotFoundError, match="should hold the val images of Places365 in a folder val or val_256"):
+    with pytest.raises(FileNotFoundError, match="should hold the val images in a folder val or val_256"):
         Places(tmp_path, "val")
     (tmp_path / "val").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no images"):
