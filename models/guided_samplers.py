@@ -20,89 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import reassemble
-from ..kernels.backends import default_backend
 from .adaptive_pooling import pool_cells
+from .guides import Guided, cut_to_double, multiply_windows, pad_to_even, prepare_guide, space_to_depth, split_phases
 from .point_samplers import sample
 from .samplers import fit, shuffle_pixels, upsample_bilinear, upsample_nearest
 
+torch.fx.wrap("cut_to_double")
 torch.fx.wrap("fit")
+torch.fx.wrap("multiply_windows")
+torch.fx.wrap("prepare_guide")
 torch.fx.wrap("sample")
 torch.fx.wrap("shuffle_pixels")
-
-
-class _Guided(nn.Module):
-    """Base of the guided samplers: holds the channels of the guide."""
-
-    needs_guide = True
-
-    def __init__(self, channels: int, guide_channels: int | None):
-        super().__init__()
-        self.guide_channels = guide_channels or channels
-
-
-@torch.fx.wrap
-def _prepare_guide(x: Tensor, guide: Tensor | None, channels: int) -> Tensor:
-    """Return the guide, or x upsampled bilinearly if there is none; raise ValueError if it does not fit."""
-    if guide is None:
-        guide = upsample_bilinear(x)
-    # without abs(), which a file of torch.export cannot hold
-    if guide.shape[1] != channels or not all(
-        -1 <= fine - 2 * coarse <= 1 for fine, coarse in zip(guide.shape[2:], x.shape[2:], strict=True)
-    ):
-        raise ValueError(
-            f"guide must have {channels} channels and twice the size of x, or 1 pixel less or more, "
-            f"got {tuple(guide.shape)} for x of shape {tuple(x.shape)}"
-        )
-    return guide
-
-
-@torch.fx.wrap
-def _cut_to_double(guide: Tensor, x: Tensor) -> Tensor:
-    """Cut a guide to the pixels that belong to a pixel of x."""
-    rows, columns = 2 * x.shape[2], 2 * x.shape[3]
-    # a cut of nothing would still change the order in which gradients are summed
-    return guide[..., :rows, :columns] if guide.shape[2] > rows or guide.shape[3] > columns else guide
-
-
-def _pad_to_even(x: Tensor) -> Tensor:
-    """Pad odd sides of x with zeros, at the bottom and right."""
-    return F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-
-
-def _split_phases(x: Tensor) -> Tensor:
-    """View x [N, M, 2 H, 2 W] as [N, M, H, 2, W, 2]."""
-    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
-
-
-def _space_to_depth(x: Tensor) -> Tensor:
-    """Rearrange a fine map [N, M, h, w] to [N, M * 4, ceil(h / 2), ceil(w / 2)], the layout of `reassemble`'s logits."""
-    # F.pixel_unshuffle does not change the size of empty batches
-    return _split_phases(_pad_to_even(x)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
-
-
-@torch.fx.wrap
-def _multiply_windows(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
-    """Compute the inner products of every fine query with the keys of its window; keys outside the map give 0.
-
-    Reassembly is linear in its weights, and these products are its derivative with respect to the weights. The backward pass of the
-    operator therefore computes them directly, on a CPU 60 times faster than unfolding the keys.
-
-    Args:
-        queries: [N, E, 2H, 2W].
-        keys: [N, E, H, W].
-        kernel_size: K, side of the window.
-
-    Returns:
-        [N, K * K * 4, H, W], the layout of `reassemble`'s logits.
-    """
-    n, _, h, w = keys.shape
-    if default_backend(keys.device.type, keys.dtype) == "reference":
-        windows = F.unfold(keys, kernel_size, padding=kernel_size // 2).unflatten(1, (-1, kernel_size**2)).unflatten(3, (h, w))
-        return torch.einsum("nephw,nemhw->nmphw", _space_to_depth(queries).unflatten(1, (-1, 4)), windows).flatten(1, 2)
-    weights = keys.new_zeros(1).expand(n, kernel_size**2 * 4, h, w)
-    lse = keys.new_empty(0)
-    options = (2 * h, 2 * w), kernel_size, 2, 1, 1, "none", "zero", False, None
-    return torch.ops.carafepp.reassemble_backward(queries, keys, weights, lse, *options, need_dx=False, need_dlogits=True)[1]
 
 
 @torch.fx.wrap
@@ -123,7 +51,7 @@ def _filter_images(images: Tensor, filters: Tensor) -> Tensor:
         return images.new_empty(0, count, images.shape[1], images.shape[2] // 2, images.shape[3] // 2)
     if isinstance(n, torch.SymInt) and torch.onnx.is_in_onnx_export():
         # the number of groups of a convolution is a constant in ONNX
-        phases = _split_phases(F.pad(images, (padding,) * 4))[:, None]  # [N, 1, M, h / 2 + 2, 2, w / 2 + 2, 2]
+        phases = split_phases(F.pad(images, (padding,) * 4))[:, None]  # [N, 1, M, h / 2 + 2, 2, w / 2 + 2, 2]
         slices = [slice(start, start - padding or None) for start in range(side // 2)]
         terms = (
             phases[..., slices[i // 2], i % 2, slices[j // 2], j % 2] * filters[:, :, i, j, None, None, None]
@@ -136,7 +64,7 @@ def _filter_images(images: Tensor, filters: Tensor) -> Tensor:
     return filtered.transpose(0, 1).unflatten(0, (n, count))
 
 
-class GUM(_Guided):
+class GUM(Guided):
     """Guided upsampling (Mazzini, 2018): bilinear sampling at the regular positions plus a predicted offset per output pixel.
 
     A 1x1 convolution to C channels, ReLU and a 1x1 convolution to 2 predict the offsets, in source pixels, from the concatenation of the
@@ -155,13 +83,13 @@ class GUM(_Guided):
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
-        guide = _prepare_guide(x, guide, self.guide_channels)
+        guide = prepare_guide(x, guide, self.guide_channels)
         coarse = fit(upsample_bilinear(x), guide.shape[2:])
         offsets = self.offset(self.mix(torch.cat([coarse, guide], dim=1)).relu())
         return sample(x, offsets[:, :, None])
 
 
-class IndexNet(_Guided):
+class IndexNet(Guided):
     """Decoder side of IndexNet (Lu et al., 2019): nearest-neighbour interpolation times an index map in (0, 1) per element.
 
     The index map is the sigmoid of a 4x4 convolution of stride 2 from the guide to 4 C channels, rearranged from depth to space. This is
@@ -175,12 +103,12 @@ class IndexNet(_Guided):
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
-        guide = _prepare_guide(x, guide, self.guide_channels)
-        index = shuffle_pixels(self.index(_pad_to_even(guide)).sigmoid())
+        guide = prepare_guide(x, guide, self.guide_channels)
+        index = shuffle_pixels(self.index(pad_to_even(guide)).sigmoid())
         return fit(upsample_nearest(x), guide.shape[2:]) * fit(index, guide.shape[2:])
 
 
-class A2U(_Guided):
+class A2U(Guided):
     """Affinity-aware upsampling (Dai et al., 2021): 3x3 kernels from second-order features of the guide.
 
     Two 6x6 filters, predicted from the pooled guide, filter all of its channels at stride 2. After group normalisation and leaky ReLU,
@@ -202,16 +130,16 @@ class A2U(_Guided):
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
-        guide = _prepare_guide(x, guide, self.guide_channels)
-        size, guide = guide.shape[2:], _cut_to_double(guide, x)
+        guide = prepare_guide(x, guide, self.guide_channels)
+        size, guide = guide.shape[2:], cut_to_double(guide, x)
         filters = self.filters(pool_cells(guide, self.filter_size))  # [N, 2, 6, 6]
-        u, v = _filter_images(_pad_to_even(guide), filters).unbind(1)  # [N, guide_channels, H, W]
+        u, v = _filter_images(pad_to_even(guide), filters).unbind(1)  # [N, guide_channels, H, W]
         affinity = (self.norm_u(u) * self.norm_v(v)).sum(1, keepdim=True) / math.sqrt(self.guide_channels)
         logits = (affinity * self.spread(F.adaptive_avg_pool2d(guide, 1))).sigmoid()
         return reassemble(x, logits.to(x.dtype), kernel_size=self.kernel_size, up=2, size=size)
 
 
-class SAPA(_Guided):
+class SAPA(Guided):
     """Similarity-aware point affiliation (Lu et al., 2022): kernels are the similarities of a fine pixel to its coarse neighbours.
 
     Both maps are normalised over channels and embedded. The kernel is the softmax of the inner products of the fine pixel's embedding
@@ -244,21 +172,21 @@ class SAPA(_Guided):
         """Compute the inner products of fine and coarse embeddings, [N, 25 * 4, H, W] in the layout of `reassemble`'s logits."""
         coarse = self.norm(x.movedim(1, -1))
         keys = self.key(coarse).movedim(-1, 1)  # [N, E, H, W]
-        queries = _pad_to_even(self.query(self.norm_guide(guide.movedim(1, -1))).movedim(-1, 1))  # [N, E, 2H, 2W]
+        queries = pad_to_even(self.query(self.norm_guide(guide.movedim(1, -1))).movedim(-1, 1))  # [N, E, 2H, 2W]
         if self.gate is not None and self.query_coarse is not None:
             gate = self.gate(coarse).movedim(-1, 1).sigmoid()  # [N, 1, H, W]
             mixed = (1 - gate) * self.query_coarse(x.movedim(1, -1)).movedim(-1, 1)
             queries = upsample_nearest(gate) * queries + upsample_nearest(mixed)
-        return _multiply_windows(queries.to(keys.dtype), keys, self.kernel_size)
+        return multiply_windows(queries.to(keys.dtype), keys, self.kernel_size)
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
-        guide = _prepare_guide(x, guide, self.guide_channels)
-        logits = self.logits(x, _cut_to_double(guide, x)).to(x.dtype)
+        guide = prepare_guide(x, guide, self.guide_channels)
+        logits = self.logits(x, cut_to_double(guide, x)).to(x.dtype)
         return reassemble(x, logits, kernel_size=self.kernel_size, up=2, size=guide.shape[2:])
 
 
-class FADE(_Guided):
+class FADE(Guided):
     """FADE (Lu et al., 2022): CARAFE kernels predicted from both maps, and a gate that mixes in the guide.
 
     Guide and x, compressed to 64 channels, go through the same 3x3 encoder, each at its own resolution. The result for x is repeated to
@@ -291,11 +219,11 @@ class FADE(_Guided):
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
-        guide = _prepare_guide(x, guide, self.guide_channels)
+        guide = prepare_guide(x, guide, self.guide_channels)
         size = guide.shape[2:]
-        fine = self.encoder(self.compress_guide(_cut_to_double(guide, x)))  # [N, 25, h, w], at most [N, 25, 2H, 2W]
+        fine = self.encoder(self.compress_guide(cut_to_double(guide, x)))  # [N, 25, h, w], at most [N, 25, 2H, 2W]
         coarse = self.encoder(self.compress(x))  # [N, 25, H, W]
-        logits = _space_to_depth(fine) + coarse.repeat_interleave(4, dim=1)
+        logits = space_to_depth(fine) + coarse.repeat_interleave(4, dim=1)
         y = reassemble(x, logits.to(x.dtype), kernel_size=self.kernel_size, up=2, size=size)
         gate = fit(upsample_nearest(self.gate(x).sigmoid()), size)
         return gate * self.align(guide) + (1 - gate) * y

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from carafepp.models.attenders import LocalAttender
 from carafepp.models.guided_samplers import FADE, GUM, SAPA
 from carafepp.models.learned_samplers import BilinearConv, Deconv, NearestConv, PixelShuffle, SpatialAttention
 from carafepp.models.point_samplers import DySample
@@ -13,6 +14,7 @@ from hydra.utils import instantiate
 from networks import count_parameters
 from omegaconf import OmegaConf
 from sampler_cases import CASES
+from upsampler_definitions import local_attender
 
 CHANNELS = 8
 every_sampler = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.group}-{case.id}")
@@ -206,6 +208,8 @@ def test_upernet_passes_the_guides(case):
         (GUM(256), 131_842),
         (DySample(256), 8_224),
         (FADE(256), 47_514),
+        (LocalAttender(256), 5 * 257),
+        (LocalAttender(256, 64, neighbours=25), 25 * 65),
         (BlurPool(256), 0),
         (DPP(256), 512),
         (DPP(256, guide="full"), 11 * 256),
@@ -232,8 +236,17 @@ def test_sapa_is_the_same_on_a_device_without_kernels(monkeypatch):
     torch.manual_seed(0)
     sapa, x, guide = SAPA(8).double(), torch.randn(2, 8, 5, 4).double(), torch.randn(2, 8, 9, 8).double()
     expected = sapa(x, guide)
-    monkeypatch.setattr("carafepp.models.guided_samplers.default_backend", lambda *_: "reference")
+    monkeypatch.setattr("carafepp.models.guides.default_backend", lambda *_: "reference")
     torch.testing.assert_close(sapa(x, guide), expected)
+
+
+@pytest.mark.parametrize("neighbours", [9, 13, 25])
+@torch.no_grad()
+def test_every_neighbourhood_of_the_local_attender(neighbours):
+    torch.manual_seed(0)
+    module = LocalAttender(8, 30, neighbours=neighbours).double()
+    x, guide = torch.randn(2, 8, 3, 2).double(), torch.randn(2, 30, 6, 3).double()
+    torch.testing.assert_close(module(x, guide), local_attender(module, x, guide))
 
 
 def test_paired_lip_pools_both_paths_by_importances_of_the_blocks_input():
@@ -269,8 +282,9 @@ def test_soft_pool_and_lip_do_not_overflow():
         (lambda: DySample(8, style="xx"), 'style must be "lp" or "pl", got \'xx\''),
         (lambda: DySample(6), "groups=4 for channels=6"),
         (lambda: DySample(6, style="pl", groups=2), "divisible by 4"),
+        (lambda: LocalAttender(8, neighbours=7), "neighbours must be one of 5, 9, 13, 17, 25, got 7"),
     ],
-    ids=["dpp", "dysample-style", "dysample-groups", "dysample-pl"],
+    ids=["dpp", "dysample-style", "dysample-groups", "dysample-pl", "local-attender"],
 )
 def test_wrong_options_are_named(build, message):
     with pytest.raises(ValueError, match=message):

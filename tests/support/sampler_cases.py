@@ -16,6 +16,7 @@ from upsampler_definitions import (
     fade,
     gum,
     indexnet,
+    local_attender,
     nearest,
     nearest_conv,
     pixel_shuffle,
@@ -70,6 +71,7 @@ CASES = [
             ("a2u", a2u),
             ("sapa", sapa, {"gated": True, "embedding": 8}),
             ("fade", fade, {"lite": True}),
+            ("local_attender", local_attender, {"neighbours": 17, "residual": False}),
             (
                 "carafe",
                 carafe,

@@ -199,6 +199,35 @@ def fade(module, x, guide):
     return gate * aligned + (1 - gate) * fit(y, size)
 
 
+# the neighbours of UPLiFT's local attender, as its authors draw them
+NEIGHBOURS = {
+    5: [".X.", "XXX", ".X."],
+    9: ["XXX", "XXX", "XXX"],
+    13: ["..X..", ".XXX.", "XXXXX", ".XXX.", "..X.."],
+    17: ["X.X.X", ".XXX.", "XXXXX", ".XXX.", "X.X.X"],
+    25: ["XXXXX"] * 5,
+}
+
+
+def local_attender(module, x, guide):
+    """Walmer et al.: attention of a fine pixel over fixed neighbours of its source pixel, whose logits are a linear map of the guide."""
+    count = module.conv1.out_channels
+    rows = NEIGHBOURS[count]
+    radius = len(rows) // 2
+    taps = [(i - radius, j - radius) for i, j in each((len(rows), len(rows))) if rows[i][j] == "X"]
+    size, guide = guide.shape[2:], inside(guide, x)
+    y = x.new_zeros(*x.shape[:2], *guide.shape[2:])
+    for b, i, j in each((x.shape[0], *guide.shape[2:])):
+        features = guide[b, :, i, j]
+        logits = module.conv1.weight[..., 0, 0] @ features + module.conv1.bias
+        for d in range(min(count, len(features)) if module.residual else 0):
+            logits[d] += features[d]
+        for weight, (down, right) in zip(logits.softmax(0), taps, strict=True):
+            row, column = min(max(i // 2 + down, 0), x.shape[2] - 1), min(max(j // 2 + right, 0), x.shape[3] - 1)
+            y[b, :, i, j] += weight * x[b, :, row, column]
+    return fit(y, size)
+
+
 def carafe(module, x, guide=None):
     """Equations 1 to 3."""
     k, up, down, groups, normalizer, _ = module.spec
