@@ -1,4 +1,4 @@
-"""carafepp-bench: times of the operator and other implementations; the first argument can select the bench samplers, models or growth."""
+"""carafepp-bench: times of the operator and others; the first argument can select another bench: samplers, models, module or growth."""
 
 from omegaconf import DictConfig
 
@@ -37,7 +37,15 @@ def time_models(cfg: DictConfig) -> None:
     bench_models(cfg)
 
 
-main = dispatch(time_operator, samplers=time_samplers, models=time_models, growth=time_growth)
+@app("bench_module")
+def time_module(cfg: DictConfig) -> None:
+    """Measure a CARAFE module and its parts."""
+    from .benching import bench_module
+
+    bench_module(cfg)
+
+
+main = dispatch(time_operator, samplers=time_samplers, models=time_models, module=time_module, growth=time_growth)
 
 if __name__ == "__main__":
     main()

@@ -8,8 +8,11 @@ import pytest
 import torch
 from carafepp.kernels import reassemble_reference
 from carafepp.kernels.geometry import Spec
+from carafepp.models.carafe import CARAFE
 from carafepp.scripts.benching import providers
+from carafepp.scripts.benching.module import list_parts
 from carafepp.scripts.benching.operator import MODES, CopyCalls
+from carafepp.scripts.benching.timing import median_interval
 from commands import call
 
 
@@ -88,3 +91,35 @@ def test_growth_varies_one_thing_at_a_time(tmp_path):
 def test_unknown_provider_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"providers must be among cpu, triton.*got 'gpu'"):
         call("bench", "op=up2", "providers=[gpu]", f"hydra.run.dir={tmp_path}")
+
+
+def test_module_and_its_parts_are_measured(tmp_path, capsys):
+    options = ["options.compressor_norm=true", "dtype=bfloat16", "channels_last=true", "rounds=2", f"hydra.run.dir={tmp_path}"]
+    call("bench", "module", "op=down2", "op.shape=[1,8,9,10]", *options)
+    printed = capsys.readouterr().out
+    rows = {row["part"]: row for row in csv.DictReader((tmp_path / "module.csv").open())}
+    # convolutions with biases, 8 -> 16 -> 25 channels; scale and shift of a norm
+    parameters = {"channel_compressor": 144, "compressor_norm": 32, "content_encoder": 16 * 9 * 25 + 25, "operator": 0}
+    assert {name: int(row["parameters"]) for name, row in rows.items()} == {**parameters, "module": sum(parameters.values())}
+    for row in rows.values():
+        assert float(row["forward"]) > 0
+        assert f"{float(row['step']):.3f}" in printed
+
+
+def test_parts_make_up_the_module():
+    module = CARAFE(4, up=2, groups=2)
+    x = torch.randn(1, 4, 5, 6)
+    parts = dict(list_parts(module, x.requires_grad_(), torch.float32))
+    assert list(parts) == ["channel_compressor", "content_encoder", "operator", "module"]
+    torch.testing.assert_close(parts["operator"].y, parts["module"].y)
+    for part in parts.values():
+        assert all(gradient.shape == leaf.shape for gradient, leaf in zip(part.step(), part.leaves, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("n", "ranks"),
+    # of 6 values, the range has 1 - 2 / 64 = 96.9 %; of 9, the second and the eighth have 1 - 2 * 10 / 512 = 96.1 %
+    [(1, (1, 1)), (5, (1, 5)), (6, (1, 6)), (8, (1, 8)), (9, (2, 8)), (30, (10, 21))],
+)
+def test_interval_of_a_median(n, ranks):
+    assert median_interval(torch.randperm(n).add(1).tolist()) == ranks

@@ -61,7 +61,7 @@ def test_misspelt_choice_is_answered_with_the_valid_ones():
 
 
 COMMANDS = ["train", "eval", "predict", "report", "report paper", "scenes", "validate", "inspect", "tune", "bench", "bench samplers"]
-COMMANDS += ["bench models", "bench growth", "export"]
+COMMANDS += ["bench models", "bench module", "bench growth", "export"]
 
 
 def ask_for_help(capsys, command: str, *overrides: str) -> str:

@@ -3,7 +3,9 @@
 import csv
 
 import pytest
+import torch
 from carafepp.scripts.benching.models import measure_networks
+from carafepp.scripts.benching.networks import build_network, place_objects, record_sites, replace_parts
 from commands import call
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -28,9 +30,14 @@ def test_carafe_in_a_detector_adds_its_own_parameters_and_flops():
     assert carafe["parameters"] - baseline["parameters"] == 3 * (33 * 64 + (64 * 9 + 1) * 100)
     # 2 FLOPs for a multiply-add of compressor, encoder and reassembly, for each source pixel of 12 x 12, 6 x 6 and 3 x 3
     assert carafe["flops"] - baseline["flops"] == 2 * (32 * 64 + 64 * 9 * 100 + 100 * 32) * (144 + 36 + 9)
-    assert baseline["relative"] == 1
-    assert carafe["relative"] == pytest.approx(carafe["ms"] / baseline["ms"])
-    assert carafe["paper_relative"] == pytest.approx(12.5 / 12.2)
+    assert baseline["inference_relative"] == 1
+    # of a single round
+    assert carafe["inference_relative"] == pytest.approx(carafe["inference_ms"] / baseline["inference_ms"])
+    assert carafe["inference_relative_low"] == carafe["inference_relative"] == carafe["inference_relative_high"]
+    assert carafe["inference_fps"] == pytest.approx(1000 / carafe["inference_ms"])
+    assert (carafe["paper_fps"], carafe["paper_relative"]) == (12.2, pytest.approx(12.5 / 12.2))
+    assert baseline["inference_operator_share"] == baseline["inference_rest_share"] == 0
+    assert 0 < carafe["inference_operator_share"] < 1
 
 
 @pytest.mark.parametrize(("table", "row", "size"), [("table2", "resnet50_carafe", 64), ("table8", "upernet_resnet50_carafe", 64)])
@@ -40,13 +47,88 @@ def test_other_tasks_are_measured_alike(table, row, size):
     assert set(found) == {baseline, row}
     for name in ("parameters", "flops"):
         assert found[row][name] > found[baseline][name]
-    assert found[row]["relative"] is None
+    assert not any(name.startswith(("inference", "step")) for name in found[row])
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "size"),
+    [
+        ("table2", "resnet50_carafe", 32),
+        ("table7", "fpn_mask_head_backbone", 64),
+        ("table9", "backbone", 64),
+        ("table10", "global_local_carafe", 64),
+    ],
+)
+def test_a_training_step_is_measured_in_every_task(table, row, size):
+    figures = rows(f"table={table}", f"rows=[{row}]", f"size=[{size},{size}]", "modes=[step]", "dtype=bfloat16")[row]
+    assert figures["step_fps"] == pytest.approx(2000 / figures["step_ms"])
+    assert figures["step_peak_mb"] > figures["parameters"] * 4 / 1e6
+    assert 0 < figures["step_operator_share"] < 1
+    assert figures["step_rest_share"] > 0
+
+
+def test_proposals_and_detections_do_not_depend_on_weights():
+    found = []
+    for row in ("published", "fpn_mask_head_backbone"):
+        task = build_network("table7", row, ["scale=small"])
+        images = torch.rand(2, 3, 96, 96)
+        proposals = []
+        task.model.rpn.register_forward_hook(lambda module, arguments, output, kept=proposals: kept.extend(output[0]))
+        with torch.no_grad():
+            detections = task(images)
+        assert [len(each["scores"]) for each in detections] == [20, 20]  # the configuration's limit
+        boxes = [each[name] for each in detections for name in ("boxes", "labels", "scores")]
+        losses = task.train()(list(images), place_objects(images))
+        sum(losses.values()).backward()
+        assert all(parameter.grad is not None for parameter in task.model.rpn.head.parameters())
+        assert task.model.rpn.head.bbox_pred.weight.grad.abs().sum() > 0
+        found.append((boxes, proposals))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "wrapped"),
+    [
+        ("table2", "resnet50", ["ResNet"]),
+        ("table7", "published", ["Pyramid", "TwoMLPHead", "MaskRCNNHeads", "MaskRCNNPredictor"]),
+    ],
+)
+def test_static_parts_are_compiled_and_captured(table, row, wrapped):
+    task = build_network(table, row, ["scale=small"])
+    names = []
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, part):
+            super().__init__()
+            self.part = part
+            names.append(type(part).__name__)
+
+        def forward(self, *arguments):
+            names.append("called")
+            return self.part(*arguments)
+
+    images = torch.rand(1, 3, 96, 96)
+    with torch.no_grad():
+        expected, actual = task(images), replace_parts(task, Wrapper)(images)
+    assert [name for name in names if name != "called"] == wrapped
+    assert names.count("called") == len(wrapped)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_sites_are_those_of_the_network():
+    task = build_network("table4", "carafe", ["scale=small"])
+    with torch.no_grad():
+        sites = record_sites(task, lambda: task(torch.rand(1, 3, 96, 96)))
+    assert [tuple(shape) for _, shape in sites] == [(1, 32, 3, 3), (1, 32, 6, 6), (1, 32, 12, 12)]
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("table=table15", "table must be among table1, table2.*'table15'"),
+        ("modes=[infer]", "modes must be among inference, step, compiled, graph, got 'infer'"),
+        ("modes=[graph]", r"modes=\[graph\] needs a GPU, device=cuda, got device=cpu"),
+        ("clock=sun", "clock must be among wall, processor, kernels, got 'sun'"),
         ("rows=[caraffe]", "rows must be among nearest, .*carafe, got 'caraffe'"),
     ],
 )
