@@ -114,7 +114,7 @@ def bench_module(cfg: DictConfig) -> None:
     look_up("clock", [cfg.clock], CLOCKS)
     spec = {name: cfg.op[name] for name in Spec._fields}
     memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    module = CARAFE(cfg.op.shape[1], **spec, **cfg.options).to(torch.device(cfg.device), memory_format=memory_format)
+    module = CARAFE(cfg.op.shape[1], **spec, **cfg.options).to(cfg.device).to(memory_format=memory_format)
     options: dict[str, Any] = {"device": cfg.device, "rounds": cfg.rounds, "clock": cfg.clock, "seconds": cfg.seconds}
     parts = measure_parts(module, cfg.op.shape, dtype=dtype, memory_format=memory_format, **options)
     layout = "channels_last" if cfg.channels_last else "contiguous"
