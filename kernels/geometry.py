@@ -123,7 +123,9 @@ def output_size(x: Tensor, spec: Spec, size: Sequence[int] | None = None) -> tup
 
 
 def check_inputs(x: Tensor, weights: Tensor, spec: Spec, size: Sequence[int] | None = None, *, name: str = "logits") -> tuple[int, int]:
-    """Check that `x` and `weights` fit, where `name` is "logits" in encoder layout, or "weights" at output resolution.
+    """Check that `x` and `weights` fit.
+
+    `name` is "logits" in encoder layout, "padded logits" if they may have further channels, or "weights" at output resolution.
 
     Returns:
         The rows and columns of the output: `size`, or those that the scale gives.
@@ -157,10 +159,11 @@ def check_inputs(x: Tensor, weights: Tensor, spec: Spec, size: Sequence[int] | N
         )
     size = output_size(x, spec, size)
     channels = spec.groups * spec.taps
-    if name == "logits":
-        expected = (n, channels * spec.up**2, spec.cells(h), spec.cells(w))
-    else:
+    if name == "weights":
         expected = (n, channels, *size)
+    else:
+        channels *= spec.up**2
+        expected = (n, max(channels, weights.shape[1]) if name == "padded logits" else channels, spec.cells(h), spec.cells(w))
     if tuple(weights.shape) != expected:
         raise ValueError(
             f"{name} must have shape {expected} for x of shape {tuple(x.shape)}, kernel_size={spec.kernel_size}, "

@@ -20,13 +20,15 @@ from .registration import call_reassemble
 register_formulas()
 
 
-def _autocast(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Cast both inputs to the dtype of an active autocast region, as a convolution does."""
-    kind = x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, weights.dtype):
-        dtype = torch.get_autocast_dtype(kind)
-        return x.to(dtype), weights.to(dtype)
-    return x, weights
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast tensors to the dtype of an active autocast region, as a convolution does; what is not a floating-point tensor stays as it is."""
+    if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in tensors):
+        return tensors
+    kind = tensors[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple([tensor.to(dtype) for tensor in tensors])
 
 
 def _trace(x: Tensor, weights: Tensor, spec: Spec, size: Sequence[int] | None, *, name: str) -> Tensor:
@@ -93,7 +95,7 @@ def reassemble(
             kernel_size=kernel_size, up=up, down=down, groups=groups, normalizer=normalizer, border=border, size=size, backend=backend
         )
         return handle_torch_function(reassemble, (x, logits), x, logits, **options)
-    x, logits = _autocast(x, logits) if isinstance(x, Tensor) and isinstance(logits, Tensor) else (x, logits)
+    x, logits = autocast(x, logits)
     spec = Spec(kernel_size, up, down, groups, normalizer, border)
     if is_traced():
         return _trace(x, logits, spec, size, name="logits")
@@ -101,6 +103,15 @@ def reassemble(
     if choose_backend(backend, x) == "reference":
         return reassemble_reference(x, logits, **spec._asdict(), size=size)
     return call_reassemble(x, logits, Options((rows, columns), *spec, False, backend))
+
+
+def reassemble_padded(x: Tensor, logits: Tensor, spec: Spec, size: Sequence[int] | None = None) -> Tensor:
+    """Reassemble as `reassemble` does, with logits that have further channels at the end: they are not read, and their gradients are 0.
+
+    Arguments, result and errors are otherwise those of `reassemble`, except that autocast casts nothing.
+    """
+    rows, columns = check_inputs(x, logits, spec, size, name="padded logits")
+    return call_reassemble(x, logits, Options((rows, columns), *spec, False, None))
 
 
 def reassemble_weights(
@@ -137,7 +148,7 @@ def reassemble_weights(
             kernel_size=kernel_size, up=up, down=down, groups=groups, normalizer=normalizer, border=border, size=size, backend=backend
         )
         return handle_torch_function(reassemble_weights, (x, weights), x, weights, **options)
-    x, weights = _autocast(x, weights) if isinstance(x, Tensor) and isinstance(weights, Tensor) else (x, weights)
+    x, weights = autocast(x, weights)
     spec = Spec(kernel_size, up, down, groups, normalizer, border)
     if is_traced():
         return _trace(x, weights, spec, size, name="weights")

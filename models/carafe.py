@@ -8,9 +8,10 @@ from typing import Literal, ParamSpec
 import torch.nn as nn
 from torch import Tensor
 
-from ..kernels import reassemble
 from ..kernels.geometry import Spec, check_spec, is_scale, write_scale
+from ..kernels.reassembly import autocast, reassemble, reassemble_padded
 from ..kernels.reference import reassembly_kernels
+from .half_encoder import can_encode, encode
 
 P = ParamSpec("P")
 
@@ -160,6 +161,12 @@ class CARAFE(nn.Module):
         Raises:
             TypeError, ValueError: `x` or `size` is wrong; the message says what would be right.
         """
+        if type(self).logits is CARAFE.logits:
+            # once for the layers and the operator
+            (x,) = autocast(x)
+            if can_encode(self.channel_compressor, self.content_encoder, x):
+                logits = encode(self.channel_compressor, self.compressor_norm, self.content_encoder, x)
+                return reassemble_padded(x, logits, self.spec, size)
         return reassemble(x, self.logits(x), **self.spec._asdict(), size=size)
 
     def kernels(self, x: Tensor) -> Tensor:

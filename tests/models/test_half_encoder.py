@@ -1,0 +1,230 @@
+"""CARAFE in half precision on a GPU: its padded encoder gives the logits of the layers, and only where nobody observes them."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from carafepp.integrations.signatures import YoloCARAFE
+from carafepp.models import half_encoder
+from carafepp.models.carafe import CARAFE
+from torch import nn
+from torch.nn.utils import prune
+
+from carafepp import reassemble
+
+OPTIONS = [
+    {"up": 2},
+    {"down": 2, "compressor_norm": True},
+    {"up": 2, "kernel_size": 3, "groups": 2, "encoder_dilation": 2, "border": "renormalize"},
+    {"down": 2, "compressed_channels": None, "normalizer": "sigmoid"},
+    {"up": 3, "down": 2, "encoder_kernel": 5},
+]
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Take channels_last maps of any device and dtype for those of a GPU in half precision; list the shapes of the wide logits."""
+    shapes = []
+
+    def encode(*arguments):
+        logits = half_encoder.encode(*arguments)
+        shapes.append(tuple(logits.shape))
+        return logits
+
+    monkeypatch.setattr(half_encoder, "suits_matrix_units", lambda x: x.is_contiguous(memory_format=torch.channels_last))
+    monkeypatch.setattr("carafepp.models.carafe.encode", encode)
+    return shapes
+
+
+def make(channels=4, *, dtype=torch.float64, **options):
+    """Return a module whose kernels are far from a box blur."""
+    torch.manual_seed(0)
+    module = CARAFE(channels, **({"compressed_channels": 6} | options)).to(dtype)
+    nn.init.normal_(module.content_encoder.weight, std=0.5)
+    nn.init.normal_(module.content_encoder.bias)
+    return module
+
+
+def draw(n=2, channels=4, height=5, width=3, *, dtype=torch.float64):
+    x = torch.randn(n, channels, height, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return x.to(dtype, memory_format=torch.channels_last)
+
+
+def run(module, x, *, function=None):
+    """Return the output, and the gradients of x and of the parameters for a loss whose gradient differs everywhere."""
+    x = x.clone().requires_grad_()
+    y = (module if function is None else function)(x)
+    loss = (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)).sum()
+    return y.detach(), *torch.autograd.grad(loss, [x, *module.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("channels", "trained", "inferred"), [(9, 16, 16), (16, 16, 16), (25, 64, 32), (49, 64, 64), (64, 64, 64), (100, 112, 112)]
+)
+def test_widths(channels, trained, inferred):
+    assert half_encoder.padded_channels(channels) == trained
+    with torch.no_grad():
+        assert half_encoder.padded_channels(channels) == inferred
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_encoder_equals_the_layers(options, memory_format, encoded):
+    module, x = make(**options).to(memory_format=memory_format), draw()
+    results = run(module, x)
+    channels = module.content_encoder.out_channels
+    assert [shape[1] for shape in encoded] == [half_encoder.padded_channels(channels)] != [channels]
+    # a hook turns to the layers
+    module.content_encoder.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(results, run(module, x))
+    assert len(encoded) == 1
+    assert module.logits(x).shape[1] == channels
+
+
+def relative_error(values, exact):
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(values, exact, strict=True))
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
+def test_autocast_is_as_exact_as_with_the_layers(options, encoded):
+    module, x = make(16, dtype=torch.float32, **options), draw(2, 16, 12, 10, dtype=torch.float32)
+    exact = run(deepcopy(module).double(), x.double())
+    encoded.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, *gradients = results = run(module, x)
+        assert y.dtype == torch.bfloat16
+        assert all(gradient.dtype == torch.float32 for gradient in gradients)
+        assert len(encoded) == 1
+        module.content_encoder.register_forward_hook(lambda *_: None)
+        layers = run(module, x)
+    assert relative_error(results, exact) < 1.25 * relative_error(layers, exact)
+
+
+def test_half_precision_without_autocast(encoded):
+    module, x = make(16, dtype=torch.bfloat16, up=2), draw(2, 16, 12, 10, dtype=torch.bfloat16)
+    exact = run(deepcopy(module).double(), x.double())
+    results = run(module, x)
+    assert len(encoded) == 2
+    assert relative_error(results, exact) < 0.03
+
+
+def test_second_derivatives(encoded):
+    module, x = make(2, down=2, kernel_size=3, compressed_channels=2), draw(1, 2, 3, 3).requires_grad_()
+    assert torch.autograd.gradgradcheck(module, x)
+    assert encoded
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
+def test_one_graph(options, encoded):
+    torch.compiler.reset()
+    module, x = make(dtype=torch.float32, **options), draw(dtype=torch.float32)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        results = run(module, x, function=compiled)
+        assert encoded
+        torch.testing.assert_close(results, run(module, x))
+
+
+def test_inductor_trains_it(encoded):
+    torch.compiler.reset()
+    module, x = make(dtype=torch.float32, up=2), draw(dtype=torch.float32)
+    torch.testing.assert_close(run(module, x, function=torch.compile(module, fullgraph=True)), run(module, x))
+
+
+def test_exported_programs_hold_the_layers(encoded):
+    module, x = make(up=2, dtype=torch.float32).eval(), draw(dtype=torch.float32)
+    program = torch.export.export(module, (x,))
+    assert any("conv2d" in str(node.target) and node.meta["val"].shape[1] == 100 for node in program.graph.nodes)
+    assert not encoded
+    traced = torch.jit.trace(module, x, check_trace=False)
+    assert "copy" not in str(traced.inlined_graph)
+    assert torch.fx.symbolic_trace(module).get_submodule("content_encoder").out_channels == 100
+    assert not encoded
+
+
+def test_torch_func(encoded):
+    module, x = make(up=2), draw()
+    parameters = dict(module.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(module, parameters, (x,)).square().sum()
+
+    gradients = torch.func.grad(loss)(parameters, x)
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x[:, None])
+    assert not encoded
+    expected = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+    assert encoded
+    torch.testing.assert_close(tuple(gradients.values()), expected)
+    torch.testing.assert_close(tuple(gradient.sum(0) for gradient in per_sample.values()), expected)
+    _, tangent = torch.func.jvp(module, (x,), (torch.ones_like(x),))
+    assert tangent.isfinite().all()
+    with torch.autograd.forward_ad.dual_level():
+        y = module(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(y).tangent, tangent)
+
+
+def parametrize(module):
+    torch.nn.utils.parametrizations.weight_norm(module.content_encoder)
+
+
+def leave_out_weights(module):
+    prune.random_unstructured(module.content_encoder, "weight", 0.5)
+
+
+def replace_compressor(module):
+    module.channel_compressor = nn.Conv2d(4, 6, 3, padding=1)
+
+
+def replace_encoder(module):
+    module.content_encoder = nn.Sequential(nn.Conv2d(6, 100, 1), nn.Tanh())
+
+
+@pytest.mark.parametrize("change", [parametrize, leave_out_weights, replace_compressor, replace_encoder])
+def test_changed_layers_are_called(change, encoded):
+    module = make(up=2, dtype=torch.float32)
+    change(module)
+    x = draw(dtype=torch.float32)
+    torch.testing.assert_close(module(x), carafe_of_logits(module, x))
+    assert not encoded
+
+
+def carafe_of_logits(module, x):
+    return reassemble(x, module.logits(x), **module.spec._asdict())
+
+
+def test_own_logits_are_called(encoded):
+    module, x = YoloCARAFE(4, c_mid=6).eval(), draw(dtype=torch.float32)
+    torch.testing.assert_close(module(x), carafe_of_logits(module, x))
+    assert not encoded
+
+
+def test_wrong_inputs_have_the_errors_of_the_layers(encoded):
+    module = make(up=2, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=r"dtype|type"):
+        module(draw(dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="channels"):
+        module(draw(channels=5, dtype=torch.float32))
+    with pytest.raises(ValueError, match="size must be at least 1"):
+        module(draw(dtype=torch.float32), size=(100, 100))
+
+
+def test_on_a_cpu_the_layers_are_called():
+    for dtype in (torch.float32, torch.bfloat16):
+        module = make(up=2, dtype=dtype)
+        assert not half_encoder.can_encode(module.channel_compressor, module.content_encoder, draw(dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gpu_is_as_exact_as_with_the_layers(options, dtype):
+    module, x = make(64, dtype=torch.float32, **options).cuda(), draw(2, 64, 24, 20, dtype=torch.float32).cuda()
+    exact = run(deepcopy(module).double(), x.double())
+    assert half_encoder.can_encode(module.channel_compressor, module.content_encoder, x.to(dtype)) is False  # no autocast
+    with torch.autocast("cuda", dtype):
+        assert half_encoder.can_encode(module.channel_compressor, module.content_encoder, x.to(dtype))
+        results = run(module, x)
+        module.content_encoder.register_forward_hook(lambda *_: None)
+        layers = run(module, x)
+    assert relative_error(results, exact) < 1.25 * relative_error(layers, exact)
