@@ -1,6 +1,7 @@
 """Upsampling as point sampling: the network predicts where to read the source instead of a kernel for a weighted sum.
 
-This module has DySample. GUM also samples points, and is in guided_samplers.py because it needs a guide.
+This module has DySample. GUM also samples points, and is in guided_samplers.py because it needs a guide. DLU (dlu.py) samples kernels, and
+LDA-AQU (local_attention.py) samples the keys and values of an attention.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,29 @@ torch.fx.wrap("fit_double")
 torch.fx.wrap("shuffle_pixels")
 
 
+def read_points(x: Tensor, rows: Tensor, columns: Tensor, padding_mode: str = "border") -> Tensor:
+    """Read x bilinearly at positions in pixels, where pixel i has its centre at i + 0.5.
+
+    Args:
+        x: [N, C, H, W].
+        rows, columns: [N, G, Ho, Wo]; each of the G groups of channels has its own.
+        padding_mode: what positions outside the map read, "border" or "zeros".
+
+    Returns:
+        [N, C, Ho, Wo], in the dtype of x.
+    """
+    groups = rows.shape[1]
+    grid = torch.stack([columns * 2 / x.shape[3] - 1, rows * 2 / x.shape[2] - 1], dim=-1)  # [N, G, Ho, Wo, 2]
+    y = F.grid_sample(
+        x.to(grid.dtype).unflatten(1, (groups, -1)).flatten(0, 1),
+        grid.flatten(0, 1),
+        mode="bilinear",
+        padding_mode=padding_mode,
+        align_corners=False,
+    )
+    return y.unflatten(0, (-1, groups)).flatten(1, 2).to(x.dtype)
+
+
 @torch.fx.wrap
 def sample(x: Tensor, offsets: Tensor) -> Tensor:
     """Read x bilinearly at the positions of 2x bilinear interpolation plus `offsets`; positions outside the map read its border.
@@ -29,20 +53,12 @@ def sample(x: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         [N, C, Ho, Wo] in the memory format of x.
     """
-    n, _, groups, height, width = offsets.shape
+    height, width = offsets.shape[3:]
     # half precision cannot resolve the positions
     dtype = torch.promote_types(x.dtype, torch.float32)
     columns = (torch.arange(width, device=x.device, dtype=dtype) + 0.5) / 2 + offsets[:, 0].to(dtype)
     rows = (torch.arange(height, device=x.device, dtype=dtype)[:, None] + 0.5) / 2 + offsets[:, 1].to(dtype)
-    grid = torch.stack([columns * 2 / x.shape[3] - 1, rows * 2 / x.shape[2] - 1], dim=-1)  # [N, G, Ho, Wo, 2]
-    y = F.grid_sample(
-        x.to(dtype).unflatten(1, (groups, -1)).flatten(0, 1),
-        grid.flatten(0, 1),
-        mode="bilinear",
-        padding_mode="border",
-        align_corners=False,
-    )
-    return y.unflatten(0, (n, groups)).flatten(1, 2).to(x.dtype, memory_format=memory_format(x))
+    return read_points(x, rows, columns).contiguous(memory_format=memory_format(x))
 
 
 class DySample(nn.Module):

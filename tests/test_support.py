@@ -9,8 +9,10 @@ import pytest
 import torch
 from carafepp.kernels import backends
 from carafepp.models.detection import FasterRCNN
+from carafepp.models.dlu import DLU
 from carafepp.models.global_local import GlobalLocal
 from carafepp.models.guided_samplers import A2U, FADE, SAPA
+from carafepp.models.local_attention import LDAAQU
 from carafepp.models.partial_conv import PartialGlobalLocal
 from carafepp.models.psanet import PSANet
 from carafepp.models.pspnet import PSPNet
@@ -88,7 +90,13 @@ def shrink(sampler: type[nn.Module], **attributes: int) -> Callable[[], nn.Modul
 
 def list_samplers(group: str) -> dict[str, Row]:
     """Make a row of every sampler of a configuration group except CARAFE, which has rows of its own."""
-    smaller = {"a2u": shrink(A2U, kernel_size=1, filter_size=2), "sapa": shrink(SAPA, kernel_size=1), "fade": shrink(FADE, kernel_size=1)}
+    smaller = {
+        "a2u": shrink(A2U, kernel_size=1, filter_size=2),
+        "sapa": shrink(SAPA, kernel_size=1),
+        "fade": shrink(FADE, kernel_size=1),
+        "dlu": lambda: DLU(8, kernel_size=1),
+        "lda_aqu": lambda: LDAAQU(8, kernel_size=1),
+    }
     rows = {}
     for name in choices(group):
         slot = configured_sampler(group, name) if name not in ("carafe", "published", "shared") else None

@@ -30,8 +30,8 @@ SITES = {
 }
 # the sampler by whose times the other times are divided
 BASELINES = {"upsampler": "nearest", "downsampler": "strided_conv"}
-# parameters at C = 256 from CARAFE (Wang et al., 2019), Table 2, exact for the convolutions and CARAFE, and from DySample (Liu et al.,
-# 2023)
+# parameters at C = 256 from CARAFE (Wang et al., 2019), Table 2, exact for the convolutions and CARAFE, from DySample (Liu et al., 2023),
+# and of the modules that the authors of DLU and LDA-AQU published
 PUBLISHED = {
     "nearest": "0",
     "bilinear": "0",
@@ -43,6 +43,8 @@ PUBLISHED = {
     "spatial_attention": "2.3 K",
     "carafe": "74,148",
     "dysample": "8.2 K",
+    "dlu": "35,489",
+    "lda_aqu": "39,410",
 }
 
 aten = torch.ops.aten

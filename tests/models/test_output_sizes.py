@@ -40,7 +40,8 @@ def impulses(height, width):
     return x.expand(-1, 8, -1, -1)
 
 
-@unguided
+# LDA-AQU aligns the corners of both maps, so that pixels are not where those of the other samplers are
+@pytest.mark.parametrize("case", [case for case in UNGUIDED if case.name != "lda_aqu"], ids=lambda case: case.id)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @torch.no_grad()
 def test_a_moving_impulse_arrives_where_its_pixel_is(case, size):

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from carafepp.models.antialiased import FLCPool, MaxBlurPool
 from carafepp.models.attenders import LocalAttender
+from carafepp.models.dlu import DLU
 from carafepp.models.guided_samplers import FADE, GUM, SAPA
 from carafepp.models.learned_samplers import BilinearConv, Deconv, NearestConv, PixelShuffle, SpatialAttention
+from carafepp.models.local_attention import LDAAQU
 from carafepp.models.point_samplers import DySample
 from carafepp.models.pooling import DPP, LIP, BlurPool, PairedLIP, SoftPool
 from carafepp.models.resnet import ResNet
+from carafepp.models.space_to_depth import HWD, SPDConv
 from carafepp.models.upernet import UperNet
 from configurations import CONF
 from hydra.utils import instantiate
@@ -207,10 +211,17 @@ def test_upernet_passes_the_guides(case):
         (SpatialAttention(256), 2_305),
         (GUM(256), 131_842),
         (DySample(256), 8_224),
+        (DLU(256), 35_489),
+        (LDAAQU(256), 39_410),
         (FADE(256), 47_514),
         (LocalAttender(256), 5 * 257),
         (LocalAttender(256, 64, neighbours=25), 25 * 65),
         (BlurPool(256), 0),
+        (MaxBlurPool(256), 0),
+        (FLCPool(256), 0),
+        (SPDConv(256), 36 * 256**2 + 256),
+        (SPDConv(256, kernel_size=1), 4 * 256**2 + 256),
+        (HWD(256), 4 * 256**2 + 3 * 256),
         (DPP(256), 512),
         (DPP(256, guide="full"), 11 * 256),
         (LIP(256), 9 * 256**2 + 512),
@@ -229,6 +240,18 @@ def test_initial_states():
     torch.testing.assert_close(DySample(8)(x), upsampled, atol=0.02, rtol=0)
     torch.testing.assert_close(GUM(8)(x, torch.randn(1, 8, 12, 12)), upsampled, atol=0.05, rtol=0)
     assert SAPA(8).query.bias.abs().max() == 0
+    # no offset: the four targets of a source pixel share its kernel, close to a box blur
+    box = torch.nn.functional.avg_pool2d(x, 5, stride=1, padding=2)
+    torch.testing.assert_close(DLU(8)(x), torch.nn.functional.interpolate(box, scale_factor=2), atol=0.02, rtol=0)
+
+
+def test_flc_pool_keeps_waves_of_low_frequency_and_drops_the_others():
+    """A wave of 3 periods in 16 pixels stays what it is at 8 pixels; one of 5 would become an alias of 3 and is dropped."""
+    angles = 2 * torch.pi * torch.arange(16) / 16
+    low, high = (2 + (k * angles).cos()[:, None] * torch.ones(16) for k in (3, 5))
+    y = FLCPool(2)(torch.stack([low, high])[None])
+    torch.testing.assert_close(y[0, 0], low[::2, ::2])
+    torch.testing.assert_close(y[0, 1], torch.full((8, 8), 2.0))
 
 
 @torch.no_grad()
@@ -281,10 +304,11 @@ def test_soft_pool_and_lip_do_not_overflow():
         (lambda: DPP(8, guide="medium"), 'guide must be "lite" or "full", got \'medium\''),
         (lambda: DySample(8, style="xx"), 'style must be "lp" or "pl", got \'xx\''),
         (lambda: DySample(6), "groups=4 for channels=6"),
+        (lambda: LDAAQU(12), r"channels must be divisible by reduction \* groups = 8, got 12"),
         (lambda: DySample(6, style="pl", groups=2), "divisible by 4"),
         (lambda: LocalAttender(8, neighbours=7), "neighbours must be one of 5, 9, 13, 17, 25, got 7"),
     ],
-    ids=["dpp", "dysample-style", "dysample-groups", "dysample-pl", "local-attender"],
+    ids=["dpp", "dysample-style", "dysample-groups", "lda-aqu", "dysample-pl", "local-attender"],
 )
 def test_wrong_options_are_named(build, message):
     with pytest.raises(ValueError, match=message):

@@ -4,6 +4,7 @@ A definition takes (module, x [N, C, H, W], guide or None) in float64 and reads 
 """
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,72 @@ def blur_pool(_, x, guide=None):
     for (i, j), (a, b) in itertools.product(each(y.shape[2:]), each((4, 4))):
         y[:, :, i, j] += binomial[a] * binomial[b] / 64 * x[:, :, reflected(2 * i + a - 1, h), reflected(2 * j + b - 1, w)]
     return y
+
+
+def max_blur_pool(module, x, guide=None):
+    """Zhang, section 3: the maximum of each 2x2 window of an even map, then the filter; odd sides repeat their last pixel."""
+    rows, columns = (torch.arange(side + side % 2).clamp(max=side - 1) for side in x.shape[2:])
+    even = x[:, :, rows[:, None], columns]
+    corners = [even[:, :, a : a + even.shape[2] - 1, b : b + even.shape[3] - 1] for a, b in each((2, 2))]
+    maxima = torch.stack(corners).amax(0)
+    if 1 in even.shape[2:]:
+        return maxima
+    h, w = maxima.shape[2:]
+    y = x.new_zeros(*x.shape[:2], (h + 1) // 2, (w + 1) // 2)
+    reflect = min(h, w) > 2
+
+    def inside(p, size):
+        if reflect:
+            return -p if p < 0 else 2 * (size - 1) - p if p >= size else p
+        return min(max(p, 0), size - 1)
+
+    for (i, j), (a, b) in itertools.product(each(y.shape[2:]), each((4, 4))):
+        y[:, :, i, j] += [1, 3, 3, 1][a] * [1, 3, 3, 1][b] / 64 * maxima[:, :, inside(2 * i + a - 1, h), inside(2 * j + b - 1, w)]
+    return y
+
+
+def flc_pool(_, x, guide=None):
+    """Grabinski et al., section 3: the sum of the waves of low frequencies, at every other position."""
+    h, w = x.shape[2:]
+    size = -(-h // 2), -(-w // 2)
+    y = torch.zeros(*x.shape[:2], *size, dtype=torch.complex128)
+    rows, columns = torch.arange(h).double()[:, None], torch.arange(w).double()
+    for u, v in each(size):
+        # from -ceil(size / 2) / 2 on
+        u, v = u - size[0] // 2, v - size[1] // 2
+        amplitude = (x * torch.exp(-2j * math.pi * (u * rows / h + v * columns / w))).mean((2, 3))
+        coarse_rows, coarse_columns = torch.arange(size[0]).double()[:, None] / size[0], torch.arange(size[1]).double() / size[1]
+        y += amplitude[..., None, None] * torch.exp(2j * math.pi * (u * coarse_rows + v * coarse_columns))
+    return (y.real**2 + y.imag**2).sqrt()
+
+
+def block_pixels(x, i, j):
+    """The pixels of block (i, j), [N, C, 2, 2]; 0 outside the map."""
+    return F.pad(x, (0, 1, 0, 1))[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+
+
+def spd_conv(module, x, guide=None):
+    """Sunkara and Luo, section 3.1: sub-maps (0, 0), (1, 0), (0, 1), (1, 1) become channels; then a convolution of stride 1."""
+    size = -(-x.shape[2] // 2), -(-x.shape[3] // 2)
+    depth = x.new_zeros(x.shape[0], 4 * x.shape[1], *size)
+    for i, j in each(size):
+        block = block_pixels(x, i, j)
+        depth[:, :, i, j] = torch.cat([block[..., 0, 0], block[..., 1, 0], block[..., 0, 1], block[..., 1, 1]], 1)
+    return conv(module.conv, depth, padding=module.conv.padding)
+
+
+def hwd(module, x, guide=None):
+    """Xu et al., section 3: the products of the block with the outer products of the Haar filters, then convolution, norm and ReLU."""
+    low, high = torch.tensor([[1, 1], [1, -1]]).double() / 2**0.5
+    size = -(-x.shape[2] // 2), -(-x.shape[3] // 2)
+    depth = x.new_zeros(x.shape[0], 4 * x.shape[1], *size)
+    for i, j in each(size):
+        filters = (torch.outer(low, low), torch.outer(high, low), torch.outer(low, high), torch.outer(high, high))
+        depth[:, :, i, j] = torch.cat([(block_pixels(x, i, j) * kernel).sum((2, 3)) for kernel in filters], 1)
+    mixed, norm = conv(module.conv_bn_relu[0], depth), module.conv_bn_relu[1]
+    mean, variance = mixed.mean((0, 2, 3)), mixed.var((0, 2, 3), correction=0)
+    normalised = (mixed - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
+    return (normalised * norm.weight[:, None, None] + norm.bias[:, None, None]).clamp(min=0)
 
 
 def soft_pool(_, x, guide=None):

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from configurations import CONF
-from downsampler_definitions import avg_pool, blur_pool, dpp, lip, max_pool, soft_pool, strided_conv
+from downsampler_definitions import avg_pool, blur_pool, dpp, flc_pool, hwd, lip, max_blur_pool, max_pool, soft_pool, spd_conv, strided_conv
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from upsampler_definitions import (
@@ -12,10 +12,12 @@ from upsampler_definitions import (
     bilinear_conv,
     carafe,
     deconv,
+    dlu,
     dysample,
     fade,
     gum,
     indexnet,
+    lda_aqu,
     local_attender,
     nearest,
     nearest_conv,
@@ -54,7 +56,15 @@ def list_cases(group: str, table: list[tuple]) -> list[Case]:
     return [Case(group, name, options, definition) for name, definition, *variants in table for options in ({}, *variants)]
 
 
+# At the 8 channels of the tests, the defaults of these have parameters without a gradient: the normalisation of one channel leaves nothing,
+# and far offsets all read the border.
+SMALLER = [
+    Case("upsampler", "dlu", {"compressed_channels": 4}, dlu),
+    Case("upsampler", "lda_aqu", {"reduction": 1, "offset_range": 1.5}, lda_aqu),
+]
+
 CASES = [
+    *SMALLER,
     *list_cases(
         "upsampler",
         [
@@ -88,6 +98,10 @@ CASES = [
             ("avg_pool", avg_pool),
             ("strided_conv", strided_conv),
             ("blur_pool", blur_pool),
+            ("max_blur_pool", max_blur_pool),
+            ("flc_pool", flc_pool),
+            ("spd_conv", spd_conv),
+            ("hwd", hwd),
             ("soft_pool", soft_pool),
             ("dpp", dpp, {"symmetric": False}, {"guide": "full"}, {"guide": "full", "symmetric": False}),
             ("lip", lip, {"bottleneck": 8}),

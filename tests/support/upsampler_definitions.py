@@ -113,6 +113,61 @@ def dysample(module, x, guide=None):
     return torch.cat([read_at(x[:, i * width : (i + 1) * width], offsets[:, [i, g + i]], size) for i in range(g)], 1)
 
 
+def dlu(module, x, guide=None):
+    """Fu et al.: a kernel for each source pixel, read bilinearly at the source pixel of the target plus an offset."""
+    compressed = conv(module.channel_compressor, x)
+    kernels = conv(module.kernel_space_generator, compressed, padding=1).exp()
+    kernels = kernels / kernels.sum(1, keepdim=True)
+    offsets = conv(module.conv_offset, compressed, padding=1)
+    y = x.new_zeros(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
+    for n, i, j in each((x.shape[0], *y.shape[2:])):
+        right, down = offsets[n, 2 * (i % 2) + j % 2 :: 4, i // 2, j // 2]
+        kernel = tent(kernels[n], i // 2 + down, j // 2 + right)
+        y[n, :, i, j] = sum_window(x, n, i, j, kernel.view(module.kernel_size, module.kernel_size))
+    return y
+
+
+def lda_aqu(module, x, guide=None):
+    """Du et al., section 3: attention of each target to K x K neighbours that its query moves, corners aligned, zeros outside."""
+
+    def normalise(layer, t):
+        centred = t - t.mean(1, keepdim=True)
+        scaled = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+        return scaled * layer.norm.weight[:, None, None] + layer.norm.bias[:, None, None]
+
+    def read(t, row, column):
+        padded = F.pad(t, (1, 1, 1, 1))
+        return tent(padded, row + 1, column + 1)
+
+    (n, c, h, w), groups, points = x.shape, module.groups, module.relative_position_bias_table.shape[0]
+    normalised = normalise(module.layer_norm, x)
+    q, k = conv(module.proj_q, normalised), conv(module.proj_k, normalised)
+    e, side = q.shape[1], round(points**0.5)
+    rows, columns = torch.arange(2 * h).double() * (h - 1) / (2 * h - 1), torch.arange(2 * w).double() * (w - 1) / (2 * w - 1)
+    fine = torch.stack([torch.stack([torch.stack([tent(q[b], r, s) for s in columns], -1) for r in rows], -2) for b in range(n)])
+    depthwise, norm, _, last = module.conv_offset
+    offsets = []
+    for g in range(groups):
+        hidden = normalise(norm, conv(depthwise, fine[:, g * e // groups : (g + 1) * e // groups], padding=1, groups=e // groups))
+        hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+        offsets.append(module.offset_range * torch.tanh(conv(last, hidden, padding=1)))
+    y = x.new_zeros(n, c, 2 * h, 2 * w)
+    for b, i, j in each((n, 2 * h, 2 * w)):
+        logits, values = [], []
+        for t in range(points):
+            key, value = [], []
+            for g in range(groups):
+                down, right = offsets[g][b, 2 * t : 2 * t + 2, i, j]
+                row = (i + t // side - side // 2 + down) * (h - 1) / (2 * h - 1)
+                column = (j + t % side - side // 2 + right) * (w - 1) / (2 * w - 1)
+                key.append(read(k[b, g * e // groups : (g + 1) * e // groups], row, column))
+                value.append(read(x[b, g * c // groups : (g + 1) * c // groups], row, column))
+            logits.append(fine[b, :, i, j] @ (torch.cat(key) + module.relative_position_bias_table[t]) / e**0.5)
+            values.append(torch.cat(value))
+        y[b, :, i, j] = torch.stack(logits).softmax(0) @ torch.stack(values)
+    return y
+
+
 def indexnet(module, x, guide):
     """Four index blocks, one for each pixel of a 2x2 block."""
     h, w = guide.shape[2:]
