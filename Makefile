@@ -5,7 +5,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 RUNS := runs/main-$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: run test soak setup lint bench docs recipes
+.PHONY: run test soak setup lint bench docs recipes gpu wheels
 
 run: setup
 	$(BIN)/carafepp-train -m scale=small samplers=published,carafe hydra.sweep.dir=$(RUNS)
@@ -42,6 +42,19 @@ docs: .venv/installed-docs
 # the recipes of docs/recipes.md with the packages that they are for
 recipes: .venv/installed-recipes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests/recipes
+
+# on a machine with a GPU: the `gpu` tests and all figures of the documentation that need one, in eight minutes. The interpreter needs PyTorch,
+# Triton, Lightning and pytest; it takes other packages from wheels/, or from PyPI
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu:
+	$(GPU_PYTHON) docs/measure.py
+
+# packages for `make gpu` on a machine without network, for its version of Python
+GPU_PYTHON_VERSION ?= 3.12
+
+wheels:
+	$(PYTHON) docs/wheels.py $(GPU_PYTHON_VERSION)
 
 setup: .venv/installed
 

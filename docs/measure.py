@@ -1,0 +1,204 @@
+"""make gpu: the `gpu` tests, and every figure of the documentation that a GPU gives, within eight minutes.
+
+Each step is a command with a time limit, and the next step follows whatever happens. The figures of the steps that succeed go to
+docs/measurements/DATE_DEVICE/, from which docs/tables.py writes the tables of the pages. The program needs only PyTorch and Triton, pytest
+for the tests, and torchvision and Lightning for the networks; docs/wheels.py brings the others.
+"""
+
+import contextlib
+import csv
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+from wheels import find_packages
+
+ROOT = Path(__file__).parent.parent
+MEASUREMENTS = ROOT / "docs" / "measurements"
+# all steps together, in seconds
+BUDGET = 480
+
+
+class Step(NamedTuple):
+    """A command: `arguments` of the Python interpreter, killed after `seconds`; its run folders hold the table `csv`, if it has one."""
+
+    name: str
+    arguments: tuple[str, ...]
+    seconds: int
+    csv: str | None = None
+
+
+def bench(command: str, name: str, seconds: int, *overrides: str) -> Step:
+    """Return the step that runs a sweep of the bench "operator", "module" or "models" on the GPU."""
+    words = [] if command == "operator" else [command]
+    tables = {"operator": "times.csv", "module": "module.csv", "models": "models.csv"}
+    arguments = ("-P", "-m", "carafepp.scripts.bench", *words, "-m", "device=cuda", *overrides)
+    return Step(f"{command}: {name}", arguments, seconds, tables[command])
+
+
+OPERATOR = (
+    "providers=[triton,mmcv,nearest,bilinear,avg_pool,copy]",
+    "dtype=float16,float32",
+    "channels_last=true,false",
+    "rounds=20",
+    "seconds=0.3",
+)
+MIXED = ("dtype=bfloat16", "channels_last=true")
+# the limits are estimates: together they are the budget, and a step that needs less leaves the rest to the later ones
+STEPS = (
+    Step("tests", ("-P", "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors", "tests/kernels", "tests/models"), 100),
+    bench("operator", "up 2", 60, "op=up2", "op.shape=[512,256,14,14],[2,256,100,168],[4,512,64,64]", *OPERATOR),
+    bench("operator", "down 2", 30, "op=down2", "op.shape=[64,64,112,112]", *OPERATOR),
+    bench("operator", "up 3, 4 groups", 30, "op=up3_grouped", *OPERATOR),
+    bench("operator", "torch.compile", 30, "op=up2", "providers=[triton,compiled_definition,copy]", "dtype=float16", "rounds=20"),
+    bench("module", "up 2", 25, "op=up2", "op.shape=[4,256,100,168],[4,256,25,42]", *MIXED),
+    bench("module", "down 2", 25, "op=down2", "op.shape=[64,64,112,112],[64,512,28,28]", "options.compressor_norm=true", *MIXED),
+    bench("models", "batch 1", 45, "table=table2,table9", "modes=[inference,graph]", "rounds=15", *MIXED),
+    bench(
+        "models",
+        "ResNet-50, large batches",
+        55,
+        "table=table2",
+        "rows=[resnet50_carafe]",
+        "batch=64",
+        "step_batch=128",
+        "modes=[inference,step,compiled,graph]",
+        "rounds=15",
+        *MIXED,
+    ),
+    bench("models", "Mask R-CNN, training", 40, "table=table7", "step_batch=4", "modes=[step]", *MIXED),
+    bench("models", "frames per second", 40, "table=table3,table4", "modes=[inference]", "rounds=10", *MIXED),
+)
+
+
+class Outcome(NamedTuple):
+    """How a step ended: "passed", "failed (STATUS)", "out of time" or "no time left", after some seconds, with its output in `log`."""
+
+    step: Step
+    state: str
+    seconds: float
+    log: Path
+
+
+def run_step(step: Step, folder: Path, seconds: float, environment: dict[str, str]) -> Outcome:
+    """Run a step in a folder of its own; kill it and the processes that it started after some seconds."""
+    run = folder / re.sub(r"\W+", "_", step.name)
+    run.mkdir(parents=True)
+    log = run / "output.txt"
+    sweep = (f"hydra.sweep.dir={run / 'runs'}",) if step.csv else ()
+    start = time.monotonic()
+    if seconds <= 0:
+        return Outcome(step, "no time left", 0, log)
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *step.arguments, *sweep],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(seconds)
+            state = "passed" if status == 0 else f"failed ({status})"
+        except subprocess.TimeoutExpired:
+            state = "out of time"
+        finally:
+            # also what the step started and left running
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return Outcome(step, state, time.monotonic() - start, log)
+
+
+def run_steps(steps: Iterable[Step], folder: Path, environment: dict[str, str], budget: float = BUDGET) -> list[Outcome]:
+    """Run all steps, each in its own limit and all within the budget in seconds, and print how each ends."""
+    end = time.monotonic() + budget
+    outcomes = []
+    for step in steps:
+        outcome = run_step(step, folder, min(step.seconds, end - time.monotonic()), environment)
+        print(f"{outcome.state:<14}{outcome.seconds:>6.0f} s  {step.name}", flush=True)
+        if outcome.state != "passed" and outcome.log.exists():
+            print(*(f"    {line}" for line in outcome.log.read_text(errors="replace").splitlines()[-5:]), f"    {outcome.log}", sep="\n")
+        outcomes.append(outcome)
+    return outcomes
+
+
+def merge_tables(paths: Sequence[Path], target: Path) -> None:
+    """Write the rows of several tables as one, with the columns of all."""
+    rows = [row for path in paths for row in csv.DictReader(path.open(newline=""))]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with target.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_measurements(outcomes: Sequence[Outcome], target: Path, about: dict[str, str]) -> None:
+    """Write the tables of the steps that passed, one file for each kind of table, and what they were measured with."""
+    names = dict.fromkeys(outcome.step.csv for outcome in outcomes if outcome.step.csv)
+    for name in names:
+        passed = [outcome for outcome in outcomes if outcome.step.csv == name and outcome.state == "passed"]
+        if tables := [table for outcome in passed for table in sorted(outcome.log.parent.rglob(name))]:
+            target.mkdir(parents=True, exist_ok=True)
+            merge_tables(tables, target / name)
+    if target.exists():
+        (target / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+        print(f"figures written to {target}")
+
+
+def describe() -> dict[str, str]:
+    """Describe this run: date, device, versions and commit."""
+    import torch
+    import triton
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    return {
+        "kind": "gpu",
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": git("rev-parse", "--short", "HEAD") + ("-modified" if git("status", "--porcelain", "--untracked-files=no") else ""),
+    }
+
+
+def main() -> int:
+    """Run all steps and write their figures; return the exit status."""
+    try:
+        import torch
+    except ImportError:
+        print(f"make gpu needs PyTorch, which {sys.executable} does not have: give make gpu GPU_PYTHON=PYTHON.", file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print(f"make gpu needs a GPU, and PyTorch {torch.__version__} finds none.", file=sys.stderr)
+        return 2
+    about = describe()
+    folder = ROOT / "runs" / time.strftime("gpu-%Y-%m-%d_%H-%M-%S")
+    folder.mkdir(parents=True)
+    print(", ".join(about.values()), flush=True)
+    outcomes = run_steps(STEPS, folder, find_packages(folder / "packages"))
+    target = MEASUREMENTS / f"{about['date']}_{re.sub(r'[^a-z0-9]+', '-', about['device'].lower()).strip('-')}"
+    write_measurements(outcomes, target, about)
+    tables = subprocess.run([sys.executable, str(ROOT / "docs" / "tables.py")]).returncode
+    failed = [outcome.step.name for outcome in outcomes if outcome.state != "passed"]
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} steps passed" + (f"; not: {', '.join(failed)}" if failed else ""))
+    return 1 if failed or tables else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Writes the measured tables into the pages of the documentation, from docs/measurements.
+
+A folder of docs/measurements holds one run: about.json says when, on what and with which versions ("note_TABLE" stands above a table), and
+the CSV files are those that carafepp-bench writes. A page says where a table goes, and the newest run on a "cpu" or on a "gpu" gives it:
+
+    <!-- measured networks gpu -->
+    <!-- end -->
+
+`python docs/tables.py` writes what stands between the two lines.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+PLACE = re.compile(r"(<!-- measured (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Row = dict[str, str]
+# keys of about.json, as pages name them
+VERSIONS = {"torch": "PyTorch", "triton": "Triton", "python": "Python", "commit": "commit"}
+
+
+def read_run(kind: str, name: str, folder: Path) -> tuple[list[Row], dict[str, str]]:
+    """Return the rows of a table of the newest run on a kind of machine, and what describes this run.
+
+    Raises:
+        FileNotFoundError: no run on such a machine has this table.
+    """
+    runs = [path for path in sorted(folder.iterdir()) if (path / name).exists()]
+    about = {path: json.loads((path / "about.json").read_text()) for path in runs}
+    if not (found := [path for path in runs if about[path]["kind"] == kind]):
+        raise FileNotFoundError(f"no run in {folder} on a {kind} has {name}")
+    newest = max(found, key=lambda path: about[path]["date"])
+    return list(csv.DictReader((newest / name).open(newline=""))), about[newest]
+
+
+def percent(value: float, digits: int = 0) -> str:
+    """Format a fraction in per cent."""
+    return f"{100 * value:.{digits}f} %"
+
+
+def sides(text: str) -> str:
+    """Format a list of sides, "[800, 1333]", as "800 x 1333"."""
+    return " x ".join(re.findall(r"[0-9]+", text))
+
+
+def layout_name(row: Row) -> str:
+    """Name the dtype and the layout of a row."""
+    return row["dtype"] + (", channels_last" if row["layout"] == "channels_last" else ", NCHW")
+
+
+def number(text: str, digits: int = 3, factor: float = 1) -> str:
+    """Format a number with significant digits; nothing for nothing."""
+    if not text:
+        return ""
+    value = float(text) * factor
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def write_table(columns: list[str], lines: list[list[str]]) -> str:
+    """Write a table in Markdown, without the columns that are empty in every line."""
+    kept = [i for i, _ in enumerate(columns) if not lines or i == 0 or any(line[i] for line in lines)]
+    cells = [columns, ["---"] * len(columns), *lines]
+    return "\n".join("| " + " | ".join(line[i] for i in kept) + " |" for line in cells)
+
+
+def tabulate_operator(rows: list[Row]) -> str:
+    """Write the operator's times, their ratio to a copy, and the times of other implementations relative to it."""
+    cases: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
+    for row in rows:
+        scale = f"down {row['down']}" if int(row["down"]) > 1 else f"up {row['up']}"
+        groups = f", {row['groups']} groups" if int(row["groups"]) > 1 else ""
+        name = f"{sides(row['shape'])}, {scale}, k {row['kernel_size']}{groups}"
+        cases.setdefault((name, layout_name(row)), {})[row["provider"], row["mode"]] = row
+    rivals = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] not in ("triton", "cpu", "copy")))
+    lines = []
+    for (name, layout), found in cases.items():
+        ours = {mode: row for (provider, mode), row in found.items() if provider in ("triton", "cpu")}
+        line = [name, layout]
+        for mode in ("forward", "backward"):
+            row = ours.get(mode, {})
+            line += [number(row.get("ms", ""), factor=1e3), number(row.get("copies", ""), 2)]
+        for rival in rivals:
+            ratios = [number(found.get((rival, mode), {}).get("relative", ""), 2) for mode in ("forward", "backward")]
+            line.append(" / ".join(ratios) if any(ratios) else "")
+        lines.append(line)
+    return write_table(
+        ["features", "type", "forward, us", "x copy", "backward, us", "x copy", *(r.replace("_", " ") for r in rivals)], lines
+    )
+
+
+def tabulate_modules(rows: list[Row]) -> str:
+    """Write the times of CARAFE modules and the shares of their parts."""
+    modules: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        scale = f"down {row['down']}" if int(row["down"]) > 1 else f"up {row['up']}"
+        key = (f"{sides(row['shape'])}, {scale}", layout_name(row))
+        modules.setdefault(key, {})[row["part"]] = row
+    parts = list(dict.fromkeys(row["part"] for row in rows if row["part"] != "module"))
+    lines = []
+    for key, found in modules.items():
+        line = list(key)
+        for mode in ("forward", "step"):
+            whole = found["module"].get(mode, "")
+            line.append(number(whole, factor=1e3))
+            for part in parts:
+                taken = found.get(part, {}).get(mode, "")
+                line.append(percent(float(taken) / float(whole)) if whole and taken else "")
+        lines.append(line)
+    shares = [part.replace("_", " ") for part in parts]
+    return write_table(["features", "type", "forward, us", *shares, "forward and backward, us", *shares], lines)
+
+
+def format_ratio(row: Row, mode: str) -> str:
+    """Format the ratio of a mode to the baseline, with its interval if there is one."""
+    if not (ratio := row.get(f"{mode}_relative", "")):
+        return ""
+    low, high = row.get(f"{mode}_relative_low", ""), row.get(f"{mode}_relative_high", "")
+    return f"{float(ratio):.2f}" + (f" [{float(low):.2f}, {float(high):.2f}]" if low and low != high else "")
+
+
+def tabulate_networks(rows: list[Row]) -> str:
+    """Write parameters, FLOPs, times, ratios to the baseline, memory and shares of networks."""
+    columns = ["row", "size, batch", "parameters", "GFLOPs"]
+    modes = {"inference": "inference", "compiled": "compiled", "graph": "CUDA graph", "step": "training step"}
+    lines = []
+    for row in rows:
+        batches = " / ".join(row[name] if row.get(f"{mode}_ms") else "-" for name, mode in (("batch", "inference"), ("step_batch", "step")))
+        line = [f"{row['table']}/{row['row']}", f"{sides(row['size'])}, {batches}"]
+        line += [f"{int(row['parameters']):,}" if row["parameters"] else "", number(row["flops"], 4, 1e-9)]
+        for mode in modes:
+            share = [row.get(f"{mode}_{name}_share", "") for name in ("operator", "rest")]
+            line += [number(row.get(f"{mode}_ms", "")), format_ratio(row, mode)]
+            if mode in ("inference", "step"):
+                shares = [percent(float(value), 1) for value in share if value]
+                line.append(" + ".join(shares) if any(map(float, filter(None, share))) else "")
+                line.append(number(row.get(f"{mode}_peak_mb", "")))
+        lines.append(line)
+    for mode, name in modes.items():
+        columns += [f"{name}, ms", "/ baseline"] + (["operator + its rest", "peak MB"] if mode in ("inference", "step") else [])
+    return write_table(columns, lines)
+
+
+def tabulate_fps(rows: list[Row]) -> str:
+    """Write frames per second and times relative to the baseline beside the paper's."""
+    lines = []
+    for row in rows:
+        if row.get("inference_ms") and row["paper_fps"]:
+            name, size = f"{row['table']}/{row['row']}", sides(row["size"])
+            ratio = number(row["paper_relative"]) and f"{float(row['paper_relative']):.2f}"
+            lines.append([name, size, number(row["inference_fps"]), format_ratio(row, "inference"), row["paper_fps"], ratio])
+    return write_table(["row", "size", "fps", "time / baseline", "paper: fps", "paper: time / baseline"], lines)
+
+
+TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
+    "operator": ("times.csv", tabulate_operator),
+    "modules": ("module.csv", tabulate_modules),
+    "networks": ("models.csv", tabulate_networks),
+    "fps": ("models.csv", tabulate_fps),
+}
+
+
+def fill_page(text: str, folder: Path = DOCS / "measurements") -> str:
+    """Return a page with its measured tables.
+
+    Raises:
+        FileNotFoundError: no run has a table of the page.
+        KeyError: the page asks for a table that does not exist.
+    """
+
+    def fill(match: re.Match) -> str:
+        start, table, kind, end = match.groups()
+        name, tabulate = TABLES[table]
+        rows, about = read_run(kind, name, folder)
+        versions = ", ".join(f"{label} {about[key]}" for key, label in VERSIONS.items() if about.get(key))
+        note = "\n" + about[f"note_{table}"] if f"note_{table}" in about else ""
+        return f"{start}*{about['device']}, {about['date']}, {versions}.*{note}\n\n{tabulate(rows)}\n\n{end}"
+
+    return PLACE.sub(fill, text)
+
+
+if __name__ == "__main__":
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text()
+        if (filled := fill_page(text)) != text:
+            page.write_text(filled)
+            print(f"tables written to {page}")
