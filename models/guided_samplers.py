@@ -92,9 +92,9 @@ class GUM(Guided):
 class IndexNet(Guided):
     """Decoder side of IndexNet (Lu et al., 2019): nearest-neighbour interpolation times an index map in (0, 1) per element.
 
-    The index map is the sigmoid of a 4x4 convolution of stride 2 from the guide to 4 C channels, rearranged from depth to space. This is
-    the "many-to-one", linear form with context, the form that the papers of later upsamplers compare with. 64 C C_guide parameters, 4.2 M
-    for 256; 16 C C_guide multiply-adds per output pixel.
+    The encoder side is `pooling.IndexPool`. The index map is the sigmoid of a 4x4 convolution of stride 2 from the guide to 4 C channels,
+    rearranged from depth to space. This is the "many-to-one", linear form with context, the form that the papers of later upsamplers
+    compare with. 64 C C_guide parameters, 4.2 M for 256; 16 C C_guide multiply-adds per output pixel.
     """
 
     def __init__(self, channels: int, guide_channels: int | None = None):
@@ -109,7 +109,7 @@ class IndexNet(Guided):
 
 
 class A2U(Guided):
-    """Affinity-aware upsampling (Dai et al., 2021): 3x3 kernels from second-order features of the guide.
+    """Affinity-aware upsampling (Dai et al., 2021): 3x3 kernels from second-order features of the guide. `A2UPool` is its encoder side.
 
     Two 6x6 filters, predicted from the pooled guide, filter all of its channels at stride 2. After group normalisation and leaky ReLU,
     the product of the two results, summed over channels, is one affinity per source pixel. A vector predicted from the mean of the guide
@@ -128,14 +128,18 @@ class A2U(Guided):
         self.norm_u, self.norm_v = (nn.Sequential(nn.GroupNorm(groups, width), nn.LeakyReLU()) for _ in range(2))
         self.spread = nn.Conv2d(width, 4 * self.kernel_size**2, 1)
 
+    def spread_affinity(self, guide: Tensor) -> Tensor:
+        """Compute the affinities of a fine map [N, guide_channels, h, w], spread to [N, 36, ceil(h / 2), ceil(w / 2)]."""
+        filters = self.filters(pool_cells(guide, self.filter_size))  # [N, 2, 6, 6]
+        u, v = _filter_images(pad_to_even(guide), filters).unbind(1)  # [N, guide_channels, ceil(h / 2), ceil(w / 2)]
+        affinity = (self.norm_u(u) * self.norm_v(v)).sum(1, keepdim=True) / math.sqrt(self.guide_channels)
+        return affinity * self.spread(F.adaptive_avg_pool2d(guide, 1))
+
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
         guide = prepare_guide(x, guide, self.guide_channels)
         size, guide = guide.shape[2:], cut_to_double(guide, x)
-        filters = self.filters(pool_cells(guide, self.filter_size))  # [N, 2, 6, 6]
-        u, v = _filter_images(pad_to_even(guide), filters).unbind(1)  # [N, guide_channels, H, W]
-        affinity = (self.norm_u(u) * self.norm_v(v)).sum(1, keepdim=True) / math.sqrt(self.guide_channels)
-        logits = (affinity * self.spread(F.adaptive_avg_pool2d(guide, 1))).sigmoid()
+        logits = self.spread_affinity(guide).sigmoid()
         return reassemble(x, logits.to(x.dtype), kernel_size=self.kernel_size, up=2, size=size)
 
 

@@ -1,9 +1,9 @@
-"""Weighted pooling: blur pooling, SoftPool, DPP and LIP (Table III and later methods).
+"""Weighted pooling: blur pooling, SoftPool, DPP, LIP and IndexNet's pooling (Table III and later methods).
 
-Except in blur pooling, every channel has its own weights, which depend on its values. `carafepp.kernels.reassemble` with groups = C
-computes the same sums, but it reads the weights of all windows, 9 / 4 times the size of the map in each pass. Average pools of the weights
-and of the weighted features read only the map itself. On a CPU, they are as fast as `reassemble` at 64 channels, and 2 to 10 times faster
-at 1024 channels or in channels_last.
+Except in blur pooling, every channel has its own weights, which depend on the values of the map. `carafepp.kernels.reassemble` with
+groups = C computes the same sums, but it reads the weights of all windows, 9 / 4 times the size of the map in each pass. Average pools of
+the weights and of the weighted features read only the map itself. On a CPU, they are as fast as `reassemble` at 64 channels, and 2 to 10
+times faster at 1024 channels or in channels_last.
 """
 
 import torch
@@ -12,7 +12,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .samplers import upsample_nearest
+from .guides import pad_to_even
+from .samplers import shuffle_pixels, upsample_nearest
+
+torch.fx.wrap("shuffle_pixels")
 
 
 def _pool_weighted(x: Tensor, weights: Tensor) -> Tensor:
@@ -20,10 +23,15 @@ def _pool_weighted(x: Tensor, weights: Tensor) -> Tensor:
     return F.avg_pool2d(x * weights, 2, ceil_mode=True) / F.avg_pool2d(weights, 2, ceil_mode=True)
 
 
+def _cut_blocks(y: Tensor, x: Tensor) -> Tensor:
+    """Cut y, of the size of the 2x2 blocks of x [N, C, H, W], to the size of x."""
+    # negative padding crops; a slice would restrict an exported program to even or to odd maps
+    return F.pad(y, (0, -(x.shape[3] % 2), 0, -(x.shape[2] % 2)))
+
+
 def _repeat_in_blocks(cells: Tensor, x: Tensor) -> Tensor:
     """Repeat the values of 2x2 blocks, [N, C, ceil(H / 2), ceil(W / 2)], at the pixels of x [N, C, H, W]."""
-    # negative padding crops; a slice would restrict an exported program to even or to odd maps
-    return F.pad(upsample_nearest(cells), (0, -(x.shape[3] % 2), 0, -(x.shape[2] % 2)))
+    return _cut_blocks(upsample_nearest(cells), x)
 
 
 @torch.fx.wrap
@@ -77,6 +85,29 @@ class SoftPool(nn.Module):
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         maxima = F.max_pool2d(values.detach(), 2, ceil_mode=True)
         return _pool_weighted(values, (values - _repeat_in_blocks(maxima, x)).exp()).to(x.dtype)
+
+
+class IndexPool(nn.Module):
+    """Indexed pooling, the encoder side of IndexNet (Lu et al., ICCV 2019): sum of 2x2 blocks with learned weights, per channel.
+
+    The weights of a block are the softmax over its pixels of the index map, the sigmoid of a 4x4 convolution of stride 2 from x to 4 C
+    channels, rearranged from depth to space. This is the "many-to-one", linear form with context, as in `guided_samplers.IndexNet`. The
+    weights of a block that extends beyond an odd map sum to 1 over the pixels inside. 64 C^2 parameters, 4.2 M for C = 256, and 64 C^2
+    multiply-adds per output pixel. The licence of the authors' code allows academic use only; this class was not taken from it.
+
+    Args:
+        channels: C.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.index = nn.Conv2d(channels, 4 * channels, 4, stride=2, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Downsample x [N, C, H, W] to [N, C, ceil(H / 2), ceil(W / 2)]."""
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        index = shuffle_pixels(self.index(pad_to_even(x)).to(values.dtype).sigmoid())
+        return _pool_weighted(values, _cut_blocks(index, x).exp()).to(x.dtype)
 
 
 class DPP(nn.Module):

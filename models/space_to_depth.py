@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
+
+from .guides import pad_to_even
 
 
 def list_block_pixels(x: Tensor) -> list[Tensor]:
@@ -11,7 +12,7 @@ def list_block_pixels(x: Tensor) -> list[Tensor]:
 
     Each is [N, C, ceil(H / 2), ceil(W / 2)]; outside odd maps, pixels are 0.
     """
-    even = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+    even = pad_to_even(x)
     return [even[..., row::2, column::2] for column in (0, 1) for row in (0, 1)]
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from carafepp.models.affinity_pooling import A2UPool
 from carafepp.models.antialiased import FLCPool, MaxBlurPool
 from carafepp.models.attenders import LocalAttender
 from carafepp.models.dlu import DLU
@@ -9,7 +10,7 @@ from carafepp.models.guided_samplers import FADE, GUM, SAPA
 from carafepp.models.learned_samplers import BilinearConv, Deconv, NearestConv, PixelShuffle, SpatialAttention
 from carafepp.models.local_attention import LDAAQU
 from carafepp.models.point_samplers import DySample
-from carafepp.models.pooling import DPP, LIP, BlurPool, PairedLIP, SoftPool
+from carafepp.models.pooling import DPP, LIP, BlurPool, IndexPool, PairedLIP, SoftPool
 from carafepp.models.resnet import ResNet
 from carafepp.models.space_to_depth import HWD, SPDConv
 from carafepp.models.upernet import UperNet
@@ -221,6 +222,8 @@ def test_upernet_passes_the_guides(case):
         (FLCPool(256), 0),
         (SPDConv(256), 36 * 256**2 + 256),
         (SPDConv(256, kernel_size=1), 4 * 256**2 + 256),
+        (IndexPool(256), 64 * 256**2),
+        (A2UPool(256), 42 * 256 + 38),
         (HWD(256), 4 * 256**2 + 3 * 256),
         (DPP(256), 512),
         (DPP(256, guide="full"), 11 * 256),

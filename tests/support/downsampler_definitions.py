@@ -8,7 +8,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from upsampler_definitions import conv, each
+from upsampler_definitions import affinities, conv, each
 
 
 def pooled(x, first, last, pool):
@@ -111,6 +111,41 @@ def hwd(module, x, guide=None):
     mean, variance = mixed.mean((0, 2, 3)), mixed.var((0, 2, 3), correction=0)
     normalised = (mixed - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
     return (normalised * norm.weight[:, None, None] + norm.bias[:, None, None]).clamp(min=0)
+
+
+def index_pool(module, x, guide=None):
+    """Lu et al., section 3.3: four index blocks, one for each pixel of a 2x2 block; softmax of their sigmoids weighs the pixels."""
+    h, w = x.shape[2:]
+    padded = F.pad(x, (1, 1 + w % 2, 1, 1 + h % 2))
+
+    def pool(window, position, where):
+        i, j = position
+        rows, columns = window_size(where, x)
+        indices = []
+        for a, b in each((rows, columns)):
+            patch = padded[:, :, 2 * i : 2 * i + 4, 2 * j : 2 * j + 4]
+            indices.append(torch.sigmoid(torch.einsum("ochw,nchw->no", module.index.weight[2 * a + b :: 4], patch)))
+        return (torch.stack(indices, 2).softmax(2) * window).sum(2)
+
+    return pooled(x, 0, 1, pool)
+
+
+def window_size(where, x):
+    """Rows and columns of a window that lie in the map."""
+    return tuple(len(range(*part.indices(side))) for part, side in zip(where, x.shape[2:], strict=True))
+
+
+def a2u_pool(module, x, guide=None):
+    """Dai et al.: softmax over 6x6 pixels of the affinity of each output pixel, spread by a vector of the image."""
+    h, w = -(-x.shape[2] // 2), -(-x.shape[3] // 2)
+    y = x.new_zeros(*x.shape[:2], h, w)
+    for b in range(x.shape[0]):
+        affinity, vector = affinities(module, x[b])
+        padded = F.pad(x[b], (2, 3, 2, 3))
+        for i, j in each((h, w)):
+            weights = (affinity[i, j] * vector).softmax(0).view(6, 6)
+            y[b, :, i, j] = (padded[:, 2 * i : 2 * i + 6, 2 * j : 2 * j + 6] * weights).sum((1, 2))
+    return y
 
 
 def soft_pool(_, x, guide=None):

@@ -3,7 +3,21 @@
 from typing import NamedTuple
 
 from configurations import CONF
-from downsampler_definitions import avg_pool, blur_pool, dpp, flc_pool, hwd, lip, max_blur_pool, max_pool, soft_pool, spd_conv, strided_conv
+from downsampler_definitions import (
+    a2u_pool,
+    avg_pool,
+    blur_pool,
+    dpp,
+    flc_pool,
+    hwd,
+    index_pool,
+    lip,
+    max_blur_pool,
+    max_pool,
+    soft_pool,
+    spd_conv,
+    strided_conv,
+)
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from upsampler_definitions import (
@@ -102,6 +116,8 @@ CASES = [
             ("flc_pool", flc_pool),
             ("spd_conv", spd_conv),
             ("hwd", hwd),
+            ("index_pool", index_pool),
+            ("a2u_pool", a2u_pool),
             ("soft_pool", soft_pool),
             ("dpp", dpp, {"symmetric": False}, {"guide": "full"}, {"guide": "full", "symmetric": False}),
             ("lip", lip, {"bottleneck": 8}),

@@ -187,24 +187,30 @@ def sum_window(x, n, i, j, kernel):
     return (padded[:, i // 2 : i // 2 + k, j // 2 : j // 2 + k] * kernel).sum((1, 2))
 
 
+def affinities(module, image):
+    """Dai et al.: second-order features of an image [C, h, w], [ceil(h / 2), ceil(w / 2)], and the vector that spreads them."""
+    c, h, w = image.shape
+    even = F.pad(image, (0, w % 2, 0, h % 2))
+    pooled = F.adaptive_avg_pool2d(image, 6)
+    features = []
+    for which, norm in enumerate((module.norm_u, module.norm_v)):
+        kernel = torch.einsum("c,chw->hw", module.filters.weight[which, :, 0, 0], pooled) + module.filters.bias[which]
+        filtered = torch.cat([F.conv2d(channel[None, None], kernel[None, None], stride=2, padding=2)[0] for channel in even])
+        grouped = filtered.view(math.gcd(32, c), -1)
+        normalised = (grouped - grouped.mean(1, keepdim=True)) / (grouped.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+        scaled = normalised.view_as(filtered) * norm[0].weight[:, None, None] + norm[0].bias[:, None, None]
+        features.append(torch.where(scaled > 0, scaled, 0.01 * scaled))
+    vector = module.spread.weight[..., 0, 0] @ image.mean((1, 2)) + module.spread.bias
+    return (features[0] * features[1]).sum(0) / c**0.5, vector
+
+
 def a2u(module, x, guide):
-    """Dai et al.: second-order features of the encoder, image by image."""
+    """Dai et al.: softmax of the sigmoid of the spread affinities of the encoder, image by image."""
     size, guide = guide.shape[2:], inside(guide, x)
-    n, c, h, w = guide.shape
+    n, _, h, w = guide.shape
     y = x.new_zeros(n, x.shape[1], h, w)
-    even = F.pad(guide, (0, w % 2, 0, h % 2))
     for b in range(n):
-        pooled = F.adaptive_avg_pool2d(guide[b], 6)
-        features = []
-        for which, norm in enumerate((module.norm_u, module.norm_v)):
-            kernel = torch.einsum("c,chw->hw", module.filters.weight[which, :, 0, 0], pooled) + module.filters.bias[which]
-            filtered = torch.cat([F.conv2d(channel[None, None], kernel[None, None], stride=2, padding=2)[0] for channel in even[b]])
-            grouped = filtered.view(math.gcd(32, c), -1)
-            normalised = (grouped - grouped.mean(1, keepdim=True)) / (grouped.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
-            scaled = normalised.view_as(filtered) * norm[0].weight[:, None, None] + norm[0].bias[:, None, None]
-            features.append(torch.where(scaled > 0, scaled, 0.01 * scaled))
-        affinity = (features[0] * features[1]).sum(0) / c**0.5
-        vector = module.spread.weight[..., 0, 0] @ guide[b].mean((1, 2)) + module.spread.bias
+        affinity, vector = affinities(module, guide[b])
         for i, j in each((h, w)):
             logits = torch.sigmoid(affinity[i // 2, j // 2] * vector[2 * (i % 2) + j % 2 :: 4])
             y[b, :, i, j] = sum_window(x, b, i, j, logits.softmax(0).view(3, 3))
