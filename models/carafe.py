@@ -165,8 +165,7 @@ class CARAFE(nn.Module):
             # once for the layers and the operator
             (x,) = autocast(x)
             if can_encode(self.channel_compressor, self.content_encoder, x):
-                logits = encode(self.channel_compressor, self.compressor_norm, self.content_encoder, x)
-                return reassemble_padded(x, logits, self.spec, size)
+                return reassemble_padded(*encode(self.channel_compressor, self.compressor_norm, self.content_encoder, x), self.spec, size)
         return reassemble(x, self.logits(x), **self.spec._asdict(), size=size)
 
     def kernels(self, x: Tensor) -> Tensor:

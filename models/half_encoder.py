@@ -1,12 +1,13 @@
 """The compressor and the content encoder of CARAFE in half precision on a GPU: the same logits from fewer launches and fewer bytes.
 
-Three things make these layers expensive there. Autocast casts every parameter in a launch of its own. A convolution adds its bias in
-another launch, which reads and writes the whole map. cuDNN copies maps whose channels do not fit the matrix units to wider maps and back.
-Here one launch casts all parameters, the compressor is a matrix product that adds the bias itself, and the content encoder has as many
-output channels as the matrix units like.
+Four things make these layers expensive there. Autocast casts every parameter, and its gradient, in a launch of its own. A convolution adds
+its bias in another launch, which reads and writes the whole map. cuDNN copies maps whose channels do not fit the matrix units to wider maps
+and back. And the gradients of the input from the compressor and from the operator are added in a launch that reads both. Here one launch
+casts all parameters, the compressor is a matrix product that adds its bias, or the other gradient, to its result, and the content encoder
+has as many output channels as the matrix units like.
 """
 
-import itertools
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -38,30 +39,81 @@ def padded_channels(channels: int) -> int:
     return -(-channels // step) * step
 
 
-class CastParameters(torch.autograd.Function):
-    """Copy parameters to another dtype, and repeat their first rows until they have the given numbers of rows, in one launch.
+def copy_together(sources: Sequence[Tensor], dtypes: Sequence[torch.dtype], rows: Sequence[int]) -> list[Tensor]:
+    """Copy tensors [..., any] to other dtypes in one launch, and repeat their first rows until copy i has `rows[i]` of them.
 
-    Repeated rows are as finite as the parameters, and unlike zeros they need no launch of their own. They get no gradient, because nothing
-    may read what is computed from them.
+    Repeated rows are as finite as the others, and unlike zeros they need no launch of their own.
     """
+    kinds = zip(sources, dtypes, rows, strict=True)
+    copies = [source.new_empty_strided((count, *source.shape[1:]), source.stride(), dtype=dtype) for source, dtype, count in kinds]
+    pairs = [(part, source[: len(part)]) for copy, source in zip(copies, sources, strict=True) for part in copy.split(len(source))]
+    targets, parts = zip(*pairs, strict=True)
+    torch._foreach_copy_(targets, parts)  # pyright: ignore[reportPrivateImportUsage]
+    return copies
+
+
+def cast_gradients(gradients: Sequence[Tensor | None], parameters: Sequence[tuple[torch.Size, torch.dtype]]) -> list[Tensor | None]:
+    """Cast the gradients of copies to the shapes and dtypes of the parameters; those of repeated rows are left out."""
+    own = [None if g is None else g[: shape[0]].view(shape) for g, (shape, _) in zip(gradients, parameters, strict=True)]
+    dtypes = [dtype for _, dtype in parameters]
+    if torch.is_grad_enabled() or all(g is None or g.dtype == dtype for g, dtype in zip(own, dtypes, strict=True)):
+        return [None if g is None else g.to(dtype) for g, dtype in zip(own, dtypes, strict=True)]
+    given = [(g, dtype, len(g)) for g, dtype in zip(own, dtypes, strict=True) if g is not None]
+    copies = iter(copy_together(*zip(*given, strict=True)))
+    return [None if g is None else next(copies) for g in own]
+
+
+def compress(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolve x [N, C, H, W] in channels_last with a 1x1 kernel: a matrix product of the view [N, H, W, C]."""
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def prepare(x: Tensor, rows: Sequence[int], *parameters: Tensor) -> tuple[Tensor, ...]:
+    """Cast parameters of the compressor, if there is one, and of the encoder to the dtype of `x`, repeated to `rows`, and compress `x`.
+
+    Returns:
+        Features [N, C_m, H, W] (x itself without a compressor), and the copies of the parameters.
+    """
+    if any(p.dtype != x.dtype or len(p) != count for p, count in zip(parameters, rows, strict=True)):
+        parameters = tuple(copy_together(parameters, [x.dtype] * len(parameters), rows))
+    return compress(x, *parameters[:2]) if len(parameters) == 4 else x.view_as(x), *parameters
+
+
+class Prepare(torch.autograd.Function):
+    """`prepare` with a backward that adds the gradient of x from the compressor to that from the operator as part of the matrix product."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, rows: tuple[int, ...], *parameters: Tensor) -> tuple[Tensor, ...]:
-        """Return copies [rows[i], ...] of parameters [at most rows[i], ...]."""
+    def forward(ctx: Any, x: Tensor, rows: Sequence[int], *parameters: Tensor) -> tuple[Tensor, ...]:
+        """Return x for the operator, the features, and the weight and bias of the encoder."""
         ctx.set_materialize_grads(False)
-        ctx.own = [(parameter.shape[0], parameter.dtype) for parameter in parameters]
-        copies = [p.new_empty_strided((count, *p.shape[1:]), p.stride(), dtype=dtype) for p, count in zip(parameters, rows, strict=True)]
-        targets = [part for copy, parameter in zip(copies, parameters, strict=True) for part in copy.split(parameter.shape[0])]
-        repeated = [(p, count // p.shape[0], count % p.shape[0]) for p, count in zip(parameters, rows, strict=True)]
-        sources = [source for p, whole, rest in repeated for source in [*itertools.repeat(p, whole), *([p[:rest]] if rest else [])]]
-        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
-        return tuple(copies)
+        features, *copies = prepare(x, rows, *parameters)
+        ctx.parameters = [(p.shape, p.dtype) for p in parameters]
+        ctx.save_for_backward(x, *((parameters[0], copies[0]) if len(parameters) == 4 else ()))
+        return x, features, *copies[-2:]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Cast the gradients of the rows that are not repeated back."""
-        pairs = zip(gradients, ctx.own, strict=True)
-        return None, None, *(None if gradient is None else gradient[:count].to(dtype) for gradient, (count, dtype) in pairs)
+    def backward(ctx: Any, dx: Tensor | None, dfeatures: Tensor | None, *dencoder: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and of the parameters."""
+        x, *weights = ctx.saved_tensors
+        need_dx, _, *needed = ctx.needs_input_grad
+        recorded = torch.is_grad_enabled()
+        dcompressor: list[Tensor | None] = [None] * (len(needed) - 2)
+        if dfeatures is None:
+            pass
+        elif not weights:
+            dx = dfeatures if dx is None else dx + dfeatures
+        else:
+            rows, dflat = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (x, dfeatures))  # [N * H * W, C], [N * H * W, C_m]
+            dcompressor = [dflat.t() @ rows if needed[0] else None, dflat.sum(0) if needed[1] else None]
+            # the copy has no history, which derivatives of higher order need
+            weight = (weights[0].to(x.dtype) if recorded else weights[1]).flatten(1)
+            if need_dx and dx is not None and not recorded and dx.is_contiguous(memory_format=torch.channels_last):
+                # in place, because nothing else has the gradient of the x that this function returned
+                dx.permute(0, 2, 3, 1).view(rows.shape).addmm_(dflat, weight)
+            elif need_dx:
+                part = (dflat @ weight).view(*x.shape[:1], *x.shape[2:], -1).permute(0, 3, 1, 2)
+                dx = part if dx is None else dx + part
+        return dx, None, *cast_gradients([*dcompressor, *dencoder], ctx.parameters)
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
@@ -98,16 +150,17 @@ def can_encode(compressor: nn.Module, encoder: nn.Module, x: Tensor) -> bool:
     return all(type(p) in (Tensor, nn.Parameter) and p.device == x.device and (casts or p.dtype == x.dtype) for p in parameters)
 
 
-def encode(compressor: nn.Module, norm: nn.Module, encoder: nn.Conv2d, x: Tensor) -> Tensor:
-    """Encode x [N, C, H, W] into logits [N, padded_channels(encoder.out_channels), Hq, Wq], of which only the encoder's own are defined."""
-    parameters = [*compressor.parameters(), *encoder.parameters()]
-    rows = [parameter.shape[0] for parameter in parameters]
-    rows[-2:] = [padded_channels(encoder.out_channels)] * 2
-    if any(p.dtype != x.dtype or p.shape[0] != count for p, count in zip(parameters, rows, strict=True)):
-        parameters = list(CastParameters.apply(x.dtype, tuple(rows), *parameters))
-    *compression, weight, bias = parameters
-    features = x
-    if compression:
-        # a view [N, H, W, C], on which a 1x1 convolution is a matrix product
-        features = F.linear(x.permute(0, 2, 3, 1), compression[0].flatten(1), compression[1]).permute(0, 3, 1, 2)
-    return F.conv2d(norm(features), weight, bias, encoder.stride, encoder.padding, encoder.dilation)
+def encode(compressor: nn.Module, norm: nn.Module, encoder: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode x [N, C, H, W] into logits [N, padded_channels(encoder.out_channels), Hq, Wq], of which only the encoder's own are defined.
+
+    Returns:
+        x for the operator, and the logits.
+    """
+    parameters = (*compressor.parameters(), *encoder.parameters())
+    width = padded_channels(encoder.out_channels)
+    rows = (*[len(parameter) for parameter in parameters[:-2]], width, width)
+    if torch.is_grad_enabled():
+        x, features, weight, bias = Prepare.apply(x, rows, *parameters)
+    else:
+        features, *_, weight, bias = prepare(x, rows, *parameters)
+    return x, F.conv2d(norm(features), weight, bias, encoder.stride, encoder.padding, encoder.dilation)
