@@ -19,12 +19,11 @@ from carafepp.tasks.classification import Classification
 from carafepp.tasks.exportable import Normalized
 from carafepp.tasks.task import Task
 from commands import call, run_code, run_line
-from configurations import compose_config
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
-from training import TASKS
+from training import TASKS, configure_run
 
 UP = {"_target_": "carafepp.models.carafe.CARAFE", "_partial_": True, "up": 2, "kernel_size": 3}
 # few samplers in each network: the time to export grows with the number of operators
@@ -35,11 +34,7 @@ RANGE = ["height=[65,160]", "width=[65,160]", "batch=[1,3]"]
 def write_checkpoint(path: Path, task: str) -> Path:
     """Write a checkpoint as carafepp-train does, of random weights and statistics."""
     torch.manual_seed(0)
-    cfg = compose_config("train", *TASKS[task])
-    OmegaConf.set_struct(cfg, False)
-    del cfg.resume, cfg.trust
-    cfg.run = {"choices": {}, "overrides": []}
-    OmegaConf.resolve(cfg)
+    cfg = configure_run(*TASKS[task])
     if task in SLOTS:
         cfg.task.model[SLOTS[task]] = UP
     if task == "classification":

@@ -87,11 +87,15 @@ def test_a_name_of_its_own(folder):
 
 def test_a_row_of_a_table(folder, capsys):
     commands = [command for command in read_commands(PAGE) if "experiment=table4" in command or command[0] == "report"]
-    assert [command[0] for command in commands] == ["train", "train", "report"]
-    for command in commands:
+    assert [command[0] for command in commands] == ["train", "train", "report", "train"]
+    for command in commands[:3]:
         run_as_printed(command, *(SIZES["detector"][1:] if command[0] == "train" else []))
     rows = [line.partition("  ")[0].partition(",")[0] for line in capsys.readouterr().out.splitlines()]
     assert rows.index("carafe") < rows.index("upsampler._target_=my_module.Sampler")
+    before = {*folder.rglob("result.json")}
+    run_as_printed(commands[3], *SIZES["detector"][1:])
+    (trained,) = {*folder.rglob("result.json")} - before
+    assert read_result(trained.parent)["choices"]["row"] is None
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from carafepp.scripts.running.train import train
 from configurations import compose_config
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 ON_CPU = ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
 TINY = [
@@ -30,14 +30,20 @@ TASKS = {
 }
 
 
-def train_in(folder: Path, *overrides: str) -> Path:
-    """Run `carafepp-train` with these overrides in this process and in a new folder; return the folder."""
-    folder.mkdir()
+def configure_run(*overrides: str) -> DictConfig:
+    """Return the resolved configuration of a run of `carafepp-train` with these overrides."""
     cfg = compose_config("train", *overrides)
     OmegaConf.set_struct(cfg, False)
     del cfg.resume, cfg.trust
     cfg.run = {"choices": {}, "overrides": list(overrides)}
     OmegaConf.resolve(cfg)
+    return cfg
+
+
+def train_in(folder: Path, *overrides: str) -> Path:
+    """Run `carafepp-train` with these overrides in this process and in a new folder; return the folder."""
+    folder.mkdir()
+    cfg = configure_run(*overrides)
     OmegaConf.save(cfg, folder / "config.yaml")
     train(cfg, folder)
     return folder
