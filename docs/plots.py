@@ -1,0 +1,195 @@
+"""The plots of the documentation, from the data that it holds: `python docs/plots.py` writes them beside this file.
+
+results_gains.svg shows the runs in docs/results beside the paper's gains, samplers_costs.svg the accuracy of samplers in these runs against
+their times in samplers.md. Each file holds its data as its description, which a test compares with the data of today.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from carafepp.scripts.common.paper import find_baseline, list_rows, read_paper
+from carafepp.scripts.reporting import Table, group_runs, read_runs, tabulate_paper
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.transforms import Bbox
+
+FOLDER = Path(__file__).parent
+# safe for colour-blind readers; the method of the paper is orange in every plot
+OURS, METHOD, PAPER = "#1d4ed8", "#c2410c", "#0f172a"
+NUMERALS = ["", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "XIV"]
+# the rows of Tables III and IV that have another name as samplers
+SAMPLERS = {"conv": "strided_conv"}
+
+
+class Gain(NamedTuple):
+    """The difference between a row of a table and its baseline: mean and half the interval of our runs, and that of the paper."""
+
+    row: str
+    mean: float
+    half: float | None
+    paper: float | None
+
+
+def list_gains(table: Table) -> tuple[str, list[Gain]]:
+    """Return the name of the first metric of a table, and the gains of the rows that have runs."""
+    own = read_paper()[0][table.name]
+    column = next(iter(table.lines[0].cells))
+    figures = {(row["row"], row["task"]): row.get(column) for row in list_rows(read_paper()[0], table.name)}
+    found = []
+    for line in table.lines:
+        cell, row = line.cells[column], line.labels["row"]
+        task = line.labels.get("task") or next(task for name, task in figures if name == row)
+        baseline = find_baseline(own, row)
+        if cell.difference is None or baseline is None:
+            continue
+        reference = figures.get((baseline, task))
+        gain = None if cell.paper is None or reference is None else round(cell.paper - reference, 2)
+        label = row + {"bbox": ", boxes", "segm": ", masks"}.get(line.labels.get("task", ""), "")
+        half = None if cell.difference.half is None else round(cell.difference.half, 2)
+        found.append(Gain(label, round(cell.difference.mean, 2), half, gain))
+    return column, found
+
+
+def read_tables() -> list[Table]:
+    """Tabulate the runs in docs/results."""
+    settings, _ = group_runs(read_runs([FOLDER / "results"])[0], read_paper()[0])
+    return tabulate_paper(settings, [], 4, None)
+
+
+def collect_gains() -> dict[str, Any]:
+    """Return metric and gains of every table with a gain."""
+    found = {table.name: list_gains(table) for table in read_tables()}
+    return {name: {"metric": metric, "gains": [list(gain) for gain in gains]} for name, (metric, gains) in found.items() if gains}
+
+
+def read_times(heading: str) -> dict[str, float]:
+    """Read the milliseconds of a forward and backward pass of each sampler below a heading of the output in samplers.md."""
+    section = (FOLDER / "samplers.md").read_text().split(f"{heading}\n")[1].split("\n\n")[0]
+    lines = [re.split(r"\s{2,}", line.strip()) for line in section.splitlines()[1:] if line and not line.startswith("```")]
+    # the last columns are forward, ratio, both, ratio, memory
+    return {name: float(figures[-3]) for name, *figures in lines}
+
+
+def collect_costs() -> dict[str, Any]:
+    """Return, for Tables IV and III, the time of each sampler and its AP: ours with its deviation, and the paper's."""
+    found: dict[str, Any] = {}
+    tables = {table.name: table for table in read_tables()}
+    for name, heading in (("table4", "upsamplers at C = 256, 50 x 84"), ("table3", "downsamplers at C = 256, 56 x 56")):
+        times, points = read_times(heading), {}
+        for line in tables[name].lines:
+            cell, row = line.cells["AP"], line.labels["row"]
+            if cell.scores:
+                scores = [round(cell.scores.mean, 2), round(cell.scores.deviation or 0, 2)]
+                points[row] = [times[SAMPLERS.get(row, row)], *scores, cell.paper]
+        found[name] = {"at": heading, "points": points}
+    return found
+
+
+def plot_gains(data: dict[str, Any]) -> Figure:
+    """Plot the gains of every table in a panel of its own."""
+    figure = Figure(figsize=(13, 15))
+    columns: tuple[list[str], list[str]] = ([], [])
+    for name in sorted(data, key=find_number):
+        # the shorter column takes the next table; a title is as high as three rows
+        min(columns, key=lambda names: sum(len(data[n]["gains"]) + 3 for n in names)).append(name)
+    for names, left in zip(columns, (0.18, 0.7), strict=True):
+        heights = [len(data[name]["gains"]) + 1.2 for name in names]
+        grid = figure.add_gridspec(len(names), 1, left=left, right=left + 0.29, top=0.94, bottom=0.02, hspace=0.42, height_ratios=heights)
+        for cell, name in zip(grid, names, strict=True):
+            plot_table_gains(figure.add_subplot(cell), name, data[name]["metric"], [Gain(*values) for values in data[name]["gains"]])
+    looks = [
+        Line2D([], [], color=METHOD, marker="o", linewidth=1.8, label="our small runs, CARAFE++: mean and 95 % interval"),
+        Line2D([], [], color=OURS, marker="o", linewidth=1.8, label="our small runs, other samplers"),
+        Line2D([], [], color=PAPER, marker="D", linestyle="none", label="the paper, full scale"),
+    ]
+    figure.legend(handles=looks, loc="upper center", ncols=3, frameon=False, bbox_to_anchor=(0.5, 0.995))
+    return figure
+
+
+def find_number(table: str) -> int:
+    """Return the number of a table, such as 4 for table4."""
+    return int(table.removeprefix("table"))
+
+
+def plot_table_gains(axis: Axes, name: str, metric: str, gains: Sequence[Gain]) -> None:
+    """Plot the gains of one table: ours with their intervals, those of the paper as diamonds."""
+    axis.axvline(0, color="#94a3b8", linewidth=1)
+    for position, gain in enumerate(gains):
+        color = METHOD if "carafe" in gain.row or name not in ("table3", "table4") else OURS
+        axis.errorbar(gain.mean, position - 0.12, xerr=gain.half, fmt="o", color=color, capsize=4, markersize=6, linewidth=1.8)
+        if gain.paper is not None:
+            axis.plot(gain.paper, position + 0.25, marker="D", color=PAPER, markersize=5, linestyle="none")
+    axis.set_yticks(range(len(gains)), [gain.row for gain in gains])
+    axis.set_ylim(len(gains) - 0.4, -0.7)
+    unit = {"L1_percent": "L1 error, %", "top1": "top-1 accuracy"}.get(metric, metric)
+    axis.set_title(f"Table {NUMERALS[find_number(name)]}: difference in {unit}", loc="left", fontweight="bold", fontsize="medium")
+    axis.grid(axis="x", color="#e2e8f0")
+    axis.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+
+
+def plot_costs(data: dict[str, Any]) -> Figure:
+    """Plot AP against time: our small runs on the left, the paper on the right, upsamplers above downsamplers."""
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    for (name, table), axes in zip(data.items(), figure.subplots(2, 2), strict=True):
+        kind, shape = table["at"].split(" at ")
+        for ours, axis in zip((True, False), axes, strict=True):
+            points = {row: (p[0], p[1], p[2]) if ours else (p[0], p[3], None) for row, p in table["points"].items()}
+            for row, (time, y, deviation) in points.items():
+                color = METHOD if row == "carafe" else OURS
+                axis.errorbar(time, y, yerr=deviation, fmt="o", color=color, capsize=4, markersize=9, linewidth=1.5)
+            axis.set_xscale("log")
+            axis.set_xticks(ticks := [1, 2, 5, 10, 20, 50, 100, 200], list(map(str, ticks)))
+            axis.set_xlim(min(point[0] for point in points.values()) / 2, 6 * max(point[0] for point in points.values()))
+            axis.minorticks_off()
+            axis.margins(y=0.1)
+            where = "our small runs" if ours else "the paper"
+            axis.set_title(f"{kind.capitalize()}, AP of {where} (Table {NUMERALS[find_number(name)]})", loc="left", fontsize="medium")
+            axis.set(xlabel=f"ms, forward and backward, {shape}, CPU", ylabel="AP")
+            axis.grid(color="#e2e8f0")
+            axis.set_axisbelow(True)
+    FigureCanvasAgg(figure).draw()
+    for table, axes in zip(data.values(), (figure.axes[:2], figure.axes[2:]), strict=True):
+        for ours, axis in zip((True, False), axes, strict=True):
+            label_points(axis, {row: (point[0], point[1] if ours else point[3]) for row, point in table["points"].items()})
+    return figure
+
+
+def label_points(axis: Axes, points: dict[str, tuple[float, float]]) -> None:
+    """Write the name of each point beside it, where it covers neither a point nor another name."""
+    taken = [Bbox.from_bounds(*(axis.transData.transform(point) - 7), 14, 14) for point in points.values()]
+    for row, point in points.items():
+        color, weight = (METHOD, "bold") if row == "carafe" else (OURS, "normal")
+        for dx, dy, side in ((9, 5, "left"), (9, -14, "left"), (-9, 5, "right"), (-9, -14, "right"), (9, 20, "left"), (9, -29, "left")):
+            text = axis.annotate(row, point, (dx, dy), textcoords="offset points", ha=side, color=color, fontweight=weight)
+            box = text.get_window_extent()
+            if axis.bbox.x0 < box.x0 < box.x1 < axis.bbox.x1 and not any(box.overlaps(other) for other in taken):
+                break
+            text.remove()
+        else:
+            text = axis.annotate(row, point, (9, 5), textcoords="offset points", color=color, fontweight=weight)
+        taken.append(text.get_window_extent())
+
+
+def write(figure: Figure, path: Path, data: dict[str, Any]) -> None:
+    """Write a plot with its data."""
+    figure.savefig(path, facecolor="white", metadata={"Date": None, "Description": json.dumps(data)})
+    # matplotlib ends lines with spaces
+    path.write_text("".join(f"{line.rstrip()}\n" for line in path.read_text().splitlines()))
+
+
+PLOTS = {"results_gains.svg": (collect_gains, plot_gains), "samplers_costs.svg": (collect_costs, plot_costs)}
+
+if __name__ == "__main__":
+    with rc_context({"svg.fonttype": "path", "svg.hashsalt": "carafepp", "font.size": 12}):
+        for file, (collect, plot) in PLOTS.items():
+            data = collect()
+            write(plot(data), FOLDER / file, data)
