@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from .samplers import Sampler, make_samplers, resize
+from .samplers import Sampler, make_samplers, resize_pair
 
 
 class FPN(FeaturePyramidNetwork):
@@ -17,7 +17,8 @@ class FPN(FeaturePyramidNetwork):
         in_channels_list: channels of the backbone's levels, finest first.
         out_channels: channels of every level of the pyramid.
         upsample: None means nearest-neighbour interpolation to the size of the lateral. Otherwise each pair of levels has a sampler with
-            `out_channels` channels that upsamples by 2, to the size of the lateral (see `resize`), which is also its guide.
+            `out_channels` channels that upsamples by 2, to the size of the lateral, which is also its guide (see
+            `resize_pair`).
         extra_blocks: computes further levels from the outputs; `LastLevelMaxPool()` computes the fifth level of detectors.
     """
 
@@ -30,7 +31,7 @@ class FPN(FeaturePyramidNetwork):
         extra_blocks: ExtraFPNBlock | None = None,
     ):
         super().__init__(list(in_channels_list), out_channels, extra_blocks)
-        self.upsample = make_samplers(upsample, out_channels, out_channels, len(in_channels_list) - 1)
+        self.upsample = make_samplers(upsample, out_channels, out_channels, len(in_channels_list) - 1, rewrites_guide=True)
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """Build the pyramid.
@@ -48,8 +49,10 @@ class FPN(FeaturePyramidNetwork):
         laterals = [block(level) for block, level in zip(self.inner_blocks, inputs, strict=True)]
         for i in reversed(range(len(self.upsample))):
             fine, coarse, sampler = laterals[i], laterals[i + 1], self.upsample[i]
-            size = fine.shape[2:]
-            coarse = resize(coarse, size, sampler, fine, slot="fpn") if sampler is not None else F.interpolate(coarse, size, mode="nearest")
+            if sampler is None:
+                coarse = F.interpolate(coarse, fine.shape[2:], mode="nearest")
+            else:
+                coarse, fine = resize_pair(coarse, fine, sampler, slot="fpn")
             laterals[i] = fine + coarse
         outputs = [block(lateral) for block, lateral in zip(self.layer_blocks, laterals, strict=True)]
         if self.extra_blocks is not None:

@@ -43,12 +43,13 @@ def read_points(x: Tensor, rows: Tensor, columns: Tensor, padding_mode: str = "b
 
 
 @torch.fx.wrap
-def sample(x: Tensor, offsets: Tensor) -> Tensor:
-    """Read x bilinearly at the positions of 2x bilinear interpolation plus `offsets`; positions outside the map read its border.
+def sample(x: Tensor, offsets: Tensor, up: int = 2) -> Tensor:
+    """Read x bilinearly at the positions of bilinear interpolation by `up` plus `offsets`; positions outside the map read its border.
 
     Args:
         x: [N, C, H, W].
         offsets: [N, 2, G, Ho, Wo], to the right and down, in pixels of x; each of the G groups of channels has its own.
+        up: output pixels per pixel of x, per side.
 
     Returns:
         [N, C, Ho, Wo] in the memory format of x.
@@ -56,8 +57,8 @@ def sample(x: Tensor, offsets: Tensor) -> Tensor:
     height, width = offsets.shape[3:]
     # half precision cannot resolve the positions
     dtype = torch.promote_types(x.dtype, torch.float32)
-    columns = (torch.arange(width, device=x.device, dtype=dtype) + 0.5) / 2 + offsets[:, 0].to(dtype)
-    rows = (torch.arange(height, device=x.device, dtype=dtype)[:, None] + 0.5) / 2 + offsets[:, 1].to(dtype)
+    columns = (torch.arange(width, device=x.device, dtype=dtype) + 0.5) / up + offsets[:, 0].to(dtype)
+    rows = (torch.arange(height, device=x.device, dtype=dtype)[:, None] + 0.5) / up + offsets[:, 1].to(dtype)
     return read_points(x, rows, columns).contiguous(memory_format=memory_format(x))
 
 

@@ -15,6 +15,13 @@ with x [N, C, H, W] and guide [N, guide_channels, h, w], where h is 2H - 1, 2H o
 [N, C, h, w]. Networks pass the guide (`make_sampler`, `resize`). Without a guide, as in a mask head, the sampler uses the bilinearly
 upsampled x as its guide.
 
+Rewritten guides: an upsampler may also improve the finer map that its output is combined with. Its class then has an attribute
+`rewrites_guide = False` beside `needs_guide = True`, and its constructor an argument `rewrites_guide: bool = False`, which sets this
+attribute of the instance. Where it is True, `sampler(x, guide)` returns a pair, the output [N, C, h, w] and the rewritten guide
+[N, guide_channels, h, w]. A network that takes the pair sets the argument (`make_samplers(..., rewrites_guide=True)`), gets the pair from
+`resize_pair`, and combines the rewritten guide with the output in the place of the finer map. Everywhere else the sampler returns its
+output alone. FPN and the parts FPN and FUSE of UperNet take the pair. The pooled maps of a PPM share one guide, which stays as it is.
+
 torch.fx cannot follow a condition on the size of a map. Functions with such a condition are marked by `torch.fx.wrap` and become one node
 of its graph. The mark holds for the calls in one module: a module that imports such a function marks it again.
 """
@@ -48,17 +55,23 @@ def shared(slot: Sampler | None) -> Sampler | None:
     return slot
 
 
-def make_sampler(slot: Sampler, channels: int, guide_channels: int) -> nn.Module:
-    """Make the sampler of a slot, `slot(channels)`; a guided sampler also takes `guide_channels`, the channels of the finer map."""
+def make_sampler(slot: Sampler, channels: int, guide_channels: int, *, rewrites_guide: bool = False) -> nn.Module:
+    """Make the sampler of a slot, `slot(channels)`.
+
+    A guided sampler also takes `guide_channels`, the channels of the finer map. With `rewrites_guide`, a sampler that can rewrite the finer
+    map is told to do so.
+    """
     # a partial hides its class in .func
-    if getattr(getattr(slot, "func", slot), "needs_guide", False):
-        return slot(channels, guide_channels=guide_channels)
-    return slot(channels)
+    made = getattr(slot, "func", slot)
+    if not getattr(made, "needs_guide", False):
+        return slot(channels)
+    options = {"rewrites_guide": True} if rewrites_guide and hasattr(made, "rewrites_guide") else {}
+    return slot(channels, guide_channels=guide_channels, **options)
 
 
-def make_samplers(slot: Sampler | None, channels: int, guide_channels: int, count: int) -> nn.ModuleList:
+def make_samplers(slot: Sampler | None, channels: int, guide_channels: int, count: int, *, rewrites_guide: bool = False) -> nn.ModuleList:
     """Make `count` samplers of a slot, as `make_sampler` does; an empty slot gives a list of None."""
-    samplers = (make_sampler(slot, channels, guide_channels) if slot else None for _ in range(count))
+    samplers = (make_sampler(slot, channels, guide_channels, rewrites_guide=rewrites_guide) if slot else None for _ in range(count))
     # a list of modules may hold None, although torch's type hints do not say so
     return nn.ModuleList(samplers)  # pyright: ignore[reportArgumentType]
 
@@ -139,11 +152,28 @@ def resize(x: Tensor, size: Sequence[int], sampler: nn.Module | None, guide: Ten
         return F.interpolate(x, (size[0], size[1]), mode="bilinear", align_corners=False)
     if getattr(sampler, "needs_guide", False):
         check_fit(x.shape[2:], output_size(x, DOUBLE), size, slot)
-        return sampler(x, guide)
+        y = sampler(x, guide)
+        return y[0] if getattr(sampler, "rewrites_guide", False) else y
     if takes_size(sampler):
         return sampler(x, size=check_fit(x.shape[2:], output_size(x, getattr(sampler, "spec", DOUBLE)), size, slot))
     y = sampler(x)
     return fit(y, check_fit(x.shape[2:], y.shape[2:], size, slot))
+
+
+def resize_pair(x: Tensor, fine: Tensor, sampler: nn.Module | None, *, slot: str) -> tuple[Tensor, Tensor]:
+    """Resize x [N, C, H, W] to the size of the finer map that it is combined with, which is its guide.
+
+    Returns:
+        The resized map [N, C, h, w], and `fine` [N, guide_channels, h, w], which a sampler with `rewrites_guide` has rewritten.
+
+    Raises:
+        ValueError: the output of the sampler does not fit the finer map (see `check_fit`); the message names `slot`.
+    """
+    if getattr(sampler, "rewrites_guide", False) and sampler is not None:
+        check_fit(x.shape[2:], output_size(x, DOUBLE), fine.shape[2:], slot)
+        y, fine = sampler(x, fine)
+        return y, fine
+    return resize(x, fine.shape[2:], sampler, fine, slot=slot), fine
 
 
 def upsample_nearest(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .adaptive_pooling import CellPool
 from .decoding import Backbone, enlarge_cells, make_conv_bn_relu
-from .samplers import Sampler, make_sampler, make_samplers, resize
+from .samplers import Sampler, make_sampler, make_samplers, resize, resize_pair
 
 
 def _make_layer(inputs: int, outputs: int, kernel_size: int) -> nn.Sequential:
@@ -25,7 +25,8 @@ class UperNet(nn.Module):
     PPM pools C5 to 1, 2, 3 and 6 cells per side, upsamples each result to the size of C5 and applies a 1x1 convolution. FPN adds upsampled
     features to the laterals top-down. FUSE upsamples all levels to the size of P2 and concatenates them.
 
-    A sampler that needs a guide gets the map that its output is combined with: C5, the lateral or the finer level.
+    A sampler that needs a guide gets the map that its output is combined with: C5, the lateral or the finer level. In FPN and FUSE, a
+    sampler may also rewrite this map (see samplers.py).
 
     Args:
         backbone: maps an image [N, 3, H, W] to features C2 to C5 of strides 4, 8, 16, 32; `out_channels` lists their channels.
@@ -59,10 +60,11 @@ class UperNet(nn.Module):
         self.ppm_conv = nn.ModuleList(_make_layer(top, ppm_dim, 1) for _ in pool_scales)
         self.ppm_last_conv = _make_layer(top + len(pool_scales) * ppm_dim, fpn_dim, 3)
         self.fpn_in = nn.ModuleList(_make_layer(channels, fpn_dim, 1) for channels in laterals)
-        self.fpn_up = make_samplers(fpn, fpn_dim, fpn_dim, len(laterals))
+        self.fpn_up = make_samplers(fpn, fpn_dim, fpn_dim, len(laterals), rewrites_guide=True)
         # the extra nesting gives the published keys
         self.fpn_out = nn.ModuleList(nn.Sequential(_make_layer(fpn_dim, fpn_dim, 3)) for _ in laterals)
-        self.fuse_up = nn.ModuleList(make_sampler(fuse, (i + 1) * fpn_dim, fpn_dim) for i in range(len(laterals))) if fuse else None
+        fuse_dims = [(i + 1) * fpn_dim for i in range(len(laterals))]
+        self.fuse_up = nn.ModuleList(make_sampler(fuse, dim, fpn_dim, rewrites_guide=True) for dim in fuse_dims) if fuse else None
         classifier = nn.Conv2d(fpn_dim, num_classes, 1)
         nn.init.kaiming_normal_(classifier.weight)
         self.conv_last = nn.Sequential(_make_layer((len(laterals) + 1) * fpn_dim, fpn_dim, 3), classifier)
@@ -82,7 +84,8 @@ class UperNet(nn.Module):
         outputs = [y]
         for i in reversed(range(len(laterals))):
             lateral = self.fpn_in[i](laterals[i])
-            y = lateral + resize(y, lateral.shape[2:], self.fpn_up[i], lateral, slot="fpn")
+            y, lateral = resize_pair(y, lateral, self.fpn_up[i], slot="fpn")
+            y = lateral + y
             outputs.insert(0, self.fpn_out[i](y))
         return outputs
 
@@ -92,7 +95,8 @@ class UperNet(nn.Module):
             return torch.cat([resize(level, levels[0].shape[2:], None) for level in levels], dim=1)
         *finer, y = levels
         for level, sampler in zip(reversed(finer), self.fuse_up, strict=True):
-            y = torch.cat([level, resize(y, level.shape[2:], sampler, level, slot="fuse")], dim=1)
+            y, level = resize_pair(y, level, sampler, slot="fuse")
+            y = torch.cat([level, y], dim=1)
         return y
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from carafepp.kernels import backends
 from carafepp.models.detection import FasterRCNN
 from carafepp.models.dlu import DLU
+from carafepp.models.freq_fusion import FreqFusion
 from carafepp.models.global_local import GlobalLocal
 from carafepp.models.guided_samplers import A2U, FADE, SAPA
 from carafepp.models.local_attention import LDAAQU
@@ -83,9 +84,9 @@ def draw_holes(h, w):
     return torch.rand(2, 3, 2 * h + 1, 2 * w - 1), (torch.rand(2, 1, 2 * h + 1, 2 * w - 1) < 0.3).float()
 
 
-def shrink(sampler: type[nn.Module], **attributes: int) -> Callable[[], nn.Module]:
-    """Make the sampler with smaller windows."""
-    return lambda: type(sampler.__name__, (sampler,), attributes)(8)
+def shrink(sampler: type[nn.Module], *, options: dict[str, bool] | None = None, **attributes: int) -> Callable[[], nn.Module]:
+    """Make the sampler with smaller windows, and with options of its constructor."""
+    return lambda: type(sampler.__name__, (sampler,), attributes)(8, **(options or {}))
 
 
 def list_samplers(group: str) -> dict[str, Row]:
@@ -96,6 +97,8 @@ def list_samplers(group: str) -> dict[str, Row]:
         "fade": shrink(FADE, kernel_size=1),
         "dlu": lambda: DLU(8, kernel_size=1),
         "lda_aqu": lambda: LDAAQU(8, kernel_size=1),
+        # `dysample` exports the sampling, and `jbu` the similarities
+        "freq_fusion": shrink(FreqFusion, options={"resample": False}, lowpass_size=1, highpass_size=1),
     }
     rows = {}
     for name in choices(group):

@@ -1,9 +1,13 @@
 """Upsamplers to any size that a pyramid needs: where a moving impulse arrives, what is refused, and networks that round sizes down."""
 
+from functools import partial
+
 import pytest
 import torch
+from carafepp.models.attenders import LocalAttender
 from carafepp.models.carafe import CARAFE
 from carafepp.models.fpn import FPN
+from carafepp.models.freq_fusion import FreqFusion
 from carafepp.models.global_local import GlobalLocal
 from carafepp.models.guided_samplers import A2U, FADE, GUM, SAPA, IndexNet
 from carafepp.models.partial_conv import PartialGlobalLocal
@@ -17,7 +21,7 @@ from torch import nn
 H, W = 7, 6
 SIZES = [(2 * H + rows, 2 * W + columns) for rows in (-1, 0, 1) for columns in (-1, 0, 1)]
 UNGUIDED = [case for case in CASES if case.group == "upsampler" and not case.guided]
-GUIDED = [A2U, FADE, GUM, SAPA, IndexNet]
+GUIDED = [A2U, FADE, GUM, SAPA, IndexNet, LocalAttender]
 unguided = pytest.mark.parametrize("case", UNGUIDED, ids=lambda case: case.id)
 
 
@@ -200,7 +204,11 @@ def test_a_sampler_without_a_signature_is_cut():
     assert torch.equal(resize(x, (13, 11), torch.jit.trace(Repeated(), x)), Nearest(8)(x, (13, 11)))
 
 
-@pytest.mark.parametrize("sampler", [UP, lambda channels: Repeated(), *GUIDED], ids=["carafe", "own", *(kind.__name__ for kind in GUIDED)])
+@pytest.mark.parametrize(
+    "sampler",
+    [UP, lambda channels: Repeated(), partial(FreqFusion, groups=2), *GUIDED],
+    ids=["carafe", "own", "FreqFusion", *(kind.__name__ for kind in GUIDED)],
+)
 @pytest.mark.parametrize("image", [(217, 219), (218, 230), (97, 131)], ids=str)
 def test_networks_on_a_backbone_that_rounds_down(image, sampler):
     """217 rows become levels of 54, 27, 13 and 6 rows."""

@@ -4,9 +4,11 @@ from functools import partial
 
 import pytest
 import torch
+from carafepp.models.attenders import LocalAttender
 from carafepp.models.carafe import CARAFE
 from carafepp.models.detection import FasterRCNN, MaskRCNN
 from carafepp.models.fpn import FPN
+from carafepp.models.freq_fusion import FreqFusion
 from carafepp.models.global_local import GlobalLocal
 from carafepp.models.guided_samplers import A2U, FADE, GUM, SAPA, IndexNet
 from carafepp.models.learned_samplers import Deconv, NearestConv, PixelShuffle
@@ -18,7 +20,7 @@ from carafepp.models.samplers import Bilinear, Nearest, resize
 from carafepp.models.upernet import UperNet
 from networks import UP, dilated_resnet, small_resnet
 
-GUIDED = [GUM, IndexNet, A2U, SAPA, FADE]
+GUIDED = [GUM, IndexNet, A2U, SAPA, FADE, FreqFusion, LocalAttender]
 SAMPLERS = [UP, Nearest, Bilinear, NearestConv, Deconv, PixelShuffle, DySample, *GUIDED]
 
 

@@ -1,10 +1,12 @@
 """Your own sampler, as docs/own_sampler.md prints it: the file, the commands, and the row of a table."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from carafepp.models.fpn import FPN
 from carafepp.scripts import train as train_command
 from carafepp.scripts.common.own_code import search_working_folder
 from carafepp.scripts.running import train as training
@@ -27,8 +29,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # the working folder is appended, and must not stay
     monkeypatch.setattr(sys, "path", [*sys.path])
-    (python,), (yaml,) = read_blocks(PAGE, "python"), read_blocks(PAGE, "yaml")
-    Path("my_module.py").write_text(python)
+    python, (yaml,) = read_blocks(PAGE, "python"), read_blocks(PAGE, "yaml")
+    Path("my_module.py").write_text("\n\n".join(python))
     Path("conf/upsampler").mkdir(parents=True)
     Path("conf/upsampler/mine.yaml").write_text(yaml)
     monkeypatch.setattr(
@@ -42,6 +44,16 @@ def run_as_printed(command: list[str], *more: str) -> None:
     """Run a command of the page with small sizes, and other values in the place of those in capitals."""
     name, *arguments = command
     call(name, *[argument.replace("seed=0,1,2", "seed=0").replace("PHOTOGRAPHS", "photographs") for argument in arguments], *more)
+
+
+def test_the_guided_sampler_of_the_page_trains_in_a_pyramid_and_in_a_mask_head(folder):
+    sys.path.append(str(folder))
+    guided = import_module("my_module").Guided
+    pyramid = FPN([4, 8], 8, upsample=guided)
+    levels = {"0": torch.rand(1, 4, 9, 12), "1": torch.rand(1, 8, 5, 6)}
+    sum(level.sum() for level in pyramid(levels).values()).backward()
+    assert all(parameter.grad is not None for parameter in pyramid.parameters())
+    assert guided(8)(torch.rand(1, 8, 14, 14)).shape == (1, 8, 28, 28)
 
 
 def test_one_file_and_one_command(folder):

@@ -29,6 +29,7 @@ from upsampler_definitions import (
     dlu,
     dysample,
     fade,
+    freq_fusion,
     gum,
     indexnet,
     lda_aqu,
@@ -95,6 +96,7 @@ CASES = [
             ("a2u", a2u),
             ("sapa", sapa, {"gated": True, "embedding": 8}),
             ("fade", fade, {"lite": True}),
+            ("freq_fusion", freq_fusion, {"resample": False, "compressed_channels": 8}),
             ("local_attender", local_attender, {"neighbours": 17, "residual": False}),
             (
                 "carafe",

@@ -23,12 +23,12 @@ def tent(x, row, column):
     return torch.einsum("chw,h,w->c", x, rows, columns)
 
 
-def read_at(x, offsets, size):
-    """2x bilinear interpolation of `x` [N, C, H, W] moved by `offsets` [N, 2 (right, down), *size]."""
+def read_at(x, offsets, size, up=2):
+    """Bilinear interpolation by `up` of `x` [N, C, H, W] moved by `offsets` [N, 2 (right, down), *size]."""
     y = x.new_zeros(*x.shape[:2], *size)
     for n, i, j in each((x.shape[0], *size)):
         right, down = offsets[n, :, i, j]
-        y[n, :, i, j] = tent(x[n], (i + 0.5) / 2 - 0.5 + down, (j + 0.5) / 2 - 0.5 + right)
+        y[n, :, i, j] = tent(x[n], (i + 0.5) / up - 0.5 + down, (j + 0.5) / up - 0.5 + right)
     return y
 
 
@@ -180,11 +180,11 @@ def indexnet(module, x, guide):
     return y
 
 
-def sum_window(x, n, i, j, kernel):
+def sum_window(x, n, i, j, kernel, up=2):
     """Weighted sum of the window of x[n] around the source of fine pixel (i, j), with zeros outside the map."""
     k = kernel.shape[0]
     padded = F.pad(x[n], (k // 2,) * 4)
-    return (padded[:, i // 2 : i // 2 + k, j // 2 : j // 2 + k] * kernel).sum((1, 2))
+    return (padded[:, i // up : i // up + k, j // up : j // up + k] * kernel).sum((1, 2))
 
 
 def affinities(module, image):
@@ -258,6 +258,65 @@ def fade(module, x, guide):
         logits = products.flatten(1).sum(1) + 2 * module.encoder.bias
         y[b, :, i, j] = sum_window(x, b, i, j, logits.softmax(0).view(5, 5))
     return gate * aligned + (1 - gate) * fit(y, size)
+
+
+def freq_fusion(module, x, guide):
+    """Chen et al., section 3: adaptive low-pass filters, offsets from similarities, adaptive high-pass filters."""
+    size = guide.shape[2:]
+
+    def reassembled(features, logits, up):
+        """The features at the size of the logits; the row and column beyond twice their size repeat the last."""
+        side = math.isqrt(logits.shape[1])
+        hamming = [0.54 - 0.46 * math.cos(2 * math.pi * i / (side - 1)) for i in range(side)]
+        # published weights hold the window in float32
+        window = x.new_tensor(hamming).outer(x.new_tensor(hamming)).float().double()
+        kernels = logits.softmax(1).unflatten(1, (side, side)).permute(0, 3, 4, 1, 2) * window  # [N, h, w, K, K]
+        kernels = kernels / kernels.sum((3, 4), keepdim=True)
+        rows, columns = (min(fine, up * coarse) for fine, coarse in zip(size, features.shape[2:], strict=True))
+        y = features.new_zeros(*features.shape[:2], rows, columns)
+        for n, i, j in each((len(features), rows, columns)):
+            y[n, :, i, j] = sum_window(features, n, i, j, kernels[n, i, j], up)
+        return fit(y, size)
+
+    def described(features, norm):
+        """Normalised features, and their cosine similarity with the pixels 2 rows and columns away."""
+        n, c, h, w = features.shape
+        grouped = features.view(n, c // 8, -1)
+        grouped = (grouped - grouped.mean(2, keepdim=True)) / (grouped.var(2, keepdim=True, correction=0) + 1e-5).sqrt()
+        normal = grouped.view_as(features) * norm.weight[:, None, None] + norm.bias[:, None, None]
+        similarity = features.new_zeros(n, 8, h, w)
+        around = [(down, right) for down in (-2, 0, 2) for right in (-2, 0, 2) if (down, right) != (0, 0)]
+        for b, i, j, (d, (down, right)) in itertools.product(range(n), range(h), range(w), enumerate(around)):
+            if 0 <= i + down < h and 0 <= j + right < w:
+                similarity[b, d, i, j] = F.cosine_similarity(normal[b, :, i, j], normal[b, :, i + down, j + right], dim=0)
+        return torch.cat([normal, similarity], 1)
+
+    fine, coarse = conv(module.hr_channel_compressor, guide), conv(module.lr_channel_compressor, x)
+    high = conv(module.content_encoder2, fine, padding=1)
+    fine = fine + (fine - reassembled(fine, high, 1))
+    low = conv(module.content_encoder, fine, padding=1)
+    low = low + reassembled(conv(module.content_encoder, coarse, padding=1), low, 2)
+    y = reassembled(x, low, 2)
+    if module.dysampler is not None:
+        layers = module.dysampler
+        of_fine, of_coarse = described(fine, layers.norm_hr), described(coarse, layers.norm_lr)
+
+        def predicted(from_coarse, from_fine):
+            """A prediction per coarse pixel for each of its four fine pixels, plus one per fine pixel."""
+            per_cell, y = conv(from_coarse, of_coarse, padding=1), conv(from_fine, of_fine, padding=1)
+            for i, j in each(size):
+                row, column = min(i, 2 * x.shape[2] - 1), min(j, 2 * x.shape[3] - 1)
+                y[:, :, i, j] += per_cell[:, 2 * (row % 2) + column % 2 :: 4, row // 2, column // 2]
+            return y
+
+        offsets = predicted(layers.offset, layers.hr_offset) * predicted(layers.direct_scale, layers.hr_direct_scale).sigmoid()
+        groups = layers.groups
+        parts = [read_at(part, 2 * offsets[:, [g, groups + g]], size, up=1) for g, part in enumerate(y.chunk(groups, 1))]
+        y = torch.cat(parts, 1)
+    if not module.rewrites_guide:
+        return y
+    high = high + reassembled(conv(module.content_encoder2, coarse, padding=1), low, 2)
+    return y, guide + (guide - reassembled(guide, high, 1))
 
 
 # the neighbours of UPLiFT's local attender, as its authors draw them
