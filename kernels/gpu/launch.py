@@ -5,8 +5,8 @@ emulator also takes `launch.parameters()`. All of them compile the same source.
 """
 
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -86,40 +86,32 @@ class Launch(NamedTuple):
 
 
 class Plan:
-    """A launch that starts repeatedly, with other tensors of the same layouts, in a fraction of the host time of Triton's call."""
+    """A launch that starts repeatedly, with other tensors of the same layouts, in a fraction of the host time of Triton's call.
 
-    def __init__(self, launch: Launch, tensors: tuple[Tensor | None, ...]):
+    The tensors must have the alignment to 16 bytes of those of the constructor, on which the code may rely.
+    """
+
+    __slots__ = ("pointers", "start", "values")
+
+    def __init__(self, launch: Launch, tensors: Sequence[Tensor | None]):
         places = {id(tensor): place for place, tensor in enumerate(tensors)}
-        # for every tensor: the name of its argument, its place among the tensors of a call, its strides
-        self.pointers: list[tuple[str, int, tuple[int, ...]]] = []
-        # a plan keeps no tensor alive
-        arguments = launch.arguments.copy()
-        for name, argument in launch.arguments.items():
+        # arguments of the kernel; for every tensor: the place of its argument, its place among the tensors of a call, its strides
+        self.values: list[Any] = [*launch.arguments.values(), *launch.constants.values()]
+        self.pointers: list[tuple[int, int, tuple[int, ...]]] = []
+        for at, argument in enumerate(launch.arguments.values()):
             tensor, *strides = argument if isinstance(argument, tuple) else (argument,)
             if isinstance(tensor, Tensor):
-                self.pointers.append((name, places[id(tensor)], tuple(strides)))
-                arguments[name] = cast(Any, argument)._replace(ptr=None) if strides else None
-        self.launch = launch._replace(arguments=arguments)
-        self.values = arguments | launch.constants
-        # keyed by the alignment of the tensors to 16 bytes, on which the code may rely
-        self.starts: dict[tuple[bool, ...], Callable[..., None]] = {}
+                self.pointers.append((at, places[id(tensor)], tuple(strides)))
+                # a plan keeps no tensor alive
+                self.values[at] = None
+        self.start = compile_for_current_device(launch)[launch.grid]
 
-    def run(self, tensors: tuple[Any, ...]) -> None:
-        """Start the kernel on the current device, with `tensors` in place of the tensors of the constructor."""
-        addresses = [tensors[place].data_ptr() for _, place, _ in self.pointers]
-        aligned = tuple([address % 16 == 0 for address in addresses])
-        start = self.starts.get(aligned)
-        if start is None:
-            start = self.starts[aligned] = compile_for_current_device(self._launch_of(tensors))[self.launch.grid]
+    def run(self, addresses: Sequence[int]) -> None:
+        """Start the kernel on the current device, with tensors at `addresses` in place of those of the constructor."""
         values = self.values.copy()
-        for (name, _, strides), address in zip(self.pointers, addresses, strict=True):
-            values[name] = (address, *strides) if strides else address
-        start(*values.values())
-
-    def _launch_of(self, tensors: tuple[Any, ...]) -> Launch:
-        arguments = self.launch.arguments
-        given = {name: arguments[name]._replace(ptr=tensors[at]) if strides else tensors[at] for name, at, strides in self.pointers}
-        return self.launch._replace(arguments=arguments | given)
+        for at, place, strides in self.pointers:
+            values[at] = (addresses[place], *strides) if strides else addresses[place]
+        self.start(*values)
 
 
 # compiled code by everything that it depends on: plans for maps of many sizes share it

@@ -4,10 +4,12 @@ The tests that take `backend` run for each one that this machine can run; tests/
 interpreter.
 """
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from carafepp.kernels import reassemble, reassemble_reference, reassemble_weights, torch_backend
+from carafepp.kernels import execution, reassemble, reassemble_reference, reassemble_weights, torch_backend
 from carafepp.kernels.geometry import NORMALIZERS, Spec
 from carafepp.kernels.reference import reassembly_kernels
 from hypothesis import given, settings
@@ -317,3 +319,12 @@ def test_a_backend_that_leaves_a_place_out_is_found_out(direction, output, monke
     monkeypatch.setattr(torch_backend, direction, compute_all_but_the_last)
     with pytest.raises(AssertionError, match="is off by nan"):
         assert_matches_definition("torch", *inputs, spec)
+
+
+def test_500_sizes_of_images_are_laid_out_once():
+    execution._layouts.cache_clear()
+    for _ in range(2):
+        for height, width in itertools.product(range(1, 26), range(1, 21)):
+            reassemble(torch.zeros(1, 1, height, width), torch.zeros(1, 1, height, width), kernel_size=1, backend="torch")
+    found = execution._layouts.cache_info()
+    assert found.misses == found.hits == found.currsize == 500

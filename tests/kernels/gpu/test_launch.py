@@ -6,6 +6,7 @@ from carafepp.kernels.geometry import Spec
 
 triton = pytest.importorskip("triton")
 
+from carafepp.kernels.gpu import backend  # noqa: E402
 from carafepp.kernels.gpu import launch as launching  # noqa: E402
 from carafepp.kernels.gpu.launch import Launch, Plan  # noqa: E402
 from carafepp.kernels.gpu.tile_geometry import DIRECTIONS  # noqa: E402
@@ -60,29 +61,76 @@ class Compiled:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_plan_starts_its_kernel_with_the_tensors_of_the_call(spec, monkeypatch):
-    compiled, sources = Compiled(), []
-    monkeypatch.setattr(launching, "compile_for_current_device", lambda launch: sources.append(launch.source().hash()) or compiled)
-
-    def tensors_of(launch):
-        return tuple(t for t in launch.parameters() if isinstance(t, torch.Tensor))
-
-    def shifted(tensor, offset):
-        return torch.zeros(tensor.numel() + 8, dtype=tensor.dtype)[offset:].as_strided(tensor.shape, tensor.stride())
-
+    compiled = Compiled()
+    monkeypatch.setattr(launching, "compile_for_current_device", lambda _: compiled)
     for launch in launches(32, 24, 20, spec, device="cpu"):
-        sources.clear()
-        first = tensors_of(launch)
-        plan = Plan(launch, first)
-        for offset in (0, 1, 0, 1):
-            given = tuple(shifted(t, offset) for t in first)
+        tensors = [t for t in launch.parameters() if isinstance(t, torch.Tensor)]
+        plan = Plan(launch, tensors)
+        for first in (16, 1600):
+            given = range(first, first + len(tensors))
             plan.run(given)
             grid, values = compiled.started[-1]
             assert grid == launch.grid
-            addresses = iter(t.data_ptr() for t in given)
+            addresses = iter(given)
             expected = [
                 next(addresses) if isinstance(a, torch.Tensor) else (next(addresses), *a[1:]) if isinstance(a[0], torch.Tensor) else a
                 for a in launch.arguments.values()
             ]
             assert values == (*expected, *launch.constants.values())
-        # one code for tensors at multiples of 16 bytes, another one elsewhere
-        assert len(sources) == len(set(sources)) == 2
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """The sources of the launches that are planned when the backend, outside the interpreter, runs on CPU tensors without a kernel."""
+    sources = []
+
+    def compile_nothing(launch):
+        sources.append(launch.source().hash())
+        return Compiled()
+
+    monkeypatch.setattr(launching, "compile_for_current_device", compile_nothing)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(backend, "_check_device", lambda _: None)
+    monkeypatch.setattr(backend, "_plans", {})
+    return sources
+
+
+def call(height, width, *, offset=0):
+    """Run both passes on maps of a size; the map of x begins `offset` elements after a multiple of 16 bytes."""
+    spec = Spec(3, up=2)
+    x = torch.empty(8 * height * width + 8, dtype=torch.float16)[offset:][: 8 * height * width].view(1, 8, height, width)
+    logits, lse = torch.empty(1, 9, 2, 2, height, width, dtype=torch.float16), torch.empty(1, 1, 2, 2, height, width)
+    y = torch.empty(1, 8, 2 * height, 2 * width, dtype=torch.float16)
+    backend.forward(x, logits, y, lse, spec)
+    backend.backward(y, x, logits, lse, x, logits, spec)
+
+
+def test_code_is_planned_once_for_each_alignment(planned):
+    for offset in (0, 1, 0, 1):
+        call(6, 8, offset=offset)
+    # forward and backward
+    assert len(planned) == len(set(planned)) == 4
+
+
+def test_500_sizes_of_images_are_planned_once(planned):
+    sizes = [(height, width) for height in range(1, 26) for width in range(1, 21)]
+    for _ in range(2):
+        for size in sizes:
+            call(*size)
+    assert len(planned) == len(backend._plans) == 2 * len(sizes) <= backend.MAX_PLANS
+    # maps of all sizes whose rows have the same alignment share code, which is compiled once
+    assert len(set(planned)) < 30
+
+
+def test_the_oldest_plan_makes_room(planned, monkeypatch):
+    monkeypatch.setattr(backend, "MAX_PLANS", 8)
+    for width in range(1, 11):
+        call(1, width)
+        call(1, 10)
+    assert len(backend._plans) == 8
+    before = len(planned)
+    call(1, 10)
+    call(1, 8)
+    assert len(planned) == before
+    call(1, 1)
+    assert len(planned) == before + 2
