@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -21,16 +21,27 @@ from .common.options import look_up, read_options
 
 if TYPE_CHECKING:
     from ..kernels.gpu.launch import Launch
+    from ..kernels.gpu.tile_geometry import Direction, TileProblem
 
 LABELS = ("site", "dtype", "memory_format", "normalizer", "kernel", "architecture")
 
 # headings in a narrow terminal
 SHORT = {"registers": "regs", "occupancy": "occ.", "widest load": "load", "widest store": "store", "barriers": "bars"}
-SHORT |= {"instructions": "instr."}
+SHORT |= {"instructions": "instr.", "predicted us": "us"}
 
 
-def find_kernels(options: Mapping[str, Any], capability: int) -> Iterator[tuple[dict[str, str], "Launch"]]:
-    """Yield every distinct kernel that the operator launches at the sites, with the first site and options that launch it."""
+class Kernel(NamedTuple):
+    """A kernel to compile, and the first call that launches it."""
+
+    labels: dict[str, str]
+    launch: "Launch"
+    direction: "Direction"
+    problem: "TileProblem"
+    capability: int
+
+
+def find_kernels(options: Mapping[str, Any], capability: int) -> Iterator[Kernel]:
+    """Yield every distinct kernel that the operator launches at the sites."""
     from ..kernels.gpu.tile_geometry import DIRECTIONS
     from ..kernels.gpu.training_step import build_training_step
     from .common.sites import DTYPES, MEMORY_FORMATS, read_site
@@ -43,12 +54,14 @@ def find_kernels(options: Mapping[str, Any], capability: int) -> Iterator[tuple[
     ):
         shape, spec = read_site(size, normalizer=normalizer)
         step = build_training_step(*shape, spec, dtypes[dtype], formats[memory_format])
-        for launch in (x for direction in DIRECTIONS for x in step.build_launches(direction, capability=divmod(capability, 10))):
+        pair = divmod(capability, 10)
+        problem = step.problem(pair)
+        for direction, launch in ((way, launch) for way in DIRECTIONS for launch in step.build_launches(way, capability=pair)):
             key = (launch.source().hash(), launch.num_warps, launch.num_stages)
             if key not in seen:
                 seen.add(key)
                 where = (site, dtype, memory_format, normalizer, launch.kernel.__name__, f"sm_{capability}")
-                yield dict(zip(LABELS, where, strict=True)), launch
+                yield Kernel(dict(zip(LABELS, where, strict=True)), launch, direction, problem, capability)
 
 
 def read_figures(launch: "Launch", capability: int) -> dict[str, Any]:
@@ -68,6 +81,18 @@ def read_figures(launch: "Launch", capability: int) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(figures))
     return figures
+
+
+def predict_microseconds(kernel: Kernel, figures: Mapping[str, Any]) -> int | None:
+    """Return the microseconds of a compiled kernel at its site by the model of time; None for the kernels that work tap by tap."""
+    from ..kernels.gpu.tile_resources import Resources
+    from ..kernels.gpu.tile_time import estimate_time
+
+    tile = kernel.launch.constants.get("TILE")
+    if tile is None:
+        return None
+    resources = Resources(figures["registers"], figures["shared"])
+    return round(estimate_time(kernel.direction, kernel.problem, tile, resources=resources).total)
 
 
 def format_table(rows: list[dict], width: int) -> str:
@@ -104,6 +129,8 @@ def format_value(value: object) -> str:
     """Format a count, a share (in per cent) or the counts of several instructions."""
     if isinstance(value, dict):
         return " ".join(f"{count} {name}" for name, count in value.items()) or "-"
+    if value is None:
+        return "-"
     return f"{value:.0%}" if isinstance(value, float) else str(value)
 
 
@@ -112,15 +139,15 @@ def main(cfg: DictConfig) -> None:
     """Compile the kernels and print a table; exit with status 1 if a kernel spills registers."""
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("carafepp-inspect needs the triton package, which is not installed (pip install triton; Linux only)")
-    from ..kernels.gpu.assembly import RESIDENCY_LIMITS
+    from ..kernels.gpu.residency import RESIDENCY_LIMITS
 
     options = read_options(cfg)
     capabilities = look_up("architectures", options["architectures"], {f"sm_{number}": number for number in RESIDENCY_LIMITS})
-    work = [(capability, *kernel) for capability in capabilities for kernel in find_kernels(options, capability)]
+    work = [kernel for capability in capabilities for kernel in find_kernels(options, capability)]
 
-    def assemble(job: tuple[int, dict[str, str], "Launch"]) -> dict:
-        capability, labels, launch = job
-        return labels | read_figures(launch, capability)
+    def assemble(kernel: Kernel) -> dict:
+        figures = read_figures(kernel.launch, kernel.capability)
+        return kernel.labels | figures | {"predicted_us": predict_microseconds(kernel, figures)}
 
     # the compiler releases the interpreter lock during most of its work
     with ThreadPoolExecutor(os.cpu_count()) as pool:

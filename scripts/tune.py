@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
     import torch
 
     from ..kernels.gpu import tile_search
-    from ..kernels.gpu.assembly import RESIDENCY_LIMITS
+    from ..kernels.gpu.residency import RESIDENCY_LIMITS
     from ..kernels.gpu.tile_geometry import DIRECTIONS
     from ..kernels.gpu.tile_tables import read_table, table_key, table_path
     from ..kernels.gpu.training_step import build_training_step

@@ -30,6 +30,8 @@ def test_table_and_json_hold_every_kernel_of_a_site(monkeypatch, tmp_path, capsy
     rows = json.loads((tmp_path / "kernels.json").read_text())
     assert len(rows) >= 2
     assert all(row["architecture"] == "sm_90" and row["registers"] > 0 and row["spills"] == 0 for row in rows)
+    # on a map of 64 pixels, a launch and one program
+    assert all(1 < row["predicted_us"] < 20 for row in rows)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(rows) + 1
     assert all(row["kernel"] in line and str(row["registers"]) in line for row, line in zip(rows, lines[1:], strict=True))

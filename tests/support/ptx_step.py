@@ -7,11 +7,16 @@ import torch
 from carafepp.kernels.geometry import LSE_NORMALIZERS, Spec
 from carafepp.kernels.gpu import backend as triton_backend
 from carafepp.kernels.gpu.launch import Launch
+from carafepp.kernels.gpu.tile_geometry import DIRECTIONS
+from carafepp.kernels.gpu.tile_ranking import choose_tile
 from carafepp.kernels.reference import reassemble_reference
 from operator_cases import differentiate, random_inputs, relative_error
 from ptx import GPU, dram_microseconds
 from ptx.bounds import GPUS
 from ptx.jit import execute
+
+# resources of the whole device; the others are those of a multiprocessor
+SHARED_BY_ALL = ("dram", "l2")
 
 
 class Pass(NamedTuple):
@@ -51,11 +56,14 @@ def emulate(launch: Launch, capability: int = 80) -> dict:
     return execute(launch.source(), launch.options, launch.grid, launch.parameters(), capability=capability)
 
 
-def training_step(n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=torch.contiguous_format, *, capability=80, place=None) -> Step:
+def training_step(
+    n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=torch.contiguous_format, *, capability=80, place=None, images=None
+) -> Step:
     """Emulate forward and backward on random features [n, c, h, w] and logits, with outputs full of NaN.
 
     Args:
         capability: 80 or 90, what to compile for and the GPU to count for (A100, H100).
+        images: choose the tiles for this many images and count as if they kept all multiprocessors busy; n if None.
         place: takes the name ("x", "logits", "y", "dy", "dx", "dlogits") and the size of a tensor and returns where to keep it, or None.
     """
 
@@ -69,17 +77,27 @@ def training_step(n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=tor
     cells, dcells = (t.unflatten(1, (spec.groups * spec.taps, spec.up, spec.up)) for t in (logits, dlogits))
     lse = torch.full((n, spec.groups, *cells.shape[2:]) if spec.normalizer in LSE_NORMALIZERS else (0,), math.nan)
 
-    planned = {"capability": divmod(capability, 10)}
-    forward = _run(triton_backend.forward_launches(x, cells, y, lse, spec, **planned), (x, logits, y), capability)
-    launches = triton_backend.backward_launches(dy, x, cells, lse, dx, dcells, spec, **planned)
-    backward = _run(launches, (dy, x, logits, dx, dlogits), capability)
+    planned: dict = {"capability": divmod(capability, 10)}
+    problem = triton_backend.problem_of(x, cells, y, spec, divmod(capability, 10))
+    tiles = dict.fromkeys(DIRECTIONS)
+    if images:
+        tiles = {direction: choose_tile(direction, problem._replace(batch=images * spec.groups)) for direction in DIRECTIONS}
+    launches = triton_backend.forward_launches(x, cells, y, lse, spec, tile=tiles["forward"], **planned)
+    forward = _run(launches, (x, logits, y), capability, filled=images is not None)
+    launches = triton_backend.backward_launches(dy, x, cells, lse, dx, dcells, spec, tile=tiles["backward"], **planned)
+    backward = _run(launches, (dy, x, logits, dx, dlogits), capability, filled=images is not None)
     expected = differentiate(reassemble_reference, x.double(), logits.double(), dy.double(), **spec._asdict())
     errors = {name: relative_error(result, expected[name]) for name, result in {"y": y, "dx": dx, "dlogits": dlogits}.items()}
     return Step(errors, forward, backward)
 
 
-def _run(launches: list[Launch], tensors, capability: int) -> Pass:
+def _run(launches: list[Launch], tensors, capability: int, *, filled: bool) -> Pass:
     stats = {}
     for launch in launches:
-        stats[f"{launch.kernel.__name__} {len(stats)}"] = emulate(launch, capability)
+        found = emulate(launch, capability)
+        if filled:
+            share = min(1.0, launch.grid[0] / GPUS[capability].multiprocessors)
+            bound = {name: time if name in SHARED_BY_ALL else time * share for name, time in found["bound"].items()}
+            found |= {"bound": bound, "limiter": max(bound, key=bound.__getitem__)}
+        stats[f"{launch.kernel.__name__} {len(stats)}"] = found
     return Pass(stats, sum(t.numel() * t.element_size() for t in tensors), GPUS[capability])

@@ -9,8 +9,9 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from carafepp.kernels.gpu.assembly import compile_launch, read_assembly, resident_blocks  # noqa: E402
+from carafepp.kernels.gpu.assembly import compile_launch, read_assembly  # noqa: E402
 from carafepp.kernels.gpu.launch import Launch  # noqa: E402
+from carafepp.kernels.gpu.residency import resident_blocks  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 from carafepp.kernels.geometry import Spec
-from carafepp.kernels.gpu.tile_geometry import TileProblem
+from carafepp.kernels.gpu.tile_geometry import DIRECTIONS, TileProblem
 from carafepp.kernels.gpu.tile_limits import fitting_tiles
-from carafepp.kernels.gpu.tile_ranking import backward_cycles, choose_tile, forward_cycles, multiprocessor_count, rank_tiles
+from carafepp.kernels.gpu.tile_ranking import choose_tile, rank_tiles
+from carafepp.kernels.gpu.tile_time import estimate_time
 
 PROBLEM = TileProblem(Spec(5, up=2), 256, 25, 42, 1, 2, False, 2, 4, (8, 0))
-CYCLES = {"forward": forward_cycles, "backward": backward_cycles}
 
 
 def test_a_tile_is_wide_where_rows_are_contiguous_and_square_where_channels_are():
@@ -21,26 +21,14 @@ def test_programs_share_channels_only_where_the_map_is_too_small_for_the_device(
     assert large.split == 1
 
 
-@pytest.mark.parametrize("direction", CYCLES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_ranked_tiles_are_all_that_fit_the_fastest_first(direction):
     tiles = rank_tiles(direction, PROBLEM)
     assert tiles[0] == choose_tile(direction, PROBLEM)
     assert sorted(tiles) == sorted(fitting_tiles(direction, PROBLEM))
     assert len(set(tiles)) == len(tiles) > 10
-    cycles = [CYCLES[direction](PROBLEM, tile) for tile in tiles]
-    assert cycles == sorted(cycles)
-
-
-@pytest.mark.parametrize("direction", CYCLES)
-@pytest.mark.parametrize("change", [{"channels": 512}, {"height": 50}, {"batch": 2}, {"element_size": 4}, {"spec": Spec(7, up=2)}])
-def test_more_work_takes_more_cycles(direction, change):
-    tile = choose_tile(direction, PROBLEM._replace(spec=Spec(7, up=2)))
-    assert CYCLES[direction](PROBLEM._replace(**change), tile) > CYCLES[direction](PROBLEM, tile)
-
-
-def test_capabilities_that_are_not_listed_count_as_the_nearest_below():
-    counts = [multiprocessor_count(capability) for capability in ((6, 1), (7, 0), (7, 5), (8, 7), (9, 0), (12, 0))]
-    assert counts == [80, 80, 80, 84, 132, 148]
+    times = [estimate_time(direction, PROBLEM, tile).total for tile in tiles]
+    assert times == sorted(times)
 
 
 HALF_NHWC = {"channels_last": True, "x_align": 8, "y_align": 8}
@@ -51,18 +39,18 @@ DOWN = {"spec": Spec(5, down=2), "x_align": 4, "y_align": 2}
 @pytest.mark.parametrize(
     ("change", "forward", "backward"),
     [
-        ({}, (1, 8, 2, 64, 1, 2, 2), (4, 4, 4, 32, 1, 4, 2)),
+        ({}, (1, 8, 2, 64, 1, 2, 2), (4, 4, 4, 64, 1, 4, 2)),
         (HALF_NHWC, (2, 4, 1, 64, 1, 2, 2), (4, 4, 1, 32, 1, 4, 2)),
         ({"element_size": 4}, (1, 8, 2, 32, 1, 2, 1), (4, 4, 4, 16, 1, 4, 1)),
-        ({"capability": (9, 0)}, (1, 8, 2, 64, 1, 4, 2), (4, 4, 4, 64, 1, 4, 2)),
+        ({"capability": (9, 0)}, (4, 4, 2, 64, 1, 4, 2), (4, 4, 4, 64, 1, 4, 2)),
         (FLOAT_NHWC | {"capability": (10, 0)}, (2, 4, 1, 64, 1, 4, 1), (2, 2, 1, 64, 4, 4, 1)),
-        (DOWN, (2, 7, 2, 64, 2, 2, 2), (2, 7, 2, 32, 4, 4, 2)),
-        (DOWN | HALF_NHWC, (4, 4, 1, 64, 2, 2, 2), (2, 4, 1, 32, 1, 4, 2)),
-        (DOWN | {"element_size": 4}, (2, 7, 2, 32, 2, 2, 1), (2, 4, 2, 16, 4, 4, 1)),
-        ({"spec": Spec(5, up=3, down=2)}, (2, 2, 2, 64, 1, 2, 2), (2, 2, 4, 32, 1, 4, 2)),
+        (DOWN, (2, 7, 2, 64, 1, 2, 2), (2, 4, 2, 32, 1, 4, 2)),
+        (DOWN | HALF_NHWC, (4, 4, 1, 64, 1, 2, 2), (2, 4, 1, 32, 1, 4, 2)),
+        (DOWN | {"element_size": 4}, (2, 7, 2, 32, 1, 2, 1), (2, 4, 2, 32, 4, 4, 1)),
+        ({"spec": Spec(5, up=3, down=2)}, (2, 2, 2, 64, 1, 2, 2), (2, 2, 4, 64, 1, 4, 2)),
     ],
 )
 def test_the_choice_is_that_of_the_published_counts(change, forward, backward):
-    # docs/performance.md has the emulated counts of such tiles: measure again before changing one
-    problem = PROBLEM._replace(**change)
+    # docs/performance.md has the emulated counts of these tiles: measure again before changing one
+    problem = PROBLEM._replace(batch=64, **change)
     assert (choose_tile("forward", problem), choose_tile("backward", problem)) == (forward, backward)

@@ -1,0 +1,184 @@
+"""A model of the time of a kernel: counted work, times fitted costs, on the programs that a multiprocessor holds.
+
+    time = sqrt(alone² + busy² + copy²) + tail + launch
+
+- *alone*: every program takes the time that it would take alone: the latency of its loops and of the instructions of its warps. The
+  programs that are resident at the same time share this time.
+- *busy*: the multiprocessors issue all instructions and serve all memory operations.
+- *copy*: the memory moves the least bytes at the speed of a copy.
+- *tail*: the last programs run while the rest of the device is idle.
+
+The costs are fitted to kernels measured on one H200 (tests/support/fit_tile_time.py). docs/performance.md says how well the model predicts
+problems that the fit has not seen. On other devices, the same cycles are spread over their multiprocessors at their clock; no measurement
+supports this. The model does not describe float32 products in plain TF32, the kernels that work tap by tap, and conflicts in caches, which
+occur in NCHW where the bytes of a row are a power of two.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+from .residency import RESIDENCY_LIMITS, resident_blocks
+from .tile_geometry import Direction, Tile, TileProblem
+from .tile_limits import SourceBlocks
+from .tile_resources import Resources, estimate_resources
+from .tile_work import Work, count_work
+
+# time of a launch without work, in microseconds
+LAUNCH = 1.5
+# instructions that a multiprocessor issues in a cycle
+ISSUE = 4
+
+
+class Device(NamedTuple):
+    """The speed of one device."""
+
+    multiprocessors: int
+    clock: float  # GHz
+    copy: float  # bytes that a copy reads and writes in a second, in TB
+
+
+# one device of each capability: V100, A100, A40, RTX 4090, H200, B200; others take the nearest capability below
+DEVICES = {
+    (7, 0): Device(80, 1.53, 0.8),
+    (8, 0): Device(108, 1.41, 1.8),
+    (8, 6): Device(84, 1.74, 0.6),
+    (8, 9): Device(128, 2.52, 0.9),
+    (9, 0): Device(132, 1.755, 4.3),
+    (10, 0): Device(148, 1.85, 7.0),
+}
+
+
+class Costs(NamedTuple):
+    """The cost of a unit of each kind of work: cycles of a multiprocessor, or instructions of a warp."""
+
+    line: float  # cycles
+    copy: float
+    shared_pass: float
+    operand: float
+    load: float  # instructions
+    store: float
+    logit: float
+    band: float
+    exchange: float
+    split: float
+    start: float  # of each warp
+    instruction: float  # cycles until a warp issues the next one
+    step: float  # latency of a step of a loop over channels, in cycles
+    source_step: float  # the same in the gradient to the features
+    stage: float  # share of the latency of a step that every further stage of the pipeline hides, over the share that remains
+    tail: float  # of the mean time of a program alone
+
+
+COSTS = Costs(
+    line=0.878,
+    copy=1.3,
+    shared_pass=0.788,
+    operand=0.177,
+    load=2.46,
+    store=14.8,
+    logit=8.63,
+    band=17.2,
+    exchange=12.9,
+    split=0.668,
+    start=327,
+    instruction=5.72,
+    step=170,
+    source_step=937,
+    stage=0.472,
+    tail=1.49,
+)
+
+
+class Estimate(NamedTuple):
+    """The predicted time of a kernel in microseconds, and its parts."""
+
+    total: float
+    alone: float
+    busy: float
+    copy: float
+
+
+def estimate_time(
+    direction: Direction, problem: TileProblem, tile: Tile, *, resources: Resources | None = None, blocks: SourceBlocks | None = None
+) -> Estimate:
+    """Return the predicted time of a pass on the device of the capability of the problem.
+
+    Args:
+        direction: the pass.
+        problem: the call.
+        tile: the tile.
+        resources: those of the compiled kernel; without them they are estimated.
+        blocks: replaces the extents of a product of the gradient to the features.
+    """
+    works = count_work(direction, problem, tile, blocks)
+    registers, shared = resources or estimate_resources(direction, problem, tile, blocks)
+    device, programs = find_device(problem.capability), sum(work.programs for work in works)
+    return combine(
+        COSTS,
+        works,
+        stages=tile.num_stages,
+        slots=count_slots(problem.capability, registers, shared, tile.num_warps, programs),
+        multiprocessors=min(device.multiprocessors, programs),
+        clock=device.clock,
+        copy=copy_microseconds(problem, ("forward",) if direction == "forward" else ("logits", "features")),
+    )
+
+
+@cache
+def find_device(capability: tuple[int, int]) -> Device:
+    """Return the device of this capability, or of the nearest one below."""
+    return DEVICES[max((known for known in DEVICES if known <= capability), default=min(DEVICES))]
+
+
+def count_slots(capability: tuple[int, int], registers: int, shared: int, warps: int, programs: float) -> float:
+    """Return how many of the programs run at the same time."""
+    limits = max((known for known in RESIDENCY_LIMITS if known <= 10 * capability[0] + capability[1]), default=min(RESIDENCY_LIMITS))
+    resident, _ = resident_blocks(limits, registers, shared, warps)
+    # a program that does not fit has no time; the limits of tiles exclude it
+    return min(programs, max(1, resident) * find_device(capability).multiprocessors)
+
+
+def copy_microseconds(problem: TileProblem, kinds: tuple[str, ...]) -> float:
+    """Return the microseconds in which the device copies the least bytes of a kernel: the tensors that it reads, and those that it fills.
+
+    Args:
+        problem: the call.
+        kinds: "forward"; or "logits", "features", or both, for the gradients to compute.
+    """
+    spec = problem.spec
+    cells = problem.height * problem.width * problem.batch
+    sources, targets = (cells * problem.channels * scale**2 for scale in (spec.down, spec.up))
+    logits = cells * spec.taps * spec.up**2
+    elements = targets + logits + sources * len(kinds) + logits * ("logits" in kinds)
+    return elements * problem.element_size / find_device(problem.capability).copy * 1e-6
+
+
+def combine(
+    costs: Costs, works: tuple[Work, ...], stages: float, slots: float, multiprocessors: float, clock: float, copy: float
+) -> Estimate:
+    """Return the time of a kernel. Every argument except the costs may also be an array, for many kernels at a time.
+
+    Args:
+        costs: the fitted costs.
+        works: the work of each kind of program.
+        stages: of the pipelines of the kernel.
+        slots: programs that run at the same time.
+        multiprocessors: that have a program.
+        clock: GHz.
+        copy: microseconds for a copy of the least bytes.
+    """
+    alone = busy = programs = 0.0
+    for work in works:
+        memory = costs.line * work.lines + costs.copy * work.copies + costs.shared_pass * work.passes + costs.operand * work.operands
+        memory = memory + work.products
+        instructions = costs.load * work.loads + costs.store * work.stores + costs.logit * work.logits + costs.band * work.band
+        instructions = instructions + costs.exchange * work.exchanges + costs.split * work.splits + costs.start * work.warps
+        rebuilds = work.band > 0
+        step = (costs.source_step * rebuilds + costs.step * (1 - rebuilds)) / (1 + costs.stage * (stages - 1))
+        alone = alone + work.programs * (step * work.steps + costs.instruction * instructions / work.warps + memory)
+        busy = busy + work.programs * (memory + instructions / ISSUE)
+        programs = programs + work.programs
+    cycle = 1e-3 / clock
+    parts = (alone * cycle / slots, busy * cycle / multiprocessors, copy)
+    total = sum(part**2 for part in parts) ** 0.5 + costs.tail * alone / programs * cycle + LAUNCH
+    return Estimate(total, *parts)

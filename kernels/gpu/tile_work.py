@@ -1,0 +1,271 @@
+"""The work of a tile, counted from the code of the kernels: instructions, lines of memory, passes over shared memory and products.
+
+Every count is an average over the tiles of a map: a location outside the map costs instructions, but no memory. Nothing here is measured;
+tile_time.py turns the counts into microseconds.
+
+M, P, T: targets, halo and taps of a tile, rounded up to a power of two; S, D: its sources and the targets that read them.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+from .tile_geometry import Direction, Halo, Reach, Tile, TileProblem, halo, reach
+from .tile_limits import REGISTER_BYTES, WARP_SIZE, SourceBlocks, operand_terms, source_blocks
+
+# bytes of a line of memory, and of shared memory that one wavefront moves (CUDA programming guide)
+LINE_BYTES = 128
+# bytes of the widest load of a thread, which are also those of a cheap asynchronous copy, and of the narrowest copy (PTX ISA, cp.async)
+WIDEST_LOAD, NARROWEST_COPY = 16, 4
+# multiply-adds in 16 bits of a multiprocessor in a cycle: by the matrix instruction of a warp, and by that of four warps from 9.0 on
+WARP_PRODUCTS, WARPGROUP_PRODUCTS = 1024, 2048
+# rows of a product of the instruction of four warps, which must all be there
+WARPGROUP_ROWS = 64
+# the time of a float32 product over that in 16 bits: three products in TF32 at half the speed
+FLOAT32_PRODUCTS = 6
+# times that the matrix units read an operand, by element size: float32 has three products of split operands
+OPERAND_READS = {2: 1, 4: 3}
+# logits in one line of memory if channels_last: those of a tile, and those that the sources of a tile gather
+LOGITS_PER_LINE, LOGITS_PER_GATHER = 4, 8
+
+
+class Work(NamedTuple):
+    """The work of all programs of one kind, for each program. Counts of instructions and elements are those of a warp, over all warps."""
+
+    programs: float  # that have channels to compute
+    warps: float
+    steps: float  # iterations of the loops of a program
+    lines: float  # lines of memory that are loaded or stored
+    copies: float  # asynchronous copies of fewer than 16 bytes per thread
+    passes: float  # passes over shared memory, except the following
+    operands: float  # passes over shared memory that load operands of the matrix instruction of a warp
+    products: float  # cycles of the matrix units
+    loads: float  # instructions that load features
+    stores: float
+    logits: float  # logits that are normalised, or turned into their gradient
+    band: float  # weights that the gradient to the features rebuilds
+    exchanges: float  # of the weights of a tile between the threads of a warp
+    splits: float  # elements of float32 operands that are split into two terms
+
+
+class Block(NamedTuple):
+    """The transfer of a block of features between memory and shared memory."""
+
+    lines: float
+    instructions: float
+    copies: float
+    passes: float
+
+
+def count_work(direction: Direction, problem: TileProblem, tile: Tile, blocks: SourceBlocks | None = None) -> tuple[Work, ...]:
+    """Return the work of each kind of program: one in forward, in backward those of the gradients to the logits and to the features.
+
+    Args:
+        direction: the pass.
+        problem: the call.
+        tile: the tile.
+        blocks: replaces the extents of a product of the gradient to the features.
+    """
+    if direction == "forward":
+        return (count_forward(problem, tile),)
+    return count_logit_gradient(problem, tile), count_source_gradient(problem, tile, blocks or source_blocks(problem, tile))
+
+
+def count_forward(problem: TileProblem, tile: Tile) -> Work:
+    """Return the work of the forward kernel."""
+    window = halo(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.x_align))
+    features = _block(
+        problem, tile, _halo_seen(problem, tile, window), window.p, tile.block_c, window.width, run_alignments(problem, tile)[0]
+    )
+    result = _block(problem, tile, _targets_seen(problem, tile), window.m, tile.block_c, window.cols, problem.y_align)
+    blocks = -(-problem.channels // tile.block_c)
+    active = min(tile.split, blocks)
+    tall = problem.channels_last and window.rows * window.cols < WARPGROUP_ROWS
+    newer = takes_four_warps(problem, tile, window.m if problem.channels_last and not tall else tile.block_c)
+    band, steps = window.p * window.m, blocks / active
+    return Work(
+        programs=_tiles(problem, tile) * active,
+        warps=tile.num_warps,
+        steps=steps,
+        lines=steps * (features.lines + result.lines) + _logit_lines(problem, tile),
+        copies=steps * features.copies,
+        passes=steps * (features.passes + 2 * _lines(problem, window.m * tile.block_c)) + 2 * _lines(problem, band),
+        operands=steps * _operand_passes(problem, window.p * tile.block_c + band * tile.num_warps, newer),
+        products=steps * _product_cycles(problem, band * tile.block_c, newer),
+        loads=steps * features.instructions,
+        stores=steps * result.instructions,
+        logits=window.t * window.m / WARP_SIZE,
+        band=0,
+        exchanges=window.t * band / WARP_SIZE**2,
+        splits=steps * _splits(problem, window.p * tile.block_c + band),
+    )
+
+
+def count_logit_gradient(problem: TileProblem, tile: Tile) -> Work:
+    """Return the work of the gradient to the logits."""
+    window = halo(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.x_align))
+    x_align, y_align = run_alignments(problem, tile)
+    features = _block(problem, tile, _halo_seen(problem, tile, window), window.p, tile.block_c, window.width, x_align)
+    gradients = _block(problem, tile, _targets_seen(problem, tile), window.m, tile.block_c, window.cols, y_align)
+    steps = -(-problem.channels // tile.block_c)
+    newer = takes_four_warps(problem, tile, window.p)
+    # every warp reads the gradients for its own rows of sources
+    operands = window.p * tile.block_c + window.m * tile.block_c * min(tile.num_warps, window.p // 16)
+    logits = window.t * window.m / WARP_SIZE
+    return Work(
+        programs=_tiles(problem, tile),
+        warps=tile.num_warps,
+        steps=steps,
+        # logits are read, and their gradient is written
+        lines=steps * (features.lines + gradients.lines) + 2 * _logit_lines(problem, tile),
+        copies=steps * (features.copies + gradients.copies),
+        # the gradient of the band is float32
+        passes=steps * (features.passes + gradients.passes) + 2 * window.p * window.m * REGISTER_BYTES / LINE_BYTES,
+        operands=steps * _operand_passes(problem, operands, newer),
+        products=steps * _product_cycles(problem, window.p * window.m * tile.block_c, newer),
+        loads=steps * (features.instructions + gradients.instructions),
+        stores=0,
+        logits=logits,
+        band=0,
+        exchanges=window.t * window.p * window.m / WARP_SIZE**2,
+        splits=steps * _splits(problem, (window.p + window.m) * tile.block_c),
+    )
+
+
+def count_source_gradient(problem: TileProblem, tile: Tile, blocks: SourceBlocks) -> Work:
+    """Return the work of the gradient to the features: for every block of channels, a band is built from the logits and multiplied."""
+    spec, size = problem.spec, problem.element_size
+    reached = reach(spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.y_align))
+    x_align, y_align = run_alignments(problem, tile)
+    steps = -(-reached.height * reached.width // blocks.targets)
+    targets = steps * blocks.targets
+    gradients = _block(problem, tile, _reach_seen(problem, tile, reached), targets, blocks.channels, reached.width, y_align)
+    result = _block(problem, tile, _sources_seen(problem, tile), reached.s, blocks.channels, reached.cols, x_align)
+    all_blocks = -(-problem.channels // blocks.channels)
+    active = min(tile.split, all_blocks)
+    share = all_blocks / active
+    newer = takes_four_warps(problem, tile, reached.s if problem.channels_last else blocks.channels)
+    rows, cols = _cells_seen(problem, tile)
+    gathered = spec.taps * rows * cols * spec.up**2 / (LOGITS_PER_GATHER if problem.channels_last else 1)
+    band = targets * reached.s
+    return Work(
+        programs=_tiles(problem, tile) * active,
+        warps=tile.num_warps,
+        steps=share * steps,
+        lines=share * (gradients.lines + result.lines + gathered),
+        copies=share * gradients.copies,
+        passes=share * (gradients.passes + 2 * _lines(problem, reached.s * blocks.channels) + band * size / LINE_BYTES),
+        operands=share * _operand_passes(problem, targets * blocks.channels + band * tile.num_warps, newer),
+        products=share * _product_cycles(problem, band * blocks.channels, newer),
+        loads=share * gradients.instructions,
+        stores=share * result.instructions,
+        logits=0,
+        band=share * band / WARP_SIZE,
+        exchanges=0,
+        splits=share * _splits(problem, targets * blocks.channels + band),
+    )
+
+
+def run_vector(problem: TileProblem, tile: Tile, align: int) -> int:
+    """Return the elements to whose multiple the extents of a tile are rounded along rows of features of this alignment."""
+    return 1 if problem.channels_last else min(tile.vector, align)
+
+
+def run_alignments(problem: TileProblem, tile: Tile) -> tuple[int, int]:
+    """Return the alignments of the source and of the target features that the backward kernel uses; forward uses the first."""
+    if problem.channels_last:
+        return problem.x_align, problem.y_align
+    return min(problem.x_align, tile.vector), min(problem.y_align, tile.vector)
+
+
+def _block(problem: TileProblem, tile: Tile, seen: tuple[float, float], padded: int, channels: int, width: int, align: int) -> Block:
+    """Return the transfer of `channels` channels of a block of `padded` locations, `width` in a row, of which rows x cols are `seen`."""
+    rows, cols = seen
+    size, threads = problem.element_size, WARP_SIZE * tile.num_warps
+    present = min(channels, problem.channels)
+    runs, run = (rows * cols, present) if problem.channels_last else (rows * present, cols)
+    # the compiler knows the alignment of the first pixel of a row, and of the others by the width of the block
+    vector = align if problem.channels_last else math.gcd(width, align)
+    vector = max(1, min(vector, padded * channels // threads))
+    instructions = max(padded * channels / vector / WARP_SIZE, tile.num_warps)
+    small = tile.num_stages > 1 and NARROWEST_COPY <= vector * size < WIDEST_LOAD
+    # a bank of shared memory is as wide as a register: a thread that stores less leaves the rest unused
+    passes = _lines(problem, padded * channels) * max(1.0, REGISTER_BYTES / (vector * size))
+    return Block(_run_lines(runs, run * size), instructions, instructions if small else 0, passes)
+
+
+def _run_lines(runs: float, run_bytes: float) -> float:
+    """Return the lines of memory that runs of bytes touch, at any alignment unless they are whole lines."""
+    return runs * (run_bytes / LINE_BYTES if run_bytes % LINE_BYTES == 0 else 1 + (run_bytes - 1) / LINE_BYTES)
+
+
+def _lines(problem: TileProblem, elements: float) -> float:
+    return elements * problem.element_size / LINE_BYTES
+
+
+def _logit_lines(problem: TileProblem, tile: Tile) -> float:
+    spec = problem.spec
+    if problem.channels_last:
+        rows, cols = _targets_seen(problem, tile)
+        return spec.taps * rows * cols / LOGITS_PER_LINE
+    rows, cols = _cells_seen(problem, tile)
+    return _run_lines(spec.taps * spec.up**2 * rows, cols * problem.element_size)
+
+
+def _operand_passes(problem: TileProblem, elements: float, newer: bool) -> float:
+    """Return the passes that bring operands to registers; the newer matrix instruction takes them from shared memory."""
+    return 0.0 if newer else _lines(problem, elements) * OPERAND_READS[problem.element_size]
+
+
+def _product_cycles(problem: TileProblem, products: float, newer: bool) -> float:
+    factor = 1 if problem.element_size == 2 else FLOAT32_PRODUCTS
+    return factor * products / (WARPGROUP_PRODUCTS if newer else WARP_PRODUCTS)
+
+
+def _splits(problem: TileProblem, elements: float) -> float:
+    return elements / WARP_SIZE * (operand_terms(problem.element_size) - 1)
+
+
+def takes_four_warps(problem: TileProblem, tile: Tile, rows: int) -> bool:
+    """Return whether a product with this number of rows uses the matrix instruction of four warps."""
+    return problem.capability >= (9, 0) and tile.num_warps % 4 == 0 and rows >= WARPGROUP_ROWS
+
+
+def _tiles(problem: TileProblem, tile: Tile) -> int:
+    return -(-problem.height // tile.cells_h) * -(-problem.width // tile.cells_w) * problem.batch
+
+
+def _halo_seen(problem: TileProblem, tile: Tile, window: Halo) -> tuple[float, float]:
+    down, radius = problem.spec.down, problem.spec.kernel_size // 2
+    rows = _mean_seen(problem.height, tile.cells_h, down, radius, window.height)
+    return rows, _mean_seen(problem.width, tile.cells_w, down, window.lead, window.width)
+
+
+def _targets_seen(problem: TileProblem, tile: Tile) -> tuple[float, float]:
+    rows, cols = _cells_seen(problem, tile)
+    return rows * problem.spec.up, cols * problem.spec.up
+
+
+def _reach_seen(problem: TileProblem, tile: Tile, reached: Reach) -> tuple[float, float]:
+    up = problem.spec.up
+    rows = _mean_seen(problem.height, tile.cells_h, up, reached.before, reached.height)
+    return rows, _mean_seen(problem.width, tile.cells_w, up, reached.lead, reached.width)
+
+
+def _sources_seen(problem: TileProblem, tile: Tile) -> tuple[float, float]:
+    rows, cols = _cells_seen(problem, tile)
+    return rows * problem.spec.down, cols * problem.spec.down
+
+
+def _cells_seen(problem: TileProblem, tile: Tile) -> tuple[float, float]:
+    return _mean_seen(problem.height, tile.cells_h, 1, 0, tile.cells_h), _mean_seen(problem.width, tile.cells_w, 1, 0, tile.cells_w)
+
+
+@lru_cache(maxsize=4096)
+def _mean_seen(cells: int, tile_cells: int, step: int, lead: int, extent: int) -> float:
+    """Return the mean over tiles of the part of an extent that lies in a map of `cells` cells with `step` locations each.
+
+    The extent of a tile begins `lead` locations before its first cell.
+    """
+    starts = range(-lead, cells * step - lead, tile_cells * step)
+    return sum(max(0, min(start + extent, cells * step) - max(start, 0)) for start in starts) / len(starts)

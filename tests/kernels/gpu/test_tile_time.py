@@ -1,0 +1,76 @@
+"""The model of time against the kernels that were measured on an H200, each problem predicted by a fit to the others."""
+
+import numpy as np
+import pytest
+from carafepp.kernels.geometry import Spec
+from carafepp.kernels.gpu.tile_geometry import Tile, TileProblem
+from carafepp.kernels.gpu.tile_resources import Resources
+from carafepp.kernels.gpu.tile_time import COSTS, copy_microseconds, count_slots, estimate_time, find_device
+
+pytest.importorskip("scipy")
+
+from fit_tile_time import PRIOR, Fit, estimate_of, leave_one_out, read_kernels
+
+PROBLEM = TileProblem(Spec(5, up=2), 256, 25, 42, 1, 2, False, 2, 4, (9, 0))
+TILE = Tile(2, 8, 2, 64, 1, 4, 2)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return Fit(read_kernels())
+
+
+def test_the_costs_are_those_of_the_fit_to_all_kernels(data):
+    costs = data.fit(np.ones(len(data.kernels), bool), PRIOR)
+    assert costs == pytest.approx(COSTS, rel=0.02)
+
+
+def test_unseen_problems_are_predicted(data):
+    found = leave_one_out(data)
+    searches = [quality for quality in found.values() if quality.kernels > 50]
+    assert len(searches) == 6
+    # docs/performance.md has these figures
+    assert np.mean([quality.rank_correlation for quality in searches]) > 0.9
+    assert min(quality.rank_correlation for quality in found.values()) > 0.8
+    assert all(quality.within >= 0.5 for quality in searches)
+    assert sum(quality.within >= 0.5 for quality in found.values()) >= len(found) - 1
+    assert max(quality.chosen for quality in searches) < 1.1
+
+
+def test_registers_and_shared_memory_are_estimated(data):
+    kernels = [kernel for kernel in data.kernels if kernel.spills == 0]
+    registers = [estimate_of(kernel).registers / kernel.registers for kernel in kernels]
+    shared = [estimate_of(kernel).shared / kernel.shared for kernel in kernels if kernel.shared]
+    assert np.median(registers) == pytest.approx(1, abs=0.05)
+    assert np.median(np.abs(np.log(registers))) < 0.1
+    assert np.mean(np.abs(np.log(shared)) < 0.05) > 0.8
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_more_programs_at_a_time_take_less_time(direction):
+    times = [estimate_time(direction, PROBLEM._replace(batch=64), TILE, resources=Resources(n, 16384)).total for n in (64, 128, 255)]
+    assert times == sorted(times)
+    assert times[0] < times[-1]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("change", [{"channels": 512}, {"height": 50}, {"batch": 2}, {"element_size": 4}, {"spec": Spec(7, up=2)}])
+def test_more_work_takes_more_time(direction, change):
+    tile = Tile(2, 4, 2, 64, 1, 4, 1)
+    assert estimate_time(direction, PROBLEM._replace(**change), tile).total > estimate_time(direction, PROBLEM, tile).total
+
+
+def test_a_copy_moves_every_tensor_once():
+    x, y, logits = 256 * 25 * 42 * 2, 256 * 50 * 84 * 2, 25 * 50 * 84 * 2
+    speed = find_device((9, 0)).copy * 1e6
+    assert copy_microseconds(PROBLEM, ("forward",)) == pytest.approx((x + y + logits) / speed)
+    assert copy_microseconds(PROBLEM, ("logits", "features")) == pytest.approx((2 * x + y + 2 * logits) / speed)
+    assert copy_microseconds(PROBLEM, ("features",)) == pytest.approx((x + y + logits) / speed)
+
+
+def test_devices_that_are_not_listed_count_as_the_nearest_below():
+    counts = [find_device(capability).multiprocessors for capability in ((6, 1), (7, 0), (7, 5), (8, 7), (9, 0), (12, 0))]
+    assert counts == [80, 80, 80, 84, 132, 148]
+    # 128 registers leave room for 16 warps
+    assert [count_slots(capability, 128, 0, 4, 1e6) for capability in ((7, 5), (8, 0), (9, 0))] == [80 * 4, 108 * 4, 132 * 4]
+    assert count_slots((9, 0), 128, 0, 4, 100) == 100
