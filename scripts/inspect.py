@@ -56,12 +56,13 @@ def find_kernels(options: Mapping[str, Any], capability: int) -> Iterator[Kernel
         step = build_training_step(*shape, spec, dtypes[dtype], formats[memory_format])
         pair = divmod(capability, 10)
         problem = step.problem(pair)
-        for direction, launch in ((way, launch) for way in DIRECTIONS for launch in step.build_launches(way, capability=pair)):
-            key = (launch.source().hash(), launch.num_warps, launch.num_stages)
-            if key not in seen:
-                seen.add(key)
-                where = (site, dtype, memory_format, normalizer, launch.kernel.__name__, f"sm_{capability}")
-                yield Kernel(dict(zip(LABELS, where, strict=True)), launch, direction, problem, capability)
+        for direction in DIRECTIONS:
+            for launch in step.build_launches(direction, capability=pair):
+                key = (launch.source().hash(), launch.num_warps, launch.num_stages)
+                if key not in seen:
+                    seen.add(key)
+                    where = (site, dtype, memory_format, normalizer, launch.kernel.__name__, f"sm_{capability}")
+                    yield Kernel(dict(zip(LABELS, where, strict=True)), launch, direction, problem, capability)
 
 
 def read_figures(launch: "Launch", capability: int) -> dict[str, Any]:
@@ -69,10 +70,11 @@ def read_figures(launch: "Launch", capability: int) -> dict[str, Any]:
     import triton
 
     from ..kernels.cpu.build import cache_directory
-    from ..kernels.gpu import assembly
+    from ..kernels.gpu import assembly, residency
 
     # the source, its compiler, and the code that reads the result
-    told = (launch.source().hash(), launch.options, capability, triton.__version__, Path(assembly.__file__).read_text())
+    readers = [Path(module.__file__).read_text() for module in (assembly, residency)]
+    told = (launch.source().hash(), launch.options, capability, triton.__version__, readers)
     path = cache_directory() / "inspect" / f"{hashlib.sha256(repr(told).encode()).hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
         return assembly.Assembly(**json.loads(path.read_text()))._asdict()
