@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 WHEELS = ROOT / "wheels"
 # distributions by the name of their import
 PACKAGES = {
-    "hydra": "hydra-core",
-    "omegaconf": "omegaconf",
+    "hydra": "hydra-core>=1.3.8,<1.4",
+    "omegaconf": "omegaconf>=2.2,<2.4",
     "antlr4": "antlr4-python3-runtime==4.9.3",
     "yaml": "pyyaml",
     "torchmetrics": "torchmetrics",
