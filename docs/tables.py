@@ -151,6 +151,8 @@ def tabulate_fps(rows: list[Row]) -> str:
             name, size = f"{row['table']}/{row['row']}", sides(row["size"])
             ratio = number(row["paper_relative"]) and f"{float(row['paper_relative']):.2f}"
             lines.append([name, size, number(row["inference_fps"]), format_ratio(row, "inference"), row["paper_fps"], ratio])
+    if not lines:
+        return "Not measured yet."
     return write_table(["row", "size", "fps", "time / baseline", "paper: fps", "paper: time / baseline"], lines)
 
 

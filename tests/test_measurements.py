@@ -72,6 +72,7 @@ def test_networks_have_ratios_with_intervals_and_shares(tables):
     network = tables.tabulate_networks([row]).splitlines()[-1]
     expected = "table4/carafe | 800 x 1333, 1 / - | 41,926,480 | 436.3 | 20.5 | 1.04 [1.01, 1.07] | 1.2 % + 3.4 % | 1,234"
     assert network == f"| {expected} |"
+    assert tables.tabulate_fps([row | {"paper_fps": ""}]) == "Not measured yet."
     assert tables.tabulate_fps([row]).splitlines()[-1] == "| table4/carafe | 800 x 1333 | 48.8 | 1.04 [1.01, 1.07] | 12.2 | 1.02 |"
 
 

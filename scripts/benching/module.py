@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...kernels import reassemble
 from ...kernels.geometry import Spec
 from ...models.carafe import CARAFE
+from ...models.half_encoder import can_encode, encode
 from ...tasks.writing import write_csv
 from ..common.options import look_up
 from ..common.sites import DTYPES
@@ -22,8 +23,8 @@ from .hardware import describe_hardware
 from .memory import keep_freed_memory, measure_peak_bytes
 from .timing import CLOCKS, time_in_turns
 
-# the parts of the module in the order of its forward, and the module itself
-WHOLE, OPERATOR = "module", "operator"
+# the parts of a module beside its layers: the layers together, the operator, and the module itself
+LAYERS, OPERATOR, WHOLE = "layers", "operator", "module"
 PASSES = ("forward", "step")
 
 
@@ -58,8 +59,18 @@ class PartCalls:
         return torch.autograd.grad(y, self.leaves, self.dy)
 
 
+def encode_content(module: CARAFE, x: Tensor) -> Tensor:
+    """Compute the logits of features x [N, C, H, W] as the module's forward does, which on a GPU may be faster than layer by layer."""
+    if can_encode(module.channel_compressor, module.content_encoder, x):
+        return encode(module.channel_compressor, module.compressor_norm, module.content_encoder, x)[1]
+    return module.logits(x)
+
+
 def list_parts(module: CARAFE, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, PartCalls]]:
-    """Yield the parts of a module that do something, by name, each on its inputs for features x [N, C, H, W]; the module itself is last."""
+    """Yield the parts of a module by name, each on its inputs for features x [N, C, H, W].
+
+    They are its layers one by one, without those that do nothing; LAYERS, the layers together as the module runs them; OPERATOR; WHOLE.
+    """
     current = x
     for name in ("channel_compressor", "compressor_norm", "content_encoder"):
         part = module.get_submodule(name)
@@ -67,6 +78,7 @@ def list_parts(module: CARAFE, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[
             calls = PartCalls(part, [current], list(part.parameters()), dtype)
             yield name, calls
             current = calls.y.detach().requires_grad_()
+    yield LAYERS, PartCalls(functools.partial(encode_content, module), [x], list(module.parameters()), dtype)
     yield OPERATOR, PartCalls(functools.partial(reassemble, **module.spec._asdict()), [x, current], [], dtype)
     yield WHOLE, PartCalls(module, [x], list(module.parameters()), dtype)
 

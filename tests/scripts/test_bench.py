@@ -99,8 +99,9 @@ def test_module_and_its_parts_are_measured(tmp_path, capsys):
     printed = capsys.readouterr().out
     rows = {row["part"]: row for row in csv.DictReader((tmp_path / "module.csv").open())}
     # convolutions with biases, 8 -> 16 -> 25 channels; scale and shift of a norm
-    parameters = {"channel_compressor": 144, "compressor_norm": 32, "content_encoder": 16 * 9 * 25 + 25, "operator": 0}
-    assert {name: int(row["parameters"]) for name, row in rows.items()} == {**parameters, "module": sum(parameters.values())}
+    parameters = {"channel_compressor": 144, "compressor_norm": 32, "content_encoder": 16 * 9 * 25 + 25}
+    every = sum(parameters.values())
+    assert {name: int(row["parameters"]) for name, row in rows.items()} == {**parameters, "layers": every, "operator": 0, "module": every}
     for row in rows.values():
         assert float(row["forward"]) > 0
         assert f"{float(row['step']):.3f}" in printed
@@ -110,7 +111,8 @@ def test_parts_make_up_the_module():
     module = CARAFE(4, up=2, groups=2)
     x = torch.randn(1, 4, 5, 6)
     parts = dict(list_parts(module, x.requires_grad_(), torch.float32))
-    assert list(parts) == ["channel_compressor", "content_encoder", "operator", "module"]
+    assert list(parts) == ["channel_compressor", "content_encoder", "layers", "operator", "module"]
+    torch.testing.assert_close(parts["layers"].y, parts["content_encoder"].y)
     torch.testing.assert_close(parts["operator"].y, parts["module"].y)
     for part in parts.values():
         assert all(gradient.shape == leaf.shape for gradient, leaf in zip(part.step(), part.leaves, strict=True))
