@@ -8,9 +8,10 @@ import onnxruntime
 import torch
 from carafepp.models.regions import trace_regions
 from carafepp.tasks.data import Data
-from carafepp.tasks.pictures import arrange, caption, enlarge
+from carafepp.tasks.pictures import enlarge
 from carafepp.tasks.scenes import Scenes
 from carafepp.tasks.segmentation import Segmentation
+from carafepp.tasks.sheets import arrange
 from torch import Tensor, nn
 from torchvision.models import feature_extraction, resnet, segmentation
 from torchvision.utils import save_image
@@ -47,16 +48,14 @@ class Digits(Scenes):
         return image, labels.clamp(max=1)
 
 
-def draw(task: Segmentation, image: Tensor, labels: Tensor) -> list[Tensor]:
-    """Draw image, truth, prediction and, in red, what a green dot is reassembled from by all samplers of PATH: the root of the weights."""
+def draw(task: Segmentation, image: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Draw image, truth, prediction and, in orange, what all samplers of PATH reassemble a blue dot from: the root of the weights."""
     y, x = labels.nonzero()[int(labels.sum()) // 2].tolist()
-    view = task.view(image)
-    weights = trace_regions(view.network, view.inputs, PATH, [(y / SIDE, x / SIDE)])[0].weights  # [1, SIDE / 2, SIDE / 2]
-    red = enlarge(weights / weights.max(), 2).sqrt()
-    sources = torch.lerp(image.mean(0).expand(3, -1, -1), torch.tensor([1.0, 0.1, 0.1])[:, None, None], red)
-    sources[:, y - 1 : y + 2, x - 1 : x + 2] = torch.tensor([0.0, 1.0, 0.0])[:, None, None]
-    pictures = task.pictures((image, labels)) | {"sources of the green dot": sources}
-    return [caption(enlarge(picture[:, :SIDE], 3), name) for name, picture in pictures.items()]
+    weights = trace_regions(task.model, task.view(image).inputs, PATH, [(y / SIDE, x / SIDE)])[0].weights  # [1, SIDE / 2, SIDE / 2]
+    orange, blue = torch.tensor([[0.9, 0.3, 0.0], [0.3, 0.8, 1.0]])[..., None, None]
+    sources = torch.lerp(image.mean(0), orange, enlarge(weights / weights.max(), 2).sqrt())
+    sources[:, y - 1 : y + 2, x - 1 : x + 2] = blue
+    return task.pictures((image, labels)) | {"sources of the blue dot": sources}
 
 
 def main(steps: int, folder: Path) -> None:
@@ -73,7 +72,8 @@ def main(steps: int, folder: Path) -> None:
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), network(images), rtol=1e-3, atol=1e-3)
-    save_image(arrange([draw(task, *data.val[index]) for index in (3, 6, 8)]), folder / "figure.png")
+    rows = [draw(task, *data.val[index]) for index in (3, 6, 8)]
+    save_image(arrange([[*row.values()] for row in rows], columns=[*rows[0]]), folder / "figure.png")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Regions that the features of a target come from, through one or several CARAFE++ modules (paper, Figures 1 and 9)."""
+"""Regions that the features of a target come from, through one or several samplers (paper, Figures 1 and 9)."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..kernels.reference import weighted_sum
 from .carafe import CARAFE
@@ -18,9 +21,9 @@ class Region(NamedTuple):
     """One map on the path, and the weight of each of its pixels in the targets.
 
     Attributes:
-        module: name of the module that takes the map, or "" for the output of the last module.
+        module: name of the sampler that takes the map, or "" for the output of the last sampler.
         features: the map, [C, H, W].
-        weights: [L, H, W], one map per target. With softmax each sums to 1, unless a window of the border "zero" leaves the map.
+        weights: [L, H, W], one map per target. With softmax, each sums to 1, unless a window of the border "zero" leaves the map.
     """
 
     module: str
@@ -30,7 +33,10 @@ class Region(NamedTuple):
 
 class _Call(NamedTuple):
     name: str
-    module: CARAFE
+    # a module, or None for a call of `F.interpolate`
+    module: nn.Module | None
+    # maps x [1, C, h, w] to y [1, C', H, W]
+    run: Callable[[Tensor], Tensor]
     x: Tensor
     y: Tensor
 
@@ -39,24 +45,30 @@ class _Call(NamedTuple):
 def trace_regions(
     network: nn.Module, inputs: Sequence[Tensor], path: str | Sequence[str], locations: Sequence[tuple[float, float]]
 ) -> list[Region]:
-    """Accumulate reassembly kernels backwards, from `locations` in the output of the last module to the input of the first.
+    """Accumulate the weights of samplers backwards, from `locations` in the output of the last sampler to the input of the first.
 
-    A region says where features were reassembled from. Layers between the modules (convolutions, laterals) are skipped. Kernels of
-    several groups are averaged.
+    A region says where features were reassembled from. Layers between the samplers (convolutions, laterals) are skipped.
+
+    The weights of a CARAFE module are its reassembly kernels, averaged over its groups. Other samplers serve for comparison: any module
+    that changes the size of a map, and calls of `F.interpolate`, such as those of an empty slot. Their weights are the absolute derivatives
+    of the output with respect to each pixel of the input, summed over the channels and divided by their total. For interpolation, average
+    pooling and max-pooling, these are the weights that the operator gives to each pixel, on average over the channels.
 
     Args:
         network: the network, called once in its present mode; put it into evaluation mode first.
         inputs: arguments of the network, for one image.
-        path: names of CARAFE modules, or patterns such as "fpn.upsample.*", that run one after the other.
-        locations: L targets (down, across), as fractions of the height and the width of the output of the last module.
+        path: names of samplers, or patterns such as "fpn.upsample.*", that run one after the other. Calls of `F.interpolate` in a module
+            have the names "MODULE.interpolate_0", "MODULE.interpolate_1", ..., in their order. Of samplers inside each other, a CARAFE
+            module counts, or else the innermost one.
+        locations: L targets (down, across), as fractions of the height and the width of the output of the last sampler.
 
     Returns:
-        The maps in the order of computation: the input of every module, then the output, where the weight of a target is 1 at its
+        The maps in the order of computation: the input of every sampler, then the output, where the weight of a target is 1 at its
         location.
 
     Raises:
-        ValueError: no CARAFE module matches `path`, none of the matching modules ran, the modules do not follow one another, they take
-            several images or parts of images, or a location is outside the map.
+        ValueError: no sampler that ran matches `path`, the matching samplers do not follow one another, they take several images or parts
+            of images, or a location is outside the map.
     """
     if outside := [location for location in locations if not all(0 <= part < 1 for part in location)]:
         raise ValueError(f"locations must be fractions of height and width, at least 0 and less than 1, got {outside[0]}")
@@ -73,47 +85,98 @@ def trace_regions(
     return regions
 
 
+class _Recorder(TorchFunctionMode):
+    """Record the calls that change the size of a map: those of modules, and those of `F.interpolate`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+        self.running, self.counts = [""], Counter()
+        modules = [(name, module) for name, module in network.named_modules() if name]
+        self.handles = [module.register_forward_pre_hook(partial(self._enter, name=name)) for name, module in modules]
+        self.handles += [module.register_forward_hook(self._leave, with_kwargs=True) for _, module in modules]
+
+    def _enter(self, module: nn.Module, args: tuple, name: str) -> None:
+        self.running.append(name)
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
+        self._add(self.running.pop(), module, module.forward, args, kwargs, y)
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if func is F.interpolate:
+            name = f"{self.running[-1]}.interpolate".lstrip(".")
+            self._add(f"{name}_{self.counts[name]}", None, func, args, kwargs or {}, y)
+            self.counts[name] += 1
+        return y
+
+    def _add(self, name: str, module: nn.Module | None, run: Callable, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
+        x, *others = args or (None,)
+        are_maps = isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() == y.dim() == 4
+        if are_maps and (isinstance(module, CARAFE) or x.shape[2:] != y.shape[2:]):
+            self.calls.append(_Call(name, module, lambda x: run(x, *others, **kwargs), x, y))
+
+
 def _record_calls(network: nn.Module, inputs: Sequence[Tensor], path: list[str]) -> list[_Call]:
-    """Run the network and record the calls of the path's modules."""
-    modules = {name: module for name, module in network.named_modules() if isinstance(module, CARAFE)}
-    chosen = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in path)]
-    there_are = f"its CARAFE modules are {', '.join(modules)}" if modules else "it has no CARAFE module"
-    if not chosen:
-        raise ValueError(f"the network has no CARAFE module named {', '.join(path)}: {there_are}")
-    calls: list[_Call] = []
-
-    def record(module: CARAFE, args: tuple[Tensor], y: Tensor, name: str) -> None:
-        calls.append(_Call(name, module, args[0], y))
-
-    handles = [modules[name].register_forward_hook(partial(record, name=name)) for name in chosen]
+    """Run the network and record the calls of the path's samplers."""
+    recorder = _Recorder(network)
     try:
-        network(*inputs)
+        with recorder:
+            network(*inputs)
     finally:
-        for handle in handles:
+        for handle in recorder.handles:
             handle.remove()
+    whole = [call.name for call in recorder.calls if isinstance(call.module, CARAFE)]
+    found = [call for call in recorder.calls if not any(call.name.startswith(f"{name}.") for name in whole)]
+    there_are = f"it called the samplers {', '.join(dict.fromkeys(call.name for call in _keep_innermost(found))) or 'none'}"
+    calls = _keep_innermost([call for call in found if any(fnmatchcase(call.name, pattern) for pattern in path)])
     if not calls:
-        raise ValueError(f"the network did not call {', '.join(chosen)} for this input")
+        raise ValueError(f"the network did not call a sampler named {', '.join(path)} for this input: {there_are}")
     if several := [call for call in calls if len(call.x) != 1]:
         raise ValueError(f"{several[0].name} must see one map of the whole image, got {len(several[0].x)} (images, or regions of them)")
     for before, after in pairwise(calls):
-        # a network may crop the output of a module
-        cropped = [have - need for have, need in zip(before.y.shape[2:], after.x.shape[2:], strict=True)]
-        if not all(0 <= rest < before.module.spec.up for rest in cropped):
+        # a network may crop the output of an upsampler
+        pairs = zip(before.x.shape[2:], before.y.shape[2:], after.x.shape[2:], strict=True)
+        if not all(0 <= have - need < max(1, -(-have // coarse)) for coarse, have, need in pairs):
             sizes = [f"{'x'.join(map(str, map_.shape[2:]))}" for map_ in (before.y, after.x)]
             raise ValueError(
-                f"the modules of a path must follow one another, but the output of {before.name} is {sizes[0]} and the input of "
+                f"the samplers of a path must follow one another, but the output of {before.name} is {sizes[0]} and the input of "
                 f"{after.name}, which runs next, is {sizes[1]}: {there_are}"
             )
     return calls
 
 
+def _keep_innermost(calls: list[_Call]) -> list[_Call]:
+    """Drop the calls of modules that contain another sampler among the calls."""
+    return [call for call in calls if not any(other.name.startswith(f"{call.name}.") for other in calls)]
+
+
 def _carry_to_input(call: _Call, weights: Tensor) -> Tensor:
-    """Carry weights [L, h, w] over the output of a module, or a crop of it, to its input, [L, H, W]: the transpose of reassembly."""
-    spec, (height, width) = call.module.spec, call.y.shape[2:]
-    kernels = call.module.kernels(call.x).flatten(2, 3)  # [1, G, K * K, Ho, Wo]
-    targets = weights.new_zeros(len(weights), spec.groups, height, width)
-    targets[..., : weights.shape[1], : weights.shape[2]] = weights[:, None] / spec.groups
+    """Carry weights [L, h, w] over the output of a sampler, or a crop of it, to its input, [L, H, W]."""
+    targets = weights.new_zeros(len(weights), *call.y.shape[2:])
+    targets[:, : weights.shape[1], : weights.shape[2]] = weights
     with torch.enable_grad():
-        source = weights.new_zeros(len(weights), spec.groups, *call.x.shape[2:], requires_grad=True)
-        y = fit(weighted_sum(source, kernels.expand(len(weights), -1, -1, -1, -1), spec), call.y.shape[2:])
-        return torch.autograd.grad(y, source, targets)[0].sum(1)
+        if isinstance(call.module, CARAFE):
+            return _transpose_reassembly(call, call.module, targets)
+        return torch.stack([_differentiate(call, target) for target in targets])
+
+
+def _transpose_reassembly(call: _Call, module: CARAFE, targets: Tensor) -> Tensor:
+    """Carry weights [L, Ho, Wo] over the output of a CARAFE module to its input, [L, H, W]."""
+    spec = module.spec
+    kernels = module.kernels(call.x).flatten(2, 3)  # [1, G, K * K, Ho, Wo]
+    source = targets.new_zeros(len(targets), spec.groups, *call.x.shape[2:], requires_grad=True)
+    y = fit(weighted_sum(source, kernels.expand(len(targets), -1, -1, -1, -1), spec), call.y.shape[2:])
+    gradients = targets[:, None].expand(-1, spec.groups, -1, -1) / spec.groups
+    return torch.autograd.grad(y, source, gradients)[0].sum(1)
+
+
+def _differentiate(call: _Call, target: Tensor) -> Tensor:
+    """Carry weights [Ho, Wo] over the output of any sampler to its input, [H, W], by absolute derivatives."""
+    x, run = call.x.detach().clone().requires_grad_(), call.run
+    if isinstance(call.module, nn.Conv2d) and type(call.module).forward is nn.Conv2d.forward:
+        # the derivatives with respect to one pixel have the signs of the weights, and would cancel in a sum over the outputs
+        run = partial(call.module._conv_forward, weight=call.module.weight.abs(), bias=None)
+    y = run(x)
+    influence = torch.autograd.grad(y, x, target.expand_as(y))[0].abs().sum((0, 1))
+    return influence / influence.sum().clamp(min=1e-12)

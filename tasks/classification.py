@@ -9,7 +9,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms.v2.functional import normalize
 
 from .exportable import Exportable, Normalized
-from .pictures import caption
+from .lettering import caption
+from .pictures import enlarge
 from .prediction_files import ClassTable
 from .task import MakeOptimizer, MakeSchedule, Task, View, list_class_names, register_metrics
 
@@ -84,7 +85,7 @@ class Classification(Task):
         return self._classify(self._crop(image))
 
     def draw(self, image: Tensor, prediction: Tensor | None = None) -> Tensor:
-        """Write the likeliest class and its probability below an image [3, H, W] in [0, 1] -> [3, H + a line, W]."""
+        """Write the likeliest class and its probability below an image [3, H, W] in [0, 1], which is enlarged if it is small."""
         return self._caption(image, self.predict(image) if prediction is None else prediction)
 
     def prediction_files(self, folder: Path) -> ClassTable:
@@ -103,9 +104,14 @@ class Classification(Task):
         return Exportable(network, {"images": 3}, outputs, network.facts() | {"classes": self.num_classes})
 
     def pictures(self, sample: tuple[Tensor, int]) -> dict[str, Tensor]:
-        """Draw a validation sample -> "image", "truth" and "prediction", [3, height, W] in [0, 1], the last two with a class below."""
+        """Draw a validation sample -> "image", "truth" and "prediction", [3, height, width] in [0, 1], the last two with a class below.
+
+        Small images are enlarged.
+        """
         image, label = sample
-        return {"image": image, "truth": caption(image, self.class_names[label]), "prediction": self._caption(image, self._classify(image))}
+        pixels = enlarge(image)
+        truth = caption(pixels, self.class_names[label])
+        return {"image": pixels, "truth": truth, "prediction": self._caption(image, self._classify(image))}
 
     def _crop(self, image: Tensor) -> Tensor:
         """Crop a photograph [3, H, W] to the part that the network is validated on."""
@@ -116,6 +122,6 @@ class Classification(Task):
         return self(image[None].to(self.device)).float().softmax(1)[0].cpu()
 
     def _caption(self, image: Tensor, probabilities: Tensor) -> Tensor:
-        """Write the likeliest class and its probability below an image."""
+        """Write the likeliest class and its probability below an enlarged image."""
         probability, label = probabilities.max(0)
-        return caption(image, f"{self.class_names[int(label)]}  {probability.item():.0%}")
+        return caption(enlarge(image), f"{self.class_names[int(label)]}  {probability.item():.0%}")

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchvision.ops import box_iou
 
 from .coco_eval import COCO_SIDES, class_precision, evaluate_detections, format_results, read_ground_truth, read_scores
 from .data import get_data
@@ -216,26 +215,24 @@ class Detection(Task):
         """Draw a validation sample -> "image", "truth" and "prediction", [3, height, width] in [0, 1]; small images are enlarged."""
         image, target = sample
         truth = target if self.has_masks else without_masks(target)
-        numbers = list(range(len(truth["labels"])))
-        return {"image": enlarge(image), "truth": self._overlay(image, truth, numbers), "prediction": self.draw(image, truth["boxes"])}
+        return {"image": enlarge(image), "truth": self._overlay(image, truth), "prediction": self.draw(image)}
 
     def predict(self, image: Tensor) -> Target:
         """Return the detections in an image [3, H, W] in [0, 1]: boxes, labels, scores, masks, and "image_size", its height and width."""
         found = self([image.to(self.device)])[0]
         return {name: value.cpu() for name, value in found.items()} | {"image_size": torch.tensor(image.shape[1:])}
 
-    def draw(self, image: Tensor, truth: Tensor | None = None, prediction: Target | None = None) -> Tensor:
+    def draw(self, image: Tensor, prediction: Target | None = None) -> Tensor:
         """Draw the prediction over an image [3, H, W] in [0, 1] -> [3, height, width]; a small image is enlarged by an integer factor.
 
-        Detections whose score is at least DRAWN_SCORE are drawn. A detection has the colour of the object that it finds; `truth` [m, 4]
-        are the boxes of the objects.
+        Detections whose score is at least DRAWN_SCORE are drawn, each in the colour of its class.
         """
         found = self.predict(image) if prediction is None else prediction
         kept = found["scores"] >= DRAWN_SCORE
         found = {name: value[kept] for name, value in found.items() if name != "image_size"}
         if "masks" in found:
             found["masks"] = found["masks"][:, 0] > 0.5
-        return self._overlay(image, found, number_detections(found["boxes"], found["boxes"][:0] if truth is None else truth))
+        return self._overlay(image, found)
 
     def prediction_files(self, folder: Path) -> DetectionFile:
         """Return the writer of detections in COCO's format."""
@@ -266,30 +263,17 @@ class Detection(Task):
         facts = {"class_names": self.class_names, "part": "backbone and feature pyramid"}
         return Exportable(network, {"images": 3}, outputs, network.facts() | facts)
 
-    def _overlay(self, image: Tensor, instances: Target, numbers: Sequence[int]) -> Tensor:
-        """Draw boxes [n, 4], class names, scores and masks [n, H, W] over an enlarged image, in the colours of the numbers [n]."""
+    def _overlay(self, image: Tensor, instances: Target) -> Tensor:
+        """Draw boxes [n, 4], class names, scores and masks [n, H, W] over an enlarged image, in the colours of the classes."""
         pixels = enlarge(image)
         factor = pixels.shape[1] // image.shape[1]
-        names = [self.class_names[label - 1] for label in instances["labels"].tolist()]
+        labels = instances["labels"].tolist()
+        names = [self.class_names[label - 1] for label in labels]
         if "scores" in instances:
             names = [f"{name}: {score:.2f}" for name, score in zip(names, instances["scores"].tolist(), strict=True)]
-        colors = pick_colors(1 + max(numbers, default=0))
+        colors = pick_colors(len(self.class_names))
         masks = enlarge(instances["masks"].bool(), factor) if "masks" in instances else None
-        return draw_instances(pixels, instances["boxes"] * factor, names, [colors[number] for number in numbers], masks)
-
-
-def number_detections(found: Tensor, truth: Tensor) -> list[int]:
-    """Number the boxes `found` [n, 4], best first, by the object of `truth` [m, 4] that they find; boxes without one get m, m + 1, ...
-
-    A box finds the object that it overlaps most, if no better box finds it and the intersection over union is at least one half.
-    """
-    overlaps = torch.cat([box_iou(found, truth), torch.full((len(found), len(found)), 0.5)], dim=1)
-    numbers = []
-    for row in overlaps:
-        # argmax returns the first maximum: an object, or the next unused number from m on
-        numbers.append(int(row.argmax()))
-        overlaps[:, numbers[-1]] = 0
-    return numbers
+        return draw_instances(pixels, instances["boxes"] * factor, names, [colors[label - 1] for label in labels], masks)
 
 
 def _gather(entries: list) -> list:

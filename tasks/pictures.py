@@ -2,64 +2,79 @@
 
 import colorsys
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageDraw
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
 from .data import get_data
+from .lettering import Color, load_font, pick_size
+from .sheets import TILE, arrange
 from .task import Task
 
-# Least side in pixels of a picture that is drawn on, and of a picture in a grid.
-DRAWN_SIDE, GRID_SIDE = 320, 160
+# The seven colours of Okabe and Ito, and three more that differ most from them with normal, protanopic and deuteranopic vision.
+COLORS: list[Color] = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)]
+COLORS += [(0, 0, 255), (90, 0, 0), (135, 255, 165)]
+
+# Opacity of a colour over the brightness of an image.
+FILL = 0.6
 
 
 def enlarge(picture: Tensor, factor: int | None = None) -> Tensor:
-    """Repeat pixels [..., H, W] -> [..., factor * H, factor * W]; None means the factor that makes the longer side at least DRAWN_SIDE."""
-    factor = factor or -(-DRAWN_SIDE // max(picture.shape[-2:]))
+    """Repeat pixels [..., H, W] -> [..., factor * H, factor * W]; None means the factor that makes the longer side at least TILE."""
+    factor = factor or -(-TILE // max(picture.shape[-2:]))
     return picture.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
-def pick_colors(size: int) -> list[tuple[int, int, int]]:
-    """Return `size` colours; those of neighbouring labels differ clearly."""
+def pick_colors(size: int) -> list[Color]:
+    """Return `size` colours; the first ten can be told apart with any kind of colour vision, and later neighbours differ clearly."""
     # the golden ratio spreads the hues of any number of labels
-    hues = [(label * 0.6180339887) % 1 for label in range(size)]
+    hues = [(label * 0.6180339887) % 1 for label in range(len(COLORS), size)]
     colors = (colorsys.hsv_to_rgb(hue, 0.65 + 0.35 * (i % 2), 1.0) for i, hue in enumerate(hues))
-    return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in colors]
+    return [*COLORS[:size], *((round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in colors)]
 
 
-def overlay(image: Tensor, labels: Tensor, *, unpainted: Collection[int], alpha: float = 0.6) -> Tensor:
-    """Colour the labels [H, W] over an image [3, H, W] in [0, 1]; `unpainted` labels are not coloured."""
-    colors = torch.tensor(pick_colors(int(labels.max()) + 1)).float() / 255
-    opacity = torch.full([len(colors)], alpha)
-    opacity[[label for label in unpainted if label < len(colors)]] = 0
-    image = image.cpu().clamp(0, 1)
-    return image + opacity[labels] * (colors[labels].permute(2, 0, 1) - image)
+def find_outlines(regions: Tensor) -> Tensor:
+    """Find the pixels next to another value in each map [N, H, W] -> [N, H, W] bool, in lines whose width suits the size of the map."""
+    reach = -(-max(regions.shape[-2:]) // 200)
+    values = F.pad(regions.float(), (reach,) * 4, mode="replicate")
+    high, low = (sign * F.max_pool2d(sign * values, 2 * reach + 1, stride=1) for sign in (1, -1))
+    return high != low
 
 
-def draw_instances(
-    image: Tensor, boxes: Tensor, names: Sequence[str], colors: Sequence[tuple[int, int, int]], masks: Tensor | None = None
-) -> Tensor:
-    """Draw masks [n, H, W], boxes [n, 4] and names over an image [3, H, W] in [0, 1], the first on top."""
-    image = image.cpu().clamp(0, 1)
-    if masks is not None:
-        tint = image.clone()
-        for mask, color in zip(masks.flip(0), reversed(colors), strict=True):
-            tint[:, mask] = torch.tensor(color)[:, None] / 255
-        image = (image + tint) / 2
-    picture = to_pil_image(image)
+def overlay(image: Tensor, labels: Tensor, colors: Mapping[int, Color]) -> Tensor:
+    """Paint the labels [H, W] that have a colour over an image [3, H, W] in [0, 1], with opaque outlines."""
+    picture, outlines = image.cpu().clamp(0, 1).clone(), find_outlines(labels[None])[0]
+    for label, color in colors.items():
+        region, paint = labels == label, torch.tensor(color)[:, None] / 255
+        # over the colours of the image, the paint would have another hue than in the legend
+        picture[:, region] = torch.lerp(picture[:, region].mean(0, keepdim=True), paint, FILL)
+        picture[:, region & outlines] = paint
+    return picture
+
+
+def draw_instances(image: Tensor, boxes: Tensor, names: Sequence[str], colors: Sequence[Color], masks: Tensor | None = None) -> Tensor:
+    """Draw masks [n, H, W] with outlines, boxes [n, 4] and names over an image [3, H, W] in [0, 1], the first on top."""
+    pixels = image.cpu().clamp(0, 1).clone()
+    if masks is not None and len(masks):
+        grey, outlines = pixels.mean(0, keepdim=True), find_outlines(masks) & masks
+        for mask, outline, color in list(zip(masks, outlines, colors, strict=True))[::-1]:
+            paint = torch.tensor(color)[:, None] / 255
+            pixels[:, mask] = torch.lerp(grey[:, mask], paint, FILL)
+            pixels[:, outline] = paint
+    picture = to_pil_image(pixels)
     draw = ImageDraw.Draw(picture)
-    font: Any = ImageFont.load_default(max(14, max(picture.size) // 50))
+    font = load_font(pick_size(max(picture.size)))
     instances = list(zip(boxes.tolist(), names, colors, strict=True))[::-1]
     for box, _, color in instances:
-        draw.rectangle(box, outline=color, width=2)
+        draw.rectangle(box, outline=color, width=max(2, max(picture.size) // 240))
     # names follow all boxes, so that no box crosses a name
     for (left, top, _, _), name, color in instances:
         width, height = math.ceil(font.getlength(name)) + 4, sum(font.getmetrics())
@@ -70,41 +85,6 @@ def draw_instances(
         bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 128
         draw.text((x + 2, y), name, "black" if bright else "white", font)
     return pil_to_tensor(picture).float() / 255
-
-
-def draw_legend(names: dict[int, str], width: int) -> Tensor:
-    """Draw a legend of label names with their colours in `overlay`, in lines of `width` pixels -> [3, 12 * lines, width] in [0, 1]."""
-    font, lines, x = ImageFont.load_default(), [[]], 0
-    for label, name in names.items():
-        step = 14 + math.ceil(font.getlength(name))
-        if x and x + step > width:
-            lines.append([])
-            x = 0
-        lines[-1].append((x, label, name))
-        x += step
-    picture = Image.new("RGB", (width, 12 * len(lines)), "white")
-    draw = ImageDraw.Draw(picture)
-    for row, entries in enumerate(lines):
-        for x, label, name in entries:
-            draw.rectangle((x + 1, 12 * row + 2, x + 8, 12 * row + 9), pick_colors(label + 1)[label])
-            draw.text((x + 11, 12 * row), name, "black", font)
-    return pil_to_tensor(picture).float() / 255
-
-
-def caption(image: Tensor, text: str) -> Tensor:
-    """Write a line below an image [3, H, W] in [0, 1] -> [3, H + max(12, W // 40), W]; text beyond the width is cut off."""
-    height = max(12, image.shape[2] // 40)
-    line = Image.new("L", (image.shape[2], height), 255)
-    ImageDraw.Draw(line).text((1, 0), text, 0, ImageFont.load_default(height * 10 // 12))
-    return torch.cat([image.cpu(), pil_to_tensor(line).expand(3, -1, -1).float() / 255], dim=1)
-
-
-def arrange(rows: list[list[Tensor]]) -> Tensor:
-    """Arrange rows of pictures [3, H, W] of any sizes in one picture with white gaps; small pictures are enlarged by an integer factor."""
-    height, width = (max(picture.shape[axis] for row in rows for picture in row) for axis in (1, 2))
-    tiles = [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1]), value=1) for row in rows for p in row]
-    factor = max(1, GRID_SIDE // max(height, width))
-    return make_grid([enlarge(tile, factor) for tile in tiles], nrow=len(rows[0]), padding=4, pad_value=1)
 
 
 class Pictures(L.Callback):
@@ -127,4 +107,5 @@ class Pictures(L.Callback):
         for index, row in enumerate(rows):
             for name, picture in row.items():
                 save_image(picture, self.folder / "pictures" / f"{index}_{name}.png")
-        save_image(arrange([list(row.values()) for row in rows]), self.folder / "pictures.png")
+        sheet = arrange([list(row.values()) for row in rows], columns=list(rows[0]))
+        save_image(sheet, self.folder / "pictures.png")

@@ -4,30 +4,40 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import Tensor
-from torchvision.utils import draw_keypoints
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from ..models.regions import Region, trace_regions
-from .pictures import arrange, caption, enlarge
+from .lettering import Color
+from .pictures import enlarge
+from .sheets import arrange
 from .task import View
 
-RED = (1.0, 0.1, 0.1)
+# Vermilion sources and a sky-blue ring differ for every kind of colour vision, and both from the grey of a map.
+SOURCE: Color = (230, 70, 0)
+TARGET: Color = (86, 200, 255)
+
+# Opacity of the source with the largest weight.
+OPACITY = 0.9
+
+NOTE = "The feature at the ring is reassembled from the coloured pixels of each map. The grey of a map is the norm of its features."
 
 
 def draw_regions(view: View, path: str | Sequence[str], locations: Sequence[tuple[float, float]]) -> Tensor:
     """Draw where the features at each location come from: a row for each location, over the picture and over every map of a path.
 
-    Sources are red, and a stronger red means a larger weight. A green dot marks the location. Maps show the norm of their features, in the
-    order of computation: the first is the coarsest on an upsampling path and the finest on a downsampling path. The picture shows the
-    weights of the first map in red.
+    A stronger vermilion means a larger weight, and a ring marks the location. Maps show the norm of their features, in the order of
+    computation: the first is the coarsest on an upsampling path and the finest on a downsampling path. The picture shows the weights of the
+    first map.
 
     Args:
         view: the picture, the network and its inputs.
-        path: names or patterns of the network's CARAFE modules, see `carafepp.models.regions.trace_regions`.
+        path: names or patterns of the network's samplers, see `carafepp.models.regions.trace_regions`.
         locations: (down, across), as fractions of the picture.
 
     Returns:
-        Pictures and captions in a grid, [3, height, width] in [0, 1].
+        Pictures under their titles, [3, height, width] in [0, 1]; `explain_regions` adds the legend.
 
     Raises:
         ValueError: see `trace_regions`.
@@ -35,22 +45,29 @@ def draw_regions(view: View, path: str | Sequence[str], locations: Sequence[tupl
     seen = [(down * view.covered[0], across * view.covered[1]) for down, across in locations]
     regions = trace_regions(view.network, view.inputs, path, seen)
     picture = enlarge(view.picture.cpu().clamp(0, 1))
-    energies = [_stretched(_energy(region.features), picture, view) for region in regions]
+    # grey, so that the sources stand out
+    bases = [picture.mean(0, keepdim=True), *(_stretched(_energy(region.features), picture, view) for region in regions)]
     rows = []
     for target, location in enumerate(locations):
         weights = [_stretched(region.weights[target : target + 1], picture, view) for region in regions]
-        # grey, so that red stands out
-        grey = picture.mean(0, keepdim=True).expand(3, -1, -1)
-        row = [caption(_marked(grey, weights[0], location), f"{location[0]:.2f} down, {location[1]:.2f} across")]
-        for region, energy, weight in zip(regions, energies, weights, strict=True):
-            row.append(caption(_marked(energy.expand(3, -1, -1), weight, location), _title(region)))
-        rows.append(row)
-    return arrange(rows)
+        rows.append([_marked(base, weight, location) for base, weight in zip(bases, [weights[0], *weights], strict=True)])
+    return arrange(rows, columns=["image", *(_title(region) for region in regions)])
+
+
+def explain_regions(figures: Sequence[Tensor], titles: Sequence[str] = ()) -> Tensor:
+    """Arrange figures of `draw_regions` one below the other, with their titles on the left and a legend below."""
+    size = max(24, figures[0].shape[2] // 80)
+    ramp = torch.linspace(0, 1, 8 * size).expand(1, size, -1)
+    marks = {
+        "target": _make_ring(size),
+        "source; its weight, from 0 to the largest in the map": to_pil_image(_shade(torch.full((1, size, 8 * size), 0.6), ramp)),
+    }
+    return arrange([[figure] for figure in figures], titles=titles, legend=marks, note=NOTE, letters=size)
 
 
 def _title(region: Region) -> str:
     height, width = region.weights.shape[1:]
-    return f"{region.module or 'output'}  {height} x {width}"
+    return f"{height} x {width}\n{f'into {region.module}' if region.module else 'output'}"
 
 
 def _energy(features: Tensor) -> Tensor:
@@ -66,11 +83,24 @@ def _stretched(values: Tensor, picture: Tensor, view: View) -> Tensor:
     return F.interpolate(values[None].cpu().float(), whole, mode="nearest-exact")[0, :, :height, :width]
 
 
-def _marked(picture: Tensor, weights: Tensor, location: tuple[float, float]) -> Tensor:
-    """Draw weights [1, H, W] in red over a picture [3, H, W], and the location as a dot."""
-    opacity = weights.clamp(min=0) / weights.max().clamp(min=1e-12) * 0.9
-    shaded = picture + opacity * (torch.tensor(RED).view(3, 1, 1) - picture)
-    _, height, width = picture.shape
-    dot = torch.tensor([[[location[1] * width, location[0] * height]]])
-    pixels = (shaded * 255).round().to(torch.uint8)
-    return draw_keypoints(pixels, dot, colors="lime", radius=max(3, max(height, width) // 100)).float() / 255
+def _shade(grey: Tensor, opacity: Tensor) -> Tensor:
+    """Mix a grey map [1, H, W] with the colour of sources -> [3, H, W]."""
+    return torch.lerp(grey, torch.tensor(SOURCE).view(3, 1, 1) / 255, OPACITY * opacity)
+
+
+def _marked(grey: Tensor, weights: Tensor, location: tuple[float, float]) -> Tensor:
+    """Draw weights [1, H, W] over a grey map [1, H, W], and a ring at the location."""
+    shaded = to_pil_image(_shade(grey, weights.clamp(min=0) / weights.max().clamp(min=1e-12)))
+    ring = _make_ring(max(16, max(shaded.size) // 20))
+    x, y = (round(part * side) - ring.width // 2 for part, side in zip(location[::-1], shaded.size, strict=True))
+    shaded.paste(ring, (x, y), ring)
+    return pil_to_tensor(shaded).float() / 255
+
+
+def _make_ring(size: int) -> Image.Image:
+    """Make a ring with black edges on a transparent square of `size` pixels."""
+    ring = Image.new("RGBA", (size, size))
+    draw, width = ImageDraw.Draw(ring), max(4, size // 5)
+    draw.ellipse((0, 0, size - 1, size - 1), outline="black", width=width)
+    draw.ellipse((1, 1, size - 2, size - 2), outline=TARGET, width=width - 2)
+    return ring

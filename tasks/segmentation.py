@@ -15,7 +15,8 @@ from .data import get_data
 from .exportable import Exportable, Normalized
 from .inference import check_inference, predict_labels
 from .label_maps import IGNORED
-from .pictures import draw_legend, overlay
+from .lettering import draw_legend
+from .pictures import enlarge, overlay, pick_colors
 from .prediction_files import LabelMapFiles
 from .task import MakeOptimizer, MakeSchedule, Task, View, list_class_names
 
@@ -109,7 +110,8 @@ class Segmentation(Task):
         self.inference = {"base": inference_resize, "scales": list(scales), "flip": flip, "window": window}
         self.from_scratch = from_scratch
         self.mean, self.std = list(mean), list(std)
-        self.unpainted = [IGNORED, *(label for label, name in enumerate(names) if name == "background")]
+        painted = [label for label, name in enumerate(names) if name != "background"]
+        self.colors = dict(zip(painted, pick_colors(len(painted)), strict=True))
         self.confusion = MulticlassConfusionMatrix(len(names), ignore_index=IGNORED)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ class Segmentation(Task):
         return predict_labels(self, image[None].to(self.device), image.shape[-2:], **self.inference)[0].cpu()
 
     def draw(self, image: Tensor, prediction: Tensor | None = None) -> Tensor:
-        """Draw the prediction over an image [3, H, W] in [0, 1], with a legend below -> [3, H + its lines, W]."""
+        """Draw the prediction over an image [3, H, W] in [0, 1], enlarged by an integer factor if it is small, with a legend below."""
         return self._paint(image, self.predict(image) if prediction is None else prediction)
 
     def prediction_files(self, folder: Path) -> LabelMapFiles:
@@ -196,11 +198,18 @@ class Segmentation(Task):
         return Exportable(network, {"images": 3}, outputs, network.facts() | {"class_names": self.class_names})
 
     def pictures(self, sample: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Draw a validation sample -> "image", "truth" and "prediction", [3, height, W] in [0, 1], the last two with a legend below."""
+        """Draw a validation sample -> "image", "truth" and "prediction", [3, height, width] in [0, 1], the last two with a legend below.
+
+        Small images are enlarged.
+        """
         image, labels = sample
-        return {"image": image, "truth": self._paint(image, labels), "prediction": self.draw(image)}
+        return {"image": enlarge(image), "truth": self._paint(image, labels), "prediction": self.draw(image)}
 
     def _paint(self, image: Tensor, labels: Tensor) -> Tensor:
-        shown = [label for label in labels.unique().tolist() if label not in self.unpainted]
-        painted = overlay(image, labels, unpainted=self.unpainted)
-        return torch.cat([painted, draw_legend({label: self.class_names[label] for label in shown}, image.shape[2])], dim=1)
+        """Paint labels [H, W] over an image [3, H, W], both enlarged, with a legend of the labels that occur."""
+        colors = {label: self.colors[label] for label in labels.unique().tolist() if label in self.colors}
+        pixels = enlarge(image)
+        painted = overlay(pixels, enlarge(labels, pixels.shape[1] // image.shape[1]), colors)
+        return torch.cat(
+            [painted, draw_legend({self.class_names[label]: color for label, color in colors.items()}, pixels.shape[2])], dim=1
+        )

@@ -1,31 +1,40 @@
 """Side-by-side pictures of the runs of a table."""
 
+from pathlib import Path
+
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from ...tasks.pictures import GRID_SIDE, caption, enlarge
-from .tables import Table
+from ...tasks.sheets import arrange
+from .cells import format_scores
+from .tables import Line, Table
 
 
-def compare_pictures(table: Table) -> list[list[Tensor]]:
-    """List the pictures of each validation sample for which one run of every line has pictures.
+def compare_pictures(table: Table) -> Tensor | None:
+    """Arrange the pictures of the validation samples for which one run of every line has pictures; return None if there are none.
 
     Returns:
-        For each sample the image, the hole if there is one, the truth, and a prediction for each line; pictures are [3, H, W] in [0, 1].
+        A row for each sample, [3, height, width] in [0, 1]: the image, the hole if there is one, the truth, and the prediction of each
+        line, under what distinguishes the line and its first score.
     """
-    lines = {id(line.setting): (line.name, line.setting) for line in table.lines if line.setting}.values()
-    folders = [next(iter(setting.runs.values())).folder / "pictures" for _, setting in lines]
-    labels = ["image", "truth", *(name for name, _ in lines)]
+    # a setting has a line for each of its tasks
+    lines = list({id(line.setting): line for line in reversed(table.lines) if line.setting}.values())[::-1]
+    folders = [next(iter(line.setting.runs.values())).folder / "pictures" for line in lines if line.setting]
+    names = ["image", *["mask"] * (folders[0] / "0_mask.png").exists(), "truth"]
     rows = []
     for index in range(100):
-        mask = folders[0] / f"{index}_mask.png"
-        paths = [folders[0] / f"{index}_image.png", *[mask] * mask.exists(), folders[0] / f"{index}_truth.png"]
-        paths += [folder / f"{index}_prediction.png" for folder in folders]
+        paths = [folders[0] / f"{index}_{name}.png" for name in names] + [folder / f"{index}_prediction.png" for folder in folders]
         if not all(path.exists() for path in paths):
             break
-        pictures = [decode_image(str(path), ImageReadMode.RGB).float() / 255 for path in paths]
-        # a caption needs at least this width
-        pictures = [enlarge(picture, -(-GRID_SIDE // picture.shape[2])) for picture in pictures]
-        names = [labels[0], *["hole"] * mask.exists(), *labels[1:]]
-        rows.append([caption(picture, name) for picture, name in zip(pictures, names, strict=True)])
-    return rows
+        rows.append([_read(path) for path in paths])
+    titles = [name.replace("mask", "hole") for name in names] + [_title(line, table.digits) for line in lines]
+    return arrange(rows, columns=titles) if rows else None
+
+
+def _read(path: Path) -> Tensor:
+    return decode_image(str(path), ImageReadMode.RGB).float() / 255
+
+
+def _title(line: Line, digits: int) -> str:
+    name, cell = next(iter(line.cells.items()), ("", None))
+    return f"{line.title}\n{name} {format_scores(cell.scores, digits)}" if cell and cell.scores else line.title

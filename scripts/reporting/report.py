@@ -7,7 +7,6 @@ from pathlib import Path
 from omegaconf import DictConfig
 from torchvision.utils import save_image
 
-from ...tasks.pictures import arrange
 from ..common.paper import read_paper
 from .pictures import compare_pictures
 from .plots import plot_table
@@ -63,7 +62,7 @@ def report(cfg: DictConfig) -> None:
         if importlib.util.find_spec("matplotlib"):
             for path in plot_table(table, folders[0], stem):
                 print(f"plot: {path}", file=notes)
-        if rows := compare_pictures(table):
+        if (pictures := compare_pictures(table)) is not None:
             path = folders[0] / f"{stem.replace('others', 'compare')}.png"
-            save_image(arrange(rows), path)
+            save_image(pictures, path)
             print(f"pictures (image, truth, then a run of each line of {table.name}): {path}", file=notes)

@@ -34,6 +34,11 @@ class Line:
         """The name of the row, or the label of the setting."""
         return self.labels.get("row") or (self.setting.label if self.setting else "")
 
+    @property
+    def title(self) -> str:
+        """What distinguishes the line in its table: the row, or the overrides that differ."""
+        return self.labels.get("row") or ", ".join(f"{key}={value}" for key, value in self.labels.items() if value) or "default"
+
 
 @dataclass
 class Table:

@@ -12,12 +12,15 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from ...tasks.images import is_image, read_image
-from ...tasks.pictures import arrange, caption, enlarge
 from ...tasks.prediction_files import PredictionFiles
-from ...tasks.region_pictures import draw_regions
+from ...tasks.region_pictures import draw_regions, explain_regions
+from ...tasks.sheets import arrange
 from ...tasks.task import Task
 from ..common.checkpoints import load_task
 from ..common.overrides import INCIDENTAL, is_under
+
+# Largest number of images in figure.png.
+FIGURE_ROWS = 6
 
 
 def find_images(path: Path) -> list[Path]:
@@ -56,24 +59,44 @@ def find_masks(path: Path, images: list[Path]) -> list[Path]:
     return [named[image.stem] for image in images]
 
 
+def name_networks(overrides: list[list[str]], paths: list[str]) -> list[str]:
+    """Name each network by the overrides of its run that the other networks do not share, or else by its run folder.
+
+    Runs that differ only in their seed, and checkpoints of one run, are also named by their paths.
+    """
+    omitted = [*INCIDENTAL, "scale", "experiment"]
+    own = [[o for o in given if not is_under(o.partition("=")[0], omitted)] for given in overrides]
+    shared = set.intersection(*map(set, own)) if len(own) > 1 else set()
+    names: list[str] = []
+    for given, path in zip(own, paths, strict=True):
+        # a row of a table is named without the table
+        parts = [o.rpartition("/")[2] if o.startswith("row=") else o for o in given if o not in shared]
+        name = ", ".join(parts) or Path(path).parent.name
+        names.append(f"{name}, {path}" if name in names else name)
+    return names
+
+
 def load_tasks(cfg: DictConfig) -> dict[str, Task]:
-    """Load the tasks of one or several checkpoints, each labelled with the overrides of its run.
+    """Load the tasks of one or several checkpoints by their names in pictures.
 
     Raises:
-        ValueError: a checkpoint is given twice, a task takes masks and none are given, or masks are given and a task takes none.
+        ValueError: a checkpoint is given twice, a task takes masks and none are given, masks are given and a task takes none, or there are
+            not as many titles as checkpoints.
     """
-    tasks = {}
-    for path in list_checkpoints(cfg):
+    paths = list_checkpoints(cfg)
+    tasks, overrides = [], []
+    for path in paths:
         task, config = load_task(path, cfg.task, cfg.trust)
-        omitted = [*INCIDENTAL, "scale", "experiment"]
-        label = ", ".join(o for o in config.run.overrides if not is_under(o.partition("=")[0], omitted)) or Path(path).parent.name
-        # runs that differ only in their seed have the same label, and so do checkpoints of the same run
-        tasks[f"{label}, {path}" if label in tasks else label] = task.to(cfg.device)
         if task.takes_mask and cfg.masks is None:
             raise ValueError(f"checkpoint={path} takes a mask for every image: give masks=")
         if not task.takes_mask and cfg.masks is not None:
             raise ValueError(f"masks= is for checkpoints that take masks, and checkpoint={path} takes none")
-    return tasks
+        tasks.append(task.to(cfg.device))
+        overrides.append(list(config.run.overrides))
+    names = name_networks(overrides, paths) if cfg.titles is None else [str(title) for title in cfg.titles]
+    if len(set(names)) != len(paths):
+        raise ValueError(f"titles must be {len(paths)} different names, one for each checkpoint, got {names}")
+    return dict(zip(names, tasks, strict=True))
 
 
 def list_checkpoints(cfg: DictConfig) -> list[str]:
@@ -114,26 +137,14 @@ def make_files(tasks: dict[str, Task], folder: Path, names: Sequence[str]) -> di
     return found
 
 
-def draw(tasks: dict[str, Task], inputs: dict[str, tuple], predictions: dict[str, Any], cfg: DictConfig) -> Tensor:
-    """Draw the prediction or the regions of each network for its inputs (see `Task.read`), several networks side by side.
+def draw(tasks: dict[str, Task], inputs: dict[str, tuple], predictions: dict[str, Any]) -> list[Tensor]:
+    """Draw the inputs (see `Task.read`), and then the prediction of each network for them.
 
     `predictions` are those that are known already.
     """
-    if cfg.regions is not None:
-        pictures = {label: draw_regions(task.view(*inputs[label]), cfg.regions, cfg.locations) for label, task in tasks.items()}
-    else:
-        known = {label: {"prediction": predictions[label]} if label in predictions else {} for label in tasks}
-        pictures = {label: task.draw(*inputs[label], **known[label]) for label, task in tasks.items()}
-    if len(pictures) == 1:
-        return next(iter(pictures.values()))
-    titled = [caption(picture, label) for label, picture in pictures.items()]
-    if cfg.regions is not None:
-        return arrange([[figure] for figure in titled])
     label, task = next(iter(tasks.items()))
-    first = task.show(*inputs[label])
-    # pictures may be enlarged, or have a legend below
-    factor = titled[0].shape[2] // first.shape[2]
-    return arrange([[caption(enlarge(first, factor), "image"), *titled]])
+    known = {label: {"prediction": predictions[label]} if label in predictions else {} for label in tasks}
+    return [task.show(*inputs[label]), *(task.draw(*inputs[label], **known[label]) for label, task in tasks.items())]
 
 
 @torch.no_grad()
@@ -154,7 +165,7 @@ def predict(cfg: DictConfig) -> None:
     if cfg.masks is not None:
         options |= {"invert": cfg.invert_masks, "threshold": cfg.mask_threshold}
     files = {} if cfg.regions is not None else make_files(tasks, folder, name_folders(list_checkpoints(cfg)))
-    skipped = []
+    skipped, rows, columns = [], {}, ["image", *(tasks if len(tasks) > 1 else ["prediction"])]
     for path, mask in tqdm(list(zip(paths, masks, strict=True)), unit="image"):
         try:
             inputs = {label: task.read(path, mask, cfg.max_side, **options) for label, task in tasks.items()}
@@ -168,7 +179,17 @@ def predict(cfg: DictConfig) -> None:
             width, height = read_image(path, **reading).size
         for label, prediction in predictions.items():
             files[label].add(path.name, (height, width), prediction)
-        save_image(draw(tasks, inputs, predictions, cfg), folder / f"{path.name}.png")
+        if cfg.regions is not None:
+            figures = [draw_regions(task.view(*inputs[label]), cfg.regions, cfg.locations) for label, task in tasks.items()]
+            figure = explain_regions(figures, list(tasks) if len(tasks) > 1 else [])
+        else:
+            row = draw(tasks, inputs, predictions)
+            figure = row[1] if len(tasks) == 1 else arrange([row], columns=columns)
+            if len(rows) < FIGURE_ROWS:
+                rows[path.stem] = row
+        save_image(figure, folder / f"{path.name}.png")
+    if len(rows) > 1:
+        save_image(arrange(list(rows.values()), columns=columns), folder / "figure.png")
     summary = "\n".join([*skipped, f"{len(paths) - len(skipped)} of {len(paths)} images predicted, pictures in {folder}"])
     if len(skipped) == len(paths):
         raise ValueError(summary)

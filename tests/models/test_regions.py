@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from carafepp.models.carafe import CARAFE
+from carafepp.models.fpn import FPN
 from carafepp.models.regions import trace_regions
 from carafepp.models.resnet import tiny
 from carafepp.scripts.running.predict import name_folders
-from carafepp.tasks.region_pictures import draw_regions
+from carafepp.tasks.region_pictures import OPACITY, SOURCE, TARGET, draw_regions
 from carafepp.tasks.task import View
 from commands import call
 from hypothesis import given, settings
@@ -123,19 +124,61 @@ def test_backbone_accumulates_from_its_last_stage_to_the_stem():
 
 
 def test_paths_that_are_none_are_named():
-    network = nn.Sequential(sampler(4, 0, up=2), nn.Conv2d(4, 4, 3, stride=2).double(), sampler(4, 1, up=2))
+    network = nn.Sequential(sampler(4, 0, up=2), nn.Conv2d(4, 4, 3, stride=2).double(), nn.ReLU(), sampler(4, 1, up=2))
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
     for path, locations, message in (
-        ("fpn.*", LOCATIONS, r"no CARAFE module named fpn\.\*: its CARAFE modules are 0, 2"),
-        ("*", LOCATIONS, r"the output of 0 is 12x12 and the input of 2, which runs next, is 5x5"),
+        ("fpn.*", LOCATIONS, r"did not call a sampler named fpn\.\* for this input: it called the samplers 0, 1, 3"),
+        (["0", "3"], LOCATIONS, r"the output of 0 is 12x12 and the input of 3, which runs next, is 5x5"),
         ("0", [(0.2, 1.0)], r"less than 1, got \(0.2, 1.0\)"),
     ):
         with pytest.raises(ValueError, match=message):
             trace_regions(network, [x], path, locations)
     with pytest.raises(ValueError, match="must see one map of the whole image, got 2"):
         trace_regions(network, [x.expand(2, -1, -1, -1)], "0", LOCATIONS)
-    with pytest.raises(ValueError, match="it has no CARAFE module"):
+    with pytest.raises(ValueError, match="it called the samplers none"):
         trace_regions(nn.Conv2d(4, 4, 1).double(), [x], "*", LOCATIONS)
+
+
+# the sources of pixel (3, 2) of the output of each sampler, with their weights
+OTHERS = {
+    "nearest": (nn.Upsample(scale_factor=2), {(1, 1): 1}),
+    "bilinear": (nn.Upsample(scale_factor=2, mode="bilinear"), {(1, 0): 3 / 16, (1, 1): 9 / 16, (2, 0): 1 / 16, (2, 1): 3 / 16}),
+    "average": (nn.AvgPool2d(2), dict.fromkeys([(6, 4), (6, 5), (7, 4), (7, 5)], 1 / 4)),
+    # the values of the input grow to the lower right
+    "maximum": (nn.MaxPool2d(2), {(7, 5): 1}),
+    "strided": (nn.Conv2d(4, 4, 1, stride=2), {(6, 4): 1}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_samplers_have_the_weights_of_their_definition(name):
+    module, sources = OTHERS[name]
+    x = torch.arange(64.0).view(1, 1, 8, 8).expand(1, 4, -1, -1)
+    size = module(x).shape[2]
+    for path in ("0", "*"):
+        (region, output) = trace_regions(nn.Sequential(module, nn.ReLU()), [x], path, [(3.5 / size, 2.5 / size)])
+        found = {(i, j): region.weights[0, i, j].item() for i, j in region.weights[0].nonzero().tolist()}
+        assert found == pytest.approx(sources)
+        assert output.weights.sum() == 1
+
+
+def test_weights_of_a_strided_convolution_do_not_cancel():
+    module = nn.Conv2d(1, 2, 3, stride=2, padding=1, bias=False)
+    module.weight.data[0], module.weight.data[1] = 1, -1
+    (region, _) = trace_regions(nn.Sequential(module), [torch.rand(1, 1, 6, 6)], "0", [(0.5, 0.5)])
+    torch.testing.assert_close(region.weights[0, 1:4, 1:4], torch.full((3, 3), 1 / 9))
+
+
+def test_empty_slots_of_a_pyramid_are_traced_like_those_with_a_sampler():
+    levels = {str(i): torch.rand(1, 4, side, side) for i, side in enumerate((17, 9, 5))}
+    names = {}
+    for path, slot in (("interpolate_*", None), ("upsample.*", lambda channels: CARAFE(channels, up=2, compressed_channels=4))):
+        regions = trace_regions(FPN([4, 4, 4], 4, upsample=slot).eval(), [levels], path, [(0.5, 0.5)])
+        names[path] = [region.module for region in regions]
+        assert [tuple(region.weights.shape[1:]) for region in regions] == [(5, 5), (9, 9), (17, 17)]
+        spread = [int((region.weights > 0).sum()) for region in regions]
+        assert spread == [1, 1, 1] if slot is None else spread[0] >= spread[1] > spread[2] == 1
+    assert names == {"interpolate_*": ["interpolate_0", "interpolate_1", ""], "upsample.*": ["upsample.1", "upsample.0", ""]}
 
 
 def test_picture_shows_the_weights_where_the_picture_is():
@@ -144,11 +187,14 @@ def test_picture_shows_the_weights_where_the_picture_is():
     picture = torch.zeros(3, 320, 320)
     view = View(network, (torch.rand(1, 3, 8, 16),), picture, covered=(0.5, 0.25))
     drawn = draw_regions(view, "0", [(0.1, 0.4)])
-    shaded = drawn[:, 4:324, 4:324]
-    red = (shaded[0] > 0.5) & (shaded[1] < 0.3)
-    rows, columns = red.any(1).nonzero().flatten(), red.any(0).nonzero().flatten()
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 79, 80, 159)
-    assert shaded[1, 32, 128] == 1, "the location is green"
+    # the source has nine tenths of its colour over the black picture
+    source = (drawn - OPACITY * torch.tensor(SOURCE)[:, None, None] / 255).abs().amax(0) < 0.01
+    rows, columns = source.any(1).nonzero().flatten(), source.any(0).nonzero().flatten()
+    assert (rows.max() - rows.min(), columns.max() - columns.min()) == (79, 79)
+    ring = (drawn - torch.tensor(TARGET)[:, None, None] / 255).abs().amax(0) < 0.01
+    ys, xs = (found.float().mean() for found in ring[:, : columns.max() + 40].nonzero().T)
+    # a tenth down and two fifths across a picture whose second quarter is the source
+    assert (ys - rows.min(), xs - columns.min()) == (pytest.approx(32, abs=1.5), pytest.approx(128 - 80, abs=1.5))
 
 
 @pytest.fixture(scope="module")
@@ -196,11 +242,11 @@ def test_predict_draws_regions(runs, photograph, tmp_path, name, path, maps):
     )
     figure = np.asarray(Image.open(tmp_path / "out" / "photograph.png.png"))
     # the picture, one map for each module and the output side by side; one row for each of four locations
-    width, height = 118 * 3, 75 * 3 + 12
+    width, height = 118 * 3, 75 * 3
     assert figure.shape[1] >= (maps + 2) * width
     assert figure.shape[0] >= 4 * height
-    green = (figure == [0, 255, 0]).all(2)
-    assert green.any(0).sum() >= maps + 2
+    rings = (figure == TARGET).all(2)
+    assert len(np.unique(rings.any(0).nonzero()[0] // width)) >= maps + 2
 
 
 @pytest.mark.parametrize(
@@ -224,10 +270,12 @@ def test_predict_sets_networks_side_by_side(runs, photograph, tmp_path):
     both = f"checkpoint=[{runs['published']}/last.ckpt,{runs['upernet']}/last.ckpt]"
     call("predict", f"hydra.run.dir={tmp_path / 'out'}", both, f"images={photograph}")
     figure = Image.open(tmp_path / "out" / "photograph.png.png")
-    assert figure.width >= 3 * 118
-    pixels = np.asarray(figure).astype(int)
-    image = np.asarray(Image.open(photograph)).astype(int)
-    assert (pixels[4:79, 4:122] == image).all(), "the first is the photograph"
+    assert figure.width >= 3 * 320
+    pixels, image = np.asarray(figure), np.asarray(Image.open(photograph)).repeat(3, 0).repeat(3, 1)
+    places = ((y, x) for y in range(200) for x in range(60) if (pixels[y, x : x + 354] == image[0]).all())
+    top, left = next(places)
+    assert (pixels[top : top + 225, left : left + 354] == image).all(), "the first is the photograph, under its title"
+    assert (pixels[:top] < 100).any(), "there are titles"
     # two checkpoints of one run are two networks
     call(
         "predict",
@@ -246,11 +294,11 @@ def test_predict_sets_networks_side_by_side(runs, photograph, tmp_path):
             f"checkpoint=[{runs['upernet']}/last.ckpt,{runs['inpainting']}/last.ckpt]",
             f"images={photograph}",
         )
-    with pytest.raises(ValueError, match="it has no CARAFE module"):
+    with pytest.raises(ValueError, match=r"did not call a sampler named fuse_up\.\* for this input: it called the samplers backbone\."):
         call(
             "predict",
             f"hydra.run.dir={tmp_path / 'out'}",
             f"checkpoint={runs['published']}/last.ckpt",
             f"images={photograph}",
-            "regions=fpn_up.*",
+            "regions=fuse_up.*",
         )

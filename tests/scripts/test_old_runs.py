@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from carafepp.tasks.pictures import caption
+from carafepp.tasks.lettering import caption
+from carafepp.tasks.pictures import enlarge
 from commands import call
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
@@ -55,7 +56,7 @@ def test_an_old_checkpoint_predicts(folder):
     Image.fromarray(pixels).save(folder / "photograph.png")
     call("predict", f"hydra.run.dir={folder / 'out'}", f"checkpoint={folder}/last.ckpt", f"images={folder}/photograph.png")
     drawn = np.asarray(Image.open(folder / "out" / "photograph.png.png"))
-    expected = caption(torch.from_numpy(pixels).permute(2, 0, 1) / 255, "8  12%")
+    expected = caption(enlarge(torch.from_numpy(pixels).permute(2, 0, 1) / 255), "8  12%")
     assert (drawn == (expected * 255).round().byte().permute(1, 2, 0).numpy()).all()
 
 

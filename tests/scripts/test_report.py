@@ -13,9 +13,10 @@ from carafepp.scripts.reporting import (
     render_tables,
     tabulate_paper,
 )
-from carafepp.scripts.reporting.plots import find_coordinates
+from carafepp.scripts.reporting.plots import OURS, find_coordinates, find_ours, plot_bars, plot_curves, spread_out
 from commands import call
 from omegaconf import OmegaConf
+from PIL import Image
 from report_runs import make_tables, write_run
 
 
@@ -147,8 +148,40 @@ def test_ablations_are_plotted_over_their_numbers(tmp_path, capsys):
     assert places["table13"][:2] == [("1", "3"), ("1", "5")]
     assert places["others"] == [("3",), ("5",)]
     print_report(capsys, f"runs={tmp_path}")
-    made = {path.name for path in tmp_path.glob("*.png")}
-    assert made == {f"{name}_{kind}.png" for name in found for kind in ("ablation", "curves")}
+    kinds = ("ablation", "bars", "curves")
+    for suffix in ("png", "pdf"):
+        assert {path.name for path in tmp_path.glob(f"*.{suffix}")} == {f"{name}_{kind}.{suffix}" for name in found for kind in kinds}
+    assert Image.open(tmp_path / "table11_bars.png").info["dpi"] == pytest.approx((200, 200), abs=0.1)
+
+
+def test_curves_are_labelled_at_their_ends_with_ours_on_top(tmp_path):
+    pytest.importorskip("matplotlib")
+    for row, score in (("nearest", 0.3), ("carafe", 0.4), ("bilinear", 0.301)):
+        write_run(tmp_path / row, 0, {"val/box_AP": score}, row=f"table4/{row}")
+    (table,) = make_tables(tmp_path)
+    assert find_ours(table) == {"carafe"}
+    curves, bars = plot_curves(table), plot_bars(table)
+    assert curves is not None
+    assert bars is not None
+    (axis,) = curves.axes
+    carafe = max(axis.lines, key=lambda line: line.get_zorder())
+    assert (carafe.get_ydata()[-1], carafe.get_color()) == (pytest.approx(40), OURS)
+    assert sum(line.get_zorder() == carafe.get_zorder() for line in axis.lines) == 1
+    places = {text.get_text(): text.xyann[1] for text in axis.texts}
+    assert sorted(places, key=places.get, reverse=True) == ["carafe  40.00", "bilinear  30.10", "nearest  30.00"]
+    # the ends of two curves are nearer than their names
+    assert places["bilinear  30.10"] - places["nearest  30.00"] > 0.05
+    (axis,) = bars.axes
+    from matplotlib.colors import to_hex
+
+    assert [text.get_text() for text in axis.texts] == ["30.00", "30.10", "40.00"]
+    assert [to_hex(bar.get_facecolor()) == OURS for bar in axis.patches] == [False, False, True]
+
+
+def test_names_are_moved_apart_in_their_order():
+    heights = spread_out([0.5, 0.1, 0.5, 0.51, 0.9], 0.1)
+    assert heights == pytest.approx([0.40333, 0.1, 0.50333, 0.60333, 0.9], abs=1e-4)
+    assert spread_out([], 0.1) == []
 
 
 def test_results_page_has_the_tables_of_its_runs():

@@ -16,11 +16,12 @@ from carafepp.tasks.class_pictures import draw_scores
 from carafepp.tasks.coco import COCO
 from carafepp.tasks.coco_eval import SCORES
 from carafepp.tasks.data import Data
-from carafepp.tasks.detection import Detection, collate, number_detections
+from carafepp.tasks.detection import Detection, collate
 from carafepp.tasks.optimization import stepped
-from carafepp.tasks.pictures import DRAWN_SIDE, draw_instances
+from carafepp.tasks.pictures import draw_instances, pick_colors
 from carafepp.tasks.runs import count_flops
 from carafepp.tasks.scenes import Scenes
+from carafepp.tasks.sheets import TILE
 from coco_files import NAMES, SIZES, content, write
 from omegaconf import OmegaConf
 from PIL import Image
@@ -188,22 +189,31 @@ def test_pictures_of_any_size(size):
     image, target = scenes[1]
     pictures = task.pictures((image, target))
     # enlarged fivefold
-    assert {name: tuple(picture.shape) for name, picture in pictures.items()} == dict.fromkeys(pictures, (3, DRAWN_SIDE, 240))
+    assert {name: tuple(picture.shape) for name, picture in pictures.items()} == dict.fromkeys(pictures, (3, TILE, 240))
     inside = target["masks"].any(0).repeat_interleave(5, 0).repeat_interleave(5, 1)
     assert ((pictures["truth"] - pictures["image"]).abs().amax(0)[inside] > 0.01).float().mean() > 0.9
     assert not torch.equal(pictures["prediction"], pictures["truth"])
     drawn = detection().draw(torch.rand(3, *size))
-    assert max(drawn.shape) >= DRAWN_SIDE
+    assert max(drawn.shape) >= TILE
     assert drawn.shape[1] * size[1] == drawn.shape[2] * size[0]
 
 
-def test_detections_have_the_colours_of_their_objects():
-    truth = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40]])
-    found = torch.tensor([[21.0, 20, 40, 40], [60, 60, 70, 70], [20, 20, 40, 41], [0, 0, 10, 12], [0, 0, 30, 30]])
-    # the third finds an object that a better box finds, the last overlaps no object by half
-    assert number_detections(found, truth) == [1, 2, 3, 0, 4]
-    assert number_detections(found, truth[:0]) == [0, 1, 2, 3, 4]
-    assert number_detections(found[:0], truth) == []
+def test_objects_have_the_colours_of_their_classes():
+    names = ["cat", "dog", "car"]
+    task = detection(class_names=names)
+    boxes = torch.tensor([[0.0, 40, 30, 90], [40, 40, 70, 90], [80, 40, 110, 90]])
+    masks = torch.zeros(3, 1, 100, 120)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[0, top:bottom, left:right] = 1
+    found = {"boxes": boxes, "labels": torch.tensor([3, 1, 3]), "scores": torch.tensor([0.9, 0.8, 0.7]), "masks": masks}
+    # enlarged threefold
+    drawn = task.draw(torch.zeros(3, 100, 120), found | {"image_size": torch.tensor([100, 120])})
+    colors = torch.tensor(pick_colors(3)) / 255
+    for box, label in zip(boxes.int().tolist(), (2, 0, 2), strict=True):
+        inside = drawn[:, 3 * box[1] + 30, 3 * box[0] + 40]
+        torch.testing.assert_close(inside, 0.6 * colors[label], atol=0.01, rtol=0)
+        # the outline is opaque
+        torch.testing.assert_close(drawn[:, 3 * box[1] + 30, 3 * box[0] + 1], colors[label], atol=0.01, rtol=0)
 
 
 def test_the_best_detection_is_drawn_on_top():
@@ -211,12 +221,12 @@ def test_the_best_detection_is_drawn_on_top():
     masks[0, 20:30, 20:40] = masks[1, 20:38, 10:50] = True
     boxes = torch.tensor([[2.0, 18, 58, 39], [4, 19, 57, 38]])
     drawn = draw_instances(torch.full((3, 40, 60), 0.2), boxes, ["", ""], [(255, 0, 0), (0, 0, 255)], masks)
-    assert drawn[:, 25, 30].tolist() == pytest.approx([0.6, 0.1, 0.1], abs=0.01)
-    assert drawn[:, 34, 30].tolist() == pytest.approx([0.1, 0.1, 0.6], abs=0.01)
-    named = draw_instances(torch.zeros(3, 40, 60), boxes[:1], ["long: 0.50"], [(255, 255, 0)])
+    assert drawn[:, 25, 30].tolist() == pytest.approx([0.68, 0.08, 0.08], abs=0.01)
+    assert drawn[:, 34, 30].tolist() == pytest.approx([0.08, 0.08, 0.68], abs=0.01)
+    named = draw_instances(torch.zeros(3, 80, 120), 2 * boxes[:1], ["long: 0.50"], [(255, 255, 0)])
     # the name is above its box and inside the picture
-    assert named[0, :18].any(0).sum() > 40
-    assert not named[0, 22:36, 6:54].any()
+    assert named[0, :36].any(0).sum() > 80
+    assert not named[0, 42:72, 12:108].any()
 
 
 def test_flops_depend_on_the_network_alone():

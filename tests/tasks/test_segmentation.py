@@ -12,7 +12,7 @@ from carafepp.tasks.ade20k import ADE20K
 from carafepp.tasks.data import Data, TrainBatches
 from carafepp.tasks.detection import Detection
 from carafepp.tasks.layouts import write_scenes
-from carafepp.tasks.pictures import pick_colors
+from carafepp.tasks.lettering import pick_size
 from carafepp.tasks.segmentation import IGNORED, PadToStride, Segmentation, reduce_labels
 from commands import run_command
 from configurations import compose_config
@@ -71,9 +71,10 @@ def test_labels_have_the_size_of_the_image_whatever_size_is_predicted_at(size):
     )
     assert task.predict(torch.rand(3, *size)).shape == size
     height, width = task.draw(torch.rand(3, *size)).shape[1:]
-    assert width == size[1]
+    factor = width // size[1]
+    assert width == factor * size[1]
     # a legend below
-    assert height > size[0]
+    assert height > factor * size[0]
 
 
 def test_background_and_ignored_pixels_stay_unpainted():
@@ -85,9 +86,11 @@ def test_background_and_ignored_pixels_stay_unpainted():
     )
     image, labels = torch.rand(3, 6, 6), torch.zeros(6, 6, dtype=torch.long)
     labels[0], labels[1] = 1, IGNORED
-    changed = (task.pictures((image, labels))["truth"][:, :6] - image).abs().amax(0) > 0.01
-    assert changed[0].any()
-    assert not changed[1:].any()
+    pictures = task.pictures((image, labels))
+    factor = pictures["image"].shape[1] // 6
+    changed = (pictures["truth"][:, : 6 * factor] - pictures["image"]).abs().amax(0) > 0.01
+    assert changed[:factor].any()
+    assert not changed[factor:].any()
 
 
 def stub(network, names, **options):
@@ -159,20 +162,26 @@ def test_auxiliary_loss_has_its_weight():
     torch.testing.assert_close(task.training_step((images, labels), 0), expected)
 
 
-def test_legend_names_the_classes_that_are_shown():
+def test_legend_has_the_colours_of_the_classes_that_are_shown():
     task = stub(nn.Conv2d(3, 3, 1), ["background", "a name", "b"])
-    image, labels = torch.rand(3, 20, 90), torch.zeros(20, 90, dtype=torch.long)
+    image, labels = torch.rand(3, 20, 80), torch.zeros(20, 80, dtype=torch.long)
     labels[:5], labels[5:10] = 1, 2
-    truth = task.pictures((image, labels))["truth"]
-    assert truth.shape == (3, 32, 90)
+    pictures = task.pictures((image, labels))
+    assert pictures["image"].shape == (3, 80, 320)
+    truth, grey = pictures["truth"], pictures["image"].mean(0)
     for label in (1, 2):
-        colour = torch.tensor(pick_colors(3)[label]) / 255
-        below = (truth[:, 20:] - colour[:, None, None]).abs().amax(0) < 1e-3
-        assert below.sum() == 64, "an 8 x 8 swatch of the colour that the pixels have"
-        over = (truth[:, 5 * (label - 1)] - (0.6 * colour[:, None] + 0.4 * image[:, 5 * (label - 1)])).abs().max()
-        assert over < 1e-3
-    # two lines if one is too narrow, and none for labels that are not painted
-    assert task.pictures((image[..., :40], labels[:, :40]))["truth"].shape == (3, 44, 40)
+        color = torch.tensor(task.colors[label]) / 255
+        swatch = (truth[:, 80:] - color[:, None, None]).abs().amax(0) < 1e-3
+        assert swatch.sum() == (pick_size(320) - 2) ** 2
+        inside = 20 * label - 10
+        over = (truth[:, inside] - (0.6 * color[:, None] + 0.4 * grey[inside])).abs().max()
+        assert over < 1e-3, "the hue is that of the legend"
+        outline = truth[:, 20 * label - 1]
+        assert (outline - color[:, None]).abs().max() < 1e-3
+    # further lines if one is too narrow, and none without labels that are painted
+    narrow = task.pictures((image[..., :4], labels[:, :4]))["truth"]
+    assert narrow.shape[1] - 20 * 16 > truth.shape[1] - 80
+    assert task.pictures((image, torch.zeros_like(labels)))["truth"].shape == (3, 80, 320)
 
 
 def test_paper_scale_is_the_protocol_of_the_paper():
