@@ -1,5 +1,6 @@
 """Plots of a table: scores as bars, learning curves, ablations of one number as a curve, and ablations of two numbers as a heat map."""
 
+import logging
 import math
 import re
 import textwrap
@@ -53,6 +54,8 @@ def plot_table(table: Table, folder: Path, stem: str) -> list[Path]:
         draw = plot_ablation if len(table.axes) == 1 else plot_heat_map
         plots["ablation"] = lambda: draw(points, table)
     made = []
+    # it reports every table of a font that it leaves out of a PDF
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
     with rc_context(STYLE):
         for name, plot in plots.items():
             if (figure := plot()) is not None:
@@ -60,7 +63,7 @@ def plot_table(table: Table, folder: Path, stem: str) -> list[Path]:
                 for path in made[-len(FORMATS) :]:
                     # the time would make two reports of the same runs differ
                     stamp = {"CreationDate": None} if path.suffix == ".pdf" else None
-                    figure.savefig(path, dpi=DPI, bbox_inches="tight", metadata=stamp)
+                    figure.savefig(path, dpi=DPI, metadata=stamp)
     return made
 
 
@@ -120,11 +123,12 @@ def list_series(points: dict[tuple[str, ...], Cell], table: Table) -> list[Serie
     return [series for series in found if series.values]
 
 
-def make_figure(count: int, table: Table, height: float = 4.5) -> tuple["Figure", Sequence["Axes"]]:
-    """Create a figure with `count` panels side by side, of `height` inches, and the title of the table."""
+def make_figure(count: int, table: Table, height: float = 4.5, labels: Sequence[str] = ()) -> tuple["Figure", Sequence["Axes"]]:
+    """Create a figure with `count` panels side by side, of `height` inches and with room for `labels`, and the title of the table."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5 * count, min(height, HIGHEST)), layout="constrained")
+    width = 5 + 0.1 * max(15, *map(len, labels)) if labels else 6.5
+    figure = Figure(figsize=(width * count, min(height, HIGHEST)), layout="constrained")
     figure.suptitle(textwrap.fill(table.title, 70 * count), fontsize=13)
     return figure, figure.subplots(1, count, squeeze=False)[0]
 
@@ -150,7 +154,7 @@ def plot_bars(table: Table) -> "Figure | None":
     if count < 2:
         return None
     ours = find_ours(table)
-    figure, axes = make_figure(len(panels), table, 1.6 + 0.36 * count)
+    figure, axes = make_figure(len(panels), table, 1.6 + 0.36 * count, [label_line(line) for lines in panels.values() for line, _ in lines])
     for axis, lines in zip(axes, panels.values(), strict=True):
         means = [cell.scores.mean for _, cell in lines if cell.scores]
         deviations = [cell.scores.deviation or 0 for _, cell in lines if cell.scores]
@@ -241,7 +245,8 @@ def plot_curves(table: Table) -> "Figure | None":
         return None
     ours, names = find_ours(table), list(dict.fromkeys(line.title for lines in panels.values() for line, *_ in lines))
     others = [name for name in names if name not in ours]
-    figure, axes = make_figure(len(panels), table, max(4.5, 1.5 + 0.25 * len(names)))
+    labels = [f"{label_line(line)}  00.0000" for lines in panels.values() for line, *_ in lines]
+    figure, axes = make_figure(len(panels), table, max(4.5, 1.5 + 0.25 * len(names)), labels)
     for axis, lines in zip(axes, panels.values(), strict=True):
         ends: list[tuple[float, str, str, bool]] = []
         last = 0
