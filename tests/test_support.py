@@ -13,6 +13,7 @@ from carafepp.models.dlu import DLU
 from carafepp.models.freq_fusion import FreqFusion
 from carafepp.models.global_local import GlobalLocal
 from carafepp.models.guided_samplers import A2U, FADE, SAPA
+from carafepp.models.jbu import JBU
 from carafepp.models.local_attention import LDAAQU
 from carafepp.models.partial_conv import PartialGlobalLocal
 from carafepp.models.psanet import PSANet
@@ -98,6 +99,7 @@ def list_samplers(group: str) -> dict[str, Row]:
         "dlu": lambda: DLU(8, kernel_size=1),
         "lda_aqu": lambda: LDAAQU(8, kernel_size=1),
         # `dysample` exports the sampling, and `jbu` the similarities
+        "jbu": shrink(JBU, radius=1),
         "freq_fusion": shrink(FreqFusion, options={"resample": False}, lowpass_size=1, highpass_size=1),
     }
     rows = {}

@@ -8,6 +8,7 @@ from carafepp.models.attenders import LocalAttender
 from carafepp.models.dlu import DLU
 from carafepp.models.freq_fusion import FreqFusion
 from carafepp.models.guided_samplers import FADE, GUM, SAPA
+from carafepp.models.jbu import JBU
 from carafepp.models.learned_samplers import BilinearConv, Deconv, NearestConv, PixelShuffle, SpatialAttention
 from carafepp.models.local_attention import LDAAQU
 from carafepp.models.point_samplers import DySample
@@ -34,7 +35,11 @@ def build(case, **options):
     for parameter in module.parameters():
         # sums of hundreds of terms would saturate every sigmoid
         scale = min(1, 100 / parameter.shape[1:].numel())
-        torch.nn.init.normal_(parameter, mean=0.2 * scale, std=0.4 * scale)
+        # scalars are temperatures and widths
+        torch.nn.init.normal_(parameter, mean=0.2 * scale if parameter.dim() else 1, std=0.4 * scale if parameter.dim() else 0.1)
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Dropout2d):
+            layer.eval()
     return module
 
 
@@ -221,6 +226,8 @@ def test_upernet_passes_the_guides(case):
         (FADE(256), 47_514),
         (FreqFusion(256, resample=False), 52_514),
         (FreqFusion(256), 104_690),
+        (JBU(256), 26_726),
+        (JBU(384, 3), 6_233),
         (LocalAttender(256), 5 * 257),
         (LocalAttender(256, 64, neighbours=25), 25 * 65),
         (BlurPool(256), 0),

@@ -32,6 +32,7 @@ from upsampler_definitions import (
     freq_fusion,
     gum,
     indexnet,
+    jbu,
     lda_aqu,
     local_attender,
     nearest,
@@ -97,6 +98,7 @@ CASES = [
             ("sapa", sapa, {"gated": True, "embedding": 8}),
             ("fade", fade, {"lite": True}),
             ("freq_fusion", freq_fusion, {"resample": False, "compressed_channels": 8}),
+            ("jbu", jbu),
             ("local_attender", local_attender, {"neighbours": 17, "residual": False}),
             (
                 "carafe",

@@ -319,6 +319,56 @@ def freq_fusion(module, x, guide):
     return y, guide + (guide - reassembled(guide, high, 1))
 
 
+def bicubic(x):
+    """Cubic convolution (Keys, 1981, with a = -0.75) to twice the size; positions outside the map read its border."""
+
+    def weight(distance):
+        t = abs(distance)
+        return 1.25 * t**3 - 2.25 * t**2 + 1 if t <= 1 else -0.75 * (t**3 - 5 * t**2 + 8 * t - 4)
+
+    for dim in (2, 3):
+        side = x.shape[dim]
+        rows = []
+        for i in range(2 * side):
+            position = (i + 0.5) / 2 - 0.5
+            near = [math.floor(position) + offset for offset in (-1, 0, 1, 2)]
+            rows.append(sum(weight(position - tap) * x.select(dim, min(max(tap, 0), side - 1)) for tap in near))
+        x = torch.stack(rows, dim)
+    return x
+
+
+def jbu(module, x, guide):
+    """Fu et al., section 3.2: range kernel times distance kernel, normalised, plus a tenth of a correction, over reflected maps."""
+
+    def reflect(place, side):
+        while not 0 <= place < side:
+            place = 0 if side == 1 else -place if place < 0 else 2 * (side - 1) - place
+        return place
+
+    def project(layers, features):
+        hidden = layers[0].weight[..., 0, 0] @ features + layers[0].bias
+        gelu = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+        return layers[3].weight[..., 0, 0] @ gelu + layers[3].bias
+
+    n, _, h, w = guide.shape
+    fine = fit(bicubic(x), (h, w))
+    y = torch.zeros_like(fine)
+    offsets = list(each((7, 7)))
+    distances = x.new_tensor([((i - 3) / 3) ** 2 + ((j - 3) / 3) ** 2 for i, j in offsets])
+    spatial = (-distances / (2 * module.sigma_spatial**2)).exp()
+    for b in range(n):
+        keys = torch.stack([project(module.range_proj, guide[b, :, i, j]) for i, j in each((h, w))]).view(h, w, -1)
+        for i, j in each((h, w)):
+            rows = [reflect(i + down - 3, h) for down, _ in offsets]
+            columns = [reflect(j + right - 3, w) for _, right in offsets]
+            similarity = keys[rows, columns] @ keys[i, j]
+            kernel = (module.range_temp.exp() * similarity).softmax(0) * spatial
+            kernel = kernel / kernel.sum()
+            kernel = kernel + 0.1 * project(module.fixup_proj, torch.cat([kernel, guide[b, :, i, j]]))
+            y[b, :, i, j] = fine[b][:, rows, columns] @ kernel
+    return y
+
+
 # the neighbours of UPLiFT's local attender, as its authors draw them
 NEIGHBOURS = {
     5: [".X.", "XXX", ".X."],
