@@ -1,9 +1,13 @@
 """The plots of the documentation, from the data that it holds: `python docs/plots.py` writes them beside this file.
 
-results_gains.svg shows the runs in docs/results beside the paper's gains, samplers_costs.svg the accuracy of samplers in these runs against
-their times in samplers.md. Each file holds its data as its description, which a test compares with the data of today.
+- results_gains.svg: the gains of the runs in docs/results beside those of the paper
+- samplers_costs.svg: the accuracy of samplers in these runs against their times in samplers.md
+- performance_times.svg: the times in docs/measurements and in the table of performance.md
+
+Each file holds its data as its description, which a test compares with the data of today.
 """
 
+import csv
 import json
 import re
 from collections.abc import Sequence
@@ -17,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.transforms import Bbox
 
 FOLDER = Path(__file__).parent
@@ -89,6 +94,83 @@ def collect_costs() -> dict[str, Any]:
                 points[row] = [times[SAMPLERS.get(row, row)], *scores, cell.paper]
         found[name] = {"at": heading, "points": points}
     return found
+
+
+# provider, name in the plot
+GPU_NAMES = {"copy": "copy of the bytes", "triton": "CARAFE++", "bilinear": "bilinear", "max_pool": "3 x 3 max pool", "mmcv": "mmcv"}
+GPU_CASES = (("[2, 256, 100, 168]", "2", "float16"), ("[2, 256, 100, 168]", "2", "float32"), ("[64, 64, 112, 112]", "1", "float16"))
+# name in the plot, and the row of the table of performance.md with the ratio of forward; the next row has that of forward and backward
+CPU_ROWS = {
+    "bilinear": "forward / bilinear",
+    "torch.compile, taps": "torch.compile of the tap loop / ours, forward",
+    "torch.compile, definition": "torch.compile of the definition / ours, forward",
+    "unfold, matmul": "unfold at source resolution + matmul / ours, forward",
+}
+
+
+def collect_times() -> dict[str, Any]:
+    """Return, for some shapes, the times of forward and backward of each provider: microseconds on a GPU, milliseconds on a CPU."""
+    found: dict[str, Any] = {}
+    runs = [path.parent for path in FOLDER.glob("measurements/*/times.csv")]
+    abouts = {run: json.loads((run / "about.json").read_text()) for run in runs}
+    newest = max((run for run in runs if abouts[run]["kind"] == "gpu"), key=lambda run: abouts[run]["date"])
+    with (newest / "times.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for shape, up, dtype in GPU_CASES:
+        times: dict[str, dict[str, float]] = {}
+        for row in rows:
+            if (row["shape"], row["up"], row["dtype"], row["layout"]) == (shape, up, dtype, "channels_last"):
+                times.setdefault(row["provider"], {})[row["mode"]] = round(1e3 * float(row["ms"]), 1)
+        scale = "up 2" if up == "2" else "down 2"
+        title = f"{abouts[newest]['device']}: {scale}, {' x '.join(re.findall('[0-9]+', shape))}, {dtype}, channels_last"
+        bars = {name: [times[key]["forward"], times[key]["backward"]] for key, name in GPU_NAMES.items() if key in times}
+        found[title] = {"unit": "us", "times": bars}
+    return found | collect_cpu_times()
+
+
+def collect_cpu_times() -> dict[str, Any]:
+    """Return the times of upsampling on a CPU, from the ratios in the table of performance.md."""
+    section = (FOLDER / "performance.md").read_text().split("\n## CPU\n")[1]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+    column = cells[0].index("up2")
+    rows, values = [line[0] for line in cells], [line[column] for line in cells]
+    forward, both = map(float, values[rows.index("**ours, ms**: forward; both")].split(";"))
+    times = {"CARAFE++": [forward, round(both - forward, 2)]}
+    for name, row in CPU_ROWS.items():
+        first, second = map(float, values[rows.index(row) :][:2])
+        # the table has ours / bilinear, and the others / ours
+        alone, total = (forward / first, both / second) if name == "bilinear" else (forward * first, both * second)
+        times[name] = [round(alone, 2), round(total - alone, 2)]
+    return {"2 threads of an AMD EPYC: up 2, 1 x 256 x 50 x 76, float32, NCHW": {"unit": "ms", "times": times}}
+
+
+def plot_times(data: dict[str, Any]) -> Figure:
+    """Plot the times of forward and backward as bars, a panel for each shape."""
+    figure = Figure(figsize=(12, 9.5), layout="constrained")
+    counts = [len(panel["times"]) for panel in data.values()]
+    for (title, panel), axis in zip(data.items(), figure.subplots(len(data), 1, height_ratios=counts), strict=True):
+        names, unit = list(panel["times"]), panel["unit"].replace("us", "\u00b5s")
+        most = max(map(sum, panel["times"].values()))
+        for position, name in enumerate(names):
+            forward, backward = panel["times"][name]
+            color = METHOD if name == "CARAFE++" else "#64748b"
+            axis.barh(position, forward, color=color)
+            axis.barh(position, backward, left=forward, color=color, alpha=0.45)
+            words = f"{forward:,.3g} + {backward:,.3g} {unit}"
+            axis.text(
+                forward + backward + most / 100, position, words, va="center", color=color, fontweight="bold" if color == METHOD else None
+            )
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.18 * most)
+        axis.set_xticks([])
+        axis.set_title(title, loc="left", fontsize="medium", fontweight="bold")
+        for side in ("top", "right", "bottom"):
+            axis.spines[side].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    patches = [Patch(color="#64748b", label="forward"), Patch(color="#64748b", alpha=0.45, label="backward")]
+    figure.axes[0].legend(handles=patches, loc="lower right", ncols=2, frameon=False, bbox_to_anchor=(1, 1))
+    return figure
 
 
 def plot_gains(data: dict[str, Any]) -> Figure:
@@ -186,7 +268,11 @@ def write(figure: Figure, path: Path, data: dict[str, Any]) -> None:
     path.write_text("".join(f"{line.rstrip()}\n" for line in path.read_text().splitlines()))
 
 
-PLOTS = {"results_gains.svg": (collect_gains, plot_gains), "samplers_costs.svg": (collect_costs, plot_costs)}
+PLOTS = {
+    "results_gains.svg": (collect_gains, plot_gains),
+    "samplers_costs.svg": (collect_costs, plot_costs),
+    "performance_times.svg": (collect_times, plot_times),
+}
 
 if __name__ == "__main__":
     with rc_context({"svg.fonttype": "path", "svg.hashsalt": "carafepp", "font.size": 12}):

@@ -55,7 +55,7 @@ ENLARGEMENT = 6
 def _package(name: str) -> Path:
     spec = find_spec(name)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"the embedded images need {name}, which is not installed: pip install 'carafepp[demo]'", name=name)
+        raise ModuleNotFoundError(f"the embedded images need {name}: pip install '.[demo]' in a checkout", name=name)
     return Path(spec.origin).parent
 
 
@@ -69,7 +69,7 @@ def photograph_path(name: str) -> Path:
     in_sklearn = name in ("china.jpg", "flower.jpg")
     path = _package("sklearn") / "datasets" / "images" / name if in_sklearn else _package("skimage") / "data" / name
     if not path.is_file():
-        raise FileNotFoundError(f"photograph {path} is missing: pip install --upgrade 'carafepp[demo]'")
+        raise FileNotFoundError(f"photograph {path} is missing: pip install --upgrade '.[demo]' in a checkout")
     return path
 
 

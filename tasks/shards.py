@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files that are read as streams, for clusters and object stores. They need carafepp[shards]."""
+"""WebDataset shards: tar files that are read as streams, for clusters and object stores. They need webdataset."""
 
 import io
 import random
@@ -75,7 +75,7 @@ class Shards(IterableDataset):
         try:
             from webdataset.shardlists import expand_urls
         except ModuleNotFoundError:
-            raise ModuleNotFoundError("shards need webdataset: pip install 'carafepp[shards]'", name="webdataset") from None
+            raise ModuleNotFoundError("shards need webdataset: pip install '.[shards]' in a checkout", name="webdataset") from None
         self.names, self.transforms, self.seed, self.buffer = list(expand_urls(shards)), transforms, seed, buffer
         self.classes = classes
         self.reading: ReadOptions = {"ignore_orientation": ignore_orientation, "allow_huge": allow_huge}

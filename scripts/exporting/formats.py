@@ -69,7 +69,7 @@ def check_packages(name: str) -> None:
         ModuleNotFoundError: one is missing.
     """
     if missing := [package for package in FORMATS[name].packages if importlib.util.find_spec(package) is None]:
-        raise ModuleNotFoundError(f'format={name} needs {", ".join(missing)}: pip install "carafepp[export]"')
+        raise ModuleNotFoundError(f"format={name} needs {', '.join(missing)}: pip install '.[export]' in a checkout")
 
 
 def _write_onnx(tracing: Tracing, facts: dict[str, Any]) -> bytes:

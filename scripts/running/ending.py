@@ -1,5 +1,6 @@
 """What a training and a sweep print at their end: scores, files, and the next commands."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from ...tasks.task import Task
@@ -11,8 +12,14 @@ from ..reporting import group_runs, read_runs, render_tables, tabulate_kinds, ta
 SHOWN = ("AP", "AP50", "top1", "top5", "mIoU", "pixel_accuracy", "L1_percent", "psnr_db")
 
 
-def describe_run(folder: Path, task: Task) -> str:
-    """Describe a finished run: its scores, its best score, its files, and the commands to go on with."""
+def describe_run(folder: Path, task: Task, trust: Iterable[str] = ()) -> str:
+    """Describe a finished run: its scores, its best score, its files, and the commands to go on with.
+
+    Args:
+        folder: the run folder.
+        task: the task of the run.
+        trust: names of your own code in the configuration, which the next command must name, too.
+    """
     run, name = FinishedRun.read(folder / "result.json"), task.monitor
     short = shorten_path(folder)
     scores = ", ".join(f"{metric.removeprefix('val/')} {value:.4f}" for metric, value in run.metrics.items())
@@ -26,7 +33,10 @@ def describe_run(folder: Path, task: Task) -> str:
         lines.append(f"best:        {name.removeprefix('val/')} {best[name]:.4f} at step {int(best['step'])}")
     lines.append(f"pictures:    {short / 'pictures.png'}")
     lines.append(f"checkpoints: {short / 'best.ckpt'}, last.ckpt")
-    lines.append(f"next:        carafepp-predict checkpoint={short / 'best.ckpt'} images=PHOTOGRAPHS")
+    more = " masks=MASKS" if task.takes_mask else ""
+    if names := ",".join(trust):
+        more += f" trust={names}" if "," not in names else f" 'trust=[{names}]'"
+    lines.append(f"next:        carafepp-predict checkpoint={short / 'best.ckpt'} images=PHOTOGRAPHS{more}")
     lines.append(f"             carafepp-report runs={short}")
     return "\n".join(lines)
 

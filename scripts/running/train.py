@@ -17,6 +17,7 @@ from ..common.checkpoints import check_last_checkpoint, drop_weight_paths
 from ..common.lightning_messages import silence_lightning
 from ..common.options import read_options
 from ..common.run_length import RunLength
+from ..common.trust import find_foreign
 from .ending import describe_run
 from .launcher_signals import LauncherSignals
 from .progress import PassesBar
@@ -34,7 +35,7 @@ def build_logger(cfg: DictConfig, folder: Path) -> Logger | bool:
         return instantiate(cfg.logger, save_dir=folder)
     except InstantiationException as error:
         if isinstance(error.__cause__, ModuleNotFoundError):
-            raise ModuleNotFoundError(f"{cfg.logger._target_} needs a package: pip install 'carafepp[loggers]'") from error
+            raise ModuleNotFoundError(f"{cfg.logger._target_} needs a package: pip install '.[loggers]' in a checkout") from error
         raise
 
 
@@ -74,4 +75,4 @@ def train(cfg: DictConfig, folder: Path) -> None:
         task.double()
     trainer.fit(task, data, ckpt_path=last if last.exists() else None, weights_only=True)
     if trainer.is_global_zero and (folder / "result.json").exists():
-        print(describe_run(folder, task))
+        print(describe_run(folder, task, find_foreign(config)))

@@ -86,7 +86,7 @@ def test_classification_from_a_folder_to_a_picture(tmp_path, monkeypatch, capsys
     assert len(run_code_of("own_classification.md", capsys)) == len(list((tmp_path / "FOLDER" / "val" / "3").iterdir()))
 
 
-def test_inpainting_from_a_folder_to_a_picture(tmp_path, monkeypatch):
+def test_inpainting_from_a_folder_to_a_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (code,) = read_blocks("own_inpainting.md", "python")
     exec(code, {})
@@ -94,6 +94,7 @@ def test_inpainting_from_a_folder_to_a_picture(tmp_path, monkeypatch):
     train = [*crops, "holes.width=[2,5]", "model.width=4", "task.discriminator.width=4", "data.epochs=1", *ON_CPU]
     run_page("own_inpainting.md", {"scenes": ["train=4", "val=2"], "train": train, "eval": QUIET, "predict": ["max_side=40"]})
     assert read_result(tmp_path / "runs" / "carafe")["steps"] == 1
+    assert "carafepp-predict checkpoint=runs/mine/best.ckpt images=PHOTOGRAPHS masks=MASKS\n" in capsys.readouterr().out
     filled, photograph = (sorted((tmp_path / name).iterdir())[0] for name in ("predictions/filled", "FOLDER/val"))
     pixels, before = (np.asarray(Image.open(path), int) for path in (filled, photograph))
     hole = np.asarray(Image.open("mask.png")) > 0

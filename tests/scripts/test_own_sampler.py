@@ -61,6 +61,7 @@ def test_one_file_and_one_command(folder):
     arguments = [argument for argument in printed[0][1:] if argument != "scale=small"]
     done = run_command("train", *SIZES["upernet"], *arguments, "hydra.run.dir=runs/FOLDER", cwd=folder)
     assert done.returncode == 0, done.stderr
+    assert "carafepp-predict checkpoint=runs/FOLDER/best.ckpt images=PHOTOGRAPHS trust=my_module.Sampler\n" in done.stdout
     weights = torch.load("runs/FOLDER/last.ckpt", weights_only=True)["state_dict"]
     own = {name.split(".")[1] for name, tensor in weights.items() if name.endswith(".up.weight") and tensor.shape[1] == 1}
     assert own == {"ppm_up", "fpn_up", "fuse_up"}, "not in every slot"

@@ -180,10 +180,10 @@ def test_keys_outside_are_refused():
 
 def test_missing_packages_and_files_say_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(photographs, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"carafepp\[demo\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[demo\]'"):
         photographs.photograph_path("chelsea.png")
     monkeypatch.setattr(photographs, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
-    with pytest.raises(FileNotFoundError, match=r"chelsea\.png.*carafepp\[demo\]"):
+    with pytest.raises(FileNotFoundError, match=r"chelsea\.png.*'\.\[demo\]\'"):
         photographs.photograph_path("chelsea.png")
 
 
