@@ -97,7 +97,7 @@ def collect_costs() -> dict[str, Any]:
 
 
 # provider, name in the plot
-GPU_NAMES = {"copy": "copy of the bytes", "triton": "CARAFE++", "bilinear": "bilinear", "max_pool": "3 x 3 max pool", "mmcv": "mmcv"}
+GPU_NAMES = {"copy": "copy of the bytes", "triton": "this operator", "bilinear": "bilinear", "max_pool": "3 x 3 max pool", "mmcv": "mmcv"}
 GPU_CASES = (("[2, 256, 100, 168]", "2", "float16"), ("[2, 256, 100, 168]", "2", "float32"), ("[64, 64, 112, 112]", "1", "float16"))
 # name in the plot, and the row of the table of performance.md with the ratio of forward; the next row has that of forward and backward
 CPU_ROWS = {
@@ -135,7 +135,7 @@ def collect_cpu_times() -> dict[str, Any]:
     column = cells[0].index("up2")
     rows, values = [line[0] for line in cells], [line[column] for line in cells]
     forward, both = map(float, values[rows.index("**ours, ms**: forward; both")].split(";"))
-    times = {"CARAFE++": [forward, round(both - forward, 2)]}
+    times = {"this operator": [forward, round(both - forward, 2)]}
     for name, row in CPU_ROWS.items():
         first, second = map(float, values[rows.index(row) :][:2])
         # the table has ours / bilinear, and the others / ours
@@ -153,10 +153,10 @@ def plot_times(data: dict[str, Any]) -> Figure:
         most = max(map(sum, panel["times"].values()))
         for position, name in enumerate(names):
             forward, backward = panel["times"][name]
-            color = METHOD if name == "CARAFE++" else "#64748b"
+            color = METHOD if name == "this operator" else "#64748b"
             axis.barh(position, forward, color=color)
             axis.barh(position, backward, left=forward, color=color, alpha=0.45)
-            words = f"{forward:,.3g} + {backward:,.3g} {unit}"
+            words = " + ".join(f"{time:,.0f}" if time >= 100 else f"{time:.3g}" for time in (forward, backward)) + f" {unit}"
             axis.text(
                 forward + backward + most / 100, position, words, va="center", color=color, fontweight="bold" if color == METHOD else None
             )
