@@ -65,6 +65,7 @@ class Layouts(NamedTuple):
     y_strides: tuple[int, ...]
     lse_shape: tuple[int, ...]
     cells_shape: tuple[int, ...]  # N, G * K * K, up, up, Hq, Wq
+    logit_channels: int  # those of logits in encoder layout that are read
     core: tuple[int, int] | None  # rows and columns of y before it repeats the last ones, unless it repeats none
 
 
@@ -79,7 +80,8 @@ def _layouts(shape: torch.Size, strides: tuple[int, ...], options: Options) -> L
     longer = y.shape[2] > rows or y.shape[3] > columns
     cells_shape = (n, spec.groups * spec.taps, spec.up, spec.up, spec.cells(h), spec.cells(w))
     core = (min(rows, y.shape[2]), min(columns, y.shape[3])) if longer else None
-    return Layouts(spec, tuple(y.shape), y.stride(), tuple(lse.shape), cells_shape, core)
+    channels = spec.groups * spec.taps * spec.up**2
+    return Layouts(spec, tuple(y.shape), y.stride(), tuple(lse.shape), cells_shape, channels, core)
 
 
 def _view_cells(logits: Tensor, layouts: Layouts, options: Options) -> Tensor:
@@ -87,10 +89,10 @@ def _view_cells(logits: Tensor, layouts: Layouts, options: Options) -> Tensor:
 
     Logits in encoder layout may have further channels, which are not read. Weights at output resolution that end within a cell are padded.
     """
-    n, channels, up, _, rows, columns = layouts.cells_shape
     if not options.at_targets:
-        used = channels * up**2
+        used = layouts.logit_channels
         return (logits if logits.shape[1] == used else logits[:, :used]).view(layouts.cells_shape)
+    n, channels, up, _, rows, columns = layouts.cells_shape
     missing_rows, missing_columns = rows * up - logits.shape[2], columns * up - logits.shape[3]
     if missing_rows or missing_columns:
         logits = F.pad(logits, (0, missing_columns, 0, missing_rows))
@@ -136,7 +138,8 @@ def _untraced(function: Op) -> Op:
 def compute_outputs(x: Tensor, logits: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Compute y and lse of tensors that no transform of PyTorch observes."""
     layouts = _layouts(x.shape, x.stride(), options)
-    y, lse = x.new_empty_strided(layouts.y_shape, layouts.y_strides), x.new_empty(layouts.lse_shape, dtype=WIDE[x.dtype])
+    y = x.new_empty_strided(layouts.y_shape, layouts.y_strides)
+    lse = x.new_empty(layouts.lse_shape, dtype=WIDE[x.dtype])
     if y.numel():
         core = y[..., : layouts.core[0], : layouts.core[1]] if layouts.core else y
         compute = implementation(options.backend, x.device, x.dtype).forward
@@ -161,9 +164,8 @@ def compute_gradients(
     if dcells is None:
         return dx, dlogits
     if not options.at_targets:
-        used = layouts.cells_shape[1] * options.up**2
-        if dlogits.shape[1] > used:
-            dlogits[:, used:].zero_()
+        if dlogits.shape[1] > layouts.logit_channels:
+            dlogits[:, layouts.logit_channels :].zero_()
     elif dcells.data_ptr() != dlogits.data_ptr():
         # the cells are a padded copy
         dlogits.copy_(dcells.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)[..., : dlogits.shape[2], : dlogits.shape[3]])

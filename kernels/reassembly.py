@@ -22,12 +22,12 @@ register_formulas()
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast tensors to the dtype of an active autocast region, as a convolution does; what is not a floating-point tensor stays as it is."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
+        return tensors
     if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in tensors):
         return tensors
-    kind = tensors[0].device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(first.device.type)
     return tuple([tensor.to(dtype) for tensor in tensors])
 
 

@@ -34,6 +34,8 @@ SCHEMAS = (
 )
 for schema in SCHEMAS:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+# types of tensors without a dispatch of their own
+PLAIN = (Tensor, torch.nn.Parameter)
 reassemble_op = torch.ops.carafepp.reassemble.default
 reassemble_backward_op = torch.ops.carafepp.reassemble_backward.default
 
@@ -57,17 +59,22 @@ def _is_observed(*tensors: Tensor) -> bool:
 
     Without one, a call need not pass through PyTorch's dispatcher, which takes longer than the rest of a small call.
     """
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
-        or any(type(tensor) not in (Tensor, torch.nn.Parameter) or not (tensor.is_cpu or tensor.is_cuda) for tensor in tensors)
+    ):
+        return True
+    for tensor in tensors:
+        if type(tensor) not in PLAIN or not (tensor.is_cpu or tensor.is_cuda):
+            return True
         # the dispatcher writes the values of tensors whose memory holds their negation, or nothing
-        or any(tensor.is_neg() or tensor._is_zerotensor() for tensor in tensors)
-    )
+        if tensor.is_neg() or tensor._is_zerotensor():
+            return True
+    return False
 
 
 def _forward_below_autograd(x, logits, options):

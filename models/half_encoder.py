@@ -146,8 +146,13 @@ def can_encode(compressor: nn.Module, encoder: nn.Module, x: Tensor) -> bool:
     if x.shape[1] != (encoder if isinstance(compressor, nn.Identity) else compressor).in_channels:
         return False
     casts = torch.is_autocast_enabled(x.device.type)
-    parameters = (*compressor.parameters(), *encoder.parameters())
+    parameters = parameters_of(compressor, encoder)
     return all(type(p) in (Tensor, nn.Parameter) and p.device == x.device and (casts or p.dtype == x.dtype) for p in parameters)
+
+
+def parameters_of(compressor: nn.Module, encoder: nn.Module) -> list[Any]:
+    """Return weights and biases, those of the compressor first if it is not an identity; replicas of DataParallel do not list theirs."""
+    return [p for layer in (compressor, encoder) if not isinstance(layer, nn.Identity) for p in (layer.weight, layer.bias)]
 
 
 def encode(compressor: nn.Module, norm: nn.Module, encoder: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,11 +161,13 @@ def encode(compressor: nn.Module, norm: nn.Module, encoder: nn.Conv2d, x: Tensor
     Returns:
         x for the operator, and the logits.
     """
-    parameters = (*compressor.parameters(), *encoder.parameters())
+    parameters = parameters_of(compressor, encoder)
     width = padded_channels(encoder.out_channels)
     rows = (*[len(parameter) for parameter in parameters[:-2]], width, width)
     if torch.is_grad_enabled():
-        x, features, weight, bias = Prepare.apply(x, rows, *parameters)
+        same, features, weight, bias = Prepare.apply(x, rows, *parameters)
+        # results of an autograd function need gradients if one of them does
+        x = same if x.requires_grad else x
     else:
         features, *_, weight, bias = prepare(x, rows, *parameters)
     return x, F.conv2d(norm(features), weight, bias, encoder.stride, encoder.padding, encoder.dilation)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from carafepp.integrations.signatures import YoloCARAFE
+from carafepp.kernels.execution import compute_gradients
 from carafepp.models import half_encoder
 from carafepp.models.carafe import CARAFE
 from launches import LaunchCounter
@@ -110,6 +111,45 @@ def test_half_precision_without_autocast(encoded):
     results = run(module, x)
     assert len(encoded) == 2
     assert relative_error(results, exact) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [*((OPTIONS[0], name) for name in ("x", "channel_compressor", "content_encoder", "bias")), (OPTIONS[3], "x"), (OPTIONS[3], "bias")],
+    ids=str,
+)
+def test_frozen_inputs_take_no_gradients(options, trained, encoded, monkeypatch):
+    module, x = make(**options), draw().requires_grad_(trained == "x")
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(trained in name)
+    inputs = [t for t in (x, *module.parameters()) if t.requires_grad]
+    needed = []
+    monkeypatch.setattr(
+        "carafepp.kernels.registration.compute_gradients",
+        lambda *arguments: needed.append(arguments[-2]) or compute_gradients(*arguments),
+    )
+    gradients = torch.autograd.grad(module(x).square().sum(), inputs)
+    assert needed == [trained == "x"]
+    module.content_encoder.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(gradients, torch.autograd.grad(module(x).square().sum(), inputs))
+    assert len(encoded) == 1
+
+
+def test_replicas_of_data_parallel(encoded):
+    module, x = make(up=2), draw()
+    replica = module._replicate_for_data_parallel()
+    for name in ("channel_compressor", "content_encoder"):
+        layer = getattr(module, name)
+        copy = layer._replicate_for_data_parallel()
+        copy._parameters = {}
+        copy.weight, copy.bias = (2 * layer.weight).detach(), (2 * layer.bias).detach()
+        replica._modules[name] = copy
+    expected = make(up=2)
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter.mul_(2)
+    torch.testing.assert_close(replica(x), expected(x))
+    assert len(encoded) == 2
 
 
 def test_second_derivatives(encoded):
