@@ -25,6 +25,8 @@ namespace carafepp {
 // Bytes that the planes of a tile may take, so that they stay in the caches and are, for all threads together, a few per cent of the
 // tensors.
 constexpr Index LEAST_BYTES = 48 << 10, FORWARD_BYTES = 640 << 10, BACKWARD_BYTES = 2048 << 10;
+// Bytes that the weights of a tile may take where no other planes are needed.
+constexpr Index WEIGHT_BYTES = 96 << 10;
 constexpr Index FORWARD_SHARE = 18, BACKWARD_SHARE = 15;
 
 // Returns the bytes of the planes of a tile: at most `most`, and for all threads together 1 / `share` of x and logits (`inputs` times) and
@@ -58,7 +60,8 @@ template <class S> void forward(const Call& call) {
     const bool channels_last = is_channels_last<S>(problem, {call.x, call.y});
     const Layout layout = Layout::forward(call, held_channels(problem, channels_last));
     const Windows windows(problem, false);
-    const Grid grid = Grid::make<T>(problem, windows, layout, threads, tile_bytes<S>(problem, threads, FORWARD_BYTES, FORWARD_SHARE, 1));
+    const Index most = channels_last ? WEIGHT_BYTES : FORWARD_BYTES;
+    const Grid grid = Grid::make<T>(problem, windows, layout, threads, tile_bytes<S>(problem, threads, most, FORWARD_SHARE, 1));
     const PlanarTables tables(problem, windows, layout, grid);
     run_tasks<T>(Task::count(problem, grid), threads, Scratch<T>::size(layout, grid), call.parallel, [&](Index number, T* memory) {
         const Task task(call, windows, layout, grid, number);

@@ -30,17 +30,56 @@ template <class S> inline MapView<S> cut_map(MapView<S> map, const Problem& prob
     return map;
 }
 
+// Returns the number of sub-pixels whose logits are adjacent in memory for a cell, in the order of the planes: all of them in the
+// encoder's channels_last logits, 1 if only the taps of each are adjacent, 0 otherwise.
+inline Index adjacent_subs(const Problem& problem, const Tensor& logits) {
+    const Index up = problem.up, *strides = logits.strides;
+    if (strides[1] == up * up && (up == 1 || (strides[2] == up && strides[3] == 1))) return up * up;
+    return strides[1] == 1;
+}
+// Calls f(logits of the first cell of a row of the map, their first plane, their number, values from a plane to the next) for all of them.
+template <class S, class T, class F> void visit_adjacent(const Task& task, const Tensor& logits, const Planes<T>& planes, Index row, F&& f) {
+    const Index taps = task.problem.taps(), subs = task.problem.subs(), together = adjacent_subs(task.problem, logits);
+    for (Index sub = 0; sub < subs; sub += together) {
+        S* first = logits.at<S>(task.image, task.group * taps, sub / task.problem.up, sub % task.problem.up) + row * logits.strides[4];
+        f(first, planes.at(0, sub), taps * together, together == subs ? planes.plane : planes.set);
+    }
+}
+
+// Reads adjacent logits of the tile's cells and of those around it whose weights are held.
+template <class S, class T> void read_adjacent(const Task& task, const Planes<T>& weights, T fill) {
+    const Tile& tile = task.tile;
+    const Problem& problem = task.problem;
+    const Reach reach = task.reach(task.layout.weights);
+    const Index stride = task.call.logits.strides[5], width = problem.cell_columns() - tile.column;
+    const Index left = -reach.side, right = tile.columns + reach.side;
+    for (Index i = -reach.above; i < tile.rows + reach.below; ++i) {
+        const Index row = tile.row + i;
+        const bool inside = 0 <= row && row < problem.cell_rows();
+        const Index begin = inside ? std::max(left, -tile.column) : right, end = inside ? std::min(right, width) : right;
+        visit_adjacent<const S>(task, task.call.logits, weights, inside ? row : 0, [&](const S* cells, T* planes, Index count, Index step) {
+            planes += i * task.grid.pitch;
+            for (Index k = 0; k < count; ++k) {
+                std::fill(planes + k * step + left, planes + k * step + begin, fill);
+                std::fill(planes + k * step + end, planes + k * step + right, fill);
+            }
+            transpose_matrix<T>(cells + (tile.column + begin) * stride, stride, end - begin, count, planes + begin, step);
+        });
+    }
+}
+
 // Reads the logits of the tile's cells, and those of the cells around it whose weights dsource sums. With `cut`, sub-pixels without an
 // output get weight 0.
 template <class S, class T> void read_logits(const Task& task, const Planes<T>& weights, bool cut) {
     const Problem& problem = task.problem;
     // the logit of a cell outside the map, which becomes a weight of 0
     const T fill = problem.normalizer == NONE ? T(0) : -std::numeric_limits<T>::infinity();
+    const bool whole = problem.cell_rows() * problem.up == problem.output_rows && problem.cell_columns() * problem.up == problem.output_columns;
+    if (adjacent_subs(problem, task.call.logits) && (whole || !cut)) return read_adjacent<S>(task, weights, fill);
     for (Index tap = 0; tap < problem.taps(); ++tap)
         for (Index sub = 0; sub < problem.subs(); ++sub) {
-            const MapView<const S> whole = view_logits<const S>(task, task.call.logits, problem.taps(), tap, sub);
-            const MapView<const S> map = cut ? cut_map(whole, problem, sub) : whole;
-            read_map(task, map, task.weight_reach(sub, tap), fill, weights.at(tap, sub), weights.plane);
+            const MapView<const S> all = view_logits<const S>(task, task.call.logits, problem.taps(), tap, sub);
+            read_map(task, cut ? cut_map(all, problem, sub) : all, task.weight_reach(sub, tap), fill, weights.at(tap, sub), weights.plane);
         }
 }
 
@@ -165,9 +204,19 @@ template <class T> void read_lse(const Task& task, const Planes<T>& lse) {
 // Writes dlogits.
 template <class S, class T> void write_dlogits(const Task& task, const Planes<T>& dlogits) {
     const Problem& problem = task.problem;
+    const Tile& tile = task.tile;
+    const Tensor& target = task.call.dlogits;
+    if (adjacent_subs(problem, target)) {
+        for (Index i = 0; i < tile.rows; ++i)
+            visit_adjacent<S>(task, target, dlogits, tile.row + i, [&](S* cells, const T* planes, Index count, Index step) {
+                transpose_matrix<T>(planes + i * task.grid.pitch, step, count, tile.columns, cells + tile.column * target.strides[5],
+                                    target.strides[5]);
+            });
+        return;
+    }
     for (Index tap = 0; tap < problem.taps(); ++tap)
         for (Index sub = 0; sub < problem.subs(); ++sub)
-            write_map(task, dlogits.at(tap, sub), dlogits.plane, view_logits<S>(task, task.call.dlogits, problem.taps(), tap, sub));
+            write_map(task, dlogits.at(tap, sub), dlogits.plane, view_logits<S>(task, target, problem.taps(), tap, sub));
 }
 
 }  // namespace carafepp

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 // Keeps inner loops apart, so that each has the registers to itself.
 #define NOINLINE __attribute__((noinline))
@@ -63,6 +65,25 @@ template <class T, int... I> inline Vector<T> shuffle(Vector<T> a, Vector<T> b) 
 #else
     return __builtin_shuffle(a, b, typename Simd<T>::Mask{I...});
 #endif
+}
+
+// Transposes LANES vectors in place: lane j of vector i becomes lane i of vector j. Every step interleaves the lanes of the two halves.
+template <class T, std::size_t... I>
+inline void interleave(const Vector<T>& a, const Vector<T>& b, Vector<T>* to, std::index_sequence<I...>) {
+    constexpr int lanes = LANES<T>;
+    to[0] = shuffle<T, (int(I) / 2 + int(I) % 2 * lanes)...>(a, b);
+    to[1] = shuffle<T, ((lanes + int(I)) / 2 + int(I) % 2 * lanes)...>(a, b);
+}
+template <class T> inline void transpose(Vector<T>* v) {
+    Vector<T> w[LANES<T>];
+#pragma GCC unroll 4
+    for (int step = 1; step < LANES<T>; step *= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES<T> / 2; ++i)
+            interleave<T>(v[i], v[i + LANES<T> / 2], &w[2 * i], std::make_index_sequence<LANES<T>>{});
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES<T>; ++i) v[i] = w[i];
+    }
 }
 
 // exp(x) for x <= 80, to about one unit in the last place; 0 below the normal numbers. It computes 2**n * exp(r) with |r| <= ln(2) / 2 and
