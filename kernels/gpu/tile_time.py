@@ -8,10 +8,10 @@
 - *copy*: the memory moves the least bytes at the speed of a copy.
 - *tail*: the last programs run while the rest of the device is idle.
 
-The costs are fitted to kernels measured on one H200 (tests/support/fit_tile_time.py). docs/performance.md says how well the model predicts
-problems that the fit has not seen. On other devices, the same cycles are spread over their multiprocessors at their clock; no measurement
-supports this. The model does not describe float32 products in plain TF32, the kernels that work tap by tap, and conflicts in caches, which
-occur in NCHW where the bytes of a row are a power of two.
+The costs are fitted to kernels measured on one H200 (tests/support/fit_tile_time.py). docs/performance_kernels.md says how well the model
+predicts problems that the fit has not seen. On other devices, the same cycles are spread over their multiprocessors at their clock; no
+measurement supports this. The model does not describe float32 products in plain TF32, the kernels that work tap by tap, and conflicts in
+caches, which occur in NCHW where the bytes of a row are a power of two.
 """
 
 from functools import cache

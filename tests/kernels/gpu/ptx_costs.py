@@ -3,7 +3,7 @@
 Call: PYTHONPATH=tests/support python tests/kernels/gpu/ptx_costs.py [WORD ...]
 
 A case is one training step of the operator. The words choose the cases whose name contains them all. A case takes seconds to a minute.
-docs/performance.md explains the columns.
+docs/performance_kernels.md explains the columns.
 """
 
 import sys

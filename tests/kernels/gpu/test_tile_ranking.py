@@ -51,6 +51,6 @@ DOWN = {"spec": Spec(5, down=2), "x_align": 4, "y_align": 2}
     ],
 )
 def test_the_choice_is_that_of_the_published_counts(change, forward, backward):
-    # docs/performance.md has the emulated counts of these tiles: measure again before changing one
+    # docs/performance_kernels.md has the emulated counts of these tiles: measure again before changing one
     problem = PROBLEM._replace(batch=64, **change)
     assert (choose_tile("forward", problem), choose_tile("backward", problem)) == (forward, backward)

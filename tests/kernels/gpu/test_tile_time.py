@@ -29,7 +29,7 @@ def test_unseen_problems_are_predicted(data):
     found = leave_one_out(data)
     searches = [quality for quality in found.values() if quality.kernels > 50]
     assert len(searches) == 6
-    # docs/performance.md has these figures
+    # docs/performance_kernels.md has these figures
     assert np.mean([quality.rank_correlation for quality in searches]) > 0.9
     assert min(quality.rank_correlation for quality in found.values()) > 0.8
     assert all(quality.within >= 0.5 for quality in searches)
