@@ -18,6 +18,7 @@ from carafepp.models.local_attention import LDAAQU
 from carafepp.models.partial_conv import PartialGlobalLocal
 from carafepp.models.psanet import PSANet
 from carafepp.models.pspnet import PSPNet
+from carafepp.models.resfu import ReSFU
 from carafepp.models.resnet import ResNet
 from carafepp.models.samplers import takes_size
 from carafepp.models.upernet import UperNet
@@ -99,6 +100,7 @@ def list_samplers(group: str) -> dict[str, Row]:
         "dlu": lambda: DLU(8, kernel_size=1),
         "lda_aqu": lambda: LDAAQU(8, kernel_size=1),
         # `dysample` exports the sampling, and `jbu` the similarities
+        "resfu": shrink(ReSFU, kernel_size=1),
         "jbu": shrink(JBU, radius=1),
         "freq_fusion": shrink(FreqFusion, options={"resample": False}, lowpass_size=1, highpass_size=1),
     }

@@ -13,6 +13,7 @@ from carafepp.models.learned_samplers import BilinearConv, Deconv, NearestConv, 
 from carafepp.models.local_attention import LDAAQU
 from carafepp.models.point_samplers import DySample
 from carafepp.models.pooling import DPP, LIP, BlurPool, IndexPool, PairedLIP, SoftPool
+from carafepp.models.resfu import ReSFU
 from carafepp.models.resnet import ResNet
 from carafepp.models.space_to_depth import HWD, SPDConv
 from carafepp.models.upernet import UperNet
@@ -226,6 +227,7 @@ def test_upernet_passes_the_guides(case):
         (FADE(256), 47_514),
         (FreqFusion(256, resample=False), 52_514),
         (FreqFusion(256), 104_690),
+        (ReSFU(256), 47_570),
         (JBU(256), 26_726),
         (JBU(384, 3), 6_233),
         (LocalAttender(256), 5 * 257),
@@ -324,6 +326,7 @@ def test_soft_pool_and_lip_do_not_overflow():
         (lambda: DySample(6, style="pl", groups=2), "divisible by 4"),
         (lambda: FreqFusion(6), "groups=4 for channels=6"),
         (lambda: FreqFusion(8, compressed_channels=12), "compressed_channels must be a multiple of 8, got 12"),
+        (lambda: ReSFU(8, embedding=12), "embedding must be a multiple of 8, got 12"),
         (lambda: LocalAttender(8, neighbours=7), "neighbours must be one of 5, 9, 13, 17, 25, got 7"),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else None,

@@ -38,6 +38,7 @@ from upsampler_definitions import (
     nearest,
     nearest_conv,
     pixel_shuffle,
+    resfu,
     sapa,
     spatial_attention,
 )
@@ -99,6 +100,7 @@ CASES = [
             ("fade", fade, {"lite": True}),
             ("freq_fusion", freq_fusion, {"resample": False, "compressed_channels": 8}),
             ("jbu", jbu),
+            ("resfu", resfu),
             ("local_attender", local_attender, {"neighbours": 17, "residual": False}),
             (
                 "carafe",

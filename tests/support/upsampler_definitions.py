@@ -369,6 +369,65 @@ def jbu(module, x, guide):
     return y
 
 
+def resfu(module, x, guide):
+    """Zhou et al.: aligned queries and keys, learned similarities, and neighbours in the upsampled map."""
+    size = guide.shape[2:]
+
+    def group_norm(layer, t):
+        grouped = t.view(len(t), layer.num_groups, -1)
+        grouped = (grouped - grouped.mean(2, keepdim=True)) / (grouped.var(2, keepdim=True, correction=0) + 1e-5).sqrt()
+        return grouped.view_as(t) * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+    def windows(t, i, j, radius):
+        return t[:, :, max(0, i - radius) : i + radius + 1, max(0, j - radius) : j + radius + 1].flatten(2)
+
+    def each_pixel(t, function):
+        return torch.stack([function(i, j) for i, j in each(t.shape[2:])], 2).view_as(t)
+
+    def at(t, i, j):
+        return t[:, :, min(max(i, 0), t.shape[2] - 1), min(max(j, 0), t.shape[3] - 1)]
+
+    def smooth_along(p, image):
+        """He and Sun: p as a linear function of the image in the windows of every second pixel."""
+        small_p, small_i = p[..., ::2, ::2], image[..., ::2, ::2]
+
+        def fitted(i, j):
+            of_p, of_i = windows(small_p, i, j, 4), windows(small_i, i, j, 4)
+            slope = ((of_p * of_i).mean(2) - of_p.mean(2) * of_i.mean(2)) / (of_i.var(2, correction=0) + 1e-3)
+            return torch.stack([slope, of_p.mean(2) - slope * of_i.mean(2)])
+
+        lines = torch.stack([fitted(i, j) for i, j in each(small_p.shape[2:])], 3).unflatten(3, small_p.shape[2:])
+        slope, intercept = (fit(bilinear(None, each_pixel(t, lambda i, j, t=t: windows(t, i, j, 4).mean(2))), size) for t in lines)
+        return slope * image + intercept
+
+    def similarity(block, keys, queries):
+        keys, queries = group_norm(block.norm, keys), group_norm(block.norm, queries)
+        hidden = block.bias.expand(len(x), -1, *size).clone()
+        for i, j in each(size):
+            for a, b in each((3, 3)):
+                difference = at(keys, i + 2 * a - 2, j + 2 * b - 2) - queries[:, :, i, j]
+                grouped = torch.einsum("gok,ngk->ngo", block.weight[:, :, a, b].unflatten(0, (4, -1)), difference.unflatten(1, (4, -1)))
+                hidden[:, :, i, j] += grouped.flatten(1)
+        _, mix, _, norm, score = block.channel_compressor
+        return conv(score, group_norm(norm, conv(mix, hidden.clamp(min=0), groups=4).clamp(min=0)))
+
+    queries = conv(module.q, group_norm(module.norm_y, guide))
+    keys = fit(bilinear(None, conv(module.k, group_norm(module.norm_x, x))), size)
+    gauss = {(a, b): math.exp(-((a - 1) ** 2 + (b - 1) ** 2) / 2) for a, b in each((3, 3))}
+    total = sum(gauss.values())
+    blurred = each_pixel(queries, lambda i, j: sum(g / total * at(queries, i + a - 1, j + b - 1) for (a, b), g in gauss.items()))
+    scores = similarity(module.semantic_scores, keys, smooth_along(keys, queries)) + similarity(module.detail_scores, blurred, queries)
+    upsampled = bilinear(None, x)
+    rows, columns = (min(fine, whole) for fine, whole in zip(size, upsampled.shape[2:], strict=True))
+    y = x.new_zeros(*x.shape[:2], rows, columns)
+    for i, j in each((rows, columns)):
+        near = [(3 * a + b, i + 2 * a - 2, j + 2 * b - 2) for a, b in each((3, 3))]
+        near = [(tap, *place) for tap, *place in near if 0 <= place[0] < upsampled.shape[2] and 0 <= place[1] < upsampled.shape[3]]
+        weights = scores[:, [tap for tap, *_ in near], i, j].softmax(1)
+        y[:, :, i, j] = sum(weights[:, [d]] * upsampled[:, :, row, column] for d, (_, row, column) in enumerate(near))
+    return fit(y, size)
+
+
 # the neighbours of UPLiFT's local attender, as its authors draw them
 NEIGHBOURS = {
     5: [".X.", "XXX", ".X."],
