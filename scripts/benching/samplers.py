@@ -19,7 +19,7 @@ from ..common.options import look_up
 from ..common.sites import DTYPES
 from .hardware import describe_hardware
 from .memory import measure_peak_bytes
-from .timing import time_in_turns
+from .timing import CLOCKS, time_in_turns
 
 GROUPS = files("carafepp.conf")
 
@@ -120,7 +120,7 @@ def measure_site(group: str, shape: tuple[int, ...], cfg: DictConfig) -> list[di
         runs[name] = SamplerCalls(module, make_inputs(module, shape, memory_format=memory_format, **options))
     peaks = {name: measure_peak_bytes(run.step, cfg.device) for name, run in runs.items()}
     calls = {(name, mode): getattr(run, mode) for mode in ("forward", "step") for name, run in runs.items()}
-    times = time_in_turns(calls, cfg.device, cfg.rounds, seconds=cfg.seconds)
+    times = time_in_turns(calls, cfg.device, cfg.rounds, clock=CLOCKS[cfg.clock], seconds=cfg.seconds)
     rows = []
     for name, slot in chosen.items():
         forward, step = (median(times[name, mode]) for mode in ("forward", "step"))
@@ -129,6 +129,7 @@ def measure_site(group: str, shape: tuple[int, ...], cfg: DictConfig) -> list[di
                 "group": group,
                 "shape": list(shape),
                 "sampler": name,
+                "guided": getattr(runs[name].module, "needs_guide", False),
                 "parameters": sum(parameter.numel() for parameter in runs[name].module.parameters()),
                 "published_parameters": PUBLISHED.get(name, "") if group == "upsampler" and shape[1] == 256 else "",
                 "flops_per_pixel": count_flops_per_pixel(slot, shape),
@@ -151,12 +152,13 @@ def measure_samplers(cfg: DictConfig) -> list[dict]:
     """Measure the chosen samplers at every site of their groups, print a table for each site, and return all rows.
 
     Raises:
-        ValueError: a group or a sampler does not exist.
+        ValueError: a group, a sampler or a clock does not exist.
     """
+    look_up("clock", [cfg.clock], CLOCKS)
     look_up("groups", cfg.groups, SITES)
     look_up("names", cfg.names or (), dict.fromkeys(sorted({name for group in SITES for name in load_slots(group)})))
     layout = "channels_last" if cfg.channels_last else "contiguous"
-    print(f"batch {cfg.batch}, {cfg.dtype}, {layout}, {describe_hardware(cfg.device)}, torch {torch.__version__}")
+    print(f"batch {cfg.batch}, {cfg.dtype}, {layout}, {describe_hardware(cfg.device)}, torch {torch.__version__}, {cfg.clock} time")
     print("FLOPs of a forward pass per output pixel; median ms of forward, and of forward and backward; peak MB of forward and backward")
     rows = []
     for group in cfg.groups:
@@ -176,6 +178,7 @@ def bench_samplers(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.threads)
     rows = measure_samplers(cfg)
     path = Path(HydraConfig.get().runtime.output_dir) / "samplers.csv"
-    settings = {"dtype": cfg.dtype, "channels_last": cfg.channels_last, "device": describe_hardware(cfg.device), "torch": torch.__version__}
+    settings = {"dtype": cfg.dtype, "channels_last": cfg.channels_last, "clock": cfg.clock}
+    settings |= {"device": describe_hardware(cfg.device), "torch": torch.__version__}
     write_csv(path, [row | settings for row in rows])
     print(f"\nwritten to {path}")

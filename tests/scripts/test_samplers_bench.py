@@ -55,7 +55,7 @@ def test_peak_memory_counts_what_is_alive_together():
 def cfg(monkeypatch):
     monkeypatch.setattr(bench_samplers, "SITES", {"upsampler": [(256, 3, 4)], "downsampler": [(8, 5, 5)]})
     options = {"groups": ["upsampler", "downsampler"], "names": ["carafe", "gum"], "batch": 1, "dtype": "float32"}
-    return OmegaConf.create({**options, "channels_last": True, "device": "cpu", "rounds": 2, "seconds": 0.1})
+    return OmegaConf.create({**options, "channels_last": True, "device": "cpu", "clock": "processor", "rounds": 2, "seconds": 0.1})
 
 
 def test_tables(cfg, capsys):
@@ -63,6 +63,7 @@ def test_tables(cfg, capsys):
     assert [row["sampler"] for row in rows if row["group"] == "upsampler"] == ["nearest", "carafe", "gum"]
     assert [row["sampler"] for row in rows if row["group"] == "downsampler"] == ["strided_conv", "carafe"]
     assert [row["forward_relative"] for row in rows if row["sampler"] in ("nearest", "strided_conv")] == [1, 1]
+    assert [row["guided"] for row in rows if row["group"] == "upsampler"] == [False, False, True]
     assert all(row["step_ms"] > 0 and row["peak_mb"] > 0 for row in rows)
     printed = capsys.readouterr().out
     assert "upsamplers at C = 256, 3 x 4" in printed
@@ -83,9 +84,10 @@ def test_command_leaves_its_rows_in_the_run_folder(cfg, tmp_path):
     [
         ("names", r"names must be among a2u, .*carafe.*got 'karafe'"),
         ("groups", "groups must be among upsampler, downsampler, got 'karafe'"),
+        ("clock", "clock must be among wall, processor, kernels, got 'karafe'"),
     ],
 )
 def test_unknown_name_is_answered_with_the_known_ones(cfg, key, message):
-    cfg[key] = ["karafe"]
+    cfg[key] = "karafe" if key == "clock" else ["karafe"]
     with pytest.raises(ValueError, match=message):
         bench_samplers.measure_samplers(cfg)
