@@ -44,7 +44,7 @@ def test_detection_from_a_folder_to_a_picture(tmp_path, monkeypatch, capsys):
     config = OmegaConf.load(tmp_path / "runs" / "mine" / "config.yaml")
     assert config.class_names == [str(digit) for digit in range(10)]
     assert "own_data" not in config
-    assert sorted(path.name for path in (tmp_path / "predictions").glob("*.png")) == [f"{i:012d}.jpg.png" for i in (1, 2)]
+    assert sorted(path.name for path in (tmp_path / "predictions").glob("*.jpg.png")) == [f"{i:012d}.jpg.png" for i in (1, 2)]
     assert all(line.startswith("00000000000") for line in run_code_of("own_detection.md", capsys))
     # from another folder, after a run from a relative path
     (tmp_path / "elsewhere").mkdir()
@@ -69,7 +69,7 @@ def test_segmentation_from_a_folder_to_a_picture(tmp_path, monkeypatch, capsys):
     config = OmegaConf.load(tmp_path / "runs" / "mine" / "config.yaml")
     assert config.class_names == ["background", *(str(digit) for digit in range(10))]
     lines = run_code_of("own_segmentation.md", capsys)
-    assert len(lines) == len(list((tmp_path / "predictions").glob("*.png"))) == 2
+    assert len(lines) == len(list((tmp_path / "predictions").glob("*.jpg.png"))) == 2
     labels = np.asarray(Image.open(next((tmp_path / "predictions" / "labels").glob("*.png"))))
     assert labels.shape == (64, 64), "not at the size of the image"
     assert labels.max() <= 10
