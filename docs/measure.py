@@ -53,9 +53,10 @@ OPERATOR = (
     "seconds=0.3",
 )
 MIXED = ("dtype=bfloat16", "channels_last=true")
+TESTS = ("tests/kernels", "tests/models", "tests/scripts/test_models_bench.py")
 # the limits are estimates: together they are the budget, and a step that needs less leaves the rest to the later ones
 STEPS = (
-    Step("tests", ("-P", "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors", "tests/kernels", "tests/models"), 100),
+    Step("tests", ("-P", "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors", *TESTS), 100),
     bench("operator", "up 2", 60, "op=up2", "op.shape=[512,256,14,14],[2,256,100,168],[4,512,64,64]", *OPERATOR),
     bench("operator", "down 2", 30, "op=down2", "op.shape=[64,64,112,112]", *OPERATOR),
     bench("operator", "up 3, 4 groups", 30, "op=up3_grouped", *OPERATOR),
@@ -196,6 +197,7 @@ def main() -> int:
     write_measurements(outcomes, target, about)
     tables = subprocess.run([sys.executable, str(ROOT / "docs" / "tables.py")]).returncode
     failed = [outcome.step.name for outcome in outcomes if outcome.state != "passed"]
+    print("python docs/plots.py draws the figures of the documentation again; it needs Matplotlib")
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} steps passed" + (f"; not: {', '.join(failed)}" if failed else ""))
     return 1 if failed or tables else 0
 

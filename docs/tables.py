@@ -18,6 +18,8 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 PLACE = re.compile(r"(<!-- measured (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, str]
+# the columns of a module's parts
+PARTS = ("channel_compressor", "compressor_norm", "content_encoder", "layers", "operator")
 # keys of about.json, as pages name them
 VERSIONS = {"torch": "PyTorch", "triton": "Triton", "python": "Python", "commit": "commit"}
 
@@ -98,7 +100,7 @@ def tabulate_modules(rows: list[Row]) -> str:
         scale = f"down {row['down']}" if int(row["down"]) > 1 else f"up {row['up']}"
         key = (f"{sides(row['shape'])}, {scale}", layout_name(row))
         modules.setdefault(key, {})[row["part"]] = row
-    parts = list(dict.fromkeys(row["part"] for row in rows if row["part"] != "module"))
+    parts = [part for part in PARTS if any(row["part"] == part for row in rows)]
     lines = []
     for key, found in modules.items():
         line = list(key)

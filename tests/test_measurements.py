@@ -132,7 +132,7 @@ def split_sweep(step) -> tuple[str, list[list[str]]]:
 
 def test_every_step_composes(measure):
     tests, *benches = measure.STEPS
-    assert all((ROOT / argument).is_dir() for argument in tests.arguments if argument.startswith("tests/"))
+    assert all((ROOT / argument).exists() for argument in tests.arguments if argument.startswith("tests/"))
     jobs = []
     with initialize_config_module("carafepp.conf", version_base="1.3"):
         for step in benches:

@@ -4,8 +4,8 @@ import csv
 
 import pytest
 import torch
-from carafepp.scripts.benching.models import measure_networks
-from carafepp.scripts.benching.networks import build_network, place_objects, record_sites, replace_parts
+from carafepp.scripts.benching.models import MODES, measure_networks
+from carafepp.scripts.benching.networks import Graphed, build_network, place_objects, record_sites, replace_parts
 from commands import call
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -113,6 +113,30 @@ def test_static_parts_are_compiled_and_captured(table, row, wrapped):
     assert [name for name in names if name != "called"] == wrapped
     assert names.count("called") == len(wrapped)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("table", "row"), [("table2", "resnet50_carafe"), ("table7", "fpn_mask_head_backbone")])
+def test_gpu_runs_every_mode(table, row):
+    options = ["size=[64,64]", "modes=[inference,step,compiled,graph]", "device=cuda", "dtype=bfloat16", "channels_last=true"]
+    figures = rows(f"table={table}", f"rows=[{row}]", *options)[row]
+    for mode in MODES:
+        assert figures[f"{mode}_ms"] > 0
+    assert figures["step_peak_mb"] > 0
+    assert 0 < figures["step_operator_share"] < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("table", "row"), [("table2", "resnet50_carafe"), ("table7", "fpn_mask_head_backbone")])
+def test_gpu_graph_gives_the_results_of_the_network(table, row):
+    task = build_network(table, row, ["scale=small"]).cuda()
+    captured = replace_parts(task, Graphed)
+    for seed in (0, 1):
+        images = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(seed)).cuda()
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            torch.testing.assert_close(captured(images), task(images))
 
 
 def test_sites_are_those_of_the_network():
