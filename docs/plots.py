@@ -146,7 +146,7 @@ def collect_cpu_times() -> dict[str, Any]:
 
 def plot_times(data: dict[str, Any]) -> Figure:
     """Plot the times of forward and backward as bars, a panel for each shape."""
-    figure = Figure(figsize=(12, 9.5), layout="constrained")
+    figure = Figure(figsize=(10, 9), layout="constrained")
     counts = [len(panel["times"]) for panel in data.values()]
     for (title, panel), axis in zip(data.items(), figure.subplots(len(data), 1, height_ratios=counts), strict=True):
         names, unit = list(panel["times"]), panel["unit"].replace("us", "\u00b5s")
@@ -175,19 +175,19 @@ def plot_times(data: dict[str, Any]) -> Figure:
 
 def plot_gains(data: dict[str, Any]) -> Figure:
     """Plot the gains of every table in a panel of its own."""
-    figure = Figure(figsize=(13, 15))
+    figure = Figure(figsize=(11.5, 15))
     columns: tuple[list[str], list[str]] = ([], [])
     for name in sorted(data, key=find_number):
         # the shorter column takes the next table; a title is as high as three rows
         min(columns, key=lambda names: sum(len(data[n]["gains"]) + 3 for n in names)).append(name)
-    for names, left in zip(columns, (0.18, 0.7), strict=True):
+    for names, left in zip(columns, (0.2, 0.735), strict=True):
         heights = [len(data[name]["gains"]) + 1.2 for name in names]
-        grid = figure.add_gridspec(len(names), 1, left=left, right=left + 0.29, top=0.94, bottom=0.02, hspace=0.42, height_ratios=heights)
+        grid = figure.add_gridspec(len(names), 1, left=left, right=left + 0.255, top=0.94, bottom=0.02, hspace=0.42, height_ratios=heights)
         for cell, name in zip(grid, names, strict=True):
             plot_table_gains(figure.add_subplot(cell), name, data[name]["metric"], [Gain(*values) for values in data[name]["gains"]])
     looks = [
-        Line2D([], [], color=METHOD, marker="o", linewidth=1.8, label="our small runs, CARAFE++: mean and 95 % interval"),
-        Line2D([], [], color=OURS, marker="o", linewidth=1.8, label="our small runs, other samplers"),
+        Line2D([], [], color=METHOD, marker="o", linewidth=1.8, label="our small runs, CARAFE++, 95 % interval"),
+        Line2D([], [], color=OURS, marker="o", linewidth=1.8, label="our small runs, others"),
         Line2D([], [], color=PAPER, marker="D", linestyle="none", label="the paper, full scale"),
     ]
     figure.legend(handles=looks, loc="upper center", ncols=3, frameon=False, bbox_to_anchor=(0.5, 0.995))
@@ -209,7 +209,7 @@ def plot_table_gains(axis: Axes, name: str, metric: str, gains: Sequence[Gain]) 
             axis.plot(gain.paper, position + 0.25, marker="D", color=PAPER, markersize=5, linestyle="none")
     axis.set_yticks(range(len(gains)), [gain.row for gain in gains])
     axis.set_ylim(len(gains) - 0.4, -0.7)
-    unit = {"L1_percent": "L1 error, %", "top1": "top-1 accuracy"}.get(metric, metric)
+    unit = {"L1_percent": "L1 in %", "top1": "top-1"}.get(metric, metric)
     axis.set_title(f"Table {NUMERALS[find_number(name)]}: difference in {unit}", loc="left", fontweight="bold", fontsize="medium")
     axis.grid(axis="x", color="#e2e8f0")
     axis.set_axisbelow(True)
@@ -220,7 +220,7 @@ def plot_table_gains(axis: Axes, name: str, metric: str, gains: Sequence[Gain]) 
 
 def plot_costs(data: dict[str, Any]) -> Figure:
     """Plot AP against time: our small runs on the left, the paper on the right, upsamplers above downsamplers."""
-    figure = Figure(figsize=(13, 10), layout="constrained")
+    figure = Figure(figsize=(12, 10), layout="constrained")
     for (name, table), axes in zip(data.items(), figure.subplots(2, 2), strict=True):
         kind, shape = table["at"].split(" at ")
         for ours, axis in zip((True, False), axes, strict=True):
