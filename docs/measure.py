@@ -164,8 +164,10 @@ def describe() -> dict[str, str]:
     import triton
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip()
+        # a copy of the files may have no repository, and a machine no git
+        with contextlib.suppress(FileNotFoundError):
+            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        return ""
 
     return {
         "kind": "gpu",
@@ -174,7 +176,7 @@ def describe() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": git("rev-parse", "--short", "HEAD") + ("-modified" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else ""),
     }
 
 
@@ -191,7 +193,7 @@ def main() -> int:
     about = describe()
     folder = ROOT / "runs" / time.strftime("gpu-%Y-%m-%d_%H-%M-%S")
     folder.mkdir(parents=True)
-    print(", ".join(about.values()), flush=True)
+    print(*filter(None, about.values()), sep=", ", flush=True)
     outcomes = run_steps(STEPS, folder, find_packages(folder / "packages"))
     target = MEASUREMENTS / f"{about['date']}_{re.sub(r'[^a-z0-9]+', '-', about['device'].lower()).strip('-')}"
     write_measurements(outcomes, target, about)
