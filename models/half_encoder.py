@@ -8,7 +8,7 @@ has as many output channels as the matrix units like.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels.geometry import is_traced
+from ..kernels.registration import PLAIN
 
 
 def suits_matrix_units(x: Tensor) -> bool:
@@ -25,7 +26,13 @@ def suits_matrix_units(x: Tensor) -> bool:
 
     TF32 takes multiples of 4 channels, which most encoders have, and maps in NCHW are copied for every convolution in any case.
     """
-    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.is_contiguous(memory_format=torch.channels_last)
+    return (
+        type(x) is Tensor
+        and x.is_cuda
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and x.dim() == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def padded_channels(channels: int) -> int:
@@ -44,10 +51,15 @@ def copy_together(sources: Sequence[Tensor], dtypes: Sequence[torch.dtype], rows
 
     Repeated rows are as finite as the others, and unlike zeros they need no launch of their own.
     """
-    kinds = zip(sources, dtypes, rows, strict=True)
-    copies = [source.new_empty_strided((count, *source.shape[1:]), source.stride(), dtype=dtype) for source, dtype, count in kinds]
-    pairs = [(part, source[: len(part)]) for copy, source in zip(copies, sources, strict=True) for part in copy.split(len(source))]
-    targets, parts = zip(*pairs, strict=True)
+    copies, targets, parts = [], [], []
+    for source, dtype, count in zip(sources, dtypes, rows, strict=True):
+        own, *others = source.shape
+        copy = source.new_empty_strided((count, *others), source.stride(), dtype=dtype)
+        copies.append(copy)
+        for first in range(0, count, own):
+            rest = min(own, count - first)
+            targets.append(copy if count == own else copy[first : first + rest])
+            parts.append(source if rest == own else source[:rest])
     torch._foreach_copy_(targets, parts)  # pyright: ignore[reportPrivateImportUsage]
     return copies
 
@@ -74,7 +86,7 @@ def prepare(x: Tensor, rows: Sequence[int], *parameters: Tensor) -> tuple[Tensor
     Returns:
         Features [N, C_m, H, W] (x itself without a compressor), and the copies of the parameters.
     """
-    if any(p.dtype != x.dtype or len(p) != count for p, count in zip(parameters, rows, strict=True)):
+    if parameters[-1].shape[0] != rows[-1] or any([parameter.dtype != x.dtype for parameter in parameters]):
         parameters = tuple(copy_together(parameters, [x.dtype] * len(parameters), rows))
     return compress(x, *parameters[:2]) if len(parameters) == 4 else x.view_as(x), *parameters
 
@@ -116,54 +128,49 @@ class Prepare(torch.autograd.Function):
         return dx, None, *cast_gradients([*dcompressor, *dencoder], ctx.parameters)
 
 
-def is_plain(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Return whether the parameters and options of a convolution say all that it does: no hooks, parametrizations or other class."""
-    return (
-        type(layer) is nn.Conv2d
-        and layer.bias is not None
-        and layer.groups == 1
-        and layer.padding_mode == "zeros"
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-    )
+def find_parameters(compressor: nn.Module, encoder: nn.Module, x: Tensor) -> list[Tensor] | None:
+    """Return the weight and bias of the compressor, unless it is an identity, and of the encoder, if `encode` may replace both layers.
 
-
-def is_linear(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Return whether a layer is a plain 1x1 convolution of stride 1."""
-    return is_plain(layer) and layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
-
-
-def can_encode(compressor: nn.Module, encoder: nn.Module, x: Tensor) -> bool:
-    """Return whether `encode` replaces the calls of both layers for `x`: it takes less time, and nothing observes or changes the layers.
-
-    Programs for other devices (torch.export, torch.jit.trace, torch.fx) call the layers, and so do forward-mode derivatives and torch.func.
+    The result is None if anything observes or changes the layers, such as hooks, parametrizations or another class, and if the input is
+    wrong, for which they raise errors. Programs for other devices (torch.export, torch.jit.trace) call the layers, and so do forward-mode
+    derivatives and torch.func.
     """
-    if type(x) is not Tensor or x.dim() != 4 or not suits_matrix_units(x):
-        return False
     if torch.compiler.is_exporting() or is_traced() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    if _has_any_global_hook() or not (is_plain(encoder) and (isinstance(compressor, nn.Identity) or is_linear(compressor))):
-        return False
-    if x.shape[1] != (encoder if isinstance(compressor, nn.Identity) else compressor).in_channels:
-        return False
-    casts = torch.is_autocast_enabled(x.device.type)
-    parameters = parameters_of(compressor, encoder)
-    return all(type(p) in (Tensor, nn.Parameter) and p.device == x.device and (casts or p.dtype == x.dtype) for p in parameters)
+        return None
+    if _has_any_global_hook():
+        return None
+    layers = (encoder,) if type(compressor) is nn.Identity else (compressor, encoder)
+    casts, dtype, device = torch.is_autocast_enabled(x.device.type), x.dtype, x.device
+    parameters = []
+    for layer in layers:
+        if type(layer) is not nn.Conv2d or layer.groups != 1 or layer.padding_mode != "zeros":
+            return None
+        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+            return None
+        # replicas of DataParallel do not list their parameters
+        for parameter in (layer.weight, layer.bias):
+            if type(parameter) not in PLAIN or parameter.device != device or not (casts or parameter.dtype == dtype):
+                return None
+            parameters.append(parameter)
+    if len(layers) == 2 and not (compressor.kernel_size == compressor.stride == (1, 1) and compressor.padding == (0, 0)):
+        return None
+    return parameters if x.shape[1] == layers[0].in_channels else None
 
 
-def parameters_of(compressor: nn.Module, encoder: nn.Module) -> list[Any]:
-    """Return weights and biases, those of the compressor first if it is not an identity; replicas of DataParallel do not list theirs."""
-    return [p for layer in (compressor, encoder) if not isinstance(layer, nn.Identity) for p in (layer.weight, layer.bias)]
-
-
-def encode(compressor: nn.Module, norm: nn.Module, encoder: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
+def encode(parameters: Sequence[Tensor], norm: nn.Module, encoder: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
     """Encode x [N, C, H, W] into logits [N, padded_channels(encoder.out_channels), Hq, Wq], of which only the encoder's own are defined.
+
+    Args:
+        parameters: those of `find_parameters`.
+        norm: what follows the compressor.
+        encoder: the layer whose options the convolution has.
+        x: features in the dtype of the logits.
 
     Returns:
         x for the operator, and the logits.
     """
-    parameters = parameters_of(compressor, encoder)
     width = padded_channels(encoder.out_channels)
-    rows = (*[len(parameter) for parameter in parameters[:-2]], width, width)
+    rows = (*[parameter.shape[0] for parameter in parameters[:-2]], width, width)
     if torch.is_grad_enabled():
         same, features, weight, bias = Prepare.apply(x, rows, *parameters)
         # results of an autograd function need gradients if one of them does

@@ -36,7 +36,10 @@ def encoded(monkeypatch):
         shapes.append(tuple(logits.shape))
         return x, logits
 
-    monkeypatch.setattr(half_encoder, "suits_matrix_units", lambda x: x.is_contiguous(memory_format=torch.channels_last))
+    def suits(x):
+        return type(x) is torch.Tensor and x.is_contiguous(memory_format=torch.channels_last)
+
+    monkeypatch.setattr("carafepp.models.carafe.suits_matrix_units", suits)
     monkeypatch.setattr("carafepp.models.carafe.encode", encode)
     return shapes
 
@@ -152,6 +155,14 @@ def test_replicas_of_data_parallel(encoded):
     assert len(encoded) == 2
 
 
+def test_layers_that_need_no_copies(encoded):
+    module, x = make(up=4, kernel_size=1), draw()
+    results = run(module, x)
+    assert encoded == [(2, 16, 5, 3)]
+    module.content_encoder.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(results, run(module, x))
+
+
 def test_second_derivatives(encoded):
     module, x = make(2, down=2, kernel_size=3, compressed_channels=2), draw(1, 2, 3, 3).requires_grad_()
     assert torch.autograd.gradgradcheck(module, x)
@@ -252,10 +263,9 @@ def test_wrong_inputs_have_the_errors_of_the_layers(encoded):
         module(draw(dtype=torch.float32), size=(100, 100))
 
 
-def test_on_a_cpu_the_layers_are_called():
+def test_no_map_on_a_cpu_suits_matrix_units():
     for dtype in (torch.float32, torch.bfloat16):
-        module = make(up=2, dtype=dtype)
-        assert not half_encoder.can_encode(module.channel_compressor, module.content_encoder, draw(dtype=dtype))
+        assert not half_encoder.suits_matrix_units(draw(dtype=dtype))
 
 
 @pytest.mark.gpu
@@ -265,9 +275,12 @@ def test_on_a_cpu_the_layers_are_called():
 def test_gpu_is_as_exact_as_with_the_layers(options, dtype):
     module, x = make(64, dtype=torch.float32, **options).cuda(), draw(2, 64, 24, 20, dtype=torch.float32).cuda()
     exact = run(deepcopy(module).double(), x.double())
-    assert half_encoder.can_encode(module.channel_compressor, module.content_encoder, x.to(dtype)) is False  # no autocast
+    layers = module.channel_compressor, module.content_encoder, x.to(dtype)
+    assert half_encoder.suits_matrix_units(x.to(dtype))
+    # without autocast, parameters in float32 are an error of the layers
+    assert half_encoder.find_parameters(*layers) is None
     with torch.autocast("cuda", dtype):
-        assert half_encoder.can_encode(module.channel_compressor, module.content_encoder, x.to(dtype))
+        assert half_encoder.find_parameters(*layers) is not None
         results = run(module, x)
         module.content_encoder.register_forward_hook(lambda *_: None)
         layers = run(module, x)
