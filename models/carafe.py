@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels.geometry import Spec, check_spec, is_scale, write_scale
 from ..kernels.reassembly import autocast, reassemble, reassemble_padded
 from ..kernels.reference import reassembly_kernels
-from .half_encoder import encode, find_parameters, suits_matrix_units
+from .half_encoder import encode, suits_matrix_units
 
 P = ParamSpec("P")
 
@@ -165,10 +165,9 @@ class CARAFE(nn.Module):
             # once for the layers and the operator
             (x,) = autocast(x)
             if suits_matrix_units(x):
-                encoder = self.content_encoder
-                parameters = find_parameters(self.channel_compressor, encoder, x)
-                if parameters is not None:
-                    return reassemble_padded(*encode(parameters, self.compressor_norm, encoder, x), self.spec, size)
+                encoded = encode(self.channel_compressor, self.compressor_norm, self.content_encoder, x)
+                if encoded is not None:
+                    return reassemble_padded(*encoded, self.spec, size)
         return reassemble(x, self.logits(x), **self.spec._asdict(), size=size)
 
     def kernels(self, x: Tensor) -> Tensor:

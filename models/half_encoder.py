@@ -8,7 +8,7 @@ has as many output channels as the matrix units like.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -149,7 +149,7 @@ def find_parameters(compressor: nn.Module, encoder: nn.Module, x: Tensor) -> lis
             return None
         # replicas of DataParallel do not list their parameters
         for parameter in (layer.weight, layer.bias):
-            if type(parameter) not in PLAIN or parameter.device != device or not (casts or parameter.dtype == dtype):
+            if parameter is None or type(parameter) not in PLAIN or parameter.device != device or not (casts or parameter.dtype == dtype):
                 return None
             parameters.append(parameter)
     if len(layers) == 2 and not (compressor.kernel_size == compressor.stride == (1, 1) and compressor.padding == (0, 0)):
@@ -157,24 +157,23 @@ def find_parameters(compressor: nn.Module, encoder: nn.Module, x: Tensor) -> lis
     return parameters if x.shape[1] == layers[0].in_channels else None
 
 
-def encode(parameters: Sequence[Tensor], norm: nn.Module, encoder: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode x [N, C, H, W] into logits [N, padded_channels(encoder.out_channels), Hq, Wq], of which only the encoder's own are defined.
-
-    Args:
-        parameters: those of `find_parameters`.
-        norm: what follows the compressor.
-        encoder: the layer whose options the convolution has.
-        x: features in the dtype of the logits.
+def encode(compressor: nn.Module, norm: nn.Module, encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Encode x [N, C, H, W], which suits matrix units, in place of a compressor, the norm that follows it, and an encoder.
 
     Returns:
-        x for the operator, and the logits.
+        x for the operator, and logits [N, padded_channels(encoder.out_channels), Hq, Wq], of which only the encoder's own are defined; or
+        None if the layers must be called.
     """
-    width = padded_channels(encoder.out_channels)
-    rows = (*[parameter.shape[0] for parameter in parameters[:-2]], width, width)
+    parameters = find_parameters(compressor, encoder, x)
+    if parameters is None:
+        return None
+    rows = [parameter.shape[0] for parameter in parameters]
+    rows[-2:] = [padded_channels(rows[-1])] * 2
     if torch.is_grad_enabled():
         same, features, weight, bias = Prepare.apply(x, rows, *parameters)
         # results of an autograd function need gradients if one of them does
         x = same if x.requires_grad else x
     else:
         features, *_, weight, bias = prepare(x, rows, *parameters)
-    return x, F.conv2d(norm(features), weight, bias, encoder.stride, encoder.padding, encoder.dilation)
+    conv = cast(nn.Conv2d, encoder)
+    return x, F.conv2d(norm(features), weight, bias, conv.stride, conv.padding, conv.dilation)

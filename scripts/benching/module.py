@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...kernels import reassemble
 from ...kernels.geometry import Spec
 from ...models.carafe import CARAFE
-from ...models.half_encoder import can_encode, encode
+from ...models.half_encoder import encode, suits_matrix_units
 from ...tasks.writing import write_csv
 from ..common.options import look_up
 from ..common.sites import DTYPES
@@ -61,9 +61,9 @@ class PartCalls:
 
 def encode_content(module: CARAFE, x: Tensor) -> Tensor:
     """Compute the logits of features x [N, C, H, W] as the module's forward does, which on a GPU may be faster than layer by layer."""
-    if can_encode(module.channel_compressor, module.content_encoder, x):
-        return encode(module.channel_compressor, module.compressor_norm, module.content_encoder, x)[1]
-    return module.logits(x)
+    layers = module.channel_compressor, module.compressor_norm, module.content_encoder
+    encoded = encode(*layers, x) if suits_matrix_units(x) else None
+    return module.logits(x) if encoded is None else encoded[1]
 
 
 def list_parts(module: CARAFE, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, PartCalls]]:
