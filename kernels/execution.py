@@ -71,7 +71,7 @@ class Layouts(NamedTuple):
 
 # a detector that meets 500 sizes of images at ten sites has 5,000
 @functools.lru_cache(maxsize=16384)
-def _layouts(shape: torch.Size, strides: tuple[int, ...], options: Options) -> Layouts:
+def find_layouts(shape: torch.Size, strides: tuple[int, ...], options: Options) -> Layouts:
     """Compute the layouts once for an x of this shape and these strides, because they come back in every iteration."""
     y, lse = empty_outputs(torch.empty_strided(shape, strides, device="meta"), options)
     n, _, h, w = shape
@@ -137,7 +137,7 @@ def _untraced(function: Op) -> Op:
 
 def compute_outputs(x: Tensor, logits: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Compute y and lse of tensors that no transform of PyTorch observes."""
-    layouts = _layouts(x.shape, x.stride(), options)
+    layouts = find_layouts(x.shape, x.stride(), options)
     y = x.new_empty_strided(layouts.y_shape, layouts.y_strides)
     lse = x.new_empty(layouts.lse_shape, dtype=WIDE[x.dtype])
     if y.numel():
@@ -156,7 +156,7 @@ def compute_gradients(
     dx, dlogits = empty_gradients(x, logits, need_dx, need_dlogits)
     if not dy.numel():
         return dx, dlogits.zero_()
-    layouts = _layouts(x.shape, x.stride(), options)
+    layouts = find_layouts(x.shape, x.stride(), options)
     if layouts.core:
         dy = _sum_repeated(dy, *layouts.core)
     cells, dcells = _view_cells(logits, layouts, options), _view_cells(dlogits, layouts, options) if need_dlogits else None

@@ -36,19 +36,19 @@ INTERPRETED = not isinstance(banded_forward, triton.JITFunction)
 
 def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> None:
     """Fill y [N, C, Ho, Wo] and lse [N, G, up, up, Hq, Wq] from x and logits [N, G * K * K, up, up, Hq, Wq]."""
-    _check_device(x)
+    check_device(x)
     _run(forward_launches, (x, logits, y, lse), spec)
 
 
 def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, spec: Spec) -> None:
     """Fill dx and dlogits, except those that are None; the other tensors are as for `forward`."""
-    _check_device(x)
+    check_device(x)
     _run(backward_launches, (dy, x, logits, lse, dx, dlogits), spec)
 
 
 # The launches of a call, by everything that they depend on, because planning takes more host time than starting. A detector that meets 500
 # sizes of images at ten sites has 10,000, of some 5 KB each.
-_plans: dict[tuple, list[Plan]] = {}
+plans: dict[tuple, list[Plan]] = {}
 MAX_PLANS = 16384
 _planning = threading.Lock()
 
@@ -64,19 +64,18 @@ def _run(build: Callable[..., list[Launch]], tensors: tuple[Any, ...], spec: Spe
     aligned = [address % 16 == 0 for address in addresses]
     key = (build, spec, like.dtype, like.device, _precision(), *layouts, *aligned)
     with _device_guard(like):
-        plans = _plans.get(key) or _plan(key, build, tensors, spec)
-        for plan in plans:
+        for plan in plans.get(key) or _plan(key, build, tensors, spec):
             plan.run(addresses)
 
 
 def _plan(key: tuple, build: Callable[..., list[Launch]], tensors: tuple[Any, ...], spec: Spec) -> list[Plan]:
     """Plan the launches of a call, and keep them in place of the oldest."""
-    plans = [Plan(launch, tensors) for launch in build(*tensors, spec)]
+    planned = [Plan(launch, tensors) for launch in build(*tensors, spec)]
     with _planning:
-        while len(_plans) >= MAX_PLANS:
-            del _plans[next(iter(_plans))]
-        _plans[key] = plans
-    return plans
+        while len(plans) >= MAX_PLANS:
+            del plans[next(iter(plans))]
+        plans[key] = planned
+    return planned
 
 
 def _device_guard(tensor: Tensor) -> AbstractContextManager:
@@ -86,7 +85,8 @@ def _device_guard(tensor: Tensor) -> AbstractContextManager:
     return nullcontext()
 
 
-def _check_device(x: Tensor) -> None:
+def check_device(x: Tensor) -> None:
+    """Raise ValueError for tensors on a CPU outside the interpreter of Triton."""
     if x.device.type == "cpu" and not INTERPRETED:
         raise ValueError("backend 'triton' takes CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1); use backend 'cpu'")
 

@@ -322,9 +322,9 @@ def test_a_backend_that_leaves_a_place_out_is_found_out(direction, output, monke
 
 
 def test_500_sizes_of_images_are_laid_out_once():
-    execution._layouts.cache_clear()
+    execution.find_layouts.cache_clear()
     for _ in range(2):
         for height, width in itertools.product(range(1, 26), range(1, 21)):
             reassemble(torch.zeros(1, 1, height, width), torch.zeros(1, 1, height, width), kernel_size=1, backend="torch")
-    found = execution._layouts.cache_info()
+    found = execution.find_layouts.cache_info()
     assert found.misses == found.hits == found.currsize == 500

@@ -90,8 +90,8 @@ def planned(monkeypatch):
 
     monkeypatch.setattr(launching, "compile_for_current_device", compile_nothing)
     monkeypatch.setattr(backend, "INTERPRETED", False)
-    monkeypatch.setattr(backend, "_check_device", lambda _: None)
-    monkeypatch.setattr(backend, "_plans", {})
+    monkeypatch.setattr(backend, "check_device", lambda _: None)
+    monkeypatch.setattr(backend, "plans", {})
     return sources
 
 
@@ -117,7 +117,7 @@ def test_500_sizes_of_images_are_planned_once(planned):
     for _ in range(2):
         for size in sizes:
             call(*size)
-    assert len(planned) == len(backend._plans) == 2 * len(sizes) <= backend.MAX_PLANS
+    assert len(planned) == len(backend.plans) == 2 * len(sizes) <= backend.MAX_PLANS
     # maps of all sizes whose rows have the same alignment share code, which is compiled once
     assert len(set(planned)) < 30
 
@@ -127,7 +127,7 @@ def test_the_oldest_plan_makes_room(planned, monkeypatch):
     for width in range(1, 11):
         call(1, width)
         call(1, 10)
-    assert len(backend._plans) == 8
+    assert len(backend.plans) == 8
     before = len(planned)
     call(1, 10)
     call(1, 8)
