@@ -74,7 +74,7 @@ def draw_instances(image: Tensor, boxes: Tensor, names: Sequence[str], colors: S
     font = load_font(pick_size(max(picture.size)))
     instances = list(zip(boxes.tolist(), names, colors, strict=True))[::-1]
     for box, _, color in instances:
-        draw.rectangle(box, outline=color, width=max(2, max(picture.size) // 240))
+        draw.rectangle(box, outline=color, width=max(2, max(picture.size) // 160))
     # names follow all boxes, so that no box crosses a name
     for (left, top, _, _), name, color in instances:
         width, height = math.ceil(font.getlength(name)) + 4, sum(font.getmetrics())

@@ -18,8 +18,11 @@ from .task import View
 SOURCE: Color = (230, 70, 0)
 TARGET: Color = (86, 200, 255)
 
-# Opacity of the source with the largest weight.
+# Opacity of the source with the largest weight. That of others is the root of their share in it, so that small weights show.
 OPACITY = 0.9
+
+# A region is read beside others in a wide figure: the share of a tile that the height of a letter has, and that of a figure in the legend.
+TITLE_SHARE, LEGEND_SHARE = 11, 65
 
 NOTE = "The feature at the ring is reassembled from the coloured pixels of each map. The grey of a map is the norm of its features."
 
@@ -51,12 +54,13 @@ def draw_regions(view: View, path: str | Sequence[str], locations: Sequence[tupl
     for target, location in enumerate(locations):
         weights = [_stretched(region.weights[target : target + 1], picture, view) for region in regions]
         rows.append([_marked(base, weight, location) for base, weight in zip(bases, [weights[0], *weights], strict=True)])
-    return arrange(rows, columns=["image", *(_title(region) for region in regions)])
+    titles = ["image", *(_title(region) for region in regions)]
+    return arrange(rows, columns=titles, letters=picture.shape[2] // TITLE_SHARE)
 
 
 def explain_regions(figures: Sequence[Tensor], titles: Sequence[str] = ()) -> Tensor:
     """Arrange figures of `draw_regions` one below the other, with their titles on the left and a legend below."""
-    size = max(24, figures[0].shape[2] // 80)
+    size = figures[0].shape[2] // LEGEND_SHARE
     ramp = torch.linspace(0, 1, 8 * size).expand(1, size, -1)
     marks = {
         "target": _make_ring(size),
@@ -83,15 +87,15 @@ def _stretched(values: Tensor, picture: Tensor, view: View) -> Tensor:
     return F.interpolate(values[None].cpu().float(), whole, mode="nearest-exact")[0, :, :height, :width]
 
 
-def _shade(grey: Tensor, opacity: Tensor) -> Tensor:
-    """Mix a grey map [1, H, W] with the colour of sources -> [3, H, W]."""
-    return torch.lerp(grey, torch.tensor(SOURCE).view(3, 1, 1) / 255, OPACITY * opacity)
+def _shade(grey: Tensor, weights: Tensor) -> Tensor:
+    """Mix a grey map [1, H, W] with the colour of sources, by weights [1, H, W] in [0, 1] -> [3, H, W]."""
+    return torch.lerp(grey, torch.tensor(SOURCE).view(3, 1, 1) / 255, OPACITY * weights.sqrt())
 
 
 def _marked(grey: Tensor, weights: Tensor, location: tuple[float, float]) -> Tensor:
     """Draw weights [1, H, W] over a grey map [1, H, W], and a ring at the location."""
     shaded = to_pil_image(_shade(grey, weights.clamp(min=0) / weights.max().clamp(min=1e-12)))
-    ring = _make_ring(max(16, max(shaded.size) // 20))
+    ring = _make_ring(max(16, max(shaded.size) // 14))
     x, y = (round(part * side) - ring.width // 2 for part, side in zip(location[::-1], shaded.size, strict=True))
     shaded.paste(ring, (x, y), ring)
     return pil_to_tensor(shaded).float() / 255
