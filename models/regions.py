@@ -111,7 +111,9 @@ class _Recorder(TorchFunctionMode):
         return y
 
     def _add(self, name: str, module: nn.Module | None, run: Callable, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
-        x, *others = args or (None,)
+        if not args:
+            return
+        x, *others = args
         are_maps = isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() == y.dim() == 4
         if are_maps and (isinstance(module, CARAFE) or x.shape[2:] != y.shape[2:]):
             self.calls.append(_Call(name, module, lambda x: run(x, *others, **kwargs), x, y))

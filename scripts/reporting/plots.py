@@ -31,7 +31,7 @@ OTHERS = ("#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#7f7f7f", "#000000")
 STYLES = ("-", "--", ":", "-.")
 
 # A $ in a label is no formula, and letters in a PDF stay letters.
-STYLE = {
+STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "text.usetex": False,
     "pdf.fonttype": 42,
