@@ -1,7 +1,7 @@
 """The plots of the documentation, from the data that it holds: `python docs/plots.py` writes them beside this file.
 
 - results_gains.svg: the gains of the runs in docs/results beside those of the paper
-- samplers_costs.svg: the accuracy of samplers in these runs against their times in samplers.md
+- samplers_costs.svg: the accuracy of samplers in these runs against their times in docs/measurements
 - performance_times.svg: the times in docs/measurements and in the table of performance.md
 
 Each file holds its data as its description, which a test compares with the data of today.
@@ -73,26 +73,29 @@ def collect_gains() -> dict[str, Any]:
     return {name: {"metric": metric, "gains": [list(gain) for gain in gains]} for name, (metric, gains) in found.items() if gains}
 
 
-def read_times(heading: str) -> dict[str, float]:
-    """Read the milliseconds of a forward and backward pass of each sampler below a heading of the output in samplers.md."""
-    section = (FOLDER / "samplers.md").read_text().split(f"{heading}\n")[1].split("\n\n")[0]
-    lines = [re.split(r"\s{2,}", line.strip()) for line in section.splitlines()[1:] if line and not line.startswith("```")]
-    # the last columns are forward, ratio, both, ratio, memory
-    return {name: float(figures[-3]) for name, *figures in lines}
+def read_newest(kind: str, name: str) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """Return the rows of a table of the newest run on a "cpu" or "gpu" in docs/measurements, and what describes this run."""
+    runs = [path.parent for path in FOLDER.glob(f"measurements/*/{name}")]
+    abouts = {run: json.loads((run / "about.json").read_text()) for run in runs}
+    newest = max((run for run in runs if abouts[run]["kind"] == kind), key=lambda run: abouts[run]["date"])
+    with (newest / name).open(newline="") as file:
+        return list(csv.DictReader(file)), abouts[newest]
 
 
 def collect_costs() -> dict[str, Any]:
     """Return, for Tables IV and III, the time of each sampler and its AP: ours with its deviation, and the paper's."""
     found: dict[str, Any] = {}
     tables = {table.name: table for table in read_tables()}
-    for name, heading in (("table4", "upsamplers at C = 256, 50 x 84"), ("table3", "downsamplers at C = 256, 56 x 56")):
-        times, points = read_times(heading), {}
+    measured, _ = read_newest("cpu", "samplers.csv")
+    for name, group, height, width in (("table4", "upsampler", 50, 84), ("table3", "downsampler", 56, 56)):
+        there = [row for row in measured if (row["group"], row["shape"]) == (group, f"[1, 256, {height}, {width}]")]
+        times, points = {row["sampler"]: round(float(row["step_ms"]), 2) for row in there}, {}
         for line in tables[name].lines:
             cell, row = line.cells["AP"], line.labels["row"]
             if cell.scores:
                 scores = [round(cell.scores.mean, 2), round(cell.scores.deviation or 0, 2)]
                 points[row] = [times[SAMPLERS.get(row, row)], *scores, cell.paper]
-        found[name] = {"at": heading, "points": points}
+        found[name] = {"at": f"{group}s at C = 256, {height} x {width}", "points": points}
     return found
 
 
@@ -111,18 +114,14 @@ CPU_ROWS = {
 def collect_times() -> dict[str, Any]:
     """Return, for some shapes, the times of forward and backward of each provider: microseconds on a GPU, milliseconds on a CPU."""
     found: dict[str, Any] = {}
-    runs = [path.parent for path in FOLDER.glob("measurements/*/times.csv")]
-    abouts = {run: json.loads((run / "about.json").read_text()) for run in runs}
-    newest = max((run for run in runs if abouts[run]["kind"] == "gpu"), key=lambda run: abouts[run]["date"])
-    with (newest / "times.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows, about = read_newest("gpu", "times.csv")
     for shape, up, dtype in GPU_CASES:
         times: dict[str, dict[str, float]] = {}
         for row in rows:
             if (row["shape"], row["up"], row["dtype"], row["layout"]) == (shape, up, dtype, "channels_last"):
                 times.setdefault(row["provider"], {})[row["mode"]] = round(1e3 * float(row["ms"]), 1)
         scale = "up 2" if up == "2" else "down 2"
-        title = f"{abouts[newest]['device']}: {scale}, {' x '.join(re.findall('[0-9]+', shape))}, {dtype}, channels_last"
+        title = f"{about['device']}: {scale}, {' x '.join(re.findall('[0-9]+', shape))}, {dtype}, channels_last"
         bars = {name: [times[key]["forward"], times[key]["backward"]] for key, name in GPU_NAMES.items() if key in times}
         found[title] = {"unit": "us", "times": bars}
     return found | collect_cpu_times()

@@ -13,6 +13,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 DOCS = Path(__file__).parent
@@ -158,11 +159,54 @@ def tabulate_fps(rows: list[Row]) -> str:
     return write_table(["row", "size", "fps", "time / baseline", "paper: fps", "paper: time / baseline"], lines)
 
 
+# features of the table by which to choose: a level of the pyramid of an 800 x 1344 image, and the input of the third stage of a ResNet-50
+# at 224 x 224
+COMPARED = {"upsampler": "[1, 256, 50, 84]", "downsampler": "[1, 256, 56, 56]"}
+
+
+def read_sources(group: str) -> dict[str, Row]:
+    """Read source, licence and strength of the samplers of a group from sampler_sources.csv, by name and in its order."""
+    with (DOCS / "sampler_sources.csv").open(newline="") as file:
+        return {row["sampler"]: row for row in csv.DictReader(file) if row["group"] == group}
+
+
+def tabulate_choice(rows: list[Row], group: str) -> str:
+    """Write what a user chooses a sampler by: parameters, FLOPs, times, memory, guide, source, licence and strength."""
+    found = {row["sampler"]: row for row in rows if row["group"] == group and row["shape"] == COMPARED[group]}
+    lines = []
+    for name, source in read_sources(group).items():
+        row = found.pop(name)
+        line = [f"`{name}`", f"{int(row['parameters']):,}", f"{float(row['flops_per_pixel']):,.0f}"]
+        for mode in ("forward", "step"):
+            line.append(f"{number(row[f'{mode}_ms'])} ({number(row[f'{mode}_relative'], 2)})")
+        line += [number(row["peak_mb"]), "yes" if row["guided"] == "True" else ""]
+        lines.append([*line, source["source"], source["licence"], source["strength"]])
+    if found:
+        raise KeyError(f"sampler_sources.csv has no {group} {', '.join(found)}")
+    times = ["forward, ms", "forward and backward, ms"]
+    return write_table([group, "parameters", "FLOPs", *times, "MB", "guide", "source", "licence of its code", "good at"], lines)
+
+
+def tabulate_sites(rows: list[Row], group: str) -> str:
+    """Write the times of forward, and of forward and backward, at every site of a group."""
+    found = {(row["sampler"], row["shape"]): row for row in rows if row["group"] == group}
+    shapes = list(dict.fromkeys(shape for _, shape in found))
+    lines = []
+    for name in read_sources(group):
+        cells = (found[name, shape] for shape in shapes)
+        lines.append([f"`{name}`", *(f"{number(row['forward_ms'])}; {number(row['step_ms'])}" for row in cells)])
+    return write_table([group, *(sides(shape).partition(" x ")[2] for shape in shapes)], lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "operator": ("times.csv", tabulate_operator),
     "modules": ("module.csv", tabulate_modules),
     "networks": ("models.csv", tabulate_networks),
     "fps": ("models.csv", tabulate_fps),
+    "upsamplers": ("samplers.csv", partial(tabulate_choice, group="upsampler")),
+    "downsamplers": ("samplers.csv", partial(tabulate_choice, group="downsampler")),
+    "upsampler_sites": ("samplers.csv", partial(tabulate_sites, group="upsampler")),
+    "downsampler_sites": ("samplers.csv", partial(tabulate_sites, group="downsampler")),
 }
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from carafepp.scripts.benching.models import MODES, choose_rows
+from carafepp.scripts.benching.samplers import count_flops_per_pixel, load_slots
 from carafepp.scripts.common.paper import read_paper
 from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("performance_gpu.md", "performance_networks.md")
+PAGES = ("performance_gpu.md", "performance_networks.md", "samplers.md")
 
 
 @pytest.fixture
@@ -35,6 +36,22 @@ def test_pages_have_the_measured_tables(name, tables):
     text = (ROOT / "docs" / name).read_text()
     assert "<!-- measured" in text
     assert tables.fill_page(text) == text
+
+
+@pytest.mark.parametrize("group", ["upsampler", "downsampler"])
+def test_the_page_of_samplers_has_the_counts_of_every_sampler(group, tables):
+    """A new sampler needs `carafepp-bench samplers` for docs/measurements, and a line in docs/sampler_sources.csv."""
+    rows, _ = tables.read_run("cpu", "samplers.csv", ROOT / "docs" / "measurements")
+    shape = tables.COMPARED[group]
+    found = {row["sampler"]: row for row in rows if (row["group"], row["shape"]) == (group, shape)}
+    slots = load_slots(group)
+    assert set(tables.read_sources(group)) == set(found) == set(slots)
+    for name, slot in slots.items():
+        with torch.device("meta"):
+            module = slot(256)
+        assert int(found[name]["parameters"]) == sum(parameter.numel() for parameter in module.parameters()), name
+        assert found[name]["guided"] == str(getattr(module, "needs_guide", False)), name
+        assert float(found[name]["flops_per_pixel"]) == pytest.approx(count_flops_per_pixel(slot, json.loads(shape)), rel=1e-4), name
 
 
 def write_run(folder: Path, about: dict, name: str, rows: list[dict]) -> None:

@@ -55,11 +55,18 @@ def flops_per_output(flops: int) -> Callable[..., int]:
     return lambda *args, out_shape, **kwargs: flops * torch.Size(out_shape).numel()
 
 
-# operations without a formula in FlopCounterMode: interpolation (as Table 2 of CARAFE counts it), pools, elementwise functions
+def count_fft_flops(x: torch.Size, dim: list[int], *args: Any, out_shape: torch.Size, **kwargs: Any) -> int:
+    """Count the FLOPs of a Fourier transform of radix 2: 5 log2(size) for every element."""
+    return round(5 * math.log2(math.prod(x[i] for i in dim)) * torch.Size(out_shape).numel())
+
+
+# operations without a formula in FlopCounterMode: interpolation (as Table 2 of CARAFE counts it), pools, Fourier transforms,
+# elementwise functions
 FLOPS = {
     aten.upsample_bilinear2d: flops_per_output(8),
     aten.grid_sampler_2d: flops_per_output(8),
     aten.avg_pool2d: lambda x, kernel_size, *args, out_shape, **kwargs: math.prod(kernel_size) * torch.Size(out_shape).numel(),
+    aten._fft_c2c: count_fft_flops,
     **{
         op: flops_per_output(1)
         for op in (aten.add, aten.sub, aten.mul, aten.div, aten.exp, aten.pow, aten.sigmoid, aten.relu, aten.relu_, aten.leaky_relu)

@@ -38,6 +38,11 @@ def test_flops_of_pools_are_their_windows():
     assert soft_pool == pytest.approx(8 * (4 * 3 + 4 + 4 + 1), rel=0.02)
 
 
+def test_flops_of_fourier_transforms_are_those_of_radix_2():
+    # of 8 x 8 values, 4 for each pixel of the output, and back of 4 x 4
+    assert count_flops_per_pixel(load_slots("downsampler")["flc_pool"], (1, 3, 8, 8)) == 3 * (4 * 5 * 6 + 5 * 4)
+
+
 def test_peak_memory_counts_what_is_alive_together():
     x = torch.randn(1, 4, 8, 8, requires_grad=True)
     with PeakMemory() as memory:
