@@ -336,6 +336,20 @@ def test_gpu_graph_recipe():
             torch.testing.assert_close(names["y"], network(scale * images))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu_compiles_into_graphs():
+    torch.compiler.reset()
+    module, x = make(16, dtype=torch.float32, up=2).cuda(), draw(2, 16, 24, 20, dtype=torch.float32).cuda()
+    compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        expected = module(x)
+        # the first calls compile and record
+        for _ in range(3):
+            y = compiled(x).clone()
+    assert relative_error([y], [expected.double()]) < 0.01
+
+
 def test_norm_folds_into_the_compressor():
     module, x = make(down=2, compressor_norm=True, compressed_channels=6).eval(), draw()
     nn.init.uniform_(module.compressor_norm[0].running_var, 0.5, 2)
