@@ -1,4 +1,4 @@
-"""carafepp-bench: times of the operator and others; the first argument can select another bench: samplers, models, module or growth."""
+"""carafepp-bench: times of the operator and others; the first argument can select another bench, of which there are five."""
 
 from omegaconf import DictConfig
 
@@ -45,7 +45,15 @@ def time_module(cfg: DictConfig) -> None:
     bench_module(cfg)
 
 
-main = dispatch(time_operator, samplers=time_samplers, models=time_models, module=time_module, growth=time_growth)
+@app("bench_attention")
+def time_attention(cfg: DictConfig) -> None:
+    """Measure the attention of a fine map to windows of a coarse one."""
+    from .benching import bench_attention
+
+    bench_attention(cfg)
+
+
+main = dispatch(time_operator, samplers=time_samplers, models=time_models, module=time_module, attention=time_attention, growth=time_growth)
 
 if __name__ == "__main__":
     main()

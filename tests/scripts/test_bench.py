@@ -9,7 +9,9 @@ import torch
 from carafepp.kernels import reassemble_reference
 from carafepp.kernels.geometry import Spec
 from carafepp.models.carafe import CARAFE
+from carafepp.models.window_attention import attend_windows
 from carafepp.scripts.benching import providers
+from carafepp.scripts.benching.attention import attend_copies
 from carafepp.scripts.benching.module import list_parts
 from carafepp.scripts.benching.operator import MODES, CopyCalls
 from carafepp.scripts.benching.timing import median_interval
@@ -105,6 +107,22 @@ def test_module_and_its_parts_are_measured(tmp_path, capsys):
     for row in rows.values():
         assert float(row["forward"]) > 0
         assert f"{float(row['step']):.3f}" in printed
+
+
+def test_attention_to_copies_is_that_of_the_operator():
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, channels, *size, dtype=torch.float64) for channels, size in ((4, (9, 12)), (4, (3, 4)), (6, (3, 4)))]
+    options = {"up": 3, "kernel_size": 3, "heads": 2}
+    torch.testing.assert_close(attend_copies(*inputs, **options), attend_windows(*inputs, **options))
+
+
+def test_attention_is_measured_in_both_forms(tmp_path, capsys):
+    options = ["channels=4", "query_channels=4", "rows=3", "columns=4", "up=2", "kernel_size=3", "rounds=1", f"hydra.run.dir={tmp_path}"]
+    call("bench", "attention", *options)
+    rows = list(csv.DictReader((tmp_path / "attention.csv").open()))
+    assert [(row["pass"], row["form"]) for row in rows] == [(p, f) for p in ("forward", "step") for f in ("operator", "copies")]
+    assert all(float(row["ms"]) > 0 and float(row["peak_mb"]) > 0 for row in rows)
+    assert "6 x 8" in capsys.readouterr().out
 
 
 def test_parts_make_up_the_module():
