@@ -174,7 +174,7 @@ def plot_bars(table: Table) -> "Figure | None":
         axis.set(xlabel=name_metric(lines[0][0]), ylim=(len(lines) - 0.4, -0.6))
         # room for the values
         low, high = min(0, *means), max(ends)
-        axis.set_xlim(low, high + 0.45 * ((high - low) or 1))
+        axis.set_xlim(low, high + (0.45 if any(deviations) else 0.25) * ((high - low) or 1))
         axis.tick_params(axis="y", length=0)
     return figure
 
