@@ -100,7 +100,11 @@ class _Recorder(TorchFunctionMode):
         self.running.append(name)
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
-        self._add(self.running.pop(), module, module.forward, args, kwargs, y)
+        run = module.forward
+        if getattr(module, "rewrites_guide", False):
+            # the pair of the output and the rewritten guide
+            run, y = (lambda *args, **kwargs: module.forward(*args, **kwargs)[0]), y[0]
+        self._add(self.running.pop(), module, run, args, kwargs, y)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         y = func(*args, **(kwargs or {}))

@@ -8,14 +8,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import reassemble
 from ..kernels.borders import mask_outside
 from ..kernels.geometry import Spec
-from .guides import Guided, cut_to_double, prepare_guide, space_to_depth
+from .guides import Guided, prepare_guide, sum_windows
 from .samplers import fit, upsample_bilinear
 
 torch.fx.wrap("fit")
 torch.fx.wrap("prepare_guide")
+torch.fx.wrap("sum_windows")
 
 
 def blur(x: Tensor) -> Tensor:
@@ -81,26 +81,41 @@ class PairedDifferences(nn.Module):
         return self.channel_compressor(at_keys - at_queries + self.bias)
 
 
+def spread_weights(weights: Tensor, rows: bool) -> Tensor:
+    """Spread weights of pixels of a map that is upsampled by 2 over the pixels of the map, along rows or columns.
+
+    An upper (left) fine pixel lies a quarter of a pixel before the centre of its pixel, a lower (right) one a quarter behind it. A weight
+    therefore belongs to its pixel by 3 / 4, and by 1 / 4 to the pixel before or behind.
+
+    Args:
+        weights: [N, K, L, h, w], of windows around every fine pixel.
+        rows: whether the K rows of the windows become K + 2, instead of the L columns L + 2.
+    """
+    axis = 3 if rows else 4
+    place = torch.arange(weights.shape[axis], device=weights.device)
+    is_upper = (place % 2 == 0).view(-1, *[1] * (4 - axis))
+    before, at, behind = (F.pad(weights, [0] * (6 if rows else 4) + [i, 2 - i]) for i in range(3))
+    return 0.75 * at + 0.25 * torch.where(is_upper, before, behind)
+
+
 @torch.fx.wrap
-def attend_bilinearly(x: Tensor, scores: Tensor, spread: Tensor) -> Tensor:
+def attend_bilinearly(x: Tensor, scores: Tensor) -> Tensor:
     """Average the bilinearly upsampled x at K x K neighbours of every fine pixel, 2 fine pixels apart, with the softmax of their scores.
 
-    Neighbours outside the upsampled map are left out. A neighbour lies between pixels of x, so that its weight is spread over these by
-    bilinear interpolation: the result is a sum over (K + 2) x (K + 2) pixels of x, and no map of C channels is upsampled.
+    Neighbours outside the upsampled map are left out. The others lie between pixels of x, over which their weights are spread: the result
+    is a sum over (K + 2) x (K + 2) pixels of x, and no map of C channels is upsampled.
 
     Args:
         x: [N, C, H, W].
         scores: [N, K * K, h, w], where h is 2H - 1, 2H or 2H + 1, and w is 2W - 1, 2W or 2W + 1. Those beyond 2H x 2W are not read.
-        spread: [4, (K + 2)**2, K * K], the bilinear weights of each of the four fine pixels of a pixel of x.
 
     Returns:
         [N, C, h, w]. Row 2H and column 2W repeat those before them.
     """
-    size, side = x.shape[2:], math.isqrt(scores.shape[1])
-    cells = space_to_depth(cut_to_double(scores, x)).unflatten(1, (1, side**2, 2, 2))  # [N, 1, K * K, 2, 2, H, W]
-    weights = mask_outside(cells, Spec(side, up=2), *size).softmax(2)[:, 0].flatten(2, 3)  # [N, K * K, 4, H, W]
-    weights = torch.einsum("pts,nsphw->ntphw", spread.to(weights.dtype), weights).flatten(1, 2)
-    return reassemble(x, weights.to(x.dtype), kernel_size=side + 2, up=2, normalizer="none", border="replicate", size=scores.shape[2:])
+    side = math.isqrt(scores.shape[1])
+    weights = mask_outside(scores[:, None], Spec(side, up=2), *x.shape[2:]).softmax(2)[:, 0].unflatten(1, (side, side))
+    weights = spread_weights(spread_weights(weights, rows=True), rows=False).flatten(1, 2)  # [N, (K + 2)**2, h, w]
+    return sum_windows(x, weights, side + 2, border="replicate")
 
 
 class ReSFU(Guided):
@@ -140,13 +155,6 @@ class ReSFU(Guided):
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.get_parameter("bias"))
-        # an upper (left) fine pixel lies a quarter of a pixel of x before its centre, a lower (right) one a quarter behind it
-        axis = torch.zeros(2, side + 2, side)
-        for tap in range(side):
-            axis[:, tap + 1, tap] = 0.75
-            axis[0, tap, tap] = axis[1, tap + 2, tap] = 0.25
-        spread = torch.einsum("aik,bjl->abijkl", axis, axis).reshape(4, (side + 2) ** 2, side**2)
-        self.register_buffer("spread", spread, persistent=False)
 
     def scores(self, x: Tensor, guide: Tensor) -> Tensor:
         """Compute the scores [N, 9, h, w] of the neighbours of every fine pixel."""
@@ -158,4 +166,4 @@ class ReSFU(Guided):
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         """Upsample x [N, C, H, W] under guide [N, guide_channels, h, w] to [N, C, h, w]."""
         guide = prepare_guide(x, guide, self.guide_channels)
-        return attend_bilinearly(x, self.scores(x, guide), self.get_buffer("spread"))
+        return attend_bilinearly(x, self.scores(x, guide))

@@ -281,11 +281,12 @@ def test_sapa_is_the_same_on_a_device_without_kernels(monkeypatch):
     torch.testing.assert_close(sapa(x, guide), expected)
 
 
-@pytest.mark.parametrize("neighbours", [9, 13, 25])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("neighbours", [9, 13, 17, 25])
 @torch.no_grad()
-def test_every_neighbourhood_of_the_local_attender(neighbours):
+def test_every_neighbourhood_of_the_local_attender(neighbours, residual):
     torch.manual_seed(0)
-    module = LocalAttender(8, 30, neighbours=neighbours).double()
+    module = LocalAttender(8, 30, neighbours=neighbours, residual=residual).double()
     x, guide = torch.randn(2, 8, 3, 2).double(), torch.randn(2, 30, 6, 3).double()
     torch.testing.assert_close(module(x, guide), local_attender(module, x, guide))
 

@@ -98,10 +98,10 @@ CASES = [
             ("a2u", a2u),
             ("sapa", sapa, {"gated": True, "embedding": 8}),
             ("fade", fade, {"lite": True}),
-            ("freq_fusion", freq_fusion, {"resample": False, "compressed_channels": 8}),
+            ("freq_fusion", freq_fusion),
             ("jbu", jbu),
             ("resfu", resfu),
-            ("local_attender", local_attender, {"neighbours": 17, "residual": False}),
+            ("local_attender", local_attender),
             (
                 "carafe",
                 carafe,
