@@ -7,6 +7,7 @@ import torch
 from carafepp.models.detection import MaskRCNN
 from carafepp.models.fpn import FPN
 from carafepp.models.freq_fusion import FreqFusion
+from carafepp.models.regions import trace_regions
 from carafepp.models.resnet import ResNet
 from carafepp.models.samplers import make_sampler, resize, resize_pair, upsample_nearest
 from carafepp.models.upernet import UperNet
@@ -143,3 +144,12 @@ def test_the_pair_exports():
     exported = torch.export.export(module, (x, guide), dynamic_shapes=[any_size] * 2).module()
     arguments = torch.randn(3, 8, 4, 7), torch.randn(3, 8, 8, 14)
     torch.testing.assert_close(exported(*arguments), module(*arguments))
+
+
+def test_regions_are_traced_through_a_sampler_that_returns_the_pair():
+    torch.manual_seed(0)
+    pyramid = FPN([3, 4], 8, upsample=SMALL)
+    network = nn.ModuleDict({"down": nn.Conv2d(3, 4, 3, stride=2, padding=1), "fpn": pyramid})
+    network.forward = lambda x: network["fpn"]({"0": x, "1": network["down"](x)})["0"]
+    regions = trace_regions(network, [torch.rand(1, 3, 16, 16)], ["fpn.upsample.0"], [(0.5, 0.5)])
+    assert [region.module for region in regions] == ["fpn.upsample.0", ""]
