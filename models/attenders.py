@@ -31,10 +31,9 @@ class LocalAttender(Guided):
 
     A 1x1 convolution of the guide, plus the guide itself, gives the logits of D source pixels around each output pixel; a softmax turns
     them into weights. Guide channels beyond D are not added, and missing ones count as 0. Outside the map, the nearest pixel is read.
-    D (C_guide + 1) parameters, 1,285 for C_guide = 256 and D = 5; D C_guide + K^2 C multiply-adds per output
-    pixel for a window of K x K. State-dict keys are
-    those of the authors' code (github.com/mwalmer-umd/UPLiFT, MIT licence), in which it is the last layer of a network that computes the
-    guide from an image.
+    D (C_guide + 1) parameters, 1,285 for C_guide = 256 and D = 5; D C_guide + K^2 C multiply-adds per output pixel for a window of K x K.
+    State-dict keys are those of the authors' code (github.com/mwalmer-umd/UPLiFT, MIT licence), in which it is the last layer of a network
+    that computes the guide from an image.
 
     Args:
         channels: C, the channels of x.
