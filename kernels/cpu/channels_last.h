@@ -38,12 +38,13 @@ template <int N, int V, class S, class T> inline void sum_terms(const Terms<S, T
     Vector<T> total[N][V] = {};
     const T* weight = terms.weights;
     auto pixel = terms.pixels.begin();
-    for (int part = 0; part < N; ++part) {
+    // while results are prefetched, the terms are summed in N parts, so that the lines of one result are requested at a time
+    const Index count = terms.pixels.size(), part = ahead ? ceil_div(count, N) : count;
+    for (Index first = 0, s = 0; first < count; first += part, ++s) {
         if (ahead)
 #pragma GCC unroll 8
-            for (int i = 0; i < V; ++i) __builtin_prefetch(results[part] + ahead + c + i * LANES<T>, 1);
-        const auto end = terms.pixels.begin() + Index(terms.pixels.size()) * (part + 1) / N;
-        for (; pixel != end; ++pixel, weight += terms.step) {
+            for (int i = 0; i < V; ++i) __builtin_prefetch(results[s] + ahead + c + i * LANES<T>, 1);
+        for (const auto end = terms.pixels.begin() + std::min(first + part, count); pixel != end; ++pixel, weight += terms.step) {
             Vector<T> v[V];
 #pragma GCC unroll 8
             for (int i = 0; i < V; ++i) v[i] = load(*pixel + c + i * LANES<T>);
@@ -112,9 +113,9 @@ inline void multiply_channels(const S* const* doutput, const S* const* source, I
 }
 
 // Returns the distance from an output to the one of the same sub-pixel two cells later, or 0 if the outputs fit into the caches.
-template <class S> Index prefetch_distance(const PixelMap<S>& output, Index channels) {
-    constexpr Index cached = 1 << 20;  // bytes
-    const bool large = output.height * output.width * channels * Index(sizeof(S)) > cached;
+template <class S> Index prefetch_distance(const Problem& problem, const PixelMap<S>& output) {
+    constexpr Index cached = 2 << 20;  // bytes
+    const bool large = problem.batch * problem.channels * output.height * output.width * Index(sizeof(S)) > cached;
     return large ? 2 * output.factor * output.column_stride : 0;
 }
 
@@ -124,7 +125,7 @@ template <class S, class T> void channels_last_forward(const Task& task, const S
     const Index down = task.problem.down, pitch = task.grid.pitch;
     const PixelMap<S> output = output_pixels<S>(task, task.call.y);
     const std::vector<RunPixels<S>> runs = output_runs(task, output);
-    const Index ahead = prefetch_distance(output, task.problem.channels);
+    const Index ahead = prefetch_distance(task.problem, output);
     WindowPixels<S> source(task);
     std::vector<S> unused(channels);
     std::vector<T> strip(LANES<T> * windows);  // the weights of consecutive cells, [cell][tap][sub]

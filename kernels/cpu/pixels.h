@@ -52,10 +52,9 @@ template <class S> struct WindowPixels {
     std::vector<const S*> pixels;
 
     explicit WindowPixels(const Task& task)
-        : map(source_pixels<const S>(task, task.call.x, padding(task.problem))), kernel(task.problem.kernel), columns(kernel),
-          zeros(task.problem.group_channels()), pixels(kernel * kernel) {
-        for (Index tap = 0; tap < kernel * kernel; ++tap)
-            offsets.push_back(tap / kernel * map.row_stride + tap % kernel * map.column_stride);
+        : map(source_pixels<const S>(task, task.call.x, padding(task.problem))), kernel(task.problem.kernel), offsets(kernel * kernel),
+          columns(kernel), zeros(task.problem.group_channels()), pixels(kernel * kernel) {
+        for (Index k = 0; k < kernel * kernel; ++k) offsets[k] = k / kernel * map.row_stride + k % kernel * map.column_stride;
     }
     // Finds the pixels of the window with its first tap at a place that may lie outside the map.
     void find(Index row, Index column) {
