@@ -59,7 +59,8 @@ template <class S, class T> void read_adjacent(const Task& task, const Planes<T>
         const Index begin = inside ? std::max(left, -tile.column) : right, end = inside ? std::min(right, width) : right;
         visit_adjacent<const S>(task, task.call.logits, weights, inside ? row : 0, [&](const S* cells, T* planes, Index count, Index step) {
             planes += i * task.grid.pitch;
-            for (Index k = 0; k < count; ++k) {
+            const bool outside = begin > left || end < right;
+            for (Index k = 0; outside && k < count; ++k) {
                 std::fill(planes + k * step + left, planes + k * step + begin, fill);
                 std::fill(planes + k * step + end, planes + k * step + right, fill);
             }

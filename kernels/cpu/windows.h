@@ -38,6 +38,7 @@ struct Windows {
     // `scattered` windows are also found from the pixels that they read
     Windows(const Problem& problem, bool scattered) : taps(problem.taps()) {
         const Index radius = problem.kernel / 2, up = problem.up, down = problem.down;
+        sources.reserve(problem.windows());
         for (Index sub = 0; sub < problem.subs(); ++sub) {
             const Index sub_row = sub / up, sub_column = sub % up;
             const Index first_row = sub_row * down / up - radius, first_column = sub_column * down / up - radius;

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from carafepp.kernels import reassemble
+from carafepp.kernels import reassemble, reassemble_weights
 from carafepp.kernels.cpu import backend as cpu
 from carafepp.kernels.cpu import build as cpu_build
 from carafepp.kernels.geometry import Spec
@@ -70,6 +70,33 @@ def test_bit_identical_for_any_number_of_threads(size, spec, layout):
         runs.append(differentiate(reassemble, *inputs, backend="cpu", **spec._asdict()))
     for run in runs[1:]:
         assert all(torch.equal(run[name], result) for name, result in runs[0].items())
+
+
+@pytest.mark.parametrize("columns", [5, 16, 39])
+@pytest.mark.parametrize(
+    "spec",
+    [Spec(5, up=2), Spec(3, up=3, down=2, groups=2, normalizer="sigmoid_normalized"), Spec(1, border="replicate")],
+    ids=str,
+)
+def test_bits_do_not_depend_on_the_memory_format_of_the_logits(spec, columns):
+    x, logits, dy = random_inputs(2, 34, 7, columns, spec, layouts="channels_last", spread=2.0)
+    at_targets = torch.randn(2, spec.groups * spec.taps, *dy.shape[2:])
+    for function, weights in ((reassemble, logits), (reassemble_weights, at_targets)):
+        contiguous, channels_last = (
+            differentiate(function, x, weights.contiguous(memory_format=layout), dy, backend="cpu", **spec._asdict())
+            for layout in (torch.contiguous_format, torch.channels_last)
+        )
+        assert all(torch.equal(channels_last[name], result) for name, result in contiguous.items())
+
+
+@pytest.mark.parametrize("spec", [Spec(1, up=2), Spec(3, up=3, down=2), Spec(5, up=2)], ids=str)
+def test_bits_do_not_depend_on_the_size_of_the_batch(spec):
+    """The outputs of many images do not fit into the caches and are prefetched."""
+    x, logits, _ = random_inputs(1, 84, 13, 15, spec, layouts="channels_last", spread=2.0)
+    y = reassemble(x, logits, backend="cpu", **spec._asdict())
+    images = -(-(4 << 20) // y.nbytes)
+    many = [t.expand(images, -1, -1, -1) for t in (x, logits)]
+    assert torch.equal(reassemble(*many, backend="cpu", **spec._asdict()), y.expand(images, -1, -1, -1))
 
 
 def test_own_threads_give_the_same(monkeypatch):
