@@ -43,8 +43,7 @@ struct Grid {
             // between whole rows, one margin of zeros serves both the row before it and the row after it
             const bool shared = tile_columns == 1 && problem.border != REPLICATE && problem.border != SHIFT;
             const Index pitch = width + (shared ? 1 : 2) * grid.halo;
-            // several tiles for each thread, so that none waits long for the last
-            const Index wanted = threads > 1 ? ceil_div(4 * threads, problem.batch * problem.groups * tile_columns) : 1;
+            const Index wanted = ceil_div(4 * threads, problem.batch * problem.groups * tile_columns);
             const Index fit = (bytes / Index(sizeof(T)) / pitch - haloed * 2 * grid.halo) / (bare + haloed);
             const Index height = std::min(fit, std::max<Index>(1, rows / wanted));
             // per cell: lanes of the margin, the fixed cost of a row, and weights; these are a third of the work, and more if they are
