@@ -228,7 +228,7 @@ def plot_costs(data: dict[str, Any]) -> Figure:
                 color = METHOD if row == "carafe" else OURS
                 axis.errorbar(time, y, yerr=deviation, fmt="o", color=color, capsize=4, markersize=9, linewidth=1.5)
             axis.set_xscale("log")
-            axis.set_xticks(ticks := [1, 2, 5, 10, 20, 50, 100, 200], list(map(str, ticks)))
+            axis.set_xticks(ticks := [1, 2, 5, 10, 20, 50, 100, 200, 500], list(map(str, ticks)))
             axis.set_xlim(min(point[0] for point in points.values()) / 2, 6 * max(point[0] for point in points.values()))
             axis.minorticks_off()
             axis.margins(y=0.1)
