@@ -11,16 +11,18 @@ from carafepp.models.fpn import FPN
 from carafepp.models.freq_fusion import FreqFusion
 from carafepp.models.global_local import GlobalLocal
 from carafepp.models.guided_samplers import A2U, FADE, GUM, SAPA, IndexNet
+from carafepp.models.jbu import JBU
 from carafepp.models.learned_samplers import Deconv, NearestConv, PixelShuffle
 from carafepp.models.partial_conv import PartialGlobalLocal
 from carafepp.models.point_samplers import DySample
 from carafepp.models.pspnet import PSPNet
+from carafepp.models.resfu import ReSFU
 from carafepp.models.resnet import ResNet
 from carafepp.models.samplers import Bilinear, Nearest, resize
 from carafepp.models.upernet import UperNet
 from networks import UP, dilated_resnet, small_resnet
 
-GUIDED = [GUM, IndexNet, A2U, SAPA, FADE, FreqFusion, LocalAttender]
+GUIDED = [GUM, IndexNet, A2U, SAPA, FADE, FreqFusion, LocalAttender, JBU, ReSFU]
 SAMPLERS = [UP, Nearest, Bilinear, NearestConv, Deconv, PixelShuffle, DySample, *GUIDED]
 
 
