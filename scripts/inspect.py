@@ -21,9 +21,17 @@ from .common.options import look_up, read_options
 
 if TYPE_CHECKING:
     from ..kernels.gpu.launch import Launch
-    from ..kernels.gpu.tile_geometry import Direction, TileProblem
+    from ..kernels.gpu.tile_geometry import KernelName, TileProblem
 
 LABELS = ("site", "dtype", "memory_format", "normalizer", "kernel", "architecture")
+
+# names of kernels by whether they need the gradients to the features and to the logits
+NAMES: "dict[tuple[bool | None, bool | None], KernelName]" = {
+    (None, None): "forward",
+    (True, True): "backward",
+    (False, True): "logit_gradient",
+    (True, False): "source_gradient",
+}
 
 # headings in a narrow terminal
 SHORT = {"registers": "regs", "occupancy": "occ.", "widest load": "load", "widest store": "store", "barriers": "bars"}
@@ -35,7 +43,6 @@ class Kernel(NamedTuple):
 
     labels: dict[str, str]
     launch: "Launch"
-    direction: "Direction"
     problem: "TileProblem"
     capability: int
 
@@ -56,13 +63,12 @@ def find_kernels(options: Mapping[str, Any], capability: int) -> Iterator[Kernel
         step = build_training_step(*shape, spec, dtypes[dtype], formats[memory_format])
         pair = divmod(capability, 10)
         problem = step.problem(pair)
-        for direction in DIRECTIONS:
-            for launch in step.build_launches(direction, capability=pair):
-                key = (launch.source().hash(), launch.num_warps, launch.num_stages)
-                if key not in seen:
-                    seen.add(key)
-                    where = (site, dtype, memory_format, normalizer, launch.kernel.__name__, f"sm_{capability}")
-                    yield Kernel(dict(zip(LABELS, where, strict=True)), launch, direction, problem, capability)
+        for launch in (launch for direction in DIRECTIONS for launch in step.build_launches(direction, capability=pair)):
+            key = (launch.source().hash(), *launch.options.values())
+            if key not in seen:
+                seen.add(key)
+                where = (site, dtype, memory_format, normalizer, launch.kernel.__name__, f"sm_{capability}")
+                yield Kernel(dict(zip(LABELS, where, strict=True)), launch, problem, capability)
 
 
 def read_figures(launch: "Launch", capability: int) -> dict[str, Any]:
@@ -73,7 +79,7 @@ def read_figures(launch: "Launch", capability: int) -> dict[str, Any]:
     from ..kernels.gpu import assembly, residency
 
     # the source, its compiler, and the code that reads the result
-    readers = [Path(module.__file__).read_text() for module in (assembly, residency)]
+    readers = [Path(path).read_text() for path in (assembly.__file__, residency.__file__)]
     told = (launch.source().hash(), launch.options, capability, triton.__version__, readers)
     path = cache_directory() / "inspect" / f"{hashlib.sha256(repr(told).encode()).hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
@@ -93,8 +99,10 @@ def predict_microseconds(kernel: Kernel, figures: Mapping[str, Any]) -> int | No
     tile = kernel.launch.constants.get("TILE")
     if tile is None:
         return None
+    needed = (kernel.launch.constants.get("NEED_DX"), kernel.launch.constants.get("NEED_DLOGITS"))
+    name = NAMES[needed]
     resources = Resources(figures["registers"], figures["shared"])
-    return round(estimate_time(kernel.direction, kernel.problem, tile, resources=resources).total)
+    return round(estimate_time(name, kernel.problem, tile, resources).total)
 
 
 def format_table(rows: list[dict], width: int) -> str:

@@ -22,10 +22,11 @@ from .banded_forward import banded_forward
 from .launch import INT32_MAX, Launch, Plan
 from .padded_taps import padded_source_gradient
 from .records import Features, Layout, Logits, Sizes, Window
-from .tile_geometry import Direction, Tile, TileProblem, halo, reach
+from .tile_geometry import KernelName, Tile, TileProblem, halo, reach
 from .tile_limits import source_blocks
-from .tile_ranking import choose_tile
+from .tile_ranking import SEPARATE, TOGETHER, choose_backward, choose_tile
 from .tile_tables import measured_tile
+from .tile_work import run_alignments, run_vector
 
 TAP_BLOCKS = {"BLOCK_M": 32, "BLOCK_C": 32}
 TAP_OPTIONS = {"num_warps": 4, "num_stages": 2}
@@ -137,16 +138,21 @@ def _window(spec: Spec) -> Window:
     return Window(spec.kernel_size, spec.up, spec.down, spec.normalizer, spec.border, spec.normalizer in LSE_NORMALIZERS)
 
 
-def _find_tile(direction: Direction, problem: TileProblem, x: Tensor) -> Tile | None:
+def _find_tile(kernel: KernelName, problem: TileProblem, x: Tensor) -> Tile | None:
     """Return the measured or ranked tile; None for the kernels that work tap by tap, which alone read pixels of the map outside it."""
     if problem.spec.border in PADDED_BORDERS:
         return None
-    return measured_tile(direction, problem, _device_name(x)) or choose_tile(direction, problem)
+    return measured_tile(kernel, problem, _device_name(x)) or choose_tile(kernel, problem)
 
 
-def _tile_grid(problem: TileProblem, tile: Tile, programs: int) -> tuple[int, int, int]:
+def _tile_launch(
+    kernel: triton.JITFunction, arguments: dict[str, Any], constants: dict[str, Any], problem: TileProblem, tile: Tile, programs: int
+) -> Launch:
+    """Return a launch with a number of programs for each tile."""
     rows, cols = triton.cdiv(problem.height, tile.cells_h), triton.cdiv(problem.width, tile.cells_w)
-    return (problem.batch * rows * cols * programs, 1, 1)
+    given = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+    grid = (problem.batch * rows * cols * programs, 1, 1)
+    return Launch(kernel, grid, given, constants, tile.num_warps, tile.num_stages, tile.max_registers)
 
 
 def _tap_launch(kernel: triton.JITFunction, arguments: dict[str, Tensor | tuple], problem: TileProblem, locations: int) -> Launch:
@@ -182,17 +188,17 @@ def forward_launches(
     }
     if tile is None:
         return [_tap_launch(taps.tap_forward, arguments, problem, logits.shape[2:].numel())]
-    x_align = problem.x_align if problem.channels_last else min(problem.x_align, tile.vector)
+    x_align, _ = run_alignments(problem, tile)
     constants = {
         "WINDOW": _window(spec),
         "TILE": tile,
-        "HALO": halo(spec, tile.cells_h, tile.cells_w, 1 if problem.channels_last else x_align),
+        "HALO": halo(spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, x_align)),
         "LAYOUT": _layout(problem, x_align, problem.y_align, x, logits, y),
         "PRECISION": _precision(),
         # the targets of a small tile are too few rows for the matrix units of capability 9.0 and later
         "TALL": problem.capability >= (9, 0) and tile.cells_h * tile.cells_w * spec.up**2 < 64,
     }
-    return [Launch(banded_forward, _tile_grid(problem, tile, tile.split), arguments, constants, tile.num_warps, tile.num_stages)]
+    return [_tile_launch(banded_forward, arguments, constants, problem, tile, tile.split)]
 
 
 def backward_launches(
@@ -209,11 +215,10 @@ def backward_launches(
 ) -> list[Launch]:
     """Return the launches that fill dx and dlogits, unless they are None; arguments as for `backward`, on any device, including "meta".
 
-    `tile` replaces the measured or chosen tile, and `capability` that of the device.
+    `tile` replaces the measured or chosen tiles, and `capability` that of the device.
     """
     problem = problem_of(x, logits, dy, spec, capability)
-    tile = tile or _find_tile("backward", problem, x)
-    # the kernel does not touch a gradient that is None, so that the input can replace it
+    # a kernel does not touch a gradient that is None, so that the input can replace it
     to_x, to_logits = x if dx is None else dx, logits if dlogits is None else dlogits
     arguments = {
         "sizes": _sizes(x, logits, dy, spec),
@@ -224,23 +229,47 @@ def backward_launches(
         "dx": Features(to_x, *to_x.stride()),
         "dlogits": Logits(to_logits, *to_logits.stride()),
     }
+    kernels: tuple[KernelName, ...] = ()
+    if dx is not None and dlogits is not None:
+        kernels = TOGETHER if tile else _find_kernels(problem, x)
+    elif dlogits is not None:
+        kernels = ("logit_gradient",)
+    elif dx is not None:
+        kernels = ("source_gradient",)
+    return [_backward_launch(kernel, arguments, problem, tile) for kernel in kernels]
+
+
+def _find_kernels(problem: TileProblem, x: Tensor) -> tuple[KernelName, ...]:
+    """Return the kernels that compute both gradients: those that have measured tiles, or else the fastest by the model."""
+    if problem.spec.border not in PADDED_BORDERS:
+        for kernels in (SEPARATE, TOGETHER):
+            if all(measured_tile(kernel, problem, _device_name(x)) for kernel in kernels):
+                return kernels
+        return choose_backward(problem)
+    return SEPARATE
+
+
+def _backward_launch(kernel: KernelName, arguments: dict[str, Any], problem: TileProblem, tile: Tile | None) -> Launch:
+    x, logits, dy, dx, dlogits = (arguments[name].ptr for name in ("x", "logits", "dy", "dx", "dlogits"))
+    tile = tile or _find_tile(kernel, problem, x)
     if tile is None:
-        source_gradient = padded_source_gradient if spec.border in PADDED_BORDERS else taps.tap_source_gradient
-        needed = ((dlogits, taps.tap_logit_gradient, logits), (dx, source_gradient, x))
-        return [_tap_launch(kernel, arguments, problem, t.shape[2:].numel()) for result, kernel, t in needed if result is not None]
-    x_align, y_align = math.gcd(problem.x_align, _alignment(to_x, problem.channels, problem.channels_last)), problem.y_align
-    if not problem.channels_last:
-        x_align, y_align = min(x_align, tile.vector), min(y_align, tile.vector)
+        if kernel == "logit_gradient":
+            return _tap_launch(taps.tap_logit_gradient, arguments, problem, logits.shape[2:].numel())
+        gradient = padded_source_gradient if problem.spec.border in PADDED_BORDERS else taps.tap_source_gradient
+        return _tap_launch(gradient, arguments, problem, x.shape[2:].numel())
+    # the gradient to x may have other strides than x
+    x_align = math.gcd(problem.x_align, _alignment(dx, problem.channels, problem.channels_last))
+    x_align, y_align = run_alignments(problem._replace(x_align=x_align), tile)
     constants = {
-        "WINDOW": _window(spec),
+        "WINDOW": _window(problem.spec),
         "TILE": tile,
-        "HALO": halo(spec, tile.cells_h, tile.cells_w, 1 if problem.channels_last else x_align),
-        "REACH": reach(spec, tile.cells_h, tile.cells_w, 1 if problem.channels_last else y_align),
-        "BLOCKS": source_blocks(problem, tile),
-        "LAYOUT": _layout(problem, x_align, y_align, x, logits, dy, to_x, to_logits),
+        "HALO": halo(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, x_align)),
+        "REACH": reach(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, y_align)),
+        "BLOCKS": source_blocks(kernel, problem, tile),
+        "LAYOUT": _layout(problem, x_align, y_align, x, logits, dy, dx, dlogits),
         "PRECISION": _precision(),
-        "NEED_DX": dx is not None,
-        "NEED_DLOGITS": dlogits is not None,
+        "NEED_DX": kernel != "logit_gradient",
+        "NEED_DLOGITS": kernel != "source_gradient",
     }
     programs = constants["NEED_DLOGITS"] + constants["NEED_DX"] * tile.split
-    return [Launch(banded_backward, _tile_grid(problem, tile, programs), arguments, constants, tile.num_warps, tile.num_stages)]
+    return _tile_launch(banded_backward, arguments, constants, problem, tile, programs)

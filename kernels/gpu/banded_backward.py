@@ -1,14 +1,16 @@
-"""Backward as two products with banded matrices, in one launch.
+"""Backward as two products with banded matrices, in one launch, or in a launch for each gradient.
 
-Two programs share a tile of cells. One computes the gradient to the logits from the targets m of the tile and the sources p of its halo:
+Several programs share a tile of cells. One computes the gradient to the logits from the targets m of the tile and the sources p of its
+halo:
 
     dw = x dy^T [p, m], summed over channels; every window takes its band of dw; the gradient of the normalizer follows
 
-The other computes the gradient to the features from the sources s of the tile and the targets d whose windows reach into it:
+The others compute the gradient to the features from the sources s of the tile and the targets d whose windows reach into it:
 
     dx = B^T dy [s, c],  B[d, s] = weight with which target d read source s, rebuilt from its logit and the log-sum-exp of its window
 
-Both run at the same time, so that dy is read from memory once. The axes m, p, s and t (taps of a window) are rounded up to a power of two.
+In one launch, all run at the same time, so that dy is read from memory once. A launch for one gradient has a tile of its own and needs
+fewer registers. The axes m, p, s and t (taps of a window) are rounded up to a power of two.
 """
 
 import triton

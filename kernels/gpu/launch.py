@@ -43,12 +43,13 @@ class Launch(NamedTuple):
     constants: dict[str, Any]  # compile-time parameters, in their order after the arguments
     num_warps: int
     num_stages: int
+    max_registers: int = 255  # per thread
 
     @property
     def options(self) -> dict[str, int]:
         """Compiler options."""
         # without a limit, the assembler may spill a few bytes to fit one more block on a multiprocessor
-        registers = {} if torch.version.hip else {"maxnreg": 255}
+        registers = {} if torch.version.hip else {"maxnreg": self.max_registers}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages} | registers
 
     def start(self, compiled: CompiledKernel) -> None:
@@ -125,7 +126,7 @@ def compile_for_current_device(launch: Launch) -> CompiledKernel:
     """
     source = launch.source()
     driver: Any = triton.runtime.driver.active
-    key = (source.hash(), launch.num_warps, launch.num_stages, driver.get_current_device())
+    key = (source.hash(), *launch.options.values(), driver.get_current_device())
     if key not in _compiled:
         _compiled[key] = triton.compile(source, options=launch.options)
     return _compiled[key]

@@ -12,6 +12,9 @@ from ..geometry import Spec
 
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+# the launches that have tiles: forward, both gradients, the gradient to the logits, and the gradient to the features
+KernelName = Literal["forward", "backward", "logit_gradient", "source_gradient"]
+KERNELS: tuple[KernelName, ...] = ("forward", "backward", "logit_gradient", "source_gradient")
 # smallest axis of a matrix product in Triton
 SMALLEST_EXTENT = 16
 
@@ -23,9 +26,10 @@ class Tile(NamedTuple):
     cells_w: int
     vector: int  # elements of a vector load along rows of pixels; the halo is rounded to a multiple
     block_c: int  # channels of one product
-    split: int  # programs that share the channels of a tile
+    split: int  # programs that share the channels of a tile; 1 in the gradient to the logits, which sums over channels
     num_warps: int
     num_stages: int
+    max_registers: int = 255  # per thread; values beyond it spill
 
 
 class TileProblem(NamedTuple):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
-from .tile_geometry import SMALLEST_EXTENT, Direction, Tile, TileProblem, halo, power_of_two, reach
+from .tile_geometry import SMALLEST_EXTENT, KernelName, Tile, TileProblem, halo, power_of_two, reach
 
 WARP_SIZE = 32
 REGISTER_BYTES = 4
@@ -21,6 +21,9 @@ SHARED_BYTES = 96 * 1024
 # the cells of a tile; few, because each is a separate compilation. Seven columns divide the maps of images of 224 and 800 x 1333 pixels
 CELLS = ((1, 1), (1, 2), (1, 4), (1, 8), (1, 14), (1, 16), (2, 2), (2, 4), (2, 7), (2, 8), (3, 4), (4, 4))
 VECTORS = (1, 2, 4)
+# what a search by measurement tries in addition
+WIDE_CELLS = ((1, 7), (2, 16), (4, 7), (4, 8))
+WIDE_CHANNELS, WIDE_WARPS, WIDE_STAGES, WIDE_CAPS = (128, 64, 32), (2, 4, 8), (1, 2, 3, 4), (255, 168, 128)
 SPLITS = (1, 2, 4)
 
 # estimated registers of the forward kernel for each term of an operand, by warps of a program
@@ -29,7 +32,7 @@ FORWARD_REGISTERS = {2: 136, 4: 128}
 FORWARD_LOGITS, BACKWARD_LOGITS = 64, 32
 # taps times sources of the halo, T * P, per thread: bounds the window
 FORWARD_WINDOW, BACKWARD_WINDOW = 128, 64
-# estimated registers of the backward kernel, and the same where the matrix units leave fewer registers (`has_less_room`)
+# estimated registers of the kernels of the two gradients, and the same where the matrix units leave fewer registers (`has_less_room`)
 BACKWARD_REGISTERS, BACKWARD_REGISTERS_LESS_ROOM = 128, 108
 # registers to add to the estimate of the gradient to the logits in float32
 FLOAT32_REGISTERS = 20
@@ -37,13 +40,12 @@ FLOAT32_REGISTERS = 20
 BACKWARD_TARGETS = 64
 
 # channels of one product of the gradient to the sources
-SOURCE_CHANNELS = 256
-# bytes of these channels where the matrix units leave fewer registers and the channels are too many for all programs to share
-SOURCE_CHANNEL_BYTES_LESS_ROOM = 256
-# targets of the same product, in bytes of one channel
-SOURCE_TARGET_BYTES = 128
-# elements of the gradient in the same product, targets times channels, for each channel of a product of the other gradient
-SOURCE_ELEMENTS = 256
+SOURCE_CHANNELS = (256, 128, 64, 32)
+# targets of the same product by element size, and bytes of the gradient in it
+SOURCE_TARGETS, SOURCE_GRADIENT_BYTES = {2: 64, 4: 16}, 16384
+# in a launch of both gradients: bytes of the channels where the matrix units leave fewer registers and the channels are too many for all
+# programs to share, targets in bytes of one channel, and elements of the gradient for each channel of a product of the other gradient
+SOURCE_CHANNEL_BYTES_LESS_ROOM, SOURCE_TARGET_BYTES, SOURCE_ELEMENTS = 256, 128, 256
 
 
 class SourceBlocks(NamedTuple):
@@ -53,17 +55,30 @@ class SourceBlocks(NamedTuple):
     targets: int  # of those that read the sources of the tile
 
 
-def source_blocks(problem: TileProblem, tile: Tile) -> SourceBlocks:
-    """Return the extents of one product of the gradient to the sources: all channels of a program if they fit."""
-    room = SOURCE_CHANNEL_BYTES_LESS_ROOM // problem.element_size
-    most = room if problem.channels > SPLITS[-1] * room and has_less_room(problem) else SOURCE_CHANNELS
-    channels = min(most, power_of_two(-(-problem.channels // tile.split)))
-    targets = min(SOURCE_TARGET_BYTES // problem.element_size, SOURCE_ELEMENTS * tile.block_c // channels)
+def source_blocks(kernel: KernelName, problem: TileProblem, tile: Tile) -> SourceBlocks:
+    """Return the extents of one product of the gradient to the sources.
+
+    In a launch of both gradients, these are all channels of a program if they fit.
+    """
+    size = problem.element_size
+    if kernel == "backward":
+        room = SOURCE_CHANNEL_BYTES_LESS_ROOM // size
+        most = room if problem.channels > SPLITS[-1] * room and has_less_room(problem) else SOURCE_CHANNELS[0]
+        channels = min(most, power_of_two(-(-problem.channels // tile.split)))
+        targets = min(SOURCE_TARGET_BYTES // size, SOURCE_ELEMENTS * tile.block_c // channels)
+    else:
+        channels = tile.block_c
+        targets = min(SOURCE_TARGETS[size], SOURCE_GRADIENT_BYTES // size // channels)
     return SourceBlocks(channels, max(SMALLEST_EXTENT, targets))
 
 
+def gradient_registers(problem: TileProblem) -> int:
+    """Return the most estimated registers of a kernel that computes a gradient."""
+    return BACKWARD_REGISTERS_LESS_ROOM if has_less_room(problem) else BACKWARD_REGISTERS
+
+
 def has_less_room(problem: TileProblem) -> bool:
-    """Return whether the matrix units leave the backward kernel fewer registers: from capability 9.0 in float32, from 10.0 in 16 bits."""
+    """Return whether the matrix units leave the gradients fewer registers: from capability 9.0 in float32, from 10.0 in 16 bits."""
     return problem.capability >= ((9, 0) if problem.element_size == 4 else (10, 0))
 
 
@@ -77,32 +92,63 @@ def operand_registers(elements: int, element_size: int) -> float:
     return elements * element_size / REGISTER_BYTES * operand_terms(element_size)
 
 
-def fitting_tiles(direction: Direction, problem: TileProblem) -> Iterator[Tile]:
-    """Yield the candidates that fit in one pass; none if the window is too large.
+def fitting_tiles(kernel: KernelName, problem: TileProblem) -> Iterator[Tile]:
+    """Yield the candidates that fit; none if the window is too large.
 
-    Forward takes the most channels that fit. The model of time sees little difference between blocks of channels there.
+    Forward takes the most channels that fit, because the model of time sees little difference between blocks of channels there.
     """
-    fits = fits_forward if direction == "forward" else fits_backward
     found: set[Tile] = set()
-    for tile in candidate_tiles(direction, problem):
-        kind = tile._replace(block_c=0) if direction == "forward" else tile
-        if kind not in found and fits(problem, tile):
+    for tile in candidate_tiles(kernel, problem):
+        kind = tile._replace(block_c=0) if kernel == "forward" else tile
+        if kind not in found and fits(kernel, problem, tile):
             found.add(kind)
             yield tile
 
 
-def candidate_tiles(direction: Direction, problem: TileProblem) -> Iterator[Tile]:
+def fits(kernel: KernelName, problem: TileProblem, tile: Tile) -> bool:
+    """Return whether a kernel can run with this tile, without registers that spill."""
+    if kernel == "forward":
+        return fits_forward(problem, tile)
+    logits = kernel == "source_gradient" or fits_logit_gradient(problem, tile)
+    return logits and (kernel == "logit_gradient" or fits_source_gradient(problem, tile, source_blocks(kernel, problem, tile)))
+
+
+def candidate_tiles(kernel: KernelName, problem: TileProblem) -> Iterator[Tile]:
     """Yield the tiles to choose from, including those that do not fit, in the order of falling channels."""
-    align = problem.x_align if direction == "forward" else problem.y_align
+    align = problem.x_align if kernel == "forward" else problem.y_align
     vectors = (1,) if problem.channels_last else tuple(vector for vector in VECTORS if align % vector == 0)
     half, newer = problem.element_size == 2, problem.capability >= (9, 0)
-    # a product of the newer matrix units has 64 rows, which may be the channels
-    channels = (64,) if newer else (64, 32) if half else (32, 16)
+    if kernel == "forward":
+        # a product of the newer matrix units has 64 rows, which may be the channels
+        channels = (64,) if newer else (64, 32) if half else (32, 16)
+    elif kernel == "backward":
+        channels = (64,) if newer else (64, 32) if half else (32, 16)
+    elif kernel == "logit_gradient":
+        channels = (64, 32) if half else (64, 32, 16)
+    else:
+        # the widest vectors are the fastest
+        vectors = vectors[-1:]
+        most = power_of_two(problem.channels)
+        channels = tuple(number for number in SOURCE_CHANNELS if number <= most) or (most,)
+    splits = (1,) if kernel == "logit_gradient" else SPLITS
     # two warps share more of the work that builds a band; the newer matrix units take four warps together
-    num_warps = 2 if direction == "forward" and not newer else 4
-    for cells, vector, split, block_c in product(CELLS, vectors, SPLITS, channels):
+    num_warps = 2 if kernel == "forward" and not newer else 4
+    for cells, vector, split, block_c in product(CELLS, vectors, splits, channels):
         if split == 1 or block_c * split <= problem.channels:
             yield Tile(*cells, vector, block_c, split, num_warps, 2 if half else 1)
+
+
+def wide_tiles(kernel: KernelName, problem: TileProblem) -> Iterator[Tile]:
+    """Yield the tiles among which a search by measurement looks, including those that do not fit."""
+    align = problem.x_align if kernel == "forward" else problem.y_align
+    vectors = (1,) if problem.channels_last else tuple(vector for vector in VECTORS if align % vector == 0)
+    channels = SOURCE_CHANNELS if kernel == "source_gradient" else WIDE_CHANNELS
+    splits = (1,) if kernel == "logit_gradient" else SPLITS
+    for cells, vector, split, block_c, *rest in product(
+        (*CELLS, *WIDE_CELLS), vectors, splits, channels, WIDE_WARPS, WIDE_STAGES, WIDE_CAPS
+    ):
+        if split == 1 or block_c * split <= problem.channels:
+            yield Tile(*cells, vector, block_c, split, *rest)
 
 
 def fits_forward(problem: TileProblem, tile: Tile) -> bool:
@@ -122,20 +168,15 @@ def fits_forward(problem: TileProblem, tile: Tile) -> bool:
     )
 
 
-def fits_backward(problem: TileProblem, tile: Tile) -> bool:
-    """Return whether the backward kernel can run with this tile."""
-    limit = BACKWARD_REGISTERS_LESS_ROOM if has_less_room(problem) else BACKWARD_REGISTERS
-    return _logit_gradient_fits(problem, tile, limit) and _source_gradient_fits(problem, tile, limit)
-
-
-def _logit_gradient_fits(problem: TileProblem, tile: Tile, most_registers: int) -> bool:
+def fits_logit_gradient(problem: TileProblem, tile: Tile) -> bool:
+    """Return whether the kernel of the gradient to the logits can run with this tile."""
     size, threads = problem.element_size, WARP_SIZE * tile.num_warps
     terms = operand_terms(size)
     window = halo(problem.spec, tile.cells_h, tile.cells_w, min(tile.vector, problem.x_align))
     features, band = (window.m + window.p) * tile.block_c, window.m * window.p
     registers = band / threads + operand_registers(features, size) / threads + FLOAT32_REGISTERS * (terms - 1)
     return (
-        registers <= most_registers
+        registers <= gradient_registers(problem)
         # the gradient of the band is float32
         and max(features * size, band * REGISTER_BYTES) * terms <= SHARED_BYTES
         and window.t * window.m / threads <= BACKWARD_LOGITS
@@ -144,11 +185,12 @@ def _logit_gradient_fits(problem: TileProblem, tile: Tile, most_registers: int) 
     )
 
 
-def _source_gradient_fits(problem: TileProblem, tile: Tile, most_registers: int) -> bool:
+def fits_source_gradient(problem: TileProblem, tile: Tile, blocks: SourceBlocks) -> bool:
+    """Return whether the kernel of the gradient to the features can run with this tile."""
     size, threads = problem.element_size, WARP_SIZE * tile.num_warps
-    channels, targets = source_blocks(problem, tile)
+    channels, targets = blocks
     sources = reach(problem.spec, tile.cells_h, tile.cells_w, tile.vector).s
     # every warp holds the whole band
     operands = operand_registers(targets * channels, size) / threads + operand_registers(targets * sources, size) / WARP_SIZE
     shared = targets * (channels + sources) * size * operand_terms(size)
-    return sources * channels / threads + operands <= most_registers and shared <= SHARED_BYTES
+    return sources * channels / threads + operands <= gradient_registers(problem) and shared <= SHARED_BYTES

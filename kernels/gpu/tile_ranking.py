@@ -3,21 +3,55 @@
 The tiles that fit (tile_limits.py) are ranked by their predicted time (tile_time.py). A measured tile (tile_tables.py) takes precedence.
 """
 
+import math
 from functools import lru_cache
 
-from .tile_geometry import Direction, Tile, TileProblem
-from .tile_limits import fitting_tiles
-from .tile_time import estimate_time
+from .tile_geometry import KernelName, Tile, TileProblem
+from .tile_limits import fitting_tiles, wide_tiles
+from .tile_resources import MOST_REGISTERS, Resources, estimate_resources
+from .tile_time import count_slots, estimate_time
+
+# the kernels of a backward pass: one for both gradients, or one for each
+TOGETHER: tuple[KernelName, ...] = ("backward",)
+SEPARATE: tuple[KernelName, ...] = ("logit_gradient", "source_gradient")
+# a limit of registers that is this much below the estimate makes a kernel spill too many of them
+MOST_OVER_LIMIT = 1.3
 
 
 @lru_cache(maxsize=4096)
-def rank_tiles(direction: Direction, problem: TileProblem) -> tuple[Tile, ...]:
-    """Return the tiles that fit a pass, the fastest by the model first; none if the window is too large."""
-    times = {tile: estimate_time(direction, problem, tile).total for tile in fitting_tiles(direction, problem)}
+def rank_tiles(kernel: KernelName, problem: TileProblem) -> tuple[Tile, ...]:
+    """Return the tiles that fit a kernel, the fastest by the model first; none if the window is too large."""
+    times = {tile: estimate_time(kernel, problem, tile).total for tile in fitting_tiles(kernel, problem)}
     return tuple(sorted(times, key=lambda tile: (times[tile], tile)))
 
 
-def choose_tile(direction: Direction, problem: TileProblem) -> Tile | None:
+def choose_tile(kernel: KernelName, problem: TileProblem) -> Tile | None:
     """Return the first tile of the ranking, or None if the window is too large for the banded kernel."""
-    tiles = rank_tiles(direction, problem)
+    tiles = rank_tiles(kernel, problem)
     return tiles[0] if tiles else None
+
+
+def choose_backward(problem: TileProblem) -> tuple[KernelName, ...]:
+    """Return the kernels that compute both gradients in the least time by the model: one for both, or one for each."""
+    tiles = {kernel: choose_tile(kernel, problem) for kernel in (*TOGETHER, *SEPARATE)}
+    times = {kernel: estimate_time(kernel, problem, tile).total for kernel, tile in tiles.items() if tile}
+    if "backward" in times and times["backward"] <= sum(times.get(kernel, math.inf) for kernel in SEPARATE):
+        return TOGETHER
+    return SEPARATE
+
+
+def rank_wide_tiles(kernel: KernelName, problem: TileProblem) -> list[Tile]:
+    """Return the tiles that a search by measurement tries, the fastest by the model first.
+
+    Their registers and shared memory are estimated, so that some of them cannot run.
+    """
+    times = {}
+    for tile in wide_tiles(kernel, problem):
+        registers, shared = estimate_resources(kernel, problem, tile)
+        limited = tile.max_registers < MOST_REGISTERS
+        if registers >= MOST_REGISTERS or (limited and not tile.max_registers < registers <= MOST_OVER_LIMIT * tile.max_registers):
+            continue
+        resources = Resources(min(registers, tile.max_registers), shared)
+        if count_slots(problem.capability, *resources, tile.num_warps, 1e9):
+            times[tile] = estimate_time(kernel, problem, tile, resources).total
+    return sorted(times, key=lambda tile: (times[tile], tile))

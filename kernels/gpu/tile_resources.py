@@ -7,7 +7,7 @@ the factors were fitted to compiled kernels (tests/kernels/gpu/fit_tile_time.py)
 import math
 from typing import NamedTuple
 
-from .tile_geometry import Direction, Tile, TileProblem, halo, reach
+from .tile_geometry import KernelName, Tile, TileProblem, halo, reach
 from .tile_limits import REGISTER_BYTES, WARP_SIZE, SourceBlocks, operand_terms, source_blocks
 from .tile_work import NARROWEST_COPY, run_alignments, run_vector, takes_four_warps
 
@@ -22,12 +22,16 @@ class Resources(NamedTuple):
     shared: int  # bytes
 
 
-def estimate_resources(direction: Direction, problem: TileProblem, tile: Tile, blocks: SourceBlocks | None = None) -> Resources:
-    """Return the estimated resources of a pass; the two kinds of programs of backward have the same code, and both take the most."""
-    if direction == "forward":
+def estimate_resources(kernel: KernelName, problem: TileProblem, tile: Tile) -> Resources:
+    """Return the estimated resources of a kernel; all programs of a launch of both gradients take the most that one of them needs."""
+    if kernel == "forward":
         return forward_resources(problem, tile)
-    both = logit_gradient_resources(problem, tile), source_gradient_resources(problem, tile, blocks or source_blocks(problem, tile))
-    return Resources(*map(max, *both))
+    needed = []
+    if kernel != "source_gradient":
+        needed.append(logit_gradient_resources(problem, tile))
+    if kernel != "logit_gradient":
+        needed.append(source_gradient_resources(problem, tile, source_blocks(kernel, problem, tile)))
+    return Resources(*map(max, zip(*needed, strict=True)))
 
 
 def forward_resources(problem: TileProblem, tile: Tile) -> Resources:
@@ -73,7 +77,8 @@ def source_gradient_resources(problem: TileProblem, tile: Tile, blocks: SourceBl
     # every warp holds the whole band as operand of its own matrix instruction
     held = 0 if newer else band * size / REGISTER_BYTES / WARP_SIZE * operand_terms(size)
     loads = _vectors(problem, gradients, threads, reached.width, y_align)
-    registers = 44 + 1.4 * result / threads + 2.5 * held + 6.7 * loads + 0.5 * max(1, band / threads) + 15 * (operand_terms(size) - 1)
+    registers = 44 + 1.4 * result / threads + 2.5 * held + 6.7 * loads + 0.5 * max(1, band / threads)
+    registers += (15 + 1.4 * gradients / threads) * (operand_terms(size) - 1)
     buffered = _buffers(problem, tile, newer, reached.width, y_align) * gradients + band
     return _resources(registers, size * buffered + REGISTER_BYTES * blocks.targets)
 

@@ -2,7 +2,7 @@
 
 `carafepp-tune` writes the user's table, a JSON file {device name: {key: tile}} in the cache folder or at the path in CARAFEPP_TILES. The
 shipped table, measured_tiles.json, {architecture: {key: tile}}, serves keys that the user's table lacks. Its tiles for sm_90 were measured
-by carafepp-tune on an H200.
+by carafepp-tune on an H200. The key of a tile begins with the name of its kernel.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .tile_geometry import Direction, Tile, TileProblem
+from .tile_geometry import KernelName, Tile, TileProblem
 
 SHIPPED_TABLE = Path(__file__).with_name("measured_tiles.json")
 
@@ -25,13 +25,13 @@ def table_path() -> Path:
     return Path(os.environ.get("CARAFEPP_TILES") or Path(cache_folder) / "carafepp" / "tiles.json")
 
 
-def table_key(direction: Direction, problem: TileProblem) -> str:
-    """Return the key of a pass. Problems share a key, and therefore a tile, if they differ only in an area within the same power of two."""
+def table_key(kernel: KernelName, problem: TileProblem) -> str:
+    """Return the key of a kernel. Problems share a key, and therefore a tile, if they differ only in an area in one power of two."""
     spec = problem.spec
     scale = f"k{spec.kernel_size} up{spec.up} down{spec.down} c{problem.channels}"
     layout = "channels_last" if problem.channels_last else f"nchw align{problem.x_align}"
     area = (problem.batch * problem.height * problem.width).bit_length()
-    return f"{direction} {scale} bytes{problem.element_size} {layout} area2^{area}"
+    return f"{kernel} {scale} bytes{problem.element_size} {layout} area2^{area}"
 
 
 def read_table(path: Path) -> Table:
@@ -65,10 +65,10 @@ def write_table(path: Path, table: Table) -> None:
 load_table = cache(read_table)
 
 
-def measured_tile(direction: Direction, problem: TileProblem, device_name: str) -> Tile | None:
-    """Return the measured tile of a pass on a device of this name, or None if neither table has it."""
+def measured_tile(kernel: KernelName, problem: TileProblem, device_name: str) -> Tile | None:
+    """Return the measured tile of a kernel on a device of this name, or None if neither table has it."""
     # ROCm numbers its devices as NVIDIA does, but the shipped tiles are for NVIDIA's
     shipped = {} if torch.version.hip else load_table(SHIPPED_TABLE).get("sm_{}{}".format(*problem.capability), {})
-    key = table_key(direction, problem)
+    key = table_key(kernel, problem)
     found = load_table(table_path()).get(device_name, {}).get(key) or shipped.get(key)
     return Tile(*found) if found else None

@@ -18,8 +18,7 @@ from functools import cache
 from typing import NamedTuple
 
 from .residency import RESIDENCY_LIMITS, resident_blocks
-from .tile_geometry import Direction, Tile, TileProblem
-from .tile_limits import SourceBlocks
+from .tile_geometry import KernelName, Tile, TileProblem
 from .tile_resources import Resources, estimate_resources
 from .tile_work import Work, count_work
 
@@ -98,29 +97,28 @@ class Estimate(NamedTuple):
     copy: float
 
 
-def estimate_time(
-    direction: Direction, problem: TileProblem, tile: Tile, *, resources: Resources | None = None, blocks: SourceBlocks | None = None
-) -> Estimate:
-    """Return the predicted time of a pass on the device of the capability of the problem.
+def estimate_time(kernel: KernelName, problem: TileProblem, tile: Tile, resources: Resources | None = None) -> Estimate:
+    """Return the predicted time of a kernel on the device of the capability of the problem.
 
     Args:
-        direction: the pass.
+        kernel: the kernel.
         problem: the call.
         tile: the tile.
         resources: those of the compiled kernel; without them they are estimated.
-        blocks: replaces the extents of a product of the gradient to the features.
     """
-    works = count_work(direction, problem, tile, blocks)
-    registers, shared = resources or estimate_resources(direction, problem, tile, blocks)
-    device, programs = find_device(problem.capability), sum(work.programs for work in works)
+    works = count_work(kernel, problem, tile)
+    programs = sum(work.programs for work in works)
+    registers, shared = resources or estimate_resources(kernel, problem, tile)
+    device = find_device(problem.capability)
     return combine(
         COSTS,
         works,
         stages=tile.num_stages,
-        slots=count_slots(problem.capability, registers, shared, tile.num_warps, programs),
+        # a program that does not fit has no time; the limits of tiles exclude it
+        slots=max(1.0, count_slots(problem.capability, registers, shared, tile.num_warps, programs)),
         multiprocessors=min(device.multiprocessors, programs),
         clock=device.clock,
-        copy=copy_microseconds(problem, ("forward",) if direction == "forward" else ("logits", "features")),
+        copy=copy_microseconds(problem, kernel),
     )
 
 
@@ -131,26 +129,26 @@ def find_device(capability: tuple[int, int]) -> Device:
 
 
 def count_slots(capability: tuple[int, int], registers: int, shared: int, warps: int, programs: float) -> float:
-    """Return how many of the programs run at the same time."""
+    """Return how many of the programs run at the same time, 0 if a multiprocessor has no room for one."""
     limits = max((known for known in RESIDENCY_LIMITS if known <= 10 * capability[0] + capability[1]), default=min(RESIDENCY_LIMITS))
     resident, _ = resident_blocks(limits, registers, shared, warps)
-    # a program that does not fit has no time; the limits of tiles exclude it
-    return min(programs, max(1, resident) * find_device(capability).multiprocessors)
+    return min(programs, resident * find_device(capability).multiprocessors)
 
 
-def copy_microseconds(problem: TileProblem, kinds: tuple[str, ...]) -> float:
-    """Return the microseconds in which the device copies the least bytes of a kernel: the tensors that it reads, and those that it fills.
-
-    Args:
-        problem: the call.
-        kinds: "forward"; or "logits", "features", or both, for the gradients to compute.
-    """
+def copy_microseconds(problem: TileProblem, kernel: KernelName) -> float:
+    """Return the microseconds in which the device copies the least bytes of a kernel: those of the tensors that it reads or fills."""
     spec = problem.spec
     cells = problem.height * problem.width * problem.batch
     sources, targets = (cells * problem.channels * scale**2 for scale in (spec.down, spec.up))
     logits = cells * spec.taps * spec.up**2
-    elements = targets + logits + sources * len(kinds) + logits * ("logits" in kinds)
-    return elements * problem.element_size / find_device(problem.capability).copy * 1e-6
+    # a gradient to the logits is as large as they are, and a gradient to the features as large as the features
+    elements = {
+        "forward": sources + logits + targets,
+        "backward": 2 * sources + 2 * logits + targets,
+        "logit_gradient": sources + 2 * logits + targets,
+        "source_gradient": sources + logits + targets,
+    }
+    return elements[kernel] * problem.element_size / find_device(problem.capability).copy * 1e-6
 
 
 def combine(

@@ -10,7 +10,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from .tile_geometry import Direction, Halo, Reach, Tile, TileProblem, halo, reach
+from .tile_geometry import Halo, KernelName, Reach, Tile, TileProblem, halo, reach
 from .tile_limits import REGISTER_BYTES, WARP_SIZE, SourceBlocks, operand_terms, source_blocks
 
 # bytes of a line of memory, and of shared memory that one wavefront moves (CUDA programming guide)
@@ -57,18 +57,16 @@ class Block(NamedTuple):
     passes: float
 
 
-def count_work(direction: Direction, problem: TileProblem, tile: Tile, blocks: SourceBlocks | None = None) -> tuple[Work, ...]:
-    """Return the work of each kind of program: one in forward, in backward those of the gradients to the logits and to the features.
-
-    Args:
-        direction: the pass.
-        problem: the call.
-        tile: the tile.
-        blocks: replaces the extents of a product of the gradient to the features.
-    """
-    if direction == "forward":
+def count_work(kernel: KernelName, problem: TileProblem, tile: Tile) -> tuple[Work, ...]:
+    """Return the work of each kind of program of a kernel: two kinds if it computes both gradients."""
+    if kernel == "forward":
         return (count_forward(problem, tile),)
-    return count_logit_gradient(problem, tile), count_source_gradient(problem, tile, blocks or source_blocks(problem, tile))
+    works = []
+    if kernel != "source_gradient":
+        works.append(count_logit_gradient(problem, tile))
+    if kernel != "logit_gradient":
+        works.append(count_source_gradient(problem, tile, source_blocks(kernel, problem, tile)))
+    return tuple(works)
 
 
 def count_forward(problem: TileProblem, tile: Tile) -> Work:
@@ -172,7 +170,7 @@ def run_vector(problem: TileProblem, tile: Tile, align: int) -> int:
 
 
 def run_alignments(problem: TileProblem, tile: Tile) -> tuple[int, int]:
-    """Return the alignments of the source and of the target features that the backward kernel uses; forward uses the first."""
+    """Return the alignments of the source and of the target features that the kernels of the gradients use; forward uses the first."""
     if problem.channels_last:
         return problem.x_align, problem.y_align
     return min(problem.x_align, tile.vector), min(problem.y_align, tile.vector)

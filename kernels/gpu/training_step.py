@@ -8,7 +8,7 @@ from torch import Tensor
 from ..geometry import Spec
 from .backend import backward_launches, forward_launches, problem_of
 from .launch import Launch
-from .tile_geometry import Direction, Tile, TileProblem
+from .tile_geometry import Direction, KernelName, Tile, TileProblem
 
 
 class TrainingStep(NamedTuple):
@@ -29,7 +29,7 @@ class TrainingStep(NamedTuple):
 
         Args:
             direction: the pass.
-            tile: replaces the measured or ranked tile.
+            tile: replaces the measured or ranked tile; the gradients have one launch then.
             capability: replaces the capability of the device of the tensors.
         """
         if direction == "forward":
@@ -37,6 +37,17 @@ class TrainingStep(NamedTuple):
         dx, dlogits = torch.empty_like(self.x), torch.empty_like(self.logits)
         tensors = (self.y, self.x, self.logits, self.lse, dx, dlogits)
         return backward_launches(*tensors, self.spec, tile=tile, capability=capability)
+
+    def build_launch(self, kernel: KernelName, tile: Tile, capability: tuple[int, int] | None = None) -> Launch:
+        """Return the launch of one kernel with a given tile; the other arguments are as for `build_launches`."""
+        if kernel == "forward" or kernel == "backward":
+            (launch,) = self.build_launches(kernel, tile=tile, capability=capability)
+            return launch
+        dx = torch.empty_like(self.x) if kernel == "source_gradient" else None
+        dlogits = torch.empty_like(self.logits) if kernel == "logit_gradient" else None
+        tensors = (self.y, self.x, self.logits, self.lse, dx, dlogits)
+        (launch,) = backward_launches(*tensors, self.spec, tile=tile, capability=capability)
+        return launch
 
 
 def build_training_step(

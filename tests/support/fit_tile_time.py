@@ -3,7 +3,7 @@
 Call: python tests/support/fit_tile_time.py
 
 h200_kernels.json holds kernels that were measured on one H200 with cold caches: {"problems": {name: fields}, "kernels": [[problem, origin,
-pass, tile, blocks or null, registers, spills, shared bytes, microseconds]]}. "search" kernels are those of a blind search of tiles at one
+kernel, tile, blocks or null, registers, spills, shared bytes, microseconds]]}. "search" kernels are those of a blind search of tiles at one
 problem; "operator" kernels are those that the operator ran. They were measured with Triton 3.6, before the kernels had the option `border`.
 The registers of operator kernels are those of Triton 3.8.
 
@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 from carafepp.kernels.geometry import Spec
-from carafepp.kernels.gpu.tile_geometry import Tile, TileProblem
-from carafepp.kernels.gpu.tile_limits import SourceBlocks, source_blocks
+from carafepp.kernels.gpu.tile_geometry import KERNELS, Tile, TileProblem
+from carafepp.kernels.gpu.tile_limits import SourceBlocks
 from carafepp.kernels.gpu.tile_resources import (
     Resources,
     forward_resources,
@@ -32,8 +32,9 @@ DATA = Path(__file__).with_name("h200_kernels.json")
 MAX_SPILLS = 32
 # the fit weights problems, not kernels: as if each had this many
 KERNELS_OF_A_PROBLEM = 20
-KINDS = {"forward": ("forward",), "backward": ("logits", "features"), "logits": ("logits",), "features": ("features",)}
-# a kind of program without programs
+# the kinds of programs of a kernel
+KERNELS_OF = {name: (name,) for name in KERNELS} | {"backward": ("logit_gradient", "source_gradient")}
+# a kernel without programs
 NOTHING = Work(*[0.0] * len(Work._fields))._replace(warps=1.0)
 
 
@@ -42,7 +43,7 @@ class Kernel(NamedTuple):
 
     group: str  # the kernels that are left out of a fit together
     problem: TileProblem
-    kind: str
+    name: str
     tile: Tile
     blocks: SourceBlocks
     registers: int
@@ -51,25 +52,26 @@ class Kernel(NamedTuple):
     microseconds: float
 
     def works(self) -> list[Work]:
-        """Return the work of every kind of program, those that the kernel lacks included."""
+        """Return the work of every kernel in the launch; those that it lacks have no programs."""
         count = {
             "forward": lambda: count_forward(self.problem, self.tile),
-            "logits": lambda: count_logit_gradient(self.problem, self.tile),
-            "features": lambda: count_source_gradient(self.problem, self.tile, self.blocks),
+            "logit_gradient": lambda: count_logit_gradient(self.problem, self.tile),
+            "source_gradient": lambda: count_source_gradient(self.problem, self.tile, self.blocks),
         }
-        return [build() if kind in KINDS[self.kind] else NOTHING for kind, build in count.items()]
+        return [build() if name in KERNELS_OF[self.name] else NOTHING for name, build in count.items()]
 
 
 def read_kernels() -> list[Kernel]:
     """Return the measured kernels that the model describes."""
     data = json.loads(DATA.read_text())
     kernels = []
-    for name, origin, kind, tile, blocks, *figures in data["kernels"]:
-        fields = data["problems"][name].copy()
+    for site, origin, name, tile, blocks, *figures in data["kernels"]:
+        fields = data["problems"][site].copy()
         spec = Spec(fields.pop("kernel_size"), fields.pop("up"), fields.pop("down"), fields.pop("groups"))
         problem, tile = TileProblem(spec, **fields, capability=(9, 0)), Tile(*tile)
-        group = f"{name} {kind}" if origin == "search" else name.split()[0]
-        kernels.append(Kernel(group, problem, kind, tile, SourceBlocks(*blocks) if blocks else source_blocks(problem, tile), *figures))
+        group = f"{site} {name}" if origin == "search" else site.split()[0]
+        extents = SourceBlocks(*blocks) if blocks else SourceBlocks(0, 0)
+        kernels.append(Kernel(group, problem, name, tile, extents, *figures))
     return [kernel for kernel in kernels if kernel.spills <= MAX_SPILLS]
 
 
@@ -77,10 +79,10 @@ def estimate_of(kernel: Kernel) -> Resources:
     """Return the estimated resources of a kernel."""
     estimate = {
         "forward": lambda: forward_resources(kernel.problem, kernel.tile),
-        "logits": lambda: logit_gradient_resources(kernel.problem, kernel.tile),
-        "features": lambda: source_gradient_resources(kernel.problem, kernel.tile, kernel.blocks),
+        "logit_gradient": lambda: logit_gradient_resources(kernel.problem, kernel.tile),
+        "source_gradient": lambda: source_gradient_resources(kernel.problem, kernel.tile, kernel.blocks),
     }
-    return Resources(*map(max, zip(*(estimate[kind]() for kind in KINDS[kernel.kind]), strict=True)))
+    return Resources(*map(max, zip(*(estimate[name]() for name in KERNELS_OF[kernel.name]), strict=True)))
 
 
 class Fit:
@@ -90,7 +92,7 @@ class Fit:
         self.kernels = kernels
         self.groups = np.array([kernel.group for kernel in kernels])
         self.microseconds = np.array([kernel.microseconds for kernel in kernels])
-        self.works = [Work(*np.array(kind, float).T) for kind in zip(*(kernel.works() for kernel in kernels), strict=True)]
+        self.works = [Work(*np.array(works, float).T) for works in zip(*(kernel.works() for kernel in kernels), strict=True)]
         programs = sum(work.programs for work in self.works)
         device = find_device((9, 0))
         resident = [
@@ -101,7 +103,7 @@ class Fit:
             "slots": np.array(resident, float),
             "multiprocessors": np.minimum(device.multiprocessors, programs),
             "clock": device.clock,
-            "copy": np.array([copy_microseconds(kernel.problem, KINDS[kernel.kind]) for kernel in kernels]),
+            "copy": np.array([copy_microseconds(kernel.problem, kernel.name) for kernel in kernels]),
         }
         _, inverse, counts = np.unique(self.groups, return_inverse=True, return_counts=True)
         self.weights = np.sqrt(KERNELS_OF_A_PROBLEM / counts[inverse])

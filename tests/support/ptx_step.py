@@ -8,7 +8,7 @@ from carafepp.kernels.geometry import LSE_NORMALIZERS, Spec
 from carafepp.kernels.gpu import backend as triton_backend
 from carafepp.kernels.gpu.launch import Launch
 from carafepp.kernels.gpu.tile_geometry import DIRECTIONS
-from carafepp.kernels.gpu.tile_ranking import choose_tile
+from carafepp.kernels.gpu.tile_ranking import choose_backward, choose_tile
 from carafepp.kernels.reference import reassemble_reference
 from operator_cases import differentiate, random_inputs, relative_error
 from ptx import GPU, dram_microseconds
@@ -77,14 +77,18 @@ def training_step(
     cells, dcells = (t.unflatten(1, (spec.groups * spec.taps, spec.up, spec.up)) for t in (logits, dlogits))
     lse = torch.full((n, spec.groups, *cells.shape[2:]) if spec.normalizer in LSE_NORMALIZERS else (0,), math.nan)
 
-    planned: dict = {"capability": divmod(capability, 10)}
-    problem = triton_backend.problem_of(x, cells, y, spec, divmod(capability, 10))
-    tiles = dict.fromkeys(DIRECTIONS)
+    pair = divmod(capability, 10)
     if images:
-        tiles = {direction: choose_tile(direction, problem._replace(batch=images * spec.groups)) for direction in DIRECTIONS}
-    launches = triton_backend.forward_launches(x, cells, y, lse, spec, tile=tiles["forward"], **planned)
+        many = triton_backend.problem_of(x, cells, y, spec, pair)._replace(batch=images * spec.groups)
+        tiles = {kernel: choose_tile(kernel, many) for kernel in ("forward", *choose_backward(many))}
+    else:
+        tiles = dict.fromkeys(DIRECTIONS)
+    launches = triton_backend.forward_launches(x, cells, y, lse, spec, tile=tiles.pop("forward"), capability=pair)
     forward = _run(launches, (x, logits, y), capability, filled=images is not None)
-    launches = triton_backend.backward_launches(dy, x, cells, lse, dx, dcells, spec, tile=tiles["backward"], **planned)
+    launches = []
+    for kernel, tile in tiles.items():
+        needed = (None if kernel == "logit_gradient" else dx, None if kernel == "source_gradient" else dcells)
+        launches += triton_backend.backward_launches(dy, x, cells, lse, *needed, spec, tile=tile, capability=pair)
     backward = _run(launches, (dy, x, logits, dx, dlogits), capability, filled=images is not None)
     expected = differentiate(reassemble_reference, x.double(), logits.double(), dy.double(), **spec._asdict())
     errors = {name: relative_error(result, expected[name]) for name, result in {"y": y, "dx": dx, "dlogits": dlogits}.items()}

@@ -2,9 +2,9 @@
 
 import pytest
 from carafepp.kernels.geometry import Spec
-from carafepp.kernels.gpu.tile_geometry import DIRECTIONS, TileProblem
+from carafepp.kernels.gpu.tile_geometry import KERNELS, Tile, TileProblem
 from carafepp.kernels.gpu.tile_limits import fitting_tiles
-from carafepp.kernels.gpu.tile_ranking import choose_tile, rank_tiles
+from carafepp.kernels.gpu.tile_ranking import SEPARATE, choose_backward, choose_tile, rank_tiles
 from carafepp.kernels.gpu.tile_time import estimate_time
 
 PROBLEM = TileProblem(Spec(5, up=2), 256, 25, 42, 1, 2, False, 2, 4, (8, 0))
@@ -21,13 +21,13 @@ def test_programs_share_channels_only_where_the_map_is_too_small_for_the_device(
     assert large.split == 1
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_ranked_tiles_are_all_that_fit_the_fastest_first(direction):
-    tiles = rank_tiles(direction, PROBLEM)
-    assert tiles[0] == choose_tile(direction, PROBLEM)
-    assert sorted(tiles) == sorted(fitting_tiles(direction, PROBLEM))
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_ranked_tiles_are_all_that_fit_the_fastest_first(kernel):
+    tiles = rank_tiles(kernel, PROBLEM)
+    assert tiles[0] == choose_tile(kernel, PROBLEM)
+    assert sorted(tiles) == sorted(fitting_tiles(kernel, PROBLEM))
     assert len(set(tiles)) == len(tiles) > 10
-    times = [estimate_time(direction, PROBLEM, tile).total for tile in tiles]
+    times = [estimate_time(kernel, PROBLEM, tile).total for tile in tiles]
     assert times == sorted(times)
 
 
@@ -37,20 +37,53 @@ DOWN = {"spec": Spec(5, down=2), "x_align": 4, "y_align": 2}
 
 
 @pytest.mark.parametrize(
-    ("change", "forward", "backward"),
+    ("change", "forward", "backward", "logit_gradient", "source_gradient", "launches"),
     [
-        ({}, (1, 8, 2, 64, 1, 2, 2), (4, 4, 4, 64, 1, 4, 2)),
-        (HALF_NHWC, (2, 4, 1, 64, 1, 2, 2), (4, 4, 1, 32, 1, 4, 2)),
-        ({"element_size": 4}, (1, 8, 2, 32, 1, 2, 1), (4, 4, 4, 16, 1, 4, 1)),
-        ({"capability": (9, 0)}, (4, 4, 2, 64, 1, 4, 2), (4, 4, 4, 64, 1, 4, 2)),
-        (FLOAT_NHWC | {"capability": (10, 0)}, (2, 4, 1, 64, 1, 4, 1), (2, 2, 1, 64, 4, 4, 1)),
-        (DOWN, (2, 7, 2, 64, 1, 2, 2), (2, 4, 2, 32, 1, 4, 2)),
-        (DOWN | HALF_NHWC, (4, 4, 1, 64, 1, 2, 2), (2, 4, 1, 32, 1, 4, 2)),
-        (DOWN | {"element_size": 4}, (2, 7, 2, 32, 1, 2, 1), (2, 4, 2, 32, 4, 4, 1)),
-        ({"spec": Spec(5, up=3, down=2)}, (2, 2, 2, 64, 1, 2, 2), (2, 2, 4, 64, 1, 4, 2)),
+        ({}, (1, 8, 2, 64, 1, 2, 2), (4, 4, 4, 64, 1, 4, 2), (4, 4, 4, 32, 1, 4, 2), (4, 4, 4, 256, 1, 4, 2), 1),
+        (HALF_NHWC, (2, 4, 1, 64, 1, 2, 2), (4, 4, 1, 32, 1, 4, 2), (4, 4, 1, 64, 1, 4, 2), (4, 4, 1, 256, 1, 4, 2), 1),
+        ({"element_size": 4}, (1, 8, 2, 32, 1, 2, 1), (4, 4, 4, 16, 1, 4, 1), (4, 4, 4, 16, 1, 4, 1), (4, 4, 4, 256, 1, 4, 1), 2),
+        ({"capability": (9, 0)}, (4, 4, 2, 64, 1, 4, 2), (4, 4, 4, 64, 1, 4, 2), (4, 4, 4, 32, 1, 4, 2), (4, 4, 4, 256, 1, 4, 2), 1),
+        (
+            FLOAT_NHWC | {"capability": (9, 0)},
+            (2, 4, 1, 64, 1, 4, 1),
+            (2, 2, 1, 64, 4, 4, 1),
+            (2, 4, 1, 32, 1, 4, 1),
+            (4, 4, 1, 128, 2, 4, 1),
+            2,
+        ),
+        (
+            FLOAT_NHWC | {"capability": (10, 0)},
+            (2, 4, 1, 64, 1, 4, 1),
+            (2, 2, 1, 64, 4, 4, 1),
+            (2, 4, 1, 32, 1, 4, 1),
+            (4, 4, 1, 128, 2, 4, 1),
+            2,
+        ),
+        (DOWN, (2, 7, 2, 64, 1, 2, 2), (2, 4, 2, 32, 1, 4, 2), (2, 7, 2, 32, 1, 4, 2), (2, 4, 2, 256, 1, 4, 2), 2),
+        (DOWN | HALF_NHWC, (4, 4, 1, 64, 1, 2, 2), (2, 4, 1, 32, 1, 4, 2), (4, 4, 1, 64, 1, 4, 2), (2, 4, 1, 256, 1, 4, 2), 2),
+        (DOWN | {"element_size": 4}, (2, 7, 2, 32, 1, 2, 1), (2, 4, 2, 32, 4, 4, 1), (2, 7, 2, 16, 1, 4, 1), (2, 4, 2, 128, 1, 4, 1), 2),
+        (
+            {"spec": Spec(5, up=3, down=2)},
+            (2, 2, 2, 64, 1, 2, 2),
+            (2, 2, 4, 64, 1, 4, 2),
+            (2, 2, 2, 32, 1, 4, 2),
+            (2, 4, 4, 256, 1, 4, 2),
+            2,
+        ),
     ],
 )
-def test_the_choice_is_that_of_the_published_counts(change, forward, backward):
-    # docs/performance_kernels.md has the emulated counts of these tiles: measure again before changing one
+def test_the_choice_of_common_problems(change, forward, backward, logit_gradient, source_gradient, launches):
+    # compare the emulated counts (ptx_costs.py) before changing one
     problem = PROBLEM._replace(batch=64, **change)
-    assert (choose_tile("forward", problem), choose_tile("backward", problem)) == (forward, backward)
+    chosen = [Tile(*tile) for tile in (forward, backward, logit_gradient, source_gradient)]
+    assert [choose_tile(kernel, problem) for kernel in KERNELS] == chosen
+    assert len(choose_backward(problem)) == launches
+
+
+def test_small_maps_have_one_launch_for_both_gradients_and_float32_has_two():
+    for channels_last in (False, True):
+        small = PROBLEM._replace(channels_last=channels_last, x_align=8, y_align=8, capability=(9, 0))
+        assert choose_backward(small) == ("backward",)
+        assert choose_backward(small._replace(batch=64, element_size=4, x_align=4, y_align=4)) == SEPARATE
+    # no tile serves both gradients of so large a window
+    assert choose_backward(PROBLEM._replace(spec=Spec(31, up=2))) == SEPARATE

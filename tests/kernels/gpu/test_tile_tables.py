@@ -3,9 +3,9 @@
 import pytest
 import torch
 from carafepp.kernels.geometry import Spec
-from carafepp.kernels.gpu.tile_geometry import DIRECTIONS, Tile, TileProblem
+from carafepp.kernels.gpu.tile_geometry import KERNELS, Tile, TileProblem
 from carafepp.kernels.gpu.tile_ranking import rank_tiles
-from carafepp.kernels.gpu.tile_tables import measured_tile, table_key, write_table
+from carafepp.kernels.gpu.tile_tables import load_table, measured_tile, table_key, write_table
 
 PROBLEM = TileProblem(Spec(5, up=2), 256, 25, 42, 1, 2, False, 2, 4, (8, 0))
 TILE = Tile(2, 2, 1, 16, 1, 4, 2)
@@ -30,12 +30,12 @@ def shipped_problem():
     return build_training_step(2, 256, 50, 84, Spec(5, up=2), torch.float16, torch.contiguous_format).problem
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_shipped_tiles_fit_their_problems(tile_table, shipped_problem, direction):
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_shipped_tiles_fit_their_problems(tile_table, shipped_problem, kernel):
     problem = shipped_problem((9, 0))
-    shipped = measured_tile(direction, problem, "A GPU")
-    assert shipped in rank_tiles(direction, problem)
-    assert measured_tile(direction, shipped_problem((8, 0)), "A GPU") is None
+    shipped = measured_tile(kernel, problem, "A GPU")
+    assert shipped in rank_tiles(kernel, problem)
+    assert measured_tile(kernel, shipped_problem((8, 0)), "A GPU") is None
 
 
 def test_the_users_tiles_go_before_the_shipped_ones(tile_table, shipped_problem):
@@ -44,6 +44,22 @@ def test_the_users_tiles_go_before_the_shipped_ones(tile_table, shipped_problem)
     assert measured_tile("forward", problem, "A GPU") == TILE
     assert measured_tile("forward", problem, "another") != TILE
     assert measured_tile("backward", problem, "A GPU") == measured_tile("backward", problem, "another") is not None
+
+
+def test_measured_tiles_decide_whether_the_gradients_share_a_launch(tile_table, shipped_problem):
+    from carafepp.kernels.gpu.training_step import build_training_step
+
+    step = build_training_step(2, 256, 50, 84, Spec(5, up=2), torch.float16, torch.contiguous_format)
+
+    def needs():
+        return [(launch.constants["NEED_DLOGITS"], launch.constants["NEED_DX"]) for launch in step.build_launches("backward")]
+
+    problem = step.problem()
+    write_table(tile_table, {"meta": {table_key("backward", problem): list(TILE)}})
+    assert needs() == [(True, True)]
+    load_table.cache_clear()
+    write_table(tile_table, {"meta": {table_key(kernel, problem): list(TILE) for kernel in KERNELS}})
+    assert needs() == [(True, False), (False, True)]
 
 
 def test_a_table_is_read_once(tile_table):

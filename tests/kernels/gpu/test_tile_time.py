@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from carafepp.kernels.geometry import Spec
-from carafepp.kernels.gpu.tile_geometry import Tile, TileProblem
+from carafepp.kernels.gpu.tile_geometry import KERNELS, Tile, TileProblem
 from carafepp.kernels.gpu.tile_resources import Resources
 from carafepp.kernels.gpu.tile_time import COSTS, copy_microseconds, count_slots, estimate_time, find_device
 
@@ -46,26 +46,26 @@ def test_registers_and_shared_memory_are_estimated(data):
     assert np.mean(np.abs(np.log(shared)) < 0.05) > 0.8
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_more_programs_at_a_time_take_less_time(direction):
-    times = [estimate_time(direction, PROBLEM._replace(batch=64), TILE, resources=Resources(n, 16384)).total for n in (64, 128, 255)]
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_more_programs_at_a_time_take_less_time(kernel):
+    times = [estimate_time(kernel, PROBLEM._replace(batch=64), TILE, Resources(n, 16384)).total for n in (64, 128, 255)]
     assert times == sorted(times)
     assert times[0] < times[-1]
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("change", [{"channels": 512}, {"height": 50}, {"batch": 2}, {"element_size": 4}, {"spec": Spec(7, up=2)}])
-def test_more_work_takes_more_time(direction, change):
+def test_more_work_takes_more_time(kernel, change):
     tile = Tile(2, 4, 2, 64, 1, 4, 1)
-    assert estimate_time(direction, PROBLEM._replace(**change), tile).total > estimate_time(direction, PROBLEM, tile).total
+    assert estimate_time(kernel, PROBLEM._replace(**change), tile).total > estimate_time(kernel, PROBLEM, tile).total
 
 
 def test_a_copy_moves_every_tensor_once():
     x, y, logits = 256 * 25 * 42 * 2, 256 * 50 * 84 * 2, 25 * 50 * 84 * 2
     speed = find_device((9, 0)).copy * 1e6
-    assert copy_microseconds(PROBLEM, ("forward",)) == pytest.approx((x + y + logits) / speed)
-    assert copy_microseconds(PROBLEM, ("logits", "features")) == pytest.approx((2 * x + y + 2 * logits) / speed)
-    assert copy_microseconds(PROBLEM, ("features",)) == pytest.approx((x + y + logits) / speed)
+    assert copy_microseconds(PROBLEM, "forward") == pytest.approx((x + y + logits) / speed)
+    assert copy_microseconds(PROBLEM, "backward") == pytest.approx((2 * x + y + 2 * logits) / speed)
+    assert copy_microseconds(PROBLEM, "source_gradient") == pytest.approx((x + y + logits) / speed)
 
 
 def test_devices_that_are_not_listed_count_as_the_nearest_below():
