@@ -5,7 +5,8 @@ import csv
 import pytest
 import torch
 from carafepp.scripts.benching.models import MODES, measure_networks
-from carafepp.scripts.benching.networks import Graphed, build_network, place_objects, record_sites, replace_parts
+from carafepp.scripts.benching.networks import Graphed, build_network, record_sites, replace_parts
+from carafepp.tasks.fixed_load import place_objects
 from commands import call
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
