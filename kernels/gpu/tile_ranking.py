@@ -33,8 +33,9 @@ def choose_tile(kernel: KernelName, problem: TileProblem) -> Tile | None:
 
 def choose_backward(problem: TileProblem) -> tuple[KernelName, ...]:
     """Return the kernels that compute both gradients in the least time by the model: one for both, or one for each."""
-    tiles = {kernel: choose_tile(kernel, problem) for kernel in (*TOGETHER, *SEPARATE)}
-    times = {kernel: estimate_time(kernel, problem, tile).total for kernel, tile in tiles.items() if tile}
+    kernels: tuple[KernelName, ...] = (*TOGETHER, *SEPARATE)
+    tiles = [(kernel, choose_tile(kernel, problem)) for kernel in kernels]
+    times = {kernel: estimate_time(kernel, problem, tile).total for kernel, tile in tiles if tile}
     if "backward" in times and times["backward"] <= sum(times.get(kernel, math.inf) for kernel in SEPARATE):
         return TOGETHER
     return SEPARATE
