@@ -33,9 +33,10 @@ def choose_tile(kernel: KernelName, problem: TileProblem) -> Tile | None:
 
 def choose_backward(problem: TileProblem) -> tuple[KernelName, ...]:
     """Return the kernels that compute both gradients in the least time by the model: one for both, or one for each."""
-    kernels: tuple[KernelName, ...] = (*TOGETHER, *SEPARATE)
-    tiles = [(kernel, choose_tile(kernel, problem)) for kernel in kernels]
-    times = {kernel: estimate_time(kernel, problem, tile).total for kernel, tile in tiles if tile}
+    times: dict[KernelName, float] = {}
+    for kernel in (*TOGETHER, *SEPARATE):
+        if tile := choose_tile(kernel, problem):
+            times[kernel] = estimate_time(kernel, problem, tile).total
     if "backward" in times and times["backward"] <= sum(times.get(kernel, math.inf) for kernel in SEPARATE):
         return TOGETHER
     return SEPARATE
