@@ -10,6 +10,7 @@ from carafepp.tasks.classification import Classification
 from carafepp.tasks.digits import Digits
 from carafepp.tasks.imagenet import ImageNet
 from carafepp.tasks.optimization import linear_scaling
+from carafepp.tasks.pictures import enlarge
 from carafepp.tasks.runs import LastCheckpoint
 from commands import run_command
 from configurations import compose_config
@@ -179,9 +180,10 @@ def test_pictures_show_class_and_guess():
     )
     image = torch.rand(3, 21, 33)
     drawn = task.draw(image)
-    assert drawn.shape == (3, 33, 33)
-    assert torch.equal(drawn[:, :21], image)
-    assert drawn[:, 21:].min() < 0.5  # there is text
+    # the image is enlarged to hold the text, which is below
+    assert drawn.shape[2] == 330
+    assert torch.equal(drawn[:, :210], enlarge(image, 10))
+    assert drawn[:, 210:].min() < 0.5
 
 
 @pytest.mark.parametrize("experiment", ["table2", "table12"])

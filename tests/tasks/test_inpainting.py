@@ -238,7 +238,8 @@ def test_predict_fills_holes_and_keeps_the_rest(whole, photographs, max_side):
         f"hydra.run.dir={out}",
         *(f"checkpoint={whole}/last.ckpt", f"images={photographs}/photographs", f"masks={photographs}/masks", f"max_side={max_side}"),
     )
-    assert len(list(out.glob("*.png"))) == 3
+    # three photographs, and figure.png with all of them
+    assert len(list(out.glob("*.png"))) == 4
     for path in (photographs / "photographs").iterdir():
         before, after = (np.asarray(Image.open(p)) for p in (path, out / f"{path.name}.png"))
         hole = np.asarray(Image.open(photographs / "masks" / path.name)) > 0

@@ -315,7 +315,7 @@ def test_numbers_are_names_of_classes():
     """`class_names=[0,1]` on a command line is a list of numbers."""
     task = stub(nn.Conv2d(3, 2, 1), [0, True])
     assert task.class_names == ["0", "True"]
-    assert task.draw(torch.rand(3, 20, 30)).shape[2] == 30
+    assert task.draw(torch.rand(3, 20, 30)).shape[2] == 330  # enlarged to hold the names
 
 
 @pytest.mark.parametrize("names", ["road", "", []])
