@@ -1,11 +1,11 @@
-# make run: the main job, on images that come with the dependencies. make test: the whole suite. Both set up .venv first.
+# make run: the main job, on images that come with the dependencies. make test: the tests, except the slow ones. Both set up .venv first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # the pair that is known to work on x86-64 with Python 3.11; TORCH="torch torchvision" takes the newest
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 RUNS := runs/main-$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: run test soak setup lint bench docs recipes gpu wheels
+.PHONY: run test slow soak setup lint bench docs recipes gpu wheels
 
 run: setup
 	$(BIN)/carafepp-train -m scale=small samplers=published,carafe hydra.sweep.dir=$(RUNS)
@@ -13,7 +13,11 @@ run: setup
 
 # one thread per worker: two workers with two threads each would wait for each other on two cores
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --ignore tests/recipes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --ignore tests/recipes -m "not slow"
+
+# sweeps and processes that are killed, a cluster, networks in ONNX, the example
+slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --ignore tests/recipes -m slow
 
 # random cases for MINUTES in all: trainings that are killed and resumed, and mutated inputs of the operator and the readers of files
 PART ?= all

@@ -25,7 +25,7 @@ from carafepp import CARAFE, reassemble, reassemble_weights
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime, of the extra `export`")
 pytest.importorskip("onnxscript", reason="needs onnxscript, of the extra `export`")
-pytestmark = pytest.mark.filterwarnings("ignore:# The axis name:UserWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:# The axis name:UserWarning")]
 
 # operators that TensorRT and OpenVINO also take
 SUMS = {"Add", "Cast", "Conv", "Div", "Log", "Mul", "Relu", "Sigmoid", "Softmax", "Sub"}
@@ -226,7 +226,6 @@ def test_sampler_at_any_size(name):
     assert_agrees(file, module, draw(1, 7, 5, 1), draw(3, 12, 9, 0))
 
 
-@pytest.mark.slow
 def test_network_at_any_size():
     carafe = partial(CARAFE, up=2, kernel_size=3)
     module = make_trained(UperNet(small_resnet(), 5, ppm=carafe, fpn=carafe, fuse=None, fpn_dim=8, ppm_dim=8))
@@ -234,7 +233,6 @@ def test_network_at_any_size():
     assert_agrees(file, module, *random_maps((1, 3, 71, 90), (3, 3, 160, 129)), tolerance=2e-5)
 
 
-@pytest.mark.slow
 def test_detector_at_any_size():
     carafe = partial(CARAFE, up=2, kernel_size=3)
     sizes = dict(fpn_dim=16, mask_dim=16, head_dim=32, min_size=64, max_size=128, rpn_post_nms_top_n_test=50, box_detections_per_img=20)

@@ -278,7 +278,13 @@ COLUMNS = {
 ELSEWHERE = [(row, column) for row in SAMPLERS for column in ("torch.compile", "torch.export")]
 ELSEWHERE += [(row, column) for row in NETWORKS for column in ("torch.compile", "ONNX") if (row, column) != ("PSANet", "ONNX")]
 ELSEWHERE += [("`a2u_pool`", "ONNX")]
-CELLS = [(row, column) for row in ROWS for column in COLUMNS if (row, column) not in ELSEWHERE]
+# conversion to ONNX takes most of the time
+CELLS = [
+    pytest.param(row, column, marks=pytest.mark.slow if column == "ONNX" else ())
+    for row in ROWS
+    for column in COLUMNS
+    if (row, column) not in ELSEWHERE
+]
 
 
 def test_the_table_has_every_row_and_column():

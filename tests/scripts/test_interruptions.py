@@ -26,6 +26,8 @@ from training import TASKS, TINY, read_result
 LAUNCHERS, LAUNCHER_NAMES = [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]], ["basic", "joblib"]
 TRAIN = [sys.executable, "-P", "-m", "carafepp.scripts.train"]
 
+pytestmark = pytest.mark.slow
+
 
 def start(folder: Path, *arguments: str, **options: object) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -156,7 +158,6 @@ def test_interrupted_sweep_ends_its_training(signum, group, tmp_path):
     assert re.match(r"interrupted by SIG(TERM|INT), continue it", (sweep / "0" / "error.txt").read_text())
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=LAUNCHER_NAMES)
 def test_killed_sweep_ends_its_training(launcher, tmp_path):

@@ -22,6 +22,8 @@ EXACT = [
 ]
 EXACT += ["+backbone.norm_layer={_target_:torchvision.ops.FrozenBatchNorm2d,_partial_:true}"]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):

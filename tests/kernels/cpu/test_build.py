@@ -27,6 +27,7 @@ def write_script(path: Path, body: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
+@pytest.mark.slow
 def test_many_processes_build_once(tmp_path, compiler):
     log = tmp_path / "log"
     write_script(tmp_path / "bin" / "c++", f'echo run >> "{log}"\nexec "{compiler}" "$@"')
