@@ -144,6 +144,7 @@ def test_crashed_run_resumes_bit_identically(whole, tmp_path, monkeypatch, preci
     assert {name.split(".")[0] for name in moved} == {"model", "discriminator"}
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_resumed_train_as_one(tmp_path):
     alone = train_in(tmp_path / "alone", *EXACT)
     folder = tmp_path / "runs" / "job"

@@ -47,6 +47,7 @@ def test_checkpoints_hold_only_tensors_and_primitives(whole_run):
     assert checkpoint["global_step"] == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_run_resumes_bit_identically(whole_run, tmp_path, workers):
     folder = tmp_path / "killed"

@@ -211,6 +211,7 @@ def trained(tmp_path_factory):
     return train_in(tmp_path_factory.mktemp("trained") / "run", *overrides, "trainer.accelerator=cpu", "trainer.enable_progress_bar=false")
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one(trained, tmp_path):
     """The scores are exact: every image is counted once."""
     options = [
