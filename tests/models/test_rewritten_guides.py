@@ -11,9 +11,9 @@ from carafepp.models.regions import trace_regions
 from carafepp.models.resnet import ResNet
 from carafepp.models.samplers import make_sampler, resize, resize_pair, upsample_nearest
 from carafepp.models.upernet import UperNet
+from guided_upsampler_definitions import freq_fusion
 from networks import UP
 from torch import nn
-from upsampler_definitions import freq_fusion
 
 SMALL = partial(FreqFusion, compressed_channels=8)
 

@@ -18,12 +18,12 @@ from carafepp.models.resnet import ResNet
 from carafepp.models.space_to_depth import HWD, SPDConv
 from carafepp.models.upernet import UperNet
 from configurations import CONF
+from guided_upsampler_definitions import local_attender
 from hydra.utils import instantiate
 from networks import count_parameters
 from omegaconf import OmegaConf
 from sampler_cases import CASES
 from torch.utils._pytree import tree_leaves
-from upsampler_definitions import local_attender
 
 CHANNELS = 8
 every_sampler = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.group}-{case.id}")

@@ -8,7 +8,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from upsampler_definitions import affinities, conv, each
+from guided_upsampler_definitions import affinities
+from upsampler_definitions import conv, each
 
 
 def pooled(x, first, last, pool):

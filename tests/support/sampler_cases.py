@@ -18,28 +18,20 @@ from downsampler_definitions import (
     spd_conv,
     strided_conv,
 )
+from guided_upsampler_definitions import a2u, fade, freq_fusion, gum, indexnet, jbu, local_attender, resfu, sapa
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from upsampler_definitions import (
-    a2u,
     bilinear,
     bilinear_conv,
     carafe,
     deconv,
     dlu,
     dysample,
-    fade,
-    freq_fusion,
-    gum,
-    indexnet,
-    jbu,
     lda_aqu,
-    local_attender,
     nearest,
     nearest_conv,
     pixel_shuffle,
-    resfu,
-    sapa,
     spatial_attention,
 )
 
