@@ -1,8 +1,11 @@
 """Inpainting: scores as they are defined, two networks that train as one step, runs that resume, holes filled in a user's photographs."""
 
+import contextlib
 import os
 import signal
 import subprocess
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from carafepp.tasks.inpainting import Inpainting, mean_within, psnr
 from carafepp.tasks.layouts import write_scenes
 from carafepp.tasks.places import Places
 from carafepp.tasks.runs import LastCheckpoint
-from commands import call, run_line, torchrun_line, wait_for_rows
+from commands import call, find_processes, run_line, torchrun_line, wait_for_rows
 from configurations import compose_config
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -145,16 +148,20 @@ def test_crashed_run_resumes_bit_identically(whole, tmp_path, monkeypatch, preci
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes in /proc, which only Linux has")
 def test_two_processes_killed_and_resumed_train_as_one(tmp_path):
     alone = train_in(tmp_path / "alone", *EXACT)
     folder = tmp_path / "runs" / "job"
     arguments = [*EXACT, "trainer.devices=2", "trainer.strategy=ddp", f"hydra.run.dir={folder}"]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            torchrun_line(2, "job", "train", *arguments), cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen(torchrun_line(2, "job", "train", *arguments), cwd=tmp_path, stdout=log, stderr=log)
     wait_for_rows(folder, 7, process)
-    os.killpg(process.pid, signal.SIGKILL)
+    # torchrun gives each of its processes a session of its own, so that no signal to a group reaches them all
+    while processes := find_processes(f"hydra.run.dir={folder}"):
+        for found in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(found, signal.SIGKILL)
+        time.sleep(0.05)
     process.wait()
     assert (folder / "last.ckpt").exists(), (tmp_path / "log").read_text()
     assert not (folder / "result.json").exists(), "the run must be killed before its end for this test to say anything"
