@@ -7,8 +7,11 @@ RUNS := runs/main-$(shell date +%Y-%m-%d_%H-%M-%S)
 
 .PHONY: run test slow soak setup lint bench docs recipes gpu wheels
 
+# two trainings at a time, each with one thread: two threads of one training wait for each other by spinning, which stalls on a busy machine
 run: setup
-	$(BIN)/carafepp-train -m scale=small samplers=published,carafe hydra.sweep.dir=$(RUNS)
+	@echo "make run trains two networks side by side: about 4 minutes on two free cores, more on a machine with other work"
+	OMP_NUM_THREADS=1 $(BIN)/carafepp-train -m scale=small samplers=published,carafe hydra/launcher=joblib hydra.launcher.n_jobs=2 \
+		hydra.sweep.dir=$(RUNS)
 	$(BIN)/carafepp-report runs=$(RUNS)
 
 # one thread per worker: two workers with two threads each would wait for each other on two cores

@@ -130,9 +130,16 @@ def interruptible_sweep() -> Iterator[None]:
             raise SystemExit(128 + signum)
 
 
+def place_bar() -> dict[str, str]:
+    """Return the variables of the environment that give a job of a launcher its own line for its bar, as other jobs run beside it."""
+    if multiprocessing.parent_process() is None:
+        return {}
+    return {"TQDM_POSITION": str(HydraConfig.get().job.num % (os.cpu_count() or 1))}
+
+
 def wait_for(command: list[str]) -> int:
     """Run a command and return its exit status; an exception in the meantime, such as Ctrl-C, ends the command before it goes on."""
-    process = subprocess.Popen(command, preexec_fn=end_with_parent)
+    process = subprocess.Popen(command, preexec_fn=end_with_parent, env=os.environ | place_bar())
     interruption.trainings.add(process)
     if interruption.signum is not None:
         # the signal came while the process began

@@ -83,6 +83,21 @@ def test_carafe_costs_little_at_450_pixels():
     assert flops == [pytest.approx(384.6e9, rel=1e-3), pytest.approx(389.3e9, rel=1e-3)]
 
 
+@pytest.mark.parametrize(("size", "scale"), [(64, "scale=small"), (450, "data.root=/nowhere")])
+def test_wider_decoders_cost_what_carafe_costs(size, scale):
+    costs = {}
+    for row in ("ppm_fpn_fuse_backbone", "same_flops", "same_parameters"):
+        with torch.device("meta"):
+            net = build("experiment=table9", f"row=table9/{row}", scale)
+            costs[row] = {"parameters": count_parameters(net), "flops": count_flops(net, torch.rand(3, size, size))}
+    carafe = costs["ppm_fpn_fuse_backbone"]
+    assert costs["same_flops"]["flops"] == pytest.approx(carafe["flops"], rel=0.02)
+    assert costs["same_parameters"]["parameters"] == pytest.approx(carafe["parameters"], rel=0.02)
+    # the comparison never favours CARAFE++
+    assert costs["same_flops"]["flops"] >= carafe["flops"]
+    assert costs["same_parameters"]["parameters"] >= carafe["parameters"]
+
+
 def network(row: str) -> nn.Module:
     """Build the network of a row of the paper's tables."""
     with torch.device("meta"):

@@ -16,6 +16,8 @@ from omegaconf import OmegaConf
 TABLES, METRICS = read_paper()
 SETTINGS = yaml.safe_load((Path(__file__).parents[1] / "data" / "paper_settings.yaml").read_text())
 ROWS = [f"{table}/{row}" for table in TABLES for row in dict.fromkeys(row["row"] for row in list_rows(TABLES, table))]
+# wider published networks, which the paper does not have
+CONTROLS = ["table9/same_flops", "table9/same_parameters"]
 
 # class and slots for samplers, by the start of the name of a row
 NETWORKS = {
@@ -64,7 +66,7 @@ def figures(place: str) -> dict[tuple[str, str], float]:
 
 def test_there_is_a_file_for_each_of_the_96_rows():
     assert sum(len(table["rows"]) for table in TABLES.values()) == 96
-    assert {f"{path.parent.name}/{path.stem}" for path in (CONF / "row").glob("table*/*.yaml")} == set(ROWS)
+    assert {f"{path.parent.name}/{path.stem}" for path in (CONF / "row").glob("table*/*.yaml")} == {*ROWS, *CONTROLS}
     assert {path.stem for path in (CONF / "experiment").glob("table*.yaml")} == set(TABLES)
 
 
