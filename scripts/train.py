@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import os
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,12 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..tasks.writing import write_atomically
 from .common import sweep_folder
-from .common.app import app
+from .common.app import app, dispatch
 from .common.arguments import NULLABLE, parse_override
 from .common.jobs import check_interruption, interruptible_sweep, is_job, read_repeated_job, shares_process, train_in_subprocess
 from .common.options import read_options
 from .common.own_data import make_paths_absolute, read_own_data
 from .common.paper import read_paper
+from .common.plan import describe_plan, plan_sweeps
 from .common.processes import is_first_process
 from .common.results import is_finished
 from .common.run_folders import lock_folder, read_config, record_failure
@@ -159,8 +162,55 @@ def print_sweep() -> None:
         print(describe_sweep(sweep_folder.started.pop()))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `carafepp-train`. Its `arguments` default to those of the process."""
+# the arguments of the sweeps that `plan_paper` has printed, and the folder of their runs
+planned: list[tuple[list[list[str]], Path]] = []
+
+
+@app("train_paper")
+def plan_paper(cfg: DictConfig) -> None:
+    """Print the plan of all tables, and keep it for `train_paper`, because Hydra cannot start a sweep inside another command."""
+    if cfg.jobs < 1:
+        raise ValueError(f"jobs must be a number of trainings of at least 1, got {cfg.jobs}")
+    out, sweeps = Path(cfg.out), plan_sweeps(cfg.tables, cfg.seeds)
+    print(describe_plan(sweeps, out, cfg.seconds, cfg.jobs), flush=True)
+    if not cfg.plan:
+        left = (sweep for sweep in sweeps if sweep.count_left(out))
+        planned.append(([sweep.write_arguments(out, cfg.jobs) for sweep in left], out))
+
+
+def train_paper(arguments: Sequence[str] | None = None) -> None:
+    """Train all tables of the paper, one sweep after the other, and print the tables. A failed job stops no other.
+
+    Arguments after "--" are overrides of every training.
+    """
+    given = list(sys.argv[2:] if arguments is None else arguments)
+    end = given.index("--") if "--" in given else len(given)
+    plan_paper(given[:end])
+    if not planned:
+        return
+    sweeps, out = planned.pop()
+    # the same bits for any number of trainings at a time
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    failures = []
+    with interruptible_sweep():
+        for sweep in ([*sweep, *given[end + 1 :]] for sweep in sweeps):
+            check_interruption()
+            print(f"carafepp-train {' '.join(map(shlex.quote, sweep))}", flush=True)
+            try:
+                run(sweep)
+            except SystemExit as stop:
+                if not isinstance(stop.code, str):
+                    raise
+                failures.append(stop.code)
+    sweep_folder.started.clear()
+    sweep_folder.started.append(out)
+    print_sweep()
+    if failures:
+        raise SystemExit("\n".join([*failures, "the same command continues what is unfinished or failed"]))
+
+
+def train(arguments: Sequence[str] | None = None) -> None:
+    """Run one configuration, or a sweep. Its `arguments` default to those of the process."""
     sweeps = {"-m", "--multirun"} & {*(sys.argv[1:] if arguments is None else arguments)}
     try:
         with interruptible_sweep() if sweeps else contextlib.nullcontext():
@@ -172,6 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise
     print_sweep()
 
+
+main = dispatch(train, paper=train_paper)
 
 if __name__ == "__main__":
     main()

@@ -28,10 +28,40 @@ def list_rows(tables: dict, name: str) -> list[dict]:
     return [*rows, *own]
 
 
-def read_pretraining(table: str, row: str) -> str:
+@functools.cache
+def read_figures() -> dict[tuple[str, str], dict[tuple[str, str], float]]:
+    """Read the scores of every row, as {(table, row): {(task, column): figure}}."""
+    tables, metrics = read_paper()
+    figures: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
+    for name in tables:
+        for row in list_rows(tables, name):
+            published = {(row["task"], column): row[column] for column in metrics[row["task"]] if column in row}
+            figures.setdefault((name, row["row"]), {}).update(published)
+    return figures
+
+
+def list_equal_rows(table: str, row: str, scale: str | None) -> list[tuple[str, str]]:
+    """List the row and the rows of other tables with the same configuration at a scale, as (table, row).
+
+    Rows with the same figures in two tables are the same configuration, except at the scales at which a table differs (`own_scales`).
+    """
+    tables, figures = read_paper()[0], read_figures()
+    own = figures.get((table, row), {})
+    differing = {name for name, content in tables.items() if scale in content.get("own_scales", [])}
+    others = [
+        place
+        for place, theirs in figures.items()
+        if place[0] == table or not differing & {table, place[0]}
+        if (common := own.keys() & theirs.keys()) and all(own[key] == theirs[key] for key in common)
+    ]
+    return [(table, row), *(place for place in others if place != (table, row))]
+
+
+def read_pretraining(table: str, row: str, scale: str = "paper") -> str:
     """Return the classifier that the backbone of a row starts from, such as "table2/resnet50_carafe", or "" if there is none."""
     conf = files("carafepp.conf")
-    read = (OmegaConf.create(conf.joinpath(name).read_text()) for name in (f"row/{table}/{row}.yaml", f"experiment/{table}.yaml"))
+    paths = (conf.joinpath(f"{name}.yaml") for name in (f"at_scale/{scale}/{table}/{row}", f"row/{table}/{row}", f"experiment/{table}"))
+    read = (OmegaConf.create(path.read_text()) for path in paths if path.is_file())
     return next((str(config.pretraining) for config in read if "pretraining" in config), "")
 
 

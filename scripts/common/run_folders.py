@@ -37,6 +37,11 @@ def shorten_path(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def is_in_sweep(folder: Path) -> bool:
+    """Return whether a run folder is that of a job of a sweep, whose name may have two parts, such as table4/carafe_0."""
+    return any((parent / "multirun.yaml").exists() for parent in folder.parents[:2])
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Lock a run folder in the first process of a run; the other processes of the run rely on this lock.

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ..common.overrides import INCIDENTAL, is_under
 from ..common.results import BROKEN, FinishedRun, clean
-from ..common.run_folders import INTERRUPTED
+from ..common.run_folders import INTERRUPTED, is_in_sweep
 
 # keys that affect the data and the training; runs that differ in these are in different tables
-PROTOCOL = ["scale", "setting", "protocol", "data", "optimizer", "schedule", "trainer"]
+PROTOCOL = ["scale", "setting", "protocol", "data", "optimizer", "schedule", "averaging", "trainer"]
 # the initial weights depend on the downsamplers of the network, so that only their presence is compared
 WEIGHTS = "backbone.weights"
 SOURCES = [WEIGHTS, "weights_root"]
@@ -67,7 +67,7 @@ def numeric_order(path: Path) -> list[tuple[bool, int, str]]:
 def is_failed_start(folder: Path) -> bool:
     """Return whether a command failed before it had trained; a job of a sweep is a row that is missing, and does not count."""
     error, trained = folder / "error.txt", ("result.json", "metrics.csv", "last.ckpt")
-    if not error.exists() or any((folder / name).exists() for name in trained) or (folder.parent / "multirun.yaml").exists():
+    if not error.exists() or any((folder / name).exists() for name in trained) or is_in_sweep(folder):
         return False
     return not error.read_text(errors="replace").startswith(INTERRUPTED)
 

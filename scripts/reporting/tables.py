@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..common.paper import find_baseline, list_rows, read_paper, unit_factor
+from ..common.paper import find_baseline, list_equal_rows, list_rows, read_paper, unit_factor
 from .runs import Setting
 from .statistics import Difference, Scores, compare_paired, summarize
 
@@ -68,43 +68,19 @@ class Table:
 class SettingFinder:
     """Index of settings by table, row, protocol and options.
 
-    Rows with the same figures in two tables of the paper are the same configuration, so that the runs of one row also serve the other,
-    except at the scales at which one of the tables differs (`own_scales`).
+    The runs of a row also serve the rows of other tables with the same configuration.
     """
 
     def __init__(self, settings: Sequence[Setting]) -> None:
-        tables, metrics = read_paper()
         self.settings = {self._key(s.table, s.row, s.protocol, s.options): s for s in settings}
-        self.own_scales = {name: table.get("own_scales", []) for name, table in tables.items()}
-        self.figures: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
-        for name in tables:
-            for row in list_rows(tables, name):
-                published = {(row["task"], column): row[column] for column in metrics[row["task"]] if column in row}
-                self.figures.setdefault((name, row["row"]), {}).update(published)
 
     @staticmethod
     def _key(table: str, row: str, protocol: Mapping[str, str], options: Mapping[str, str]) -> tuple:
         return table, row, frozenset(protocol.items()), frozenset(options.items())
 
-    def list_equal_rows(self, table: str, row: str) -> list[tuple[str, str]]:
-        """List the row and the rows of other tables with the same configuration, as (table, row)."""
-        own = self.figures.get((table, row), {})
-        others = [
-            place
-            for place, figures in self.figures.items()
-            if (common := own.keys() & figures.keys()) and all(own[key] == figures[key] for key in common)
-        ]
-        return [(table, row), *(place for place in others if place != (table, row))]
-
     def find(self, table: str, row: str, protocol: Mapping[str, str], options: Mapping[str, str]) -> Setting | None:
         """Return the setting of a row, or of an equal row in another table, if there is one."""
-        scale = protocol.get("scale")
-        places = (
-            (other, name)
-            for other, name in self.list_equal_rows(table, row)
-            if other == table or scale not in [*self.own_scales.get(table, []), *self.own_scales[other]]
-        )
-        keys = (self._key(*place, protocol, options) for place in places)
+        keys = (self._key(*place, protocol, options) for place in list_equal_rows(table, row, protocol.get("scale")))
         return next((self.settings[key] for key in keys if key in self.settings), None)
 
     def find_reference(self, setting: Setting, table: str, row: str) -> Setting | None:

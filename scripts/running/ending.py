@@ -6,7 +6,7 @@ from pathlib import Path
 from ...tasks.task import Task
 from ..common.paper import read_paper
 from ..common.results import FinishedRun
-from ..common.run_folders import shorten_path
+from ..common.run_folders import is_in_sweep, shorten_path
 from ..reporting import group_runs, read_runs, render_tables, tabulate_kinds, tabulate_paper
 
 SHOWN = ("AP", "AP50", "top1", "top5", "mIoU", "pixel_accuracy", "L1_percent", "psnr_db")
@@ -24,7 +24,7 @@ def describe_run(folder: Path, task: Task, trust: Iterable[str] = ()) -> str:
     short = shorten_path(folder)
     scores = ", ".join(f"{metric.removeprefix('val/')} {value:.4f}" for metric, value in run.metrics.items())
     # the table at the end of a sweep says the rest
-    if (folder.parent / "multirun.yaml").exists():
+    if is_in_sweep(folder):
         return f"{short}: {scores}"
     lines = [f"scores:      {scores}"]
     if points := [point for point in run.curve if name in point]:

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import DoublePrecision
 from omegaconf import DictConfig
 
+from ...tasks.averaging import WeightAverage
 from ...tasks.checkpoint_files import CheckpointFiles
 from ...tasks.pictures import Pictures
 from ...tasks.runs import BestCheckpoint, LastCheckpoint, RandomState, RunRecord
@@ -53,8 +54,12 @@ def train(cfg: DictConfig, folder: Path) -> None:
     if cfg.compile:
         task.model.compile()
     bar = [PassesBar()] if cfg.trainer.get("enable_progress_bar") else []
+    # runs from before this key have none
+    averaging = cfg.get("averaging")
     callbacks = [
         *bar,
+        # the other callbacks see the average
+        *([] if averaging is None else [WeightAverage(averaging)]),
         # result.json, which RunRecord writes, says that everything else is written
         Pictures(folder),
         RunRecord(folder, cfg.log_every_n_steps, config),

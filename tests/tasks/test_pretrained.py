@@ -15,13 +15,13 @@ from omegaconf import OmegaConf
 from torch import nn
 
 
-def write_classifier(folder, row, finished=True, **options):
+def write_classifier(folder, row, finished=True, seed=0, **options):
     """Write what a run of a classifier leaves that others need; return its network."""
     folder.mkdir(parents=True)
     network = tiny(num_classes=10, **options)
     torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in network.state_dict().items()}}, folder / "best.ckpt")
     if finished:
-        (folder / "result.json").write_text(json.dumps({"choices": {"row": row}}))
+        (folder / "result.json").write_text(json.dumps({"choices": {"row": row}, "seed": seed}))
     return network
 
 
@@ -61,11 +61,22 @@ def test_missing_classifier_is_answered_with_the_command_that_trains_it(tmp_path
         find_classifier(tmp_path / "nowhere", "table2/resnet50")
 
 
+def test_among_classifiers_of_several_seeds_a_run_starts_from_that_of_its_own(tmp_path):
+    classifiers = [write_classifier(tmp_path / str(seed), "table2/resnet50", seed=seed) for seed in (0, 1)]
+    for seed, classifier in enumerate(classifiers):
+        backbone = build_backbone("experiment=table5", f"weights_root={tmp_path}", f"seed={seed}")
+        assert torch.equal(backbone.conv1.weight, classifier.conv1.weight)
+    # a single one serves every seed
+    assert find_classifier(tmp_path / "0", "table2/resnet50", 7) == tmp_path / "0" / "best.ckpt"
+
+
 def test_two_classifiers_of_one_row_are_refused(tmp_path):
-    for seed in "01":
-        write_classifier(tmp_path / seed, "table2/resnet50")
-    with pytest.raises(ValueError, match=r"holds 2 classifiers table2/resnet50: .*0/best\.ckpt, .*1/best\.ckpt"):
-        find_classifier(tmp_path, "table2/resnet50")
+    for name in "01":
+        write_classifier(tmp_path / name, "table2/resnet50", seed=3)
+    for seed, number in ((None, 0), (0, 0), (3, 2)):
+        told = rf"holds 2 classifiers table2/resnet50, of which {number} have seed={seed}: .*0/best\.ckpt, .*1/best\.ckpt"
+        with pytest.raises(ValueError, match=told):
+            find_classifier(tmp_path, "table2/resnet50", seed)
 
 
 def test_a_folder_without_a_row_is_refused(tmp_path):

@@ -1,0 +1,123 @@
+"""The plan of a whole comparison at the small scale: the sweeps over the rows of the paper's tables, in an order that gives every network
+its classifier.
+"""
+
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+from omegaconf import OmegaConf
+
+from .paper import list_equal_rows, read_paper, read_pretraining
+from .results import is_finished
+
+SCALE = "small"
+
+
+class Sweep(NamedTuple):
+    """The rows of one table and the number of their seeds."""
+
+    table: str
+    rows: list[str]
+    seeds: int
+
+    def list_folders(self, out: Path) -> list[Path]:
+        """List the folders of the runs."""
+        return [out / f"{row}_{seed}" for row in self.rows for seed in range(self.seeds)]
+
+    def count_left(self, out: Path) -> int:
+        """Count the runs that are not finished."""
+        return sum(not is_finished(folder) for folder in self.list_folders(out))
+
+    def write_arguments(self, out: Path, jobs: int) -> list[str]:
+        """Write the arguments of `carafepp-train` that run or finish the sweep."""
+        return [
+            "-m",
+            f"experiment={self.table}",
+            f"row={','.join(self.rows)}",
+            f"scale={SCALE}",
+            f"setting={read_task(self.table)}_study",
+            f"seed={','.join(map(str, range(self.seeds)))}",
+            *([f"weights_root={out}"] if read_pretraining(*self.rows[0].split("/"), SCALE) else []),
+            f"hydra.sweep.dir={out}",
+            "hydra.sweep.subdir=${hydra:runtime.choices.row}_${seed}",
+            *(["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"] if jobs > 1 else []),
+        ]
+
+
+def read_task(experiment: str) -> str:
+    """Return the task of an experiment."""
+    defaults = OmegaConf.create(files("carafepp.conf").joinpath(f"experiment/{experiment}.yaml").read_text()).defaults
+    return next(entry["override /task"] for entry in defaults if "override /task" in entry)
+
+
+def read_rows(experiment: str) -> list[str]:
+    """Return the rows of an experiment at the small scale, such as "table9/ppm"."""
+    conf = files("carafepp.conf")
+    own = conf.joinpath(f"sweep/{experiment}_{SCALE}.yaml")
+    if own.is_file():
+        return OmegaConf.create(own.read_text()).row.split(",")
+    return OmegaConf.create(conf.joinpath(f"experiment/{experiment}.yaml").read_text()).hydra.sweeper.params.row.split(",")
+
+
+def plan_sweeps(tables: Iterable[str], seeds: Mapping[str, int]) -> list[Sweep]:
+    """Plan the sweeps over tables: those of the classifiers that their rows start from, then the others, in the order of the paper.
+
+    A configuration that several tables share is planned once, in the table with the most seeds.
+
+    Args:
+        tables: names of tables.
+        seeds: number of seeds by table.
+
+    Raises:
+        ValueError: a table is unknown, or has no positive number of seeds.
+    """
+    known = list(read_paper()[0])
+    if unknown := [table for table in tables if table not in known]:
+        raise ValueError(f"tables must be among {', '.join(known)}, got {', '.join(map(str, unknown))}")
+    if wrong := [table for table in tables if seeds.get(table, 0) < 1]:
+        raise ValueError(f"seeds must give every table a number of at least 1, got {seeds.get(wrong[0])} for {wrong[0]}")
+    # seeds of every row
+    planned: dict[str, int] = {}
+    for table in sorted(tables, key=lambda table: (-seeds[table], known.index(table))):
+        for row in read_rows(table):
+            if not any(f"{other}/{name}" in planned for other, name in list_equal_rows(*row.split("/"), SCALE)):
+                planned[row] = seeds[table]
+    classifiers: dict[str, int] = {}
+    for row, number in planned.items():
+        if start := read_pretraining(*row.split("/"), SCALE):
+            classifiers[start] = max(number, classifiers.get(start, 0))
+    for row in [*planned]:
+        if row in classifiers:
+            classifiers[row] = max(planned.pop(row), classifiers[row])
+    return [*group_rows(classifiers, ["table2", "pretraining"]), *group_rows(planned, known)]
+
+
+def group_rows(planned: Mapping[str, int], order: Iterable[str]) -> list[Sweep]:
+    """Group rows with their numbers of seeds into sweeps of one table and one number of seeds."""
+    sweeps: dict[tuple[str, int], list[str]] = {}
+    for table in order:
+        for row, number in planned.items():
+            if row.split("/")[0] == table:
+                sweeps.setdefault((table, number), []).append(row)
+    return [Sweep(table, rows, number) for (table, number), rows in sweeps.items()]
+
+
+def describe_plan(sweeps: Iterable[Sweep], out: Path, seconds: Mapping[str, float], jobs: int) -> str:
+    """Tabulate the sweeps with their runs that are left and their CPU hours, and state the hours of the whole.
+
+    Args:
+        out: the folder of the runs.
+        seconds: mean CPU seconds of a run by table.
+        jobs: number of trainings at a time.
+    """
+    lines, runs, hours = [], 0, 0.0
+    for sweep in sweeps:
+        left = sweep.count_left(out)
+        taken = left * seconds[sweep.table] / 3600
+        runs, hours = runs + left, hours + taken
+        whole = f"{len(sweep.rows)} row{'s' * (len(sweep.rows) > 1)} x {sweep.seeds} seed{'s' * (sweep.seeds > 1)}"
+        lines.append(f"{sweep.table:12}{whole:20}{left:4} runs left {taken:6.1f} hours")
+    lines.append(f"{runs} runs left: {hours:.1f} hours of CPU time, {hours / jobs:.1f} hours with jobs={jobs} on as many free cores")
+    return "\n".join(lines)
