@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms.v2.functional import normalize
 
+from .boundaries import BoundaryIoU
 from .data import get_data
 from .exportable import Exportable, Normalized
 from .inference import check_inference, predict_labels
@@ -113,6 +114,7 @@ class Segmentation(Task):
         painted = [label for label, name in enumerate(names) if name != "background"]
         self.colors = dict(zip(painted, pick_colors(len(painted)), strict=True))
         self.confusion = MulticlassConfusionMatrix(len(names), ignore_index=IGNORED)
+        self.boundaries = BoundaryIoU(len(names))
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [N, 3, H, W] in [0, 1] to logits at the network's resolution; in training, auxiliary logits may follow in a tuple."""
@@ -156,19 +158,24 @@ class Segmentation(Task):
         return total / (labels != IGNORED).sum().clamp(min=1)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Add a batch, as in training, to the confusion matrix."""
+        """Add a batch, as in training, to the confusion matrix and to the counts of boundaries."""
         images, labels = batch
-        self.confusion.update(predict_labels(self, images, labels.shape[-2:], **self.inference), labels)
+        predictions = predict_labels(self, images, labels.shape[-2:], **self.inference)
+        self.confusion.update(predictions, labels)
+        self.boundaries.update(predictions, labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores over the whole validation set, and keep those of the classes."""
         confusion = self.confusion.compute()
         scores = segmentation_scores(confusion)
         self.confusion.reset()
+        boundary = self.boundaries.compute().nanmean()
+        self.boundaries.reset()
         columns = zip(self.class_names, scores["IoU"].tolist(), confusion.sum(1).tolist(), strict=True)
         self.per_class = [{"class": name, "IoU": None if math.isnan(iou) else iou, "pixels": pixels} for name, iou, pixels in columns]
         self.log("val/mIoU", scores["mIoU"].float(), prog_bar=True)
         self.log("val/pixel_accuracy", scores["pixel_accuracy"].float())
+        self.log("val/boundary_IoU", boundary.float())
 
     def predict(self, image: Tensor) -> Tensor:
         """Return the labels [H, W] of an image [3, H, W] in [0, 1]."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -144,9 +145,13 @@ def test_scores_are_those_of_a_count_by_numpy(data):
     task.on_validation_epoch_end()
     iou, mean, accuracy = scores_by_numpy(pairs, classes)
     assert [row["IoU"] for row in task.per_class] == pytest.approx(iou)
+    # tests/tasks/test_boundaries.py has its definition
+    boundary = task.logged.pop("val/boundary_IoU")
+    assert 0 <= boundary <= 1 or math.isnan(mean)
     assert task.logged == pytest.approx({"val/mIoU": mean, "val/pixel_accuracy": accuracy}, nan_ok=True)
     # the next validation starts from zero
     assert not task.confusion.confmat.any()
+    assert not task.boundaries.union.any()
 
 
 def test_auxiliary_loss_has_its_weight():
