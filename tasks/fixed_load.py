@@ -4,7 +4,7 @@ Measurements of networks with random weights need it, so that networks differ on
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,12 @@ def replace_values(module: nn.Module, arguments: Any, outputs: tuple[Any, Any]) 
 
     scores, deltas = outputs
     return tree_map(functools.partial(replace, scale=1.0), scores), tree_map(functools.partial(replace, scale=DELTAS), deltas)
+
+
+def keep_size(task: Task, size: Sequence[int]) -> None:
+    """Let a detector take images of a size (height, width) as they are, instead of resizing them to the size of its training."""
+    if isinstance(task, Detection):
+        task.model.transform.min_size, task.model.transform.max_size = (min(size),), max(size)
 
 
 def label_images(images: Tensor) -> Tensor:

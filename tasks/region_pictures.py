@@ -58,15 +58,15 @@ def draw_regions(view: View, path: str | Sequence[str], locations: Sequence[tupl
     return arrange(rows, columns=titles, letters=picture.shape[2] // TITLE_SHARE)
 
 
-def explain_regions(figures: Sequence[Tensor], titles: Sequence[str] = ()) -> Tensor:
-    """Arrange figures of `draw_regions` one below the other, with their titles on the left and a legend below."""
+def explain_regions(figures: Sequence[Tensor], titles: Sequence[str] = (), caption: str = "") -> Tensor:
+    """Arrange figures of `draw_regions` one below the other, with their titles on the left, and a legend and a caption below."""
     size = figures[0].shape[2] // LEGEND_SHARE
     ramp = torch.linspace(0, 1, 8 * size).expand(1, size, -1)
     marks = {
         "target": _make_ring(size),
         "source; its weight, from 0 to the largest in the map": to_pil_image(_shade(torch.full((1, size, 8 * size), 0.6), ramp)),
     }
-    return arrange([[figure] for figure in figures], titles=titles, legend=marks, note=NOTE, letters=size)
+    return arrange([[figure] for figure in figures], titles=titles, legend=marks, note=f"{NOTE}\n{caption}".rstrip(), letters=size)
 
 
 def _title(region: Region) -> str:

@@ -112,7 +112,8 @@ def test_steps_run_whatever_happens_to_the_others(tmp_path, measure, capsys):
         measure.Step("first one", write_script(2, "pass"), 30, "times.csv"),
         measure.Step("broken", write_script(3, "sys.exit('no such device')"), 30, "times.csv"),
         measure.Step("hangs", write_script(4, child), 1, "times.csv"),
-        measure.Step("last", write_script(1, "pass"), 30, "times.csv"),
+        # the last step has all of the remaining time
+        measure.Step("last", write_script(1, "time.sleep(1.1)"), 1, "times.csv"),
     ]
     start = time.monotonic()
     outcomes = measure.run_steps(steps, tmp_path / "run", {"PATH": "/usr/bin"})
@@ -170,7 +171,7 @@ def test_every_step_composes(measure):
         ("models.csv", 2),
         ("models.csv", 1),
         ("models.csv", 1),
-        ("models.csv", 2),
+        ("models.csv", 4),
     ]
 
 

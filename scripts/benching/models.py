@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ...models.carafe import CARAFE
+from ...tasks.fixed_load import keep_size
 from ...tasks.runs import count_flops
 from ...tasks.task import Task
 from ...tasks.writing import write_csv
@@ -69,6 +70,8 @@ class Networks:
         }
         tasks = {row: build_network(cfg.table, row, cfg.overrides) for row in self.fps}
         self.size = tuple(cfg.size or next(iter(tasks.values())).bench_size)
+        for task in tasks.values():
+            keep_size(task, self.size)
         self.runs = {
             row: NetworkCalls(task, self.size, batch=cfg.batch, step_batch=cfg.step_batch, **self.options) for row, task in tasks.items()
         }

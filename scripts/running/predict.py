@@ -12,6 +12,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from ...tasks.images import is_image, read_image
+from ...tasks.lettering import LONGEST
 from ...tasks.prediction_files import PredictionFiles
 from ...tasks.region_pictures import draw_regions, explain_regions
 from ...tasks.sheets import arrange
@@ -140,11 +141,12 @@ def make_files(tasks: dict[str, Task], folder: Path, names: Sequence[str]) -> di
 def draw(tasks: dict[str, Task], inputs: dict[str, tuple], predictions: dict[str, Any]) -> list[Tensor]:
     """Draw the inputs (see `Task.read`), and then the prediction of each network for them.
 
-    `predictions` are those that are known already.
+    A photograph with a hole is also drawn without it. `predictions` are those that are known already.
     """
     label, task = next(iter(tasks.items()))
     known = {label: {"prediction": predictions[label]} if label in predictions else {} for label in tasks}
-    return [task.show(*inputs[label]), *(task.draw(*inputs[label], **known[label]) for label, task in tasks.items())]
+    shown = [inputs[label][0]] if task.takes_mask else []
+    return [*shown, task.show(*inputs[label]), *(task.draw(*inputs[label], **known[label]) for label, task in tasks.items())]
 
 
 @torch.no_grad()
@@ -156,6 +158,9 @@ def predict(cfg: DictConfig) -> None:
     """
     if cfg.max_side < 1:
         raise ValueError(f"max_side must be at least 1 pixel, got {cfg.max_side}")
+    caption = "" if cfg.caption is None else str(cfg.caption)
+    if len(caption) > LONGEST:
+        raise ValueError(f"caption must have at most {LONGEST} characters, got {len(caption)}: {caption}")
     tasks = load_tasks(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     paths = find_images(Path(cfg.images))
@@ -165,7 +170,8 @@ def predict(cfg: DictConfig) -> None:
     if cfg.masks is not None:
         options |= {"invert": cfg.invert_masks, "threshold": cfg.mask_threshold}
     files = {} if cfg.regions is not None else make_files(tasks, folder, name_folders(list_checkpoints(cfg)))
-    skipped, rows, columns = [], {}, ["image", *(tasks if len(tasks) > 1 else ["prediction"])]
+    skipped, rows = [], {}
+    columns = [*(["image"] if masks[0] is None else ["photograph", "hole"]), *(tasks if len(tasks) > 1 else ["prediction"])]
     for path, mask in tqdm(list(zip(paths, masks, strict=True)), unit="image"):
         try:
             inputs = {label: task.read(path, mask, cfg.max_side, **options) for label, task in tasks.items()}
@@ -181,15 +187,15 @@ def predict(cfg: DictConfig) -> None:
             files[label].add(path.name, (height, width), prediction)
         if cfg.regions is not None:
             figures = [draw_regions(task.view(*inputs[label]), cfg.regions, cfg.locations) for label, task in tasks.items()]
-            figure = explain_regions(figures, list(tasks) if len(tasks) > 1 else [])
+            figure = explain_regions(figures, list(tasks) if len(tasks) > 1 else [], caption)
         else:
             row = draw(tasks, inputs, predictions)
-            figure = row[1] if len(tasks) == 1 else arrange([row], columns=columns)
+            figure = row[-1] if len(tasks) == 1 and not caption else arrange([row], columns=columns, note=caption)
             if len(rows) < FIGURE_ROWS:
                 rows[path.stem] = row
         save_image(figure, folder / f"{path.name}.png")
     if len(rows) > 1:
-        save_image(arrange(list(rows.values()), columns=columns), folder / "figure.png")
+        save_image(arrange(list(rows.values()), columns=columns, note=caption), folder / "figure.png")
     summary = "\n".join([*skipped, f"{len(paths) - len(skipped)} of {len(paths)} images predicted, pictures in {folder}"])
     if len(skipped) == len(paths):
         raise ValueError(summary)

@@ -41,6 +41,14 @@ def test_carafe_in_a_detector_adds_its_own_parameters_and_flops():
     assert 0 < carafe["inference_operator_share"] < 1
 
 
+def test_a_detector_does_not_resize_the_images():
+    small, large = (rows("table=table4", "rows=[nearest]", f"size=[{size}]", "rounds=0")["nearest"] for size in ("64,96", "128,192"))
+    # of a network with a pyramid of 32 channels, 4 times as many pixels take 4 times as much, except in its last level, which
+    # is rounded up; the heads of 50 boxes take the same
+    heads = 2 * 50 * (32 * 49 * 128 + 128 * 128 + 128 * (11 + 44))
+    assert (large["flops"] - heads) / (small["flops"] - heads) == pytest.approx(4, rel=1e-3)
+
+
 @pytest.mark.parametrize(("table", "row", "size"), [("table2", "resnet50_carafe", 64), ("table8", "upernet_resnet50_carafe", 64)])
 def test_other_tasks_are_measured_alike(table, row, size):
     found = rows(f"table={table}", f"rows=[{row}]", f"size=[{size},{size}]", "rounds=0")

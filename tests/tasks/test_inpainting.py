@@ -256,6 +256,28 @@ def test_predict_fills_holes_and_keeps_the_rest(whole, photographs, max_side):
         assert (after[hole] != before[hole]).any()
 
 
+def test_figures_show_photograph_hole_and_fill_over_their_caption(whole, photographs):
+    text = "Both scores are those of the validation set."
+    plain, out = photographs / "plain", photographs / "out"
+    options = [f"checkpoint={whole}/last.ckpt", f"images={photographs}/photographs", f"masks={photographs}/masks"]
+    call("predict", f"hydra.run.dir={plain}", *options)
+    call("predict", f"hydra.run.dir={out}", *options, f"caption='{text}'")
+    figures = [np.asarray(Image.open(folder / "figure.png")) for folder in (plain, out)]
+    assert figures[1].shape[0] > figures[0].shape[0]
+    assert (figures[1][: figures[0].shape[0] - 20] == figures[0][:-20]).all()
+    # the sheet of a photograph of 61 x 47 pixels, enlarged fivefold, has three columns
+    sheet = np.asarray(Image.open(out / "odd.png.png"))
+    photograph, hole = (np.asarray(Image.open(photographs / folder / "odd.png")) for folder in ("photographs", "masks"))
+    filled = np.asarray(Image.open(out / "filled" / "odd.png"))
+    top = next(y for y in range(len(sheet)) if (sheet[y, 7 : 7 + 5 * 47] == photograph[0].repeat(5, 0)).all())
+    shown = [sheet[top : top + 5 * 61 : 5, x : x + 5 * 47 : 5] for x in (7 + i * (5 * 47 + 7) for i in range(3))]
+    for actual, expected in zip(shown, (photograph, np.where(hole[..., None] > 0, 255, photograph), filled), strict=True):
+        # both are rounded from the same values
+        assert abs(actual.astype(int) - expected).max() <= 1
+    with pytest.raises(ValueError, match="caption must have at most 200 characters, got 201: xxx"):
+        call("predict", *options, f"caption={201 * 'x'}")
+
+
 def predict(whole, photographs, mask, *options, image="odd.png"):
     """Fill the hole of a photograph by the command; return the pixels before and after."""
     out, path = photographs / "out", photographs / "photographs" / image
