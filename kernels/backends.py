@@ -21,8 +21,8 @@ class Backend(Protocol):
     Tensors: x and dx [N, C, H, W], logits and dlogits [N, G * K * K, up, up, Hq, Wq], y and dy [N, C, Ho, Wo], lse [N, G, up, up, Hq, Wq].
     """
 
-    def forward(self, x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> None:
-        """Fill y, and the log-sum-exp of every window where the normalizer has one (LSE_NORMALIZERS); `lse` is empty otherwise."""
+    def forward(self, x: Tensor, logits: Tensor, y: Tensor, lse: Tensor | None, spec: Spec) -> None:
+        """Fill y, and the log-sum-exp of every window unless `lse` is None; it is empty for normalizers without one (LSE_NORMALIZERS)."""
 
     def backward(self, dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, spec: Spec) -> None:
         """Fill dx and dlogits; either of them is None where that gradient is not needed."""
@@ -47,25 +47,25 @@ def default_backend(device_type: str, dtype: torch.dtype) -> str:
     return "cpu" if device_type in ("cpu", "meta") else "reference"
 
 
-def choose_backend(backend: str | None, x: Tensor) -> str:
-    """Name the backend that runs for `x`.
+def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """Name the backend that runs for an x on `device` and of `dtype`.
 
     Raises:
-        ValueError: `backend` is unknown, or does not run on the device of `x`.
-        TypeError: the backend does not take the dtype of `x`.
+        ValueError: `backend` is unknown, or does not run on the device.
+        TypeError: the backend does not take the dtype.
     """
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "cpu" and x.device.type != "cpu":
-        raise ValueError(f"backend 'cpu' takes CPU tensors, got x on {x.device}")
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' takes CPU tensors, got x on {device}")
     if backend == "triton" and not HAS_TRITON:
         raise ValueError("backend 'triton' needs the triton package, which is not installed; 'reference' runs on any device")
-    if backend == "triton" and x.device.type not in ("cuda", "cpu", "meta"):
-        raise ValueError(f"backend 'triton' takes CUDA tensors, got x on {x.device}; 'reference' runs on any device")
-    chosen = backend or default_backend(x.device.type, x.dtype)
-    if chosen != "reference" and x.dtype not in DTYPES[chosen]:
+    if backend == "triton" and device.type not in ("cuda", "cpu", "meta"):
+        raise ValueError(f"backend 'triton' takes CUDA tensors, got x on {device}; 'reference' runs on any device")
+    chosen = backend or default_backend(device.type, dtype)
+    if chosen != "reference" and dtype not in DTYPES[chosen]:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[chosen])
-        raise TypeError(f"backend {chosen!r} takes {known}, got {x.dtype}; 'reference' takes any floating-point dtype")
+        raise TypeError(f"backend {chosen!r} takes {known}, got {dtype}; 'reference' takes any floating-point dtype")
     return chosen
 
 

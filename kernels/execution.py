@@ -60,6 +60,7 @@ def empty_gradients(x: Tensor, logits: Tensor, need_dx: bool, need_dlogits: bool
 class Layouts(NamedTuple):
     """What the layout of x and the options of a call determine."""
 
+    options: Options
     spec: Spec
     y_shape: tuple[int, ...]
     y_strides: tuple[int, ...]
@@ -81,15 +82,15 @@ def find_layouts(shape: torch.Size, strides: tuple[int, ...], options: Options) 
     cells_shape = (n, spec.groups * spec.taps, spec.up, spec.up, spec.cells(h), spec.cells(w))
     core = (min(rows, y.shape[2]), min(columns, y.shape[3])) if longer else None
     channels = spec.groups * spec.taps * spec.up**2
-    return Layouts(spec, tuple(y.shape), y.stride(), tuple(lse.shape), cells_shape, channels, core)
+    return Layouts(options, spec, tuple(y.shape), y.stride(), tuple(lse.shape), cells_shape, channels, core)
 
 
-def _view_cells(logits: Tensor, layouts: Layouts, options: Options) -> Tensor:
+def _view_cells(logits: Tensor, layouts: Layouts) -> Tensor:
     """View logits as [N, G * K * K, up, up, Hq, Wq].
 
     Logits in encoder layout may have further channels, which are not read. Weights at output resolution that end within a cell are padded.
     """
-    if not options.at_targets:
+    if not layouts.options.at_targets:
         used = layouts.logit_channels
         return (logits if logits.shape[1] == used else logits[:, :used]).view(layouts.cells_shape)
     n, channels, up, _, rows, columns = layouts.cells_shape
@@ -135,35 +136,39 @@ def _untraced(function: Op) -> Op:
     return run
 
 
-def compute_outputs(x: Tensor, logits: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def compute_outputs(x: Tensor, logits: Tensor, layouts: Layouts) -> tuple[Tensor, Tensor]:
     """Compute y and lse of tensors that no transform of PyTorch observes."""
-    layouts = find_layouts(x.shape, x.stride(), options)
-    y = x.new_empty_strided(layouts.y_shape, layouts.y_strides)
     lse = x.new_empty(layouts.lse_shape, dtype=WIDE[x.dtype])
+    return compute_features(x, logits, layouts, lse), lse
+
+
+def compute_features(x: Tensor, logits: Tensor, layouts: Layouts, lse: Tensor | None = None) -> Tensor:
+    """Compute y, and fill lse unless it is None."""
+    y = x.new_empty_strided(layouts.y_shape, layouts.y_strides)
     if y.numel():
         core = y[..., : layouts.core[0], : layouts.core[1]] if layouts.core else y
-        compute = implementation(options.backend, x.device, x.dtype).forward
-        compute(x, _view_cells(logits, layouts, options), core, lse, layouts.spec)
+        compute = implementation(layouts.options.backend, x.device, x.dtype).forward
+        compute(x, _view_cells(logits, layouts), core, lse, layouts.spec)
         if layouts.core:
             _repeat_last(y, *layouts.core)
-    return y, lse
+    return y
 
 
 def compute_gradients(
-    dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, options: Options, need_dx: bool, need_dlogits: bool
+    dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, layouts: Layouts, need_dx: bool, need_dlogits: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute dx and dlogits of tensors that no transform of PyTorch observes."""
     dx, dlogits = empty_gradients(x, logits, need_dx, need_dlogits)
     if not dy.numel():
         return dx, dlogits.zero_()
-    layouts = find_layouts(x.shape, x.stride(), options)
     if layouts.core:
         dy = _sum_repeated(dy, *layouts.core)
-    cells, dcells = _view_cells(logits, layouts, options), _view_cells(dlogits, layouts, options) if need_dlogits else None
-    implementation(options.backend, x.device, x.dtype).backward(dy, x, cells, lse, dx if need_dx else None, dcells, layouts.spec)
+    cells, dcells = _view_cells(logits, layouts), _view_cells(dlogits, layouts) if need_dlogits else None
+    compute = implementation(layouts.options.backend, x.device, x.dtype).backward
+    compute(dy, x, cells, lse, dx if need_dx else None, dcells, layouts.spec)
     if dcells is None:
         return dx, dlogits
-    if not options.at_targets:
+    if not layouts.options.at_targets:
         if dlogits.shape[1] > layouts.logit_channels:
             dlogits[:, layouts.logit_channels :].zero_()
     elif dcells.data_ptr() != dlogits.data_ptr():
@@ -175,11 +180,11 @@ def compute_gradients(
 @_untraced
 def forward(x: Tensor, logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Compute y and lse; the further arguments are those of `Options`."""
-    return compute_outputs(x, logits, Options.read(*arguments))
+    return compute_outputs(x, logits, find_layouts(x.shape, x.stride(), Options.read(*arguments)))
 
 
 @_untraced
 def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Compute dx and dlogits; the further arguments are those of `Options`, need_dx and need_dlogits."""
     *options, need_dx, need_dlogits = arguments
-    return compute_gradients(dy, x, logits, lse, Options.read(*options), need_dx, need_dlogits)
+    return compute_gradients(dy, x, logits, lse, find_layouts(x.shape, x.stride(), Options.read(*options)), need_dx, need_dlogits)

@@ -1,5 +1,6 @@
 """The public functions: `reassemble` and `reassemble_weights`."""
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,17 +12,20 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .backends import choose_backend
 from .borders import mask_outside
 from .decomposed import decompose
-from .execution import Options
+from .execution import Layouts, Options, find_layouts
 from .flops import register_formulas
 from .geometry import Spec, check_inputs, is_traced, memory_format
+from .observers import is_observed
 from .reference import normalize, reassemble_reference, weighted_sum
-from .registration import call_reassemble
+from .registration import reassemble_op, reassemble_unobserved
 
 register_formulas()
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast tensors to the dtype of an active autocast region, as a convolution does; what is not a floating-point tensor stays as it is."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     first = tensors[0]
     if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
         return tensors
@@ -41,6 +45,69 @@ def _trace(x: Tensor, weights: Tensor, spec: Spec, size: Sequence[int] | None, *
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # pyright: ignore[reportPrivateImportUsage]
         given = check_inputs(x, weights, spec, size, name=name)
         return decompose(x, weights, None if size is None else given, *spec, name == "weights", None)[0]
+
+
+def _check_call(
+    x: Tensor, weights: Tensor, spec: Spec, size: Sequence[int] | None, backend: str | None, name: str, device: torch.device | None = None
+) -> Options | None:
+    """Check all arguments of a call on a device, that of `x` unless it is given.
+
+    Returns:
+        The options of the op, or None if the definition runs instead.
+    """
+    rows, columns = check_inputs(x, weights, spec, size, name=name)
+    if name == "weights" and size is not None and (rows > spec.output_size(x.shape[2]) or columns > spec.output_size(x.shape[3])):
+        raise ValueError(f"size must not exceed the output size of the scale for weights at output resolution, got {rows} x {columns}")
+    if choose_backend(backend, device or x.device, x.dtype) == "reference":
+        return None
+    return Options((rows, columns), *spec, name == "weights", backend)
+
+
+# as many as `find_layouts` remembers
+@functools.lru_cache(maxsize=16384)
+def check_layouts(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    weights_shape: torch.Size,
+    spec: Spec,
+    size: tuple[int, int] | None,
+    backend: str | None,
+    name: str,
+) -> Layouts | None:
+    """Check a call once for dense tensors of these layouts, because they come back in every iteration."""
+    x = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    options = _check_call(x, torch.empty(weights_shape, dtype=dtype, device="meta"), spec, size, backend, name, device)
+    return options and find_layouts(shape, strides, options)
+
+
+def _can_be_remembered(spec: Spec, size: Sequence[int] | None, backend: str | None) -> bool:
+    """Return whether options have the types of right ones, so that they are equal only to options that are as right or as wrong."""
+    if tuple(map(type, spec)) != (int, int, int, int, str, str) or not (backend is None or type(backend) is str):
+        return False
+    return size is None or (isinstance(size, tuple) and all([type(side) is int for side in size]))
+
+
+def _call(x: Tensor, weights: Tensor, spec: Spec, size: Sequence[int] | None, backend: str | None, name: str) -> Tensor | None:
+    """Check a call and run it, unless the definition runs instead."""
+    if not is_observed(x, weights) and _can_be_remembered(spec, size, backend):
+        dtype, device = x.dtype, x.device
+        if weights.dtype == dtype and weights.device == device:
+            layouts = check_layouts(x.shape, x.stride(), dtype, device, weights.shape, spec, size, backend, name)
+            return layouts and reassemble_unobserved(x, weights, layouts)
+    options = _check_call(x, weights, spec, size, backend, name)
+    return options and reassemble_op(x, weights, *options)[0]
+
+
+def _define_with_weights(x: Tensor, weights: Tensor, spec: Spec) -> Tensor:
+    """Compute `reassemble_weights` by the definition."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    windows = weights.to(dtype).unflatten(1, (spec.groups, spec.taps))
+    if spec.border == "renormalize":
+        windows = mask_outside(windows, spec, *x.shape[2:])
+    y = weighted_sum(x.to(dtype), normalize(windows, spec.normalizer), spec)
+    return y.to(x.dtype).contiguous(memory_format=memory_format(x))
 
 
 def reassemble(
@@ -99,10 +166,8 @@ def reassemble(
     spec = Spec(kernel_size, up, down, groups, normalizer, border)
     if is_traced():
         return _trace(x, logits, spec, size, name="logits")
-    rows, columns = check_inputs(x, logits, spec, size)
-    if choose_backend(backend, x) == "reference":
-        return reassemble_reference(x, logits, **spec._asdict(), size=size)
-    return call_reassemble(x, logits, Options((rows, columns), *spec, False, backend))
+    y = _call(x, logits, spec, size, backend, "logits")
+    return reassemble_reference(x, logits, **spec._asdict(), size=size) if y is None else y
 
 
 def reassemble_padded(x: Tensor, logits: Tensor, spec: Spec, size: Sequence[int] | None = None) -> Tensor:
@@ -110,8 +175,9 @@ def reassemble_padded(x: Tensor, logits: Tensor, spec: Spec, size: Sequence[int]
 
     Arguments, result and errors are otherwise those of `reassemble`, except that autocast casts nothing.
     """
-    rows, columns = check_inputs(x, logits, spec, size, name="padded logits")
-    return call_reassemble(x, logits, Options((rows, columns), *spec, False, None))
+    y = _call(x, logits, spec, size, None, "padded logits")
+    used = spec.groups * spec.taps * spec.up**2
+    return reassemble_reference(x, logits[:, :used], **spec._asdict(), size=size) if y is None else y
 
 
 def reassemble_weights(
@@ -152,14 +218,5 @@ def reassemble_weights(
     spec = Spec(kernel_size, up, down, groups, normalizer, border)
     if is_traced():
         return _trace(x, weights, spec, size, name="weights")
-    rows, columns = check_inputs(x, weights, spec, size, name="weights")
-    if size is not None and (rows > spec.output_size(x.shape[2]) or columns > spec.output_size(x.shape[3])):
-        raise ValueError(f"size must not exceed the output size of the scale for weights at output resolution, got {rows} x {columns}")
-    if choose_backend(backend, x) == "reference":
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        windows = weights.to(dtype).unflatten(1, (groups, spec.taps))
-        if border == "renormalize":
-            windows = mask_outside(windows, spec, *x.shape[2:])
-        y = weighted_sum(x.to(dtype), normalize(windows, normalizer), spec)
-        return y.to(x.dtype).contiguous(memory_format=memory_format(x))
-    return call_reassemble(x, weights, Options((rows, columns), *spec, True, backend))
+    y = _call(x, weights, spec, size, backend, "weights")
+    return _define_with_weights(x, weights, spec) if y is None else y

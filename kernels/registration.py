@@ -17,7 +17,19 @@ from torch.autograd.function import _SingleLevelFunction
 
 from .borders import mask_outside
 from .decomposed import decompose, decompose_backward
-from .execution import Options, backward, compute_gradients, compute_outputs, empty_gradients, empty_outputs, forward
+from .execution import (
+    Layouts,
+    Options,
+    backward,
+    compute_features,
+    compute_gradients,
+    compute_outputs,
+    empty_gradients,
+    empty_outputs,
+    find_layouts,
+    forward,
+)
+from .observers import is_observed
 from .reference import normalize, normalize_backward, normalize_forward
 
 # the schemas give the parameter types of the functions that the dispatcher and autograd call
@@ -34,8 +46,6 @@ SCHEMAS = (
 )
 for schema in SCHEMAS:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-# types of tensors without a dispatch of their own
-PLAIN = (Tensor, torch.nn.Parameter)
 reassemble_op = torch.ops.carafepp.reassemble.default
 reassemble_backward_op = torch.ops.carafepp.reassemble_backward.default
 
@@ -54,39 +64,16 @@ def _apply_to_tangents(jvp):
     return run
 
 
-def _is_observed(*tensors: Tensor) -> bool:
-    """Return whether anything but autograd may have to see a call: a compiler, a mode, torch.func, a profiler, a subclass, a lazy tensor.
-
-    Without one, a call need not pass through PyTorch's dispatcher, which takes longer than the rest of a small call.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
-    ):
-        return True
-    for tensor in tensors:
-        if type(tensor) not in PLAIN or not (tensor.is_cpu or tensor.is_cuda):
-            return True
-        # the dispatcher writes the values of tensors whose memory holds their negation, or nothing
-        if tensor.is_neg() or tensor._is_zerotensor():
-            return True
-    return False
-
-
 def _forward_below_autograd(x, logits, options):
     """Compute y and lse inside an autograd function, which records the call as a whole."""
-    if not _is_observed(x, logits):
-        return compute_outputs(x, logits, options)
+    if not is_observed(x, logits):
+        return compute_outputs(x, logits, find_layouts(x.shape, x.stride(), options))
     return _call_below_autograd(reassemble_op, x, logits, *options)
 
 
 def _backward_below_autograd(dy, x, logits, lse, options, need_dx, need_dlogits):
-    if not _is_observed(dy, x, logits, lse):
-        return compute_gradients(dy, x, logits, lse, options, need_dx, need_dlogits)
+    if not is_observed(dy, x, logits, lse):
+        return compute_gradients(dy, x, logits, lse, find_layouts(x.shape, x.stride(), options), need_dx, need_dlogits)
     return _call_below_autograd(reassemble_backward_op, dy, x, logits, lse, *options, need_dx, need_dlogits)
 
 
@@ -123,6 +110,30 @@ def _bilinear(options: Options) -> Options:
     return options._replace(normalizer="none", border="zero" if options.border == "renormalize" else options.border)
 
 
+def _differentiate(ctx, dy):
+    """Return the gradients of the arguments of a call whose tensors and options are in `ctx`."""
+    x, logits, lse = ctx.saved_tensors
+    need_dx, need_dlogits, _ = ctx.needs_input_grad
+    compute = _differentiable_backward if torch.is_grad_enabled() else _backward_below_autograd
+    dx, dlogits = compute(dy, x, logits, lse, ctx.options, need_dx, need_dlogits)
+    return dx if need_dx else None, dlogits if need_dlogits else None, None
+
+
+class _UnobservedReassemble(_SingleLevelFunction):
+    """The differentiable call that only autograd sees: y alone, without what transforms and forward mode need."""
+
+    @staticmethod
+    def forward(ctx, x, logits, layouts):
+        y, lse = compute_outputs(x, logits, layouts)
+        ctx.options = layouts.options
+        ctx.save_for_backward(x, logits, lse)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _differentiate(ctx, dy)
+
+
 class _Reassemble(_SingleLevelFunction):
     @staticmethod
     def forward(x, logits, options):
@@ -141,13 +152,7 @@ class _Reassemble(_SingleLevelFunction):
     def backward(ctx, dy, _):
         if dy is None:
             return None, None, None
-        x, logits, lse = ctx.saved_tensors
-        need_dx, need_dlogits, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            dx, dlogits = _differentiable_backward(dy, x, logits, ctx.options, need_dx, need_dlogits)
-        else:
-            dx, dlogits = _backward_below_autograd(dy, x, logits, lse, ctx.options, need_dx, need_dlogits)
-        return dx if need_dx else None, dlogits if need_dlogits else None, None
+        return _differentiate(ctx, dy)
 
     @staticmethod
     @_apply_to_tangents
@@ -164,7 +169,7 @@ class _Reassemble(_SingleLevelFunction):
 
 
 def _differentiable_backward(
-    dy: Tensor, x: Tensor, logits: Tensor, options: Options, need_dx: bool, need_dlogits: bool
+    dy: Tensor, x: Tensor, logits: Tensor, _: Tensor, options: Options, need_dx: bool, need_dlogits: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute the same gradients with bilinear and elementwise ops, so that they can be differentiated again."""
     windows, weights = _weights(x, logits, options)
@@ -284,13 +289,11 @@ def _autograd_backward(dy, x, logits, lse, *options):
     return _backward_below_autograd(dy, x, logits, lse, Options.read(*given), need_dx, need_dlogits)
 
 
-def call_reassemble(x: Tensor, logits: Tensor, options: Options) -> Tensor:
-    """Call the op `reassemble`, or what it does where only autograd looks on; return y."""
-    if _is_observed(x, logits):
-        return reassemble_op(x, logits, *options)[0]
-    if _records() and (x.requires_grad or logits.requires_grad or forward_ad._current_level >= 0):
-        return _apply(_Reassemble, x, logits, options)[0]
-    return compute_outputs(x, logits, options)[0]
+def reassemble_unobserved(x: Tensor, logits: Tensor, layouts: Layouts) -> Tensor:
+    """Return the y of the op `reassemble` for tensors that are not observed, without the dispatcher."""
+    if torch.is_grad_enabled() and (x.requires_grad or logits.requires_grad):
+        return _UnobservedReassemble.apply(x, logits, layouts)  # pyright: ignore[reportAttributeAccessIssue]
+    return compute_features(x, logits, layouts)
 
 
 LIBRARY.impl("reassemble", forward, "CompositeExplicitAutograd")

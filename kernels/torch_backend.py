@@ -51,10 +51,10 @@ def _windows(x: Tensor, logits: Tensor, spec: Spec) -> Tensor:
     return arrange_windows(windows.to(torch.promote_types(logits.dtype, torch.float32)), spec, *x.shape[2:])
 
 
-def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> None:
-    """Fill y [N, C, Ho, Wo] and lse [N, G, up, up, Hq, Wq] from x and logits [N, G * K * K, up, up, Hq, Wq]."""
+def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor | None, spec: Spec) -> None:
+    """Fill y [N, C, Ho, Wo] and, unless it is None, lse [N, G, up, up, Hq, Wq] from x and logits [N, G * K * K, up, up, Hq, Wq]."""
     windows = _windows(x, logits, spec)
-    if spec.normalizer in LSE_NORMALIZERS:
+    if lse is not None and spec.normalizer in LSE_NORMALIZERS:
         torch.logsumexp(F.logsigmoid(windows) if spec.normalizer == "sigmoid_normalized" else windows, dim=2, out=lse)
     weights = normalize(windows, spec.normalizer)
     source = pad_source(x, spec).unflatten(1, (spec.groups, -1))

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels.geometry import is_traced
-from ..kernels.registration import PLAIN
+from ..kernels.observers import PLAIN
 
 
 def suits_matrix_units(x: Tensor) -> bool:

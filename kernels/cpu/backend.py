@@ -3,8 +3,7 @@
 import ctypes
 import functools
 import os
-import struct
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -45,30 +44,38 @@ class Call(ctypes.Structure):
     )
 
 
+def load(path: Path) -> ctypes.CDLL:
+    """Load a compiled kernel.
+
+    Raises:
+        BuildError: it cannot be loaded.
+    """
+    try:
+        kernel = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"the compiled kernel cannot be loaded ({error}).") from error
+    # a layout of a call, and the addresses of its tensors
+    kernel.carafepp_forward.argtypes = (ctypes.POINTER(Call), *[ctypes.c_void_p] * 4)
+    kernel.carafepp_backward.argtypes = (ctypes.POINTER(Call), *[ctypes.c_void_p] * 6)
+    return kernel
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Load the compiled kernel; the first call on a machine compiles it.
+    """Load the kernel of this machine; the first call on a machine compiles it.
 
     Raises:
         BuildError: the kernel cannot be compiled or loaded.
     """
-    try:
-        return ctypes.CDLL(str(build()))
-    except OSError as error:
-        raise BuildError(f"the compiled kernel cannot be loaded ({error}).") from error
-
-
-@functools.cache
-def _function(name: str) -> Any:
-    return getattr(library(), name)
+    return load(build())
 
 
 _forked = False
 
 
 @functools.cache
-def openmp_parallel() -> ctypes.c_void_p | None:
-    """Find GOMP_parallel of the OpenMP runtime that PyTorch has loaded; without it (None) the kernel starts its own threads.
+def openmp_parallel() -> int | None:
+    """Find the address of GOMP_parallel of the OpenMP runtime that PyTorch has loaded; without it (None) the kernel starts its own threads.
 
     A second pool of threads would compete with PyTorch's for the same cores.
 
@@ -83,7 +90,7 @@ def openmp_parallel() -> ctypes.c_void_p | None:
     if _forked:
         return None
     try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
     except (AttributeError, OSError, TypeError):
         return None
 
@@ -98,39 +105,39 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
 
 
-_TENSORS = ("x", "logits", "lse", "y", "dy", "dx", "dlogits")
-_ADDRESSES = tuple(getattr(Call, name).offset for name in _TENSORS)
-_write_address = struct.Struct("P").pack_into
-
-
 @functools.lru_cache(maxsize=4096)
-def _template(dtype: torch.dtype, spec: Spec, shape: torch.Size, size: torch.Size, threads: int, forked: bool, *strides: tuple) -> bytes:
-    """Return the bytes of a `Call` without its addresses, which are all that differs between calls with the same layouts."""
+def _layouts(
+    dtype: torch.dtype, spec: Spec, shape: torch.Size, size: torch.Size, threads: int, parallel: int | None, *strides: tuple
+) -> Call:
+    """Return what is the same for all calls with these layouts: all but the addresses; the strides are those of x, logits, lse, y etc."""
     options = DTYPES.index(dtype), NORMALIZERS.index(spec.normalizer), BORDERS.index(spec.border)
     problem = (*options, *shape, *size, *spec[:4])
-    return bytes(Call(problem, threads, openmp_parallel(), *((None, steps) for steps in strides)))
+    return Call(problem, threads, parallel, *((None, steps) for steps in strides))
 
 
-def _call(name: str, spec: Spec, y: Tensor, x: Tensor, *others: Tensor | None) -> None:
-    """Run a function of the kernel on tensors in the order of `Call`; tensors that are None or missing at the end are not needed.
-
-    `y` is the output or its gradient, and gives the output size.
-    """
-    tensors = (x, *others)
-    strides = [() if t is None else t.stride() for t in tensors]
-    call = bytearray(_template(x.dtype, spec, x.shape, y.shape[2:], torch.get_num_threads(), _forked, *strides))
-    for offset, tensor in zip(_ADDRESSES, tensors, strict=False):
-        if tensor is not None:
-            _write_address(call, offset, tensor.data_ptr())
-    if _function(name)((ctypes.c_char * len(call)).from_buffer(call)):
+def _check(status: int, x: Tensor) -> None:
+    if status:
         raise MemoryError(f"the CPU kernel cannot allocate its scratch memory for x of shape {tuple(x.shape)}")
 
 
-def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> None:
-    """Fill y [N, C, Ho, Wo] and lse [N, G, up, up, Hq, Wq] from x and logits [N, G * K * K, up, up, Hq, Wq]."""
-    _call("carafepp_forward", spec, y, x, logits, lse, y)
+def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor | None, spec: Spec) -> None:
+    """Fill y [N, C, Ho, Wo] and, unless it is None, lse [N, G, up, up, Hq, Wq] from x and logits [N, G * K * K, up, up, Hq, Wq]."""
+    strides = x.stride(), logits.stride(), _stride(lse), y.stride()
+    layouts = _layouts(x.dtype, spec, x.shape, y.shape[2:], torch.get_num_threads(), openmp_parallel(), *strides)
+    _check(library().carafepp_forward(layouts, x.data_ptr(), logits.data_ptr(), _address(lse), y.data_ptr()), x)
 
 
 def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, spec: Spec) -> None:
     """Fill dx and dlogits, except those that are None."""
-    _call("carafepp_backward", spec, dy, x, logits, lse, None, dy, dx, dlogits)
+    strides = x.stride(), logits.stride(), lse.stride(), (), dy.stride(), _stride(dx), _stride(dlogits)
+    layouts = _layouts(x.dtype, spec, x.shape, dy.shape[2:], torch.get_num_threads(), openmp_parallel(), *strides)
+    addresses = x.data_ptr(), logits.data_ptr(), lse.data_ptr(), dy.data_ptr(), _address(dx), _address(dlogits)
+    _check(library().carafepp_backward(layouts, *addresses), x)
+
+
+def _stride(tensor: Tensor | None) -> tuple[int, ...]:
+    return () if tensor is None else tensor.stride()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

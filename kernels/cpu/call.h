@@ -24,7 +24,6 @@ struct Problem {
     Index cell_rows() const { return ceil_div(height, down); }
     Index cell_columns() const { return ceil_div(width, down); }
     Index group_channels() const { return channels / groups; }
-    bool has_lse() const { return normalizer == SOFTMAX || normalizer == SIGMOID_NORMALIZED; }
 };
 
 struct Tensor {
@@ -40,14 +39,14 @@ struct Tensor {
 // The signature of GOMP_parallel: runs function(data) on a team of threads of the OpenMP runtime that PyTorch itself uses.
 using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 
-// A tensor that is not needed has no data. The forward pass writes lse and y, the backward pass dx and dlogits.
+// A tensor that is not needed has no data. The forward pass writes y and, if it is needed, lse, the backward pass dx and dlogits.
 struct Call {
     Problem problem;
     std::int64_t threads;  // upper limit
     Parallel parallel;     // null: the kernel starts its own threads
     Tensor x;              // [N, C, H, W]
     Tensor logits;         // [N, G * K * K, up, up, Hq, Wq]
-    Tensor lse;            // [N, G, up, up, Hq, Wq], the log-sum-exp of every window, for the normalizers that have one
+    Tensor lse;            // [N, G, up, up, Hq, Wq], the log-sum-exp of every window; not needed by normalizers without one
     Tensor y;              // [N, C, Ho, Wo]
     Tensor dy, dx, dlogits;
 };

@@ -69,7 +69,7 @@ template <class S> void forward(const Call& call) {
         read_logits<S>(task, scratch.weights, false);
         arrange_windows(task, scratch.weights);
         normalize(task, scratch);
-        if (problem.has_lse()) write_lse(task, scratch.lse);
+        if (layout.lse.sets) write_lse(task, scratch.lse);
         if (channels_last) channels_last_forward<S>(task, scratch);
         else planar_forward<S>(task, tables, scratch);
     });
@@ -89,7 +89,7 @@ template <class S> void backward(const Call& call) {
         const Scratch<T> scratch(layout, grid, memory);
         read_logits<S>(task, scratch.weights, true);
         arrange_windows(task, scratch.weights);
-        if (problem.has_lse()) read_lse(task, scratch.lse);
+        if (layout.lse.sets) read_lse(task, scratch.lse);
         restore_weights(task, scratch);
         if (call.dlogits) std::fill_n(scratch.dweights.data, problem.taps() * scratch.dweights.set, T(0));
         if (!channels_last) planar_backward<S>(task, tables, scratch);
@@ -122,11 +122,15 @@ template <class F> int with_dtype(Dtype dtype, F&& f) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Both return 0, or 1 if memory runs out.
-EXPORT int carafepp_forward(const carafepp::Call* call) {
-    return carafepp::with_dtype(call->problem.dtype, [&](auto storage) { carafepp::forward<decltype(storage)>(*call); });
+// Both take a call without its data, which come in the order of its tensors. They return 0, or 1 if memory runs out.
+EXPORT int carafepp_forward(const carafepp::Call* layouts, void* x, void* logits, void* lse, void* y) {
+    carafepp::Call call = *layouts;
+    call.x.data = x, call.logits.data = logits, call.lse.data = lse, call.y.data = y;
+    return carafepp::with_dtype(call.problem.dtype, [&](auto storage) { carafepp::forward<decltype(storage)>(call); });
 }
 
-EXPORT int carafepp_backward(const carafepp::Call* call) {
-    return carafepp::with_dtype(call->problem.dtype, [&](auto storage) { carafepp::backward<decltype(storage)>(*call); });
+EXPORT int carafepp_backward(const carafepp::Call* layouts, void* x, void* logits, void* lse, void* dy, void* dx, void* dlogits) {
+    carafepp::Call call = *layouts;
+    call.x.data = x, call.logits.data = logits, call.lse.data = lse, call.dy.data = dy, call.dx.data = dx, call.dlogits.data = dlogits;
+    return carafepp::with_dtype(call.problem.dtype, [&](auto storage) { carafepp::backward<decltype(storage)>(call); });
 }

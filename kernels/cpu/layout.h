@@ -25,7 +25,7 @@ struct PlaneSets {
 
 struct Layout {
     PlaneSets weights;   // [tap][sub], first the logits
-    PlaneSets lse;       // [1][sub]
+    PlaneSets lse;       // [0 or 1][sub]
     PlaneSets output;    // [channel][sub]
     PlaneSets doutput;   // [channel][sub], gradients of the output
     PlaneSets dweights;  // [tap][sub], gradients of the weights, then of the logits
@@ -38,7 +38,7 @@ struct Layout {
         const Problem& problem = call.problem;
         Layout layout;
         layout.weights = {problem.taps(), problem.subs(), false};
-        layout.lse = {1, problem.subs(), false};
+        layout.lse = {call.lse ? 1 : 0, problem.subs(), false};
         layout.output = {channels, problem.subs(), false};
         layout.source = {channels, problem.phases(), true};
         return layout;
@@ -49,7 +49,7 @@ struct Layout {
         const bool halo(call.dx);
         Layout layout;
         layout.weights = {problem.taps(), problem.subs(), halo};
-        layout.lse = {1, problem.subs(), halo};
+        layout.lse = {call.lse ? 1 : 0, problem.subs(), halo};
         layout.doutput = {channels, problem.subs(), halo};
         if (call.dlogits) {
             layout.dweights = {problem.taps(), problem.subs(), false};

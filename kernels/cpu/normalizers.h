@@ -87,8 +87,8 @@ template <class S, class T> void read_logits(const Task& task, const Planes<T>& 
 // Number of cell vectors normalised together, so that their chains of maxima and sums run in parallel.
 constexpr int ABREAST = 4;
 
-// Normalises the windows of one sub-pixel of V vectors of cells in place. A NaN in a window makes its sum NaN, and therefore all its
-// weights.
+// Normalises the windows of one sub-pixel of V vectors of cells in place, and stores their log-sum-exp unless `lse` is null. A NaN in a
+// window makes its sum NaN, and therefore all its weights.
 template <int V, class T> inline void softmax(const Problem& problem, T* weights, Index tap_stride, T* lse) {
     const Normalizer normalizer = problem.normalizer;
     const Index taps = problem.taps();
@@ -112,7 +112,7 @@ template <int V, class T> inline void softmax(const Problem& problem, T* weights
     for (int v = 0; v < V; ++v) {
         T sums[LANES<T>];
         store(sums, total[v]);
-        for (int i = 0; i < LANES<T>; ++i) lse[v * LANES<T> + i] = top[v][i] + std::log(sums[i]);
+        for (int i = 0; lse && i < LANES<T>; ++i) lse[v * LANES<T> + i] = top[v][i] + std::log(sums[i]);
         total[v] = T(1) / total[v];
     }
     to = weights;
@@ -121,7 +121,7 @@ template <int V, class T> inline void softmax(const Problem& problem, T* weights
         for (int v = 0; v < V; ++v) store(to + v * LANES<T>, load(to + v * LANES<T>) * total[v]);
 }
 
-// Turns logits into weights in place and fills the planes of lse where the normalizer has one.
+// Turns logits into weights in place and fills the planes of lse, if there are any.
 template <class T> void normalize(const Task& task, const Scratch<T>& scratch) {
     const Problem& problem = task.problem;
     const Planes<T>&weights = scratch.weights, &lse = scratch.lse;
@@ -138,7 +138,8 @@ template <class T> void normalize(const Task& task, const Scratch<T>& scratch) {
     for (Index sub = 0; sub < problem.subs(); ++sub)
         for (Index f = 0; f < end; f += ABREAST * LANES<T>)
             with_count<ABREAST>(ceil_div(end - f, LANES<T>), [&](auto vectors) {
-                softmax<decltype(vectors)::value>(problem, weights.at(0, sub) + f, weights.set, lse.at(0, sub) + f);
+                softmax<decltype(vectors)::value>(problem, weights.at(0, sub) + f, weights.set,
+                                                     task.layout.lse.sets ? lse.at(0, sub) + f : nullptr);
             });
 }
 

@@ -35,9 +35,13 @@ DEFAULT_CAPABILITY = (8, 0)
 INTERPRETED = not isinstance(banded_forward, triton.JITFunction)
 
 
-def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor, spec: Spec) -> None:
+def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor | None, spec: Spec) -> None:
     """Fill y [N, C, Ho, Wo] and lse [N, G, up, up, Hq, Wq] from x and logits [N, G * K * K, up, up, Hq, Wq]."""
     check_device(x)
+    if lse is None:
+        # training and inference share the compiled code, which stores it
+        size = (x.shape[0], spec.groups, *logits.shape[2:]) if spec.normalizer in LSE_NORMALIZERS else 0
+        lse = x.new_empty(size, dtype=torch.float32)
     _run(forward_launches, (x, logits, y, lse), spec)
 
 

@@ -49,6 +49,34 @@ def test_wrong_arguments_are_named(x, logits, options, error, message):
         reassemble(x, logits, **(dict(kernel_size=3, up=2) | options))
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(kernel_size=3.0), TypeError, r"kernel_size must be an int, got 3\.0 of type float"),
+        (dict(kernel_size=[3, 3]), TypeError, r"kernel_size must be an int, got \[3, 3\] of type list"),
+        (dict(up=2.0), TypeError, r"up must be an int, got 2\.0 of type float; write up=2"),
+        (dict(down=True), TypeError, r"down must be an int, got True"),
+        (dict(groups=1.0), TypeError, r"groups must be an int, got 1\.0"),
+        (dict(normalizer=["softmax"]), ValueError, r"normalizer must be one of .*got \['softmax'\]"),
+        (dict(border=["zero"]), ValueError, r"border must be one of .*got \['zero'\]"),
+        (dict(backend=["cpu"]), ValueError, r"backend must be None or one of .*got \['cpu'\]"),
+        (dict(size=(10.0, 12.0)), TypeError, r"size must be a pair of integers .*got \(10\.0, 12\.0\)"),
+        (dict(size=torch.tensor([10, 12])), TypeError, r"size must be a pair of integers"),
+    ],
+)
+def test_options_that_equal_those_of_a_right_call_are_still_wrong(options, error, message):
+    """A call is checked once, but the numbers 3, 3.0 and True are not the same option."""
+    right = dict(kernel_size=3, up=2, down=1, groups=1, size=(10, 12))
+    reassemble(X, LOGITS, **right)
+    with pytest.raises(error, match=message):
+        reassemble(X, LOGITS, **(right | options))
+
+
+@pytest.mark.parametrize("size", [(10, 12), [10, 12], torch.Size([10, 12]), None], ids=repr)
+def test_the_size_may_be_any_sequence(size):
+    assert torch.equal(reassemble(X, LOGITS, kernel_size=3, up=2, size=size), reassemble(X, LOGITS, kernel_size=3, up=2))
+
+
 def test_wrong_weights_are_named():
     with pytest.raises(ValueError, match=r"weights must have shape \(1, 9, 10, 12\).*got \(1, 36, 5, 6\)"):
         reassemble_weights(X, LOGITS, kernel_size=3, up=2)

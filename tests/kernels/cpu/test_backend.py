@@ -37,15 +37,17 @@ def plain_kernel(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(cpu_build, "TUNINGS", ((),))
-        return ctypes.CDLL(str(cpu_build.build()))
+        return cpu.load(cpu_build.build())
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.one_of(drawn_calls(), drawn_calls(MANY_TILES, channels=(1, 2))))
 def test_kernel_without_the_processors_own_instructions(plain_kernel, call):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "library", lambda: plain_kernel)
+        patch.setattr(cpu, "library", lambda: used.append(plain_kernel) or plain_kernel)
+        used: list[ctypes.CDLL] = []
         assert_call_matches_definition("cpu", call)
+        assert used
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -104,8 +106,10 @@ def test_own_threads_give_the_same(monkeypatch):
     torch.set_num_threads(2)
     inputs = random_inputs(1, 32, 40, 40, Spec(5, up=2), spread=2.0)
     expected = differentiate(reassemble, *inputs, kernel_size=5, up=2, backend="cpu")
-    monkeypatch.setattr(cpu, "openmp_parallel", lambda: None)
+    asked = []
+    monkeypatch.setattr(cpu, "openmp_parallel", lambda: asked.append(True))
     actual = differentiate(reassemble, *inputs, kernel_size=5, up=2, backend="cpu")
+    assert len(asked) == 2
     assert all(torch.equal(actual[name], result) for name, result in expected.items())
 
 

@@ -1,0 +1,34 @@
+"""Who may have to see a call besides autograd: compilers, modes, transforms, tracers, profilers, tensor subclasses."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# types of tensors without a dispatch of their own
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_observed(*tensors: Tensor) -> bool:
+    """Return whether anything but autograd in reverse mode may have to see a call on dense tensors, or any of them is not one.
+
+    Without an observer, a call need not pass through PyTorch's dispatcher, which takes longer than the rest of a small call.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
+        or forward_ad._current_level >= 0
+    ):
+        return True
+    for tensor in tensors:
+        if type(tensor) not in PLAIN or not (tensor.is_cpu or tensor.is_cuda):
+            return True
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            return True
+        # the dispatcher writes the values of tensors whose memory holds their negation, or nothing
+        if tensor.is_neg() or tensor._is_zerotensor():
+            return True
+    return False
