@@ -28,6 +28,24 @@ FOLDER = Path(__file__).parent
 # safe for colour-blind readers; the method of the paper is orange in every plot
 OURS, METHOD, PAPER = "#1d4ed8", "#c2410c", "#0f172a"
 NUMERALS = ["", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "XIV"]
+# what the runs of each table score, and the metric in words
+SUBJECTS = {
+    "table2": "classification, top-1 in %",
+    "table3": "downsamplers of Faster R-CNN, AP",
+    "table4": "upsamplers of Faster R-CNN, AP",
+    "table7": "places in Mask R-CNN, AP",
+    "table8": "UperNet, mIoU in %",
+    "table9": "places in UperNet, mIoU in %",
+    "table10": "inpainting, decrease of L1 in %",
+    "table11": "channels C_m, upsampling, AP",
+    "table12": "channels C_m, downsampling, top-1 in %",
+    "table13": "sizes of encoder and kernel, AP",
+    "table14": "normaliser of the kernels, AP",
+}
+# metrics of which less is better
+ERRORS = ("L1_percent",)
+# rows without CARAFE++ in tables whose other rows have it
+CONTROLS = ("same_flops", "same_parameters")
 # the rows of Tables III and IV that have another name as samplers
 SAMPLERS = {"conv": "strided_conv"}
 
@@ -49,7 +67,8 @@ def list_gains(table: Table) -> tuple[str, list[Gain]]:
     found = []
     for line in table.lines:
         cell, row = line.cells[column], line.labels["row"]
-        task = line.labels.get("task") or next(task for name, task in figures if name == row)
+        # rows that the paper does not have have no figures
+        task = line.labels.get("task") or next((task for name, task in figures if name == row), None)
         baseline = find_baseline(own, row)
         if cell.difference is None or baseline is None:
             continue
@@ -174,22 +193,25 @@ def plot_times(data: dict[str, Any]) -> Figure:
 
 def plot_gains(data: dict[str, Any]) -> Figure:
     """Plot the gains of every table in a panel of its own."""
-    figure = Figure(figsize=(11.5, 15))
+    figure = Figure(figsize=(11.5, 15.5))
     columns: tuple[list[str], list[str]] = ([], [])
     for name in sorted(data, key=find_number):
         # the shorter column takes the next table; a title is as high as three rows
         min(columns, key=lambda names: sum(len(data[n]["gains"]) + 3 for n in names)).append(name)
     for names, left in zip(columns, (0.2, 0.735), strict=True):
         heights = [len(data[name]["gains"]) + 1.2 for name in names]
-        grid = figure.add_gridspec(len(names), 1, left=left, right=left + 0.255, top=0.94, bottom=0.02, hspace=0.42, height_ratios=heights)
+        grid = figure.add_gridspec(len(names), 1, left=left, right=left + 0.255, top=0.9, bottom=0.02, hspace=0.42, height_ratios=heights)
         for cell, name in zip(grid, names, strict=True):
             plot_table_gains(figure.add_subplot(cell), name, data[name]["metric"], [Gain(*values) for values in data[name]["gains"]])
     looks = [
-        Line2D([], [], color=METHOD, marker="o", linewidth=1.8, label="our small runs, CARAFE++, 95 % interval"),
-        Line2D([], [], color=OURS, marker="o", linewidth=1.8, label="our small runs, others"),
+        Line2D([], [], color=METHOD, marker="o", linewidth=1.8, label="our small runs: CARAFE++"),
+        Line2D([], [], color=OURS, marker="o", linewidth=1.8, label="our small runs: others"),
         Line2D([], [], color=PAPER, marker="D", linestyle="none", label="the paper, full scale"),
+        Line2D([], [], color="#64748b", marker="o", linewidth=1.8, label="95 % interval without zero: a difference is shown"),
+        Line2D([], [], color="#64748b", marker="o", linewidth=1.8, markerfacecolor="white", label="95 % interval with zero: not shown"),
     ]
-    figure.legend(handles=looks, loc="upper center", ncols=3, frameon=False, bbox_to_anchor=(0.5, 0.995))
+    figure.legend(handles=looks, loc="upper center", ncols=2, frameon=False, bbox_to_anchor=(0.5, 0.998))
+    figure.text(0.5, 0.925, "Each row against the baseline of its table: right of the line is better.", ha="center", fontweight="bold")
     return figure
 
 
@@ -199,17 +221,19 @@ def find_number(table: str) -> int:
 
 
 def plot_table_gains(axis: Axes, name: str, metric: str, gains: Sequence[Gain]) -> None:
-    """Plot the gains of one table: ours with their intervals, those of the paper as diamonds."""
+    """Plot the gains of one table: ours with their intervals, filled if these exclude zero, and those of the paper as diamonds."""
     axis.axvline(0, color="#94a3b8", linewidth=1)
+    sign = -1 if metric in ERRORS else 1
     for position, gain in enumerate(gains):
-        color = METHOD if "carafe" in gain.row or name not in ("table3", "table4") else OURS
-        axis.errorbar(gain.mean, position - 0.12, xerr=gain.half, fmt="o", color=color, capsize=4, markersize=6, linewidth=1.8)
+        is_ours = "carafe" in gain.row or (name not in ("table3", "table4") and gain.row not in CONTROLS)
+        look: dict[str, Any] = {"color": METHOD if is_ours else OURS, "capsize": 4, "markersize": 6, "linewidth": 1.8}
+        shown = gain.half is not None and abs(gain.mean) > gain.half
+        axis.errorbar(sign * gain.mean, position - 0.12, xerr=gain.half, fmt="o", markerfacecolor=None if shown else "white", **look)
         if gain.paper is not None:
-            axis.plot(gain.paper, position + 0.25, marker="D", color=PAPER, markersize=5, linestyle="none")
+            axis.plot(sign * gain.paper, position + 0.25, marker="D", color=PAPER, markersize=5, linestyle="none")
     axis.set_yticks(range(len(gains)), [gain.row for gain in gains])
     axis.set_ylim(len(gains) - 0.4, -0.7)
-    unit = {"L1_percent": "L1 in %", "top1": "top-1"}.get(metric, metric)
-    axis.set_title(f"Table {NUMERALS[find_number(name)]}: difference in {unit}", loc="left", fontweight="bold", fontsize="medium")
+    axis.set_title(f"Table {NUMERALS[find_number(name)]}: {SUBJECTS[name]}", loc="left", fontweight="bold", fontsize="medium", x=-0.7)
     axis.grid(axis="x", color="#e2e8f0")
     axis.set_axisbelow(True)
     for side in ("top", "right", "left"):

@@ -352,6 +352,23 @@ def test_plots_show_the_data_of_today():
         assert json.loads(html.unescape(told[1])) == collect(), f"docs/{file} shows other data: run `python docs/plots.py`"
 
 
+def test_pages_have_the_tables_of_the_runs():
+    results = load_script("results")
+    for page in results.PAGES:
+        assert "<!-- results" in page.read_text()
+        assert results.fill_page(page.read_text()) == page.read_text(), f"{page} is older than docs/results: run `python docs/results.py`"
+
+
+def test_a_claim_is_shown_by_its_interval_alone():
+    results = load_script("results")
+    found = [results.judge(results.Difference(mean, half, 3)) for mean, half in ((2, 1.9), (2, 2.1), (-2, 2.1), (-2, 1.9), (2, None))]
+    assert found == ["**shown**", "not shown", "not shown", "**contradicted**", "no runs"]
+    claims = results.tabulate_claims().splitlines()
+    # as the tables of docs/results.md and of the paper print them
+    assert claims[4].endswith("mIoU | +2.61 | +6.11 [+1.77, +10.44] | **shown** |")
+    assert claims[5].endswith("dB | +1.35 | -0.11 [-0.68, +0.46] | not shown |")
+
+
 def test_gains_are_those_of_the_tables():
     pytest.importorskip("matplotlib", reason="needs the extra `viz`")
     gains = {(table, gain[0]): gain[1:] for table, found in load_script("plots").collect_gains().items() for gain in found["gains"]}

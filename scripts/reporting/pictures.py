@@ -15,7 +15,7 @@ def compare_pictures(table: Table) -> Tensor | None:
 
     Returns:
         A row for each sample, [3, height, width] in [0, 1]: the image, the hole if there is one, the truth, and the prediction of each
-        line, under what distinguishes the line and its first score.
+        line, under what distinguishes the line and its first score. A note below says what the columns are.
     """
     # a setting has a line for each of its tasks
     lines = list({id(line.setting): line for line in reversed(table.lines) if line.setting}.values())[::-1]
@@ -28,7 +28,12 @@ def compare_pictures(table: Table) -> Tensor | None:
             break
         rows.append([_read(path) for path in paths])
     titles = [name.replace("mask", "hole") for name in names] + [_title(line, table.digits) for line in lines]
-    return arrange(rows, columns=titles) if rows else None
+    hole = ", its hole" if "mask" in names else ""
+    note = (
+        f"Left to right: a validation image{hole}, the truth, and the prediction of one run of each network, "
+        "under the mean score of its runs on all validation images."
+    )
+    return arrange(rows, columns=titles, note=note) if rows else None
 
 
 def _read(path: Path) -> Tensor:

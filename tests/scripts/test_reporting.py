@@ -186,13 +186,16 @@ def test_pictures_of_the_lines_stand_beside_each_other(tmp_path):
     assert pictures is not None
     # a row of four pictures, enlarged threefold; the second sample is not drawn by both runs
     height, width = pictures.shape[1:]
-    assert 180 < height < 360
+    assert 180 < height < 2 * 180 + 140
     assert 4 * 270 < width < 5 * 270
-    row = pictures[0, height - 90]
+    # below the pictures, a note says what the columns are
+    bottom = int(torch.nonzero((pictures[0, :, 30:250] == 0).all(1))[-1])
+    assert (pictures[0, bottom + 1 :] < 0.5).any()
+    row = pictures[0, bottom - 90]
     shades = [row[(i + 1) * width // 4 - 135].item() for i in range(4)]
     assert shades == pytest.approx([0, 0.2, 0.4, 0.9], abs=0.01)
     # every column has a title, and the names and scores of the lines fit in theirs
-    titles = pictures[0, : height - 190] < 0.5
+    titles = pictures[0, : bottom - 190] < 0.5
     assert all(titles[:, i * width // 4 : (i + 1) * width // 4].any() for i in range(4))
     assert not titles[:, -3:].any()
 
