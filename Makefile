@@ -5,7 +5,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 RUNS := runs/main-$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: run test slow soak setup lint bench docs recipes gpu wheels
+.PHONY: run test slow soak setup lint bench docs recipes matrix gpu wheels
 
 # two trainings at a time, each with one thread: two threads of one training wait for each other by spinning, which stalls on a busy machine
 run: setup
@@ -49,6 +49,10 @@ docs: .venv/installed-docs
 # the recipes of docs/recipes.md with the packages that they are for
 recipes: .venv/installed-recipes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests/recipes
+
+# the kernels with every supported version of Triton: compiled for NVIDIA and AMD GPUs, and emulated; about half an hour on two free cores
+matrix: setup
+	$(BIN)/python docs/matrix.py
 
 # on a machine with a GPU: the `gpu` tests and all figures of the documentation that need one, in eight minutes. The interpreter needs PyTorch,
 # Triton, Lightning and pytest; it takes other packages from wheels/, or from PyPI

@@ -2,7 +2,7 @@
 
 - results_gains.svg: the gains of the runs in docs/results beside those of the paper
 - samplers_costs.svg: the accuracy of samplers in these runs against their times in docs/measurements
-- performance_times.svg: the times in docs/measurements and in the table of performance.md
+- performance_times.svg: the times on a GPU in docs/measurements over that of a copy of the same bytes
 
 Each file holds its data as its description, which a test compares with the data of today.
 """
@@ -21,7 +21,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.transforms import Bbox
 
 FOLDER = Path(__file__).parent
@@ -118,76 +117,75 @@ def collect_costs() -> dict[str, Any]:
     return found
 
 
-# provider, name in the plot
-GPU_NAMES = {"copy": "copy of the bytes", "triton": "this operator", "bilinear": "bilinear", "max_pool": "3 x 3 max pool", "mmcv": "mmcv"}
-GPU_CASES = (("[2, 256, 100, 168]", "2", "float16"), ("[2, 256, 100, 168]", "2", "float32"), ("[64, 64, 112, 112]", "1", "float16"))
-# name in the plot, and the row of the table of performance.md with the ratio of forward; the next row has that of forward and backward
-CPU_ROWS = {
-    "bilinear": "forward / bilinear",
-    "torch.compile, taps": "torch.compile of the tap loop / ours, forward",
-    "torch.compile, definition": "torch.compile of the definition / ours, forward",
-    "unfold, matmul": "unfold at source resolution + matmul / ours, forward",
+# name in the plot, providers
+RIVALS = {
+    "CARAFE++": ("triton",),
+    "bilinear interpolation or 3 x 3 max pooling": ("bilinear", "max_pool"),
+    "mmcv's operator, without softmax and pixel shuffle": ("mmcv",),
+    "torch.compile of the definition": ("compiled_definition",),
 }
+LOOKS = dict(zip(RIVALS, ((METHOD, "o"), (OURS, "s"), ("#64748b", "D"), ("#64748b", "^")), strict=True))
+# shape, type of the features
+COMPARED = (
+    ("[1, 256, 50, 76]", "float16", "contiguous"),
+    ("[2, 256, 100, 168]", "float16", "channels_last"),
+    ("[512, 256, 14, 14]", "float16", "channels_last"),
+    ("[64, 64, 112, 112]", "float16", "channels_last"),
+    ("[2, 256, 100, 168]", "float32", "channels_last"),
+    ("[1, 128, 33, 47]", "float16", "channels_last"),
+)
+LIMIT = "a copy: the least time"
 
 
 def collect_times() -> dict[str, Any]:
-    """Return, for some shapes, the times of forward and backward of each provider: microseconds on a GPU, milliseconds on a CPU."""
-    found: dict[str, Any] = {}
+    """Return the times of forward and backward over that of a copy of the same bytes, by map and implementation."""
     rows, about = read_newest("gpu", "times.csv")
-    for shape, up, dtype in GPU_CASES:
-        times: dict[str, dict[str, float]] = {}
-        for row in rows:
-            if (row["shape"], row["up"], row["dtype"], row["layout"]) == (shape, up, dtype, "channels_last"):
-                times.setdefault(row["provider"], {})[row["mode"]] = round(1e3 * float(row["ms"]), 1)
-        scale = "up 2" if up == "2" else "down 2"
-        title = f"{about['device']}: {scale}, {' x '.join(re.findall('[0-9]+', shape))}, {dtype}, channels_last"
-        bars = {name: [times[key]["forward"], times[key]["backward"]] for key, name in GPU_NAMES.items() if key in times}
-        found[title] = {"unit": "us", "times": bars}
-    return found | collect_cpu_times()
-
-
-def collect_cpu_times() -> dict[str, Any]:
-    """Return the times of upsampling on a CPU, from the ratios in the table of performance.md."""
-    section = (FOLDER / "performance.md").read_text().split("\n## CPU\n")[1]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
-    column = cells[0].index("up2")
-    rows, values = [line[0] for line in cells], [line[column] for line in cells]
-    forward, both = map(float, values[rows.index("**ours, ms**: forward; both")].split(";"))
-    times = {"this operator": [forward, round(both - forward, 2)]}
-    for name, row in CPU_ROWS.items():
-        first, second = map(float, values[rows.index(row) :][:2])
-        # the table has ours / bilinear, and the others / ours
-        alone, total = (forward / first, both / second) if name == "bilinear" else (forward * first, both * second)
-        times[name] = [round(alone, 2), round(total - alone, 2)]
-    return {"2 threads of an AMD EPYC: up 2, 1 x 256 x 50 x 76, float32, NCHW": {"unit": "ms", "times": times}}
+    found: dict[str, Any] = {}
+    for shape, dtype, layout in COMPARED:
+        there = [row for row in rows if (row["shape"], row["dtype"], row["layout"]) == (shape, dtype, layout)]
+        first = there[0]
+        scale = f"up {first['up']}" if first["up"] != "1" else f"down {first['down']}"
+        window = "" if first["kernel_size"] == "5" else f", k {first['kernel_size']}, {first['groups']} groups"
+        name = f"{' x '.join(re.findall('[0-9]+', shape))}, {scale}{window}\n{dtype}, {'NCHW' if layout == 'contiguous' else layout}"
+        found[name] = {
+            rival: {row["mode"]: float(row["copies"]) for row in there if row["provider"] in providers}
+            for rival, providers in RIVALS.items()
+            if any(row["provider"] in providers for row in there)
+        }
+    return {about["device"]: found}
 
 
 def plot_times(data: dict[str, Any]) -> Figure:
-    """Plot the times of forward and backward as bars, a panel for each shape."""
-    figure = Figure(figsize=(10, 9), layout="constrained")
-    counts = [len(panel["times"]) for panel in data.values()]
-    for (title, panel), axis in zip(data.items(), figure.subplots(len(data), 1, height_ratios=counts), strict=True):
-        names, unit = list(panel["times"]), panel["unit"].replace("us", "\u00b5s")
-        most = max(map(sum, panel["times"].values()))
-        for position, name in enumerate(names):
-            forward, backward = panel["times"][name]
-            color = METHOD if name == "this operator" else "#64748b"
-            axis.barh(position, forward, color=color)
-            axis.barh(position, backward, left=forward, color=color, alpha=0.45)
-            words = " + ".join(f"{time:,.0f}" if time >= 100 else f"{time:.3g}" for time in (forward, backward)) + f" {unit}"
-            axis.text(
-                forward + backward + most / 100, position, words, va="center", color=color, fontweight="bold" if color == METHOD else None
-            )
-        axis.set_yticks(range(len(names)), names)
-        axis.invert_yaxis()
-        axis.set_xlim(0, 1.18 * most)
-        axis.set_xticks([])
-        axis.set_title(title, loc="left", fontsize="medium", fontweight="bold")
-        for side in ("top", "right", "bottom"):
+    """Plot the times over that of a copy as points on a line for each map, a panel for each pass."""
+    ((device, maps),) = data.items()
+    figure = Figure(figsize=(11.5, 5.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axis, mode in zip(panels, ("forward", "backward"), strict=True):
+        for position, times in enumerate(maps.values()):
+            ratios = {name: found[mode] for name, found in times.items()}
+            axis.plot([1, max(ratios.values())], [position, position], color="#cbd5e1", linewidth=1, zorder=1)
+            for name, ratio in ratios.items():
+                color, marker = LOOKS[name]
+                axis.scatter(ratio, position, color=color, marker=marker, s=70 if name == "CARAFE++" else 40, zorder=2)
+            ours = ratios["CARAFE++"]
+            axis.annotate(f"{ours:.2g}", (ours, position), (0, 7), textcoords="offset points", ha="center", color=METHOD, fontweight="bold")
+        axis.axvline(1, color=PAPER, linewidth=1.5)
+        axis.set_xscale("log")
+        axis.set_xlim(0.8, 400)
+        axis.set_xticks(ticks := [1, 3, 10, 30, 100, 300], [f"{tick} x" for tick in ticks])
+        axis.minorticks_off()
+        axis.set_title(f"{mode}, {device}", loc="left", fontsize="medium", fontweight="bold")
+        axis.set_xlabel("time over that of a copy of the same bytes")
+        axis.grid(axis="x", color="#e2e8f0")
+        axis.set_axisbelow(True)
+        for side in ("top", "right", "left"):
             axis.spines[side].set_visible(False)
         axis.tick_params(axis="y", length=0)
-    patches = [Patch(color="#64748b", label="forward"), Patch(color="#64748b", alpha=0.45, label="backward")]
-    figure.axes[0].legend(handles=patches, loc="lower right", ncols=2, frameon=False, bbox_to_anchor=(1, 1))
+    panels[0].set_yticks(range(len(maps)), list(maps))
+    panels[0].set_ylim(len(maps) - 0.5, -0.7)
+    panels[0].text(1.04, len(maps) - 0.55, LIMIT, fontsize="small", color=PAPER, va="bottom")
+    marks = [Line2D([], [], color=LOOKS[name][0], marker=LOOKS[name][1], linestyle="none", label=name) for name in RIVALS]
+    figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

@@ -54,6 +54,13 @@ def layout_name(row: Row) -> str:
     return row["dtype"] + (", channels_last" if row["layout"] == "channels_last" else ", NCHW")
 
 
+def name_map(row: Row) -> str:
+    """Name the features of a row and what the operator does with them."""
+    scale = f"down {row['down']}" if int(row["down"]) > 1 else f"up {row['up']}"
+    groups = f", {row['groups']} groups" if int(row["groups"]) > 1 else ""
+    return f"{sides(row['shape'])}, {scale}, k {row['kernel_size']}{groups}"
+
+
 def number(text: str, digits: int = 3, factor: float = 1) -> str:
     """Format a number with significant digits; nothing for nothing."""
     if not text:
@@ -73,10 +80,7 @@ def tabulate_operator(rows: list[Row]) -> str:
     """Write the operator's times, their ratio to a copy, and the times of other implementations relative to it."""
     cases: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
     for row in rows:
-        scale = f"down {row['down']}" if int(row["down"]) > 1 else f"up {row['up']}"
-        groups = f", {row['groups']} groups" if int(row["groups"]) > 1 else ""
-        name = f"{sides(row['shape'])}, {scale}, k {row['kernel_size']}{groups}"
-        cases.setdefault((name, layout_name(row)), {})[row["provider"], row["mode"]] = row
+        cases.setdefault((name_map(row), layout_name(row)), {})[row["provider"], row["mode"]] = row
     rivals = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] not in ("triton", "cpu", "copy")))
     lines = []
     for (name, layout), found in cases.items():
@@ -92,6 +96,49 @@ def tabulate_operator(rows: list[Row]) -> str:
     return write_table(
         ["features", "type", "forward, us", "x copy", "backward, us", "x copy", *(r.replace("_", " ") for r in rivals)], lines
     )
+
+
+# the maps of the summary, its columns, and the implementations of its rows
+SUMMARY_SHAPES = ("[1, 256, 50, 76]", "[2, 256, 100, 168]", "[512, 256, 14, 14]", "[64, 64, 112, 112]", "[1, 128, 33, 47]")
+SUMMARY_TYPES = ("float16, channels_last", "float16, NCHW", "float32, channels_last", "float32, NCHW")
+SUMMARY_NAMES = {
+    "triton": "**CARAFE++**",
+    "bilinear": "bilinear interpolation",
+    "max_pool": "3 x 3 max pooling",
+    "mmcv": "mmcv's operator",
+    "compiled_definition": "torch.compile of the definition",
+}
+
+
+def tabulate_copies(rows: list[Row]) -> str:
+    """Write the times of forward and backward over that of a copy, a row for each map and implementation."""
+    found: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        if row["provider"] in SUMMARY_NAMES and row["shape"] in SUMMARY_SHAPES:
+            found.setdefault((name_map(row), row["provider"]), {}).setdefault(layout_name(row), {})[row["mode"]] = number(row["copies"], 2)
+    lines = []
+    for name in dict.fromkeys(name for name, _ in found):
+        for provider in SUMMARY_NAMES:
+            cells = [found.get((name, provider), {}).get(kind, {}) for kind in SUMMARY_TYPES]
+            if any(cells):
+                ratios = (f"{cell['forward']} / {cell['backward']}" if cell else "" for cell in cells)
+                lines.append([name, SUMMARY_NAMES[provider], *ratios])
+    return write_table(["features", "x copy", *SUMMARY_TYPES], lines)
+
+
+def tabulate_rivals(rows: list[Row]) -> str:
+    """Write the times of other implementations over the operator's, for forward, and for forward and backward together."""
+    rivals = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != "triton"))
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((name_map(row), layout_name(row)), {})[row["provider"]] = row
+    lines = []
+    for key, times in found.items():
+        ratios = (times.get(rival) for rival in rivals)
+        cells = (f"{row['forward_relative']} / {row['step_relative']}" if row else "" for row in ratios)
+        lines.append([*key, times["triton"]["forward_us"], times["triton"]["backward_us"], *cells])
+    columns = ["features", "type", "forward, us", "backward, us"]
+    return write_table([*columns, *(rival.replace("_", " ") for rival in rivals)], lines)
 
 
 def tabulate_modules(rows: list[Row]) -> str:
@@ -198,11 +245,38 @@ def tabulate_sites(rows: list[Row], group: str) -> str:
     return write_table([group, *(sides(shape).partition(" x ")[2] for shape in shapes)], lines)
 
 
+def tabulate_matrix(rows: list[Row]) -> str:
+    """Write what came of the cases of every version of Triton, a column for each target."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        found.setdefault(row["triton"], {}).setdefault(row["target"], []).append(row)
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    lines = [[name, *(describe_cases(cells.get(target, [])) for target in targets)] for name, cells in found.items()]
+    return write_table(["Triton", *targets], lines)
+
+
+def describe_cases(rows: list[Row]) -> str:
+    """Say how many cases compile, spill registers and equal float64, and what prevents the others."""
+    if not rows:
+        return ""
+    compiled = [row for row in rows if row["registers"]]
+    parts = [f"{len(compiled)} of {len(rows)} compiled"]
+    if spilled := [row for row in compiled if int(row["spills"])]:
+        parts.append(f"{len(spilled)} {'spills' if len(spilled) == 1 else 'spill'}")
+    emulated = [row for row in rows if row["equal"]]
+    if emulated:
+        parts.append(f"{sum(row['equal'] == 'True' for row in emulated)} of {len(emulated)} emulated and equal")
+    return "; ".join([*parts, *dict.fromkeys(row["problem"] for row in rows if row["problem"])])
+
+
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "operator": ("times.csv", tabulate_operator),
+    "copies": ("times.csv", tabulate_copies),
+    "rivals": ("rivals.csv", tabulate_rivals),
     "modules": ("module.csv", tabulate_modules),
     "networks": ("models.csv", tabulate_networks),
     "fps": ("models.csv", tabulate_fps),
+    "matrix": ("matrix.csv", tabulate_matrix),
     "upsamplers": ("samplers.csv", partial(tabulate_choice, group="upsampler")),
     "downsamplers": ("samplers.csv", partial(tabulate_choice, group="downsampler")),
     "upsampler_sites": ("samplers.csv", partial(tabulate_sites, group="upsampler")),

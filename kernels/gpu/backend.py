@@ -127,6 +127,9 @@ def _alignment(features: Tensor, channels: int, channels_last: bool) -> int:
 def _precision() -> str:
     """Return the precision of products of float32 blocks: plain TF32 only if torch uses it for float32 matrix products."""
     if INTERPRETED:
+        return "widened"
+    if torch.version.hip:
+        # the matrix units of AMD GPUs take float32, and Triton refuses "tf32x3" for them
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 

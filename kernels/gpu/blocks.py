@@ -76,7 +76,7 @@ def store(features: Features, row, col, exists, c, channels, block, AXIS: tl.con
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
     """Return the matrix product of two blocks, accumulated in float32."""
-    if PRECISION == "ieee":
+    if PRECISION == "widened":
         # the interpreter multiplies bfloat16 as if it were an integer
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from carafepp.kernels.geometry import LSE_NORMALIZERS, Spec
+from carafepp.kernels.geometry import LSE_NORMALIZERS, PADDED_BORDERS, Spec
 from carafepp.kernels.gpu import backend as triton_backend
 from carafepp.kernels.gpu.launch import Launch
 from carafepp.kernels.gpu.tile_geometry import DIRECTIONS
@@ -52,19 +52,20 @@ class Step(NamedTuple):
 
 
 def emulate(launch: Launch, capability: int = 80) -> dict:
-    """Run a launch on its CPU tensors, in place, as compiled for sm_80 or sm_90."""
+    """Run a launch on its CPU tensors, in place, as compiled for a capability."""
     return execute(launch.source(), launch.options, launch.grid, launch.parameters(), capability=capability)
 
 
 def training_step(
-    n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=torch.contiguous_format, *, capability=80, place=None, images=None
+    n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=torch.contiguous_format, *, capability=80, place=None, images=None, run=None
 ) -> Step:
     """Emulate forward and backward on random features [n, c, h, w] and logits, with outputs full of NaN.
 
     Args:
-        capability: 80 or 90, what to compile for and the GPU to count for (A100, H100).
-        images: choose the tiles for this many images and count as if they kept all multiprocessors busy; n if None.
+        capability: 80, 90 or 100, what to compile for and the GPU to count for (`ptx.bounds.GPUS`).
+        images: choose the tiles, if there are any, for this many images and count as if they kept all multiprocessors busy; n if None.
         place: takes the name ("x", "logits", "y", "dy", "dx", "dlogits") and the size of a tensor and returns where to keep it, or None.
+        run: runs a launch for a capability and returns what it counts; `emulate` if None.
     """
 
     def tensor(name, size):
@@ -78,27 +79,27 @@ def training_step(
     lse = torch.full((n, spec.groups, *cells.shape[2:]) if spec.normalizer in LSE_NORMALIZERS else (0,), math.nan)
 
     pair = divmod(capability, 10)
-    if images:
+    if images and spec.border not in PADDED_BORDERS:
         many = triton_backend.problem_of(x, cells, y, spec, pair)._replace(batch=images * spec.groups)
         tiles = {kernel: choose_tile(kernel, many) for kernel in ("forward", *choose_backward(many))}
     else:
         tiles = dict.fromkeys(DIRECTIONS)
     launches = triton_backend.forward_launches(x, cells, y, lse, spec, tile=tiles.pop("forward"), capability=pair)
-    forward = _run(launches, (x, logits, y), capability, filled=images is not None)
+    forward = _run(launches, (x, logits, y), capability, run, filled=images is not None)
     launches = []
     for kernel, tile in tiles.items():
         needed = (None if kernel == "logit_gradient" else dx, None if kernel == "source_gradient" else dcells)
         launches += triton_backend.backward_launches(dy, x, cells, lse, *needed, spec, tile=tile, capability=pair)
-    backward = _run(launches, (dy, x, logits, dx, dlogits), capability, filled=images is not None)
+    backward = _run(launches, (dy, x, logits, dx, dlogits), capability, run, filled=images is not None)
     expected = differentiate(reassemble_reference, x.double(), logits.double(), dy.double(), **spec._asdict())
     errors = {name: relative_error(result, expected[name]) for name, result in {"y": y, "dx": dx, "dlogits": dlogits}.items()}
     return Step(errors, forward, backward)
 
 
-def _run(launches: list[Launch], tensors, capability: int, *, filled: bool) -> Pass:
+def _run(launches: list[Launch], tensors, capability: int, run, *, filled: bool) -> Pass:
     stats = {}
     for launch in launches:
-        found = emulate(launch, capability)
+        found = (run or emulate)(launch, capability)
         if filled:
             share = min(1.0, launch.grid[0] / GPUS[capability].multiprocessors)
             bound = {name: time if name in SHARED_BY_ALL else time * share for name, time in found["bound"].items()}

@@ -9,9 +9,12 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
+from carafepp.kernels.geometry import Spec  # noqa: E402
 from carafepp.kernels.gpu.assembly import compile_launch, read_assembly  # noqa: E402
 from carafepp.kernels.gpu.launch import Launch  # noqa: E402
 from carafepp.kernels.gpu.residency import resident_blocks  # noqa: E402
+from carafepp.kernels.gpu.training_step import build_training_step  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 
@@ -42,6 +45,19 @@ def test_every_architecture_is_read(capability, name):
 
 def test_a_tile_too_large_for_its_warps_is_seen_to_spill():
     assert assemble(80, block=128, num_warps=1).spills > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_kernels_compile_for_amd_gpus(dtype, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    # Triton 3.4 and 3.5 call a linker that may not be there
+    monkeypatch.setenv("TRITON_HIP_LLD_PATH", "/bin/true")
+    step = build_training_step(8, 64, 12, 16, Spec(5, up=2), dtype, torch.channels_last)
+    (launch,) = step.build_launches("forward", capability=(9, 4))
+    assembly = triton.compile(launch.source(), target=GPUTarget("hip", "gfx942", 64), options=launch.options).asm["amdgcn"]
+    assert ".vgpr_spill_count: 0" in assembly
+    # products are computed by the matrix units
+    assert "v_mfma_f32_" in assembly
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,9 @@ HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
         ((1, 6, 2, 1), Spec(5, up=3, down=2, normalizer="sigmoid", border="replicate"), HALF, NCHW, 90),
         ((1, 6, 7, 5), Spec(3, up=3, down=2, groups=2, border="shift"), HALF, NCHW, 80),
         ((1, 8, 9, 8), Spec(5, down=2, normalizer="sigmoid_normalized", border="shift"), BF16, NHWC, 90),
+        ((1, 40, 6, 11), Spec(5, up=2), HALF, NCHW, 100),
+        ((1, 64, 7, 11), Spec(5, down=2), FLOAT, NHWC, 100),
+        ((1, 6, 7, 5), Spec(3, up=3, down=2, groups=2, border="shift"), HALF, NCHW, 100),
     ],
 )
 def test_results_match_float64(size, spec, dtype, memory_format, capability):

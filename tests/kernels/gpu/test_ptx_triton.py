@@ -114,6 +114,32 @@ def test_tensor_cores_of_hopper(dtype, tolerance, transposed, width):
     assert stats["warp_insts_by_class"]["tensor"] <= 4 * 4 * 3 * 4
 
 
+@pytest.mark.parametrize(("dtype", "precision", "tolerance"), [(torch.float16, "ieee", 1e-3), (torch.float32, "tf32x3", 2e-6)])
+@pytest.mark.parametrize(("rows", "width", "transposed"), [(64, 32, True), (128, 64, False)])
+def test_tensor_cores_of_blackwell(dtype, precision, tolerance, rows, width, transposed):
+    m, n, k = 2 * rows - 30, 2 * width, 64
+    a, b = random(m, k, dtype=dtype), random(n, k, dtype=dtype, seed=1).T if transposed else random(k, n, dtype=dtype, seed=1)
+    c = poisoned(m, n, dtype=dtype)
+    sizes = dict(BM=rows, BN=width, BK=32, PRECISION=precision)
+    stats = launch(matmul, (2, 2), a, b, c, m, n, k, *a.stride(), *b.stride(), capability=100, **sizes)
+    assert error(c, a.double() @ b.double()) < tolerance
+    products = 3 if precision == "tf32x3" else 1
+    assert stats["mma_flops"] == products * 4 * 2 * rows * width * k
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_and_narrow_numbers_of_blackwell(dtype):
+    x, y, top = random(7, 300, dtype=dtype), poisoned(7, 300, dtype=dtype), torch.full((7,), -1, dtype=torch.int32)
+    launch(row_softmax, 7, x, y, top, 300, BLOCK=512, capability=100)
+    assert error(y, x.double().softmax(1)) < DTYPES[dtype]
+    assert torch.equal(top.long(), x.argmax(1))
+    n = 1000
+    x, y = random(n, dtype=dtype), poisoned(n, dtype=dtype)
+    launch(elementwise, 2, x, y, n, BLOCK=512, capability=100)
+    t = x.double()
+    assert error(y, (-t.abs()).exp() + t.clamp(min=0.5) / (1 + t * t) - t.abs().sqrt() * (2 + t.abs()).log()) < 2 * DTYPES[dtype]
+
+
 @triton.jit
 def transpose(x_ptr, y_ptr, M: tl.constexpr, N: tl.constexpr):
     m, n = tl.arange(0, M), tl.arange(0, N)

@@ -1,5 +1,7 @@
 """Moves, conversions, arithmetic and comparisons."""
 
+from functools import reduce
+
 import numpy as np
 
 from .bitwise import LOGIC
@@ -80,9 +82,17 @@ def _on_floats(machine: Machine, x: Instruction, mask, function) -> None:
         low, high = (float_to_half(function(*(half_to_float(p, kind) for p in parts)), kind) for parts in (lows, highs))
         machine.write(target, join(low, high), mask)
         return
-    values = [machine.values(source, kind) for source in sources]
-    if kind == "f16":
-        values = [v.astype(np.float32) for v in values]
+    if kind == "f32x2":
+        pairs = [np.ascontiguousarray(machine.bits(source, 8)).view(np.float32).reshape(-1, 2) for source in sources]
+        pair = function(*np.broadcast_arrays(*pairs)).astype(np.float32)
+        machine.write(target, np.ascontiguousarray(pair).view(np.uint64).reshape(-1), mask)
+        return
+    kinds = [kind] * len(sources)
+    if len(x.types) > 1:
+        # sm_100 adds narrow numbers, or their products, to a float32 number
+        kind, kinds = x.types[0], [*kinds[:-1], x.types[0]]
+    values = [machine.values(source, narrow) for source, narrow in zip(sources, kinds, strict=True)]
+    values = [v.astype(np.float32) if v.dtype == np.float16 else v for v in values]
     if "ftz" in x.modifiers and kind == "f32":
         values = [np.where(np.abs(v) < SMALLEST_NORMAL, np.copysign(np.float32(0), v), v) for v in values]
     result = function(*values)
@@ -127,8 +137,9 @@ def floating(machine: Machine, x: Instruction, mask):
 @instruction("max", "min")
 def extreme(machine: Machine, x: Instruction, mask):
     propagates_nan = not is_float(x.types[-1]) or "NaN" in x.modifiers
-    name = x.op + "imum" if propagates_nan else "f" + x.op
-    _on_numbers(machine, x, mask, getattr(np, name))
+    function = getattr(np, x.op + "imum" if propagates_nan else "f" + x.op)
+    # sm_100 takes three numbers at once
+    _on_numbers(machine, x, mask, lambda *values: reduce(function, values))
 
 
 @instruction("mul")

@@ -34,7 +34,8 @@ class GPU:
 
 A100 = GPU(multiprocessors=108, clock=1.41, dram=2039, l2_size=40 << 20, l2_width=5120, l1_size=192 << 10, threads=2048)
 H100 = GPU(multiprocessors=132, clock=1.755, dram=3352, l2_size=50 << 20, l2_width=5632, l1_size=256 << 10, threads=2048)
-GPUS = {80: A100, 90: H100}
+# code for sm_100 is run for its results: what it would cost on its own GPUs is not modelled
+GPUS = {80: A100, 90: H100, 100: H100}
 # share of the peak that a copy kernel reaches
 DRAM_EFFICIENCY = 0.92
 

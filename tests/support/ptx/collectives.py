@@ -25,9 +25,17 @@ def reduce(machine: Machine, x: Instruction, mask):
     kind = x.types[-1]
     values = machine.by_warp(machine.values(x.operands[1], kind))
     present = machine.by_warp(machine.active if mask is None else mask)
+    name = next(m for m in x.modifiers if m in ("add", "min", "max", "and", "or", "xor"))
+    if kind == "f32":
+        function, neutral = {"min": (np.minimum, np.inf), "max": (np.maximum, -np.inf)}[name]
+        if "NaN" not in x.modifiers:
+            function = np.fmin if name == "min" else np.fmax
+        values = np.abs(values) if "abs" in x.modifiers else values
+        result = function.reduce(np.where(present, values, np.float32(neutral)), axis=1)
+        machine.write(x.operands[0], np.repeat(result, WARP), mask)
+        return
     span = np.iinfo(TYPES[kind])
     all_ones = -1 if kind[0] == "s" else span.max
-    name = next(m for m in x.modifiers if m in ("add", "min", "max", "and", "or", "xor"))
     function, neutral = {
         "add": (np.add, 0),
         "min": (np.minimum, span.max),

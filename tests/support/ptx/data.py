@@ -28,7 +28,7 @@ def leave(machine: Machine, x: Instruction, mask):
     machine.pc[everyone(mask)] = len(machine.kernel.instructions)
 
 
-@instruction("bar")
+@instruction("bar", "barrier")
 def barrier(machine: Machine, x: Instruction, mask):
     if "red" in x.modifiers:
         raise Unsupported(x.text)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from . import arithmetic, bitwise, collectives, data, warpgroup  # noqa: F401  (they register their instructions)
+from . import arithmetic, bitwise, collectives, data, tensor_memory, warpgroup  # noqa: F401  (they register their instructions)
 from .bounds import A100, GPU, report
 from .formats import SIZE, TYPES
 from .machine import Machine

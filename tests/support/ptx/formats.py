@@ -18,6 +18,7 @@ TYPES = {
     "bf16x2": np.uint32,
     "s16x2": np.uint32,
     "u16x2": np.uint32,
+    "f32x2": np.uint64,
     "tf32": np.uint32,
     "pred": np.bool_,
 }

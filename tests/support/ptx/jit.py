@@ -34,7 +34,7 @@ def launch(kernel, grid, *args, num_warps: int = 4, num_stages: int = 2, capabil
 
 
 def execute(source: ASTSource, options: dict, grid, args: list, *, capability: int = 80) -> dict:
-    """Compile a specialised kernel for sm_80 or sm_90 and run it on `args`, those that the compiled code takes."""
+    """Compile a specialised kernel for sm_80, sm_90 or sm_100 and run it on `args`, those that the compiled code takes."""
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return run(compiled.asm["ptx"], grid, args, shared=compiled.metadata.shared, gpu=GPUS[capability])
 

@@ -88,6 +88,8 @@ class Machine:
         self.shared_stride = -(-max(self.shared_size, 16) // 16) * 16
         # NaN in every format, so that a value that is read before it is written shows
         self.shared = np.full(len(blocks) * self.shared_stride, 0xFF, np.uint8)
+        # of sm_100, [blocks, lanes, columns] of 32 bits, from its first allocation on
+        self.tensor_memory: np.ndarray | None = None
         end = len(self.kernel.instructions)
         self.pc = np.where(thread < self.threads, 0, end)
         self.waiting = np.zeros(self.total, bool)

@@ -87,14 +87,14 @@ def classify(op: str, modifiers: list[str], types: list[str]) -> str:
         return f"{op}.{space}"
     if op in ("bra", "ret", "exit", "trap", "call"):
         return "branch"
-    if op == "bar":
+    if op in ("bar", "barrier"):
         return "warpsync" if "warp" in modifiers else "sync"
-    if op in ("fence", "createpolicy"):
+    if op in ("fence", "createpolicy", "mbarrier", "elect"):
         return "control"
     if op in ("shfl", "vote", "redux"):
         return "shuffle/vote"
-    if op in ("mma", "wgmma"):
-        return "tensor" if op == "mma" or "mma_async" in modifiers else "control"
+    if op in ("mma", "wgmma", "tcgen05"):
+        return "tensor" if op == "mma" or {"mma_async", "mma"} & set(modifiers) else "control"
     if op in ("ex2", "lg2", "rsqrt") or (op in ("rcp", "sqrt", "div") and last[:1] == "f"):
         return "mufu"
     if op == "cvt":
@@ -103,7 +103,7 @@ def classify(op: str, modifiers: list[str], types: list[str]) -> str:
         return "mov"
     if op in ("setp", "selp"):
         return "select/compare"
-    if last in ("f32", "f16", "f16x2", "bf16", "bf16x2"):
+    if last in ("f32", "f32x2", "f16", "f16x2", "bf16", "bf16x2"):
         return "fp"
     return "fp64" if last == "f64" else "int"
 
@@ -234,7 +234,7 @@ def _statement(kernel: Kernel, text: str, scopes: list[dict[str, str]]) -> None:
 def _basic_blocks(kernel: Kernel) -> None:
     count = len(kernel.instructions)
     leaders = {count, *kernel.labels.values()}
-    leaders.update(i + 1 for i, x in enumerate(kernel.instructions) if x.op in ("bra", "ret", "exit", "bar", "trap"))
+    leaders.update(i + 1 for i, x in enumerate(kernel.instructions) if x.op in ("bra", "ret", "exit", "bar", "barrier", "trap"))
     kernel.block_ends = [0] * count
     end = count
     for i in reversed(range(count)):

@@ -37,8 +37,8 @@ def multiply(machine: Machine, x: Instruction, mask):
     if isinstance(a, list):
         left = fragments(machine, a, kind, depth).reshape(groups, ROWS, depth)
     else:
-        left = _shared_matrix(machine, a, ROWS, depth, kind, transposed[0])
-    right = _shared_matrix(machine, b, columns, depth, kind, transposed[-1])
+        left = _group_matrix(machine, a, ROWS, depth, kind, transposed[0])
+    right = _group_matrix(machine, b, columns, depth, kind, transposed[-1])
     product = (left @ right.swapaxes(1, 2)).reshape(-1, ROWS // WARPS, columns)
     places = [(ROW + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * COLUMN + i % 2) for i in range(columns // 2)]
     keeps = np.array([accumulate.bits != 0]) if isinstance(accumulate, Immediate) else machine.predicate(accumulate)
@@ -59,13 +59,21 @@ def _accumulators(machine: Machine, registers: list, kind: str) -> np.ndarray:
     return np.stack([half_to_float(half, "f16") for b in bits for half in halves(b)])
 
 
-def _shared_matrix(machine: Machine, descriptor, rows: int, depth: int, kind: str, transposed: int) -> np.ndarray:
-    """[warp groups, rows, depth] as float32."""
-    bits = machine.each(descriptor, 8)[:: WARPS * WARP]
-    taking = machine.active[:: WARPS * WARP]
-    span = SPANS.get(int(bits[taking][0] >> np.uint64(62)))
-    if span is None:
-        raise Unsupported("wgmma on a matrix without swizzle")
+def _group_matrix(machine: Machine, descriptor, rows: int, depth: int, kind: str, transposed: int) -> np.ndarray:
+    """[warp groups, rows, depth] as float32; of groups that do not take part, any numbers."""
+    bits, taking = machine.each(descriptor, 8)[:: WARPS * WARP], machine.active[:: WARPS * WARP]
+    bits = np.where(taking, bits, bits[taking][0])
+    return read_shared_matrix(machine, bits, machine.block_of[:: WARPS * WARP], rows, depth, kind, transposed)
+
+
+def read_shared_matrix(
+    machine: Machine, bits: np.ndarray, blocks: np.ndarray, rows: int, depth: int, kind: str, transposed: int
+) -> np.ndarray:
+    """[matrices, rows, depth] as float32, for a descriptor and a block of each matrix."""
+    span = SPANS.get(int(bits[0] >> np.uint64(62)))
+    # the lowest of the three bits of sm_100 is a swizzle that permutes 32 bytes at a time
+    if span is None or bits[0] >> np.uint64(61) & np.uint64(1):
+        raise Unsupported("a matrix in shared memory without swizzle, or with one of 32 bytes")
     start, leading, stride = ((bits >> np.uint64(shift) & np.uint64(0x3FFF)).astype(np.int64)[:, None, None] * 16 for shift in (0, 16, 32))
     size = 4 if kind == "tf32" else 2
     row, step = np.arange(rows)[:, None], np.arange(depth)
@@ -76,10 +84,9 @@ def _shared_matrix(machine: Machine, descriptor, rows: int, depth: int, kind: st
         address = start + row // 8 * stride + row % 8 * span + step * size
     # the 16-byte chunks of a span are permuted by the number of the 128-byte line
     address ^= (address >> 7 & span // 16 - 1) << 4
-    address = np.where(taking[:, None, None], address, 0)
     if address.max() + size > machine.shared_size:
-        raise Fault(f"wgmma reads shared memory up to {address.max() + size} of {machine.shared_size}")
-    address += machine.block_of[:: WARPS * WARP, None, None] * machine.shared_stride
+        raise Fault(f"a matrix product reads shared memory up to {address.max() + size} of {machine.shared_size}")
+    address += blocks[:, None, None] * machine.shared_stride
     if kind == "tf32":
         return (machine.shared.view(np.uint32)[address // 4] & np.uint32(0xFFFFE000)).view(np.float32)
     return half_to_float(machine.shared.view(np.uint16)[address // 2], kind)
