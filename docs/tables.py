@@ -256,16 +256,15 @@ def tabulate_matrix(rows: list[Row]) -> str:
 
 
 def describe_cases(rows: list[Row]) -> str:
-    """Say how many cases compile, spill registers and equal float64, and what prevents the others."""
+    """Say how many cases compile, equal float64 and spill registers, and what prevents the others."""
     if not rows:
         return ""
     compiled = [row for row in rows if row["registers"]]
     parts = [f"{len(compiled)} of {len(rows)} compiled"]
-    if spilled := [row for row in compiled if int(row["spills"])]:
-        parts.append(f"{len(spilled)} {'spills' if len(spilled) == 1 else 'spill'}")
-    emulated = [row for row in rows if row["equal"]]
-    if emulated:
-        parts.append(f"{sum(row['equal'] == 'True' for row in emulated)} of {len(emulated)} emulated and equal")
+    if emulated := [row["equal"] == "True" for row in rows if row["equal"]]:
+        parts.append(f"{sum(emulated)} of {len(emulated)} equal")
+    spilled = sum(int(row["spills"]) > 0 for row in compiled)
+    parts.append(f"spills in {spilled}" if spilled else "no spills")
     return "; ".join([*parts, *dict.fromkeys(row["problem"] for row in rows if row["problem"])])
 
 

@@ -16,7 +16,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("performance.md", "performance_gpu.md", "performance_networks.md", "samplers.md")
+PAGES = ("performance.md", "performance_gpu.md", "performance_networks.md", "samplers.md", "support.md")
 
 
 @pytest.fixture
