@@ -7,6 +7,7 @@ A page says where a table goes, and `python docs/results.py` writes what stands 
 """
 
 import functools
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -137,13 +138,27 @@ def tabulate_sizes() -> str:
     return "\n".join(lines)
 
 
+def tabulate_boundaries() -> str:
+    """Tabulate mIoU and boundary IoU of the networks of equal cost, for the runs whose checkpoint carafepp-eval has scored (eval.json)."""
+    lines = ["| network | seeds | mIoU, % | boundary IoU, % | boundary IoU / mIoU |", f"|{' --- |' * 5}"]
+    for row, name in NETWORKS.items():
+        found = {path.parent.name.rpartition("_")[2]: path for path in sorted(DOCS.glob(f"results/table9/{row}_[0-9]/eval.json"))}
+        scores = {int(seed): json.loads(path.read_text())["metrics"] for seed, path in found.items()}
+        if scores:
+            regions, boundaries = ({seed: 100 * found[f"val/{key}"] for seed, found in scores.items()} for key in ("mIoU", "boundary_IoU"))
+            ratios = summarize({seed: boundaries[seed] / region for seed, region in regions.items()})
+            columns = [format_scores(summarize(regions), 1), format_scores(summarize(boundaries), 1), format_scores(ratios, 3)]
+            lines.append(f"| {' | '.join([name, ', '.join(map(str, scores)), *columns])} |")
+    return "\n".join(lines)
+
+
 def tabulate_all() -> str:
     """Render every table as `carafepp-report runs=docs/results format=markdown` prints it."""
     options = OmegaConf.load(DOCS.parent / "conf" / "report.yaml")
     return render_tables(tabulate_paper(read_settings(), options.metrics, options.digits, options.baseline), "markdown")
 
 
-TABLES = {"claims": tabulate_claims, "costs": tabulate_costs, "sizes": tabulate_sizes, "tables": tabulate_all}
+TABLES = {"claims": tabulate_claims, "costs": tabulate_costs, "sizes": tabulate_sizes, "boundaries": tabulate_boundaries, "tables": tabulate_all}
 
 
 def fill_page(text: str) -> str:
