@@ -50,7 +50,7 @@ docs: .venv/installed-docs
 recipes: .venv/installed-recipes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests/recipes
 
-# the kernels with every supported version of Triton: compiled for NVIDIA and AMD GPUs, and emulated; about half an hour on two free cores
+# the kernels with every supported version of Triton: compiled for NVIDIA and AMD GPUs, and emulated: 29 minutes on two busy cores
 matrix: setup
 	$(BIN)/python docs/matrix.py
 
