@@ -24,6 +24,8 @@ struct Problem {
     Index cell_rows() const { return ceil_div(height, down); }
     Index cell_columns() const { return ceil_div(width, down); }
     Index group_channels() const { return channels / groups; }
+    // whether the weights of a window are divided by their sum; one NaN then makes all of them NaN, and none is infinite
+    bool divides_by_sum() const { return normalizer == SOFTMAX || normalizer == SIGMOID_NORMALIZED; }
 };
 
 struct Tensor {

@@ -11,6 +11,7 @@
 
 #include "borders.h"
 #include "call.h"
+#include "cell_weights.h"
 #include "index.h"
 #include "pixels.h"
 #include "scratch.h"
@@ -27,7 +28,8 @@ constexpr int CHANNEL_VECTORS = 4, GRADIENT_TAPS = 5;
 
 // The terms of outputs, or of source gradients, that are summed together: pixels, each with one weight per result.
 template <class S, class T> struct Terms {
-    const std::vector<const S*>& pixels;
+    const S* const* pixels;
+    Index count;
     const T* weights;
     Index step;  // values from the weights of a pixel to those of the next
 };
@@ -37,14 +39,14 @@ template <class S, class T> struct Terms {
 template <int N, int V, class S, class T> inline void sum_terms(const Terms<S, T>& terms, Index c, S* const* results, Index ahead) {
     Vector<T> total[N][V] = {};
     const T* weight = terms.weights;
-    auto pixel = terms.pixels.begin();
+    const S* const* pixel = terms.pixels;
     // while results are prefetched, the terms are summed in N parts, so that the lines of one result are requested at a time
-    const Index count = terms.pixels.size(), part = ahead ? ceil_div(count, N) : count;
-    for (Index first = 0, s = 0; first < count; first += part, ++s) {
+    const Index part = ahead ? ceil_div(terms.count, N) : terms.count;
+    for (Index first = 0, s = 0; first < terms.count; first += part, ++s) {
         if (ahead)
 #pragma GCC unroll 8
             for (int i = 0; i < V; ++i) __builtin_prefetch(results[s] + ahead + c + i * LANES<T>, 1);
-        for (const auto end = terms.pixels.begin() + std::min(first + part, count); pixel != end; ++pixel, weight += terms.step) {
+        for (const auto end = terms.pixels + std::min(first + part, terms.count); pixel != end; ++pixel, weight += terms.step) {
             Vector<T> v[V];
 #pragma GCC unroll 8
             for (int i = 0; i < V; ++i) v[i] = load(*pixel + c + i * LANES<T>);
@@ -119,29 +121,52 @@ template <class S> Index prefetch_distance(const Problem& problem, const PixelMa
     return large ? 2 * output.factor * output.column_stride : 0;
 }
 
-template <class S, class T> void channels_last_forward(const Task& task, const Scratch<T>& scratch) {
+// The terms of a window without those of the zeros outside the map, which add nothing unless a weight is infinite or NaN.
+template <class S, class T> struct InnerTerms {
+    std::vector<const S*> pixels;
+    std::vector<T> weights;
+
+    explicit InnerTerms(Index taps) : pixels(taps), weights(taps * SUBS) {}
+    template <int N> Terms<S, T> select(const WindowPixels<S>& window, const Terms<S, T>& all) {
+        const T* weight = all.weights;
+        const S** pixel = pixels.data();
+        T* to = weights.data();
+        for (const S* candidate : window.pixels) {
+            if (candidate != window.zeros.data()) {
+                *pixel++ = candidate;
+#pragma GCC unroll 8
+                for (int s = 0; s < N; ++s) *to++ = weight[s];
+            }
+            weight += all.step;
+        }
+        return {pixels.data(), Index(pixel - pixels.data()), weights.data(), N};
+    }
+};
+
+// `cells` is PlaneWeights or CellWeights.
+template <class S, class Weights> void channels_last_forward(const Task& task, Weights cells) {
+    using T = Compute<S>;
     const Tile& tile = task.tile;
-    const Index subs = task.problem.subs(), windows = task.problem.windows(), channels = task.problem.group_channels();
-    const Index down = task.problem.down, pitch = task.grid.pitch;
+    const Index channels = task.problem.group_channels(), down = task.problem.down;
     const PixelMap<S> output = output_pixels<S>(task, task.call.y);
     const std::vector<RunPixels<S>> runs = output_runs(task, output);
     const Index ahead = prefetch_distance(task.problem, output);
     WindowPixels<S> source(task);
     std::vector<S> unused(channels);
-    std::vector<T> strip(LANES<T> * windows);  // the weights of consecutive cells, [cell][tap][sub]
+    InnerTerms<S, T> inner(task.problem.taps());
     for (Index i = 0; i < tile.rows; ++i)
         for (Index j = 0; j < tile.columns; ++j) {
-            if (j % LANES<T> == 0)
-                transpose_matrix<T>(scratch.weights.data + i * pitch + j, scratch.weights.plane, windows, LANES<T>, strip.data(), windows);
-            const T* weights = strip.data() + j % LANES<T> * windows;
+            const T* weights = cells.find(i, j);
             const Index row = tile.row + i, column = tile.column + j;
             for (const RunPixels<S>& run : runs) {
                 source.find(row * down + run.window_row, column * down + run.window_column);
                 S* outputs[SUBS];
                 run.find(output, row, column, unused.data(), outputs);
-                const Terms<S, T> terms{source.pixels, weights + run.run.first, subs};
+                const Terms<S, T> all{source.pixels.data(), Index(source.pixels.size()), weights + run.run.first, cells.step};
+                const bool fewer = source.leaves_map && task.problem.divides_by_sum();
                 with_count(run.run.count, [&](auto count) {
-                    sum_all_channels<decltype(count)::value>(terms, channels, outputs, ahead);
+                    constexpr int N = decltype(count)::value;
+                    sum_all_channels<N>(fewer ? inner.template select<N>(source, all) : all, channels, outputs, ahead);
                 });
             }
         }
@@ -192,7 +217,7 @@ template <class S, class T> void channels_last_dx(const Task& task, const Scratc
                     sources[k] = source.pixel(row * problem.down + phase / problem.down, (column + k) * problem.down + phase % problem.down);
                     if (!sources[k] || j + k >= tile.columns) sources[k] = unused.data();
                 }
-                sum_all_channels<NEIGHBOURS>(Terms<S, T>{pixels, factors.data(), NEIGHBOURS}, channels, sources, 0);
+                sum_all_channels<NEIGHBOURS>(Terms<S, T>{pixels.data(), Index(pixels.size()), factors.data(), NEIGHBOURS}, channels, sources, 0);
             }
     }
     // pixels that are also read at places outside the map: all of their terms again, so that the result is rounded once
@@ -207,7 +232,7 @@ template <class S, class T> void channels_last_dx(const Task& task, const Scratc
                     factors.push_back(weights.at(from.tap, from.sub)[(i - tile.row) * pitch + j - tile.column]);
                 });
         S* pixel = source.pixel(row, column);
-        sum_all_channels<1>(Terms<S, T>{pixels, factors.data(), 1}, channels, &pixel, 0);
+        sum_all_channels<1>(Terms<S, T>{pixels.data(), Index(pixels.size()), factors.data(), 1}, channels, &pixel, 0);
     });
 }
 

@@ -8,6 +8,7 @@
 
 #include "borders.h"
 #include "call.h"
+#include "cell_weights.h"
 #include "channels_last.h"
 #include "index.h"
 #include "layout.h"
@@ -65,12 +66,13 @@ template <class S> void forward(const Call& call) {
     const PlanarTables tables(problem, windows, layout, grid);
     run_tasks<T>(Task::count(problem, grid), threads, Scratch<T>::size(layout, grid), call.parallel, [&](Index number, T* memory) {
         const Task task(call, windows, layout, grid, number);
+        if (channels_last && fills_lanes<T>(problem, call.logits)) return channels_last_forward<S>(task, CellWeights<S, T>(task));
         const Scratch<T> scratch(layout, grid, memory);
         read_logits<S>(task, scratch.weights, false);
         arrange_windows(task, scratch.weights);
         normalize(task, scratch);
         if (layout.lse.sets) write_lse(task, scratch.lse);
-        if (channels_last) channels_last_forward<S>(task, scratch);
+        if (channels_last) channels_last_forward<S>(task, PlaneWeights<T>(task, scratch));
         else planar_forward<S>(task, tables, scratch);
     });
 }

@@ -77,7 +77,13 @@ def test_bit_identical_for_any_number_of_threads(size, spec, layout):
 @pytest.mark.parametrize("columns", [5, 16, 39])
 @pytest.mark.parametrize(
     "spec",
-    [Spec(5, up=2), Spec(3, up=3, down=2, groups=2, normalizer="sigmoid_normalized"), Spec(1, border="replicate")],
+    [
+        Spec(5, up=2),
+        Spec(3, up=3, down=2, groups=2, normalizer="sigmoid_normalized"),
+        Spec(1, border="replicate"),
+        Spec(3, up=4, normalizer="sigmoid"),
+        Spec(3, down=2, groups=2, normalizer="none"),
+    ],
     ids=str,
 )
 def test_bits_do_not_depend_on_the_memory_format_of_the_logits(spec, columns):
