@@ -123,7 +123,7 @@ def tabulate_copies(rows: list[Row]) -> str:
             if any(cells):
                 ratios = (f"{cell['forward']} / {cell['backward']}" if cell else "" for cell in cells)
                 lines.append([name, SUMMARY_NAMES[provider], *ratios])
-    return write_table(["features", "x copy", *SUMMARY_TYPES], lines)
+    return write_table(["features", "implementation", *SUMMARY_TYPES], lines)
 
 
 def tabulate_rivals(rows: list[Row]) -> str:
