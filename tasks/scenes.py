@@ -1,4 +1,4 @@
-"""Scenes: scanned digits on crops of photographs, with exact masks, boxes, classes and semantic maps; generated without downloads.
+"""Scenes: scanned digits, or cut-outs, on crops of photographs, with exact masks, boxes, classes and semantic maps; nothing is downloaded.
 
 A scene contains one large digit, the *dominant* one, and optionally smaller digits on top of it and of each other. Each digit is a real
 scan, slanted, stretched, rotated by at most 20 degrees (so that 6 and 9 remain distinct), and coloured to differ in luminance from its
@@ -6,7 +6,7 @@ surroundings. Training and validation share no scan, no photograph and nearly no
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from .cutouts import Cutouts, load_cutouts, paint_cutout, place_cutout
 from .keyed import split_key
 from .photographs import load_digit_scans, load_photographs
 from .splits import SPLITS, check_split
@@ -73,31 +74,43 @@ class Scene(NamedTuple):
         return boxes
 
 
-def compose(split: str, size: tuple[int, int], key: tuple[int, int, int], objects: tuple[int, int]) -> Scene:
-    """Generate the scene of `key` (seed, epoch, index): `size` is (height, width) in pixels, `objects` the least and largest number of
-    digits.
+def compose(
+    split: str, size: tuple[int, int], key: tuple[int, int, int], objects: tuple[int, int], cutouts: Cutouts | None = None
+) -> Scene:
+    """Generate the scene of `key` (seed, epoch, index).
 
-    A digit is omitted if it would hide too much of the others at every place that is tried. Crowded scenes can therefore contain fewer
-    digits.
+    An object is omitted if it would hide too much of the others at every place that is tried. Crowded scenes can therefore contain fewer
+    objects.
+
+    Args:
+        split: "train" or "val".
+        size: (height, width) in pixels.
+        objects: least and largest number of objects.
+        cutouts: the images of each class that replace the scanned digits.
     """
     rng = np.random.default_rng((SPLITS.index(split), *key))
     image = _background(rng, load_photographs(split), *size)
     owner = np.zeros(size, np.uint8)
     labels, areas = [], [0]
     for position in range(rng.integers(objects[0], objects[1] + 1)):
-        # dominant digits cycle, so that any ten consecutive scenes contain all classes
-        digit = int(rng.integers(10)) if position else key[-1] % 10
-        scans = load_digit_scans(split)[digit]
+        # dominant objects cycle, so that consecutive scenes contain all classes
+        sources = load_digit_scans(split) if cutouts is None else cutouts
+        category = int(rng.integers(len(sources))) if position else key[-1] % len(sources)
+        source = sources[category]
         low, high = HEIGHT if position else DOMINANT_HEIGHT
         height = min(size) * low * (high / low) ** rng.random()
-        ink = _ink(rng, scans[rng.integers(len(scans))], height, size)
-        mask = ink >= INK
+        draw = _ink if cutouts is None else place_cutout
+        drawn = draw(rng, source[rng.integers(len(source))], height, size)
+        mask = drawn >= INK if cutouts is None else drawn[..., 3] >= 0.5
         area = int(np.count_nonzero(mask))
         place = _free_place(rng, owner, mask, areas)
         if area == 0 or place is None:
             continue
-        _paint(rng, image[:, *place], ink, height)
-        labels.append(digit + 1)
+        if cutouts is None:
+            _paint(rng, image[:, *place], drawn, height)
+        else:
+            paint_cutout(image[:, *place], drawn)
+        labels.append(category + 1)
         areas.append(area)
         owner[place][mask] = len(labels)
     return Scene(image, owner, np.array(labels, np.int64), key[-1])
@@ -216,9 +229,13 @@ class Scenes(Dataset):
         objects: least and largest number of digits in a scene.
         view: the form of an item: "classification" (image, digit), "segmentation" (image, class map), "detection" (image, torchvision's
             target with masks), or "photograph" (a crop without digits, for inpainting).
+        cutouts: a folder with images with transparency, in a folder for each class, that replace the digits (see
+            `carafepp.tasks.cutouts`); None means digits.
+        classes: the names of the classes, in the order of their labels; with `cutouts`, those of their folders.
 
     Raises:
         ValueError: an argument is out of its domain.
+        FileNotFoundError: `cutouts` has no folder of a class.
         ModuleNotFoundError: a package with the images is missing.
     """
 
@@ -230,6 +247,8 @@ class Scenes(Dataset):
         seed: int = 0,
         objects: tuple[int, int] = (1, 3),
         view: str = "segmentation",
+        cutouts: str | None = None,
+        classes: Sequence[str] = CLASSES[1:],
     ) -> None:
         check_split(split)
         sides = (size, size) if isinstance(size, int) else tuple(size)
@@ -248,14 +267,18 @@ class Scenes(Dataset):
         self.split, self.length, self.seed, self.view = split, length, seed, view
         # loaded here, so that a missing package is reported at once and forked workers share the images
         load_photographs(split)
-        load_digit_scans(split)
+        self.cutouts = None
+        if cutouts is None:
+            load_digit_scans(split)
+        elif view != "photograph":
+            self.cutouts = load_cutouts(cutouts, tuple(map(str, classes)), split)
 
     def __len__(self) -> int:
         return self.length
 
     def scene(self, key: int | tuple[int, int]) -> Scene:
         """Return the whole scene of an item; `key` is index or (epoch, index)."""
-        return compose(self.split, self.size, (self.seed, *split_key(key, self.length)), self.objects)
+        return compose(self.split, self.size, (self.seed, *split_key(key, self.length)), self.objects, self.cutouts)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Any:
         return VIEWS[self.view](self.scene(key))

@@ -39,7 +39,7 @@ class Sweep(NamedTuple):
             f"scale={SCALE}",
             f"setting={read_task(self.table)}_study",
             f"seed={','.join(map(str, range(self.seeds)))}",
-            *([f"weights_root={out}"] if read_pretraining(*self.rows[0].split("/"), SCALE) else []),
+            *([f"weights_root={out}"] if find_start(self.rows[0]) else []),
             f"hydra.sweep.dir={out}",
             "hydra.sweep.subdir=${hydra:runtime.choices.row}_${seed}",
             *(["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"] if jobs > 1 else []),
@@ -59,6 +59,12 @@ def read_rows(experiment: str) -> list[str]:
     if own.is_file():
         return OmegaConf.create(own.read_text()).row.split(",")
     return OmegaConf.create(conf.joinpath(f"experiment/{experiment}.yaml").read_text()).hydra.sweeper.params.row.split(",")
+
+
+def find_start(row: str) -> str:
+    """Return the classifier that a row such as "table9/ppm" starts from at the small scale, or "" if there is none."""
+    table, _, name = row.partition("/")
+    return read_pretraining(table, name, SCALE)
 
 
 def plan_sweeps(tables: Iterable[str], seeds: Mapping[str, int]) -> list[Sweep]:
@@ -82,11 +88,12 @@ def plan_sweeps(tables: Iterable[str], seeds: Mapping[str, int]) -> list[Sweep]:
     planned: dict[str, int] = {}
     for table in sorted(tables, key=lambda table: (-seeds[table], known.index(table))):
         for row in read_rows(table):
-            if not any(f"{other}/{name}" in planned for other, name in list_equal_rows(*row.split("/"), SCALE)):
+            equal = list_equal_rows(table, row.removeprefix(f"{table}/"), SCALE)
+            if not any(f"{other}/{name}" in planned for other, name in equal):
                 planned[row] = seeds[table]
     classifiers: dict[str, int] = {}
     for row, number in planned.items():
-        if start := read_pretraining(*row.split("/"), SCALE):
+        if start := find_start(row):
             classifiers[start] = max(number, classifiers.get(start, 0))
     for row in [*planned]:
         if row in classifiers:

@@ -10,7 +10,7 @@ from ..common.results import BROKEN, FinishedRun, clean
 from ..common.run_folders import INTERRUPTED, is_in_sweep
 
 # keys that affect the data and the training; runs that differ in these are in different tables
-PROTOCOL = ["scale", "setting", "protocol", "data", "optimizer", "schedule", "averaging", "trainer"]
+PROTOCOL = ["scale", "setting", "scenes", "scene", "protocol", "data", "optimizer", "schedule", "averaging", "trainer"]
 # the initial weights depend on the downsamplers of the network, so that only their presence is compared
 WEIGHTS = "backbone.weights"
 SOURCES = [WEIGHTS, "weights_root"]
@@ -44,7 +44,7 @@ class Setting:
         """What the runs must have in common with others in one table: the task, the scale, the data, and their metrics."""
         run = next(iter(self.runs.values()))
         shown = {name: choice for name in ("task", "scale", "setting") if (choice := run.choices.get(name))}
-        data = {"data.root": self.options["data.root"]} if "data.root" in self.options else {}
+        data = {key: self.options[key] for key in ("data.root", "scenes") if key in self.options}
         return shown | data | {"metrics": " ".join(sorted(run.metrics))}
 
     @property
