@@ -1,4 +1,4 @@
-"""Writes the tables of runs into docs/results.md and README.md, from the result.json files in docs/results.
+"""Writes the tables of runs into docs/results.md, docs/protocol.md and README.md, from the result.json files in docs/results.
 
 A page says where a table goes, and `python docs/results.py` writes what stands between the two lines:
 
@@ -8,20 +8,22 @@ A page says where a table goes, and `python docs/results.py` writes what stands 
 
 import functools
 import json
+import math
 import re
+import statistics
 from pathlib import Path
 from typing import NamedTuple
 
 from carafepp.scripts.common.paper import list_rows, read_paper, unit_factor
 from carafepp.scripts.reporting import Setting, group_runs, read_runs, render_tables, tabulate_paper
 from carafepp.scripts.reporting.cells import format_difference, format_scores
-from carafepp.scripts.reporting.statistics import Difference, compare_paired, summarize
+from carafepp.scripts.reporting.statistics import Difference, compare_paired, summarize, t_quantile
 from carafepp.scripts.reporting.tables import SettingFinder
 from omegaconf import OmegaConf
 
 DOCS = Path(__file__).parent
 PLACE = re.compile(r"(<!-- results (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-PAGES = (DOCS / "results.md", DOCS.parent / "README.md")
+PAGES = (DOCS / "results.md", DOCS / "protocol.md", DOCS.parent / "README.md")
 
 
 class Claim(NamedTuple):
@@ -64,6 +66,19 @@ SIZED = (
     ("table7", "fpn", "published", "bbox"),
     ("table7", "fpn_mask_head", "published", "segm"),
 )
+
+# main comparisons, with the widest half of an interval that the small protocol aims at, in the unit of the score
+MAIN = (
+    (Claim("classification", "table2", "resnet50_carafe", "resnet50", "classification", "top1"), 2.0),
+    (Claim("downsamplers", "table3", "carafe", "conv", "bbox", "AP"), 2.0),
+    (Claim("upsamplers", "table4", "carafe", "nearest", "bbox", "AP"), 2.0),
+    (Claim("detection, boxes", "table7", "fpn_mask_head_backbone", "published", "bbox", "AP"), 2.0),
+    (Claim("detection, masks", "table7", "fpn_mask_head_backbone", "published", "segm", "AP"), 2.0),
+    (Claim("segmentation", "table8", "upernet_resnet50_carafe", "upernet_resnet50", "segmentation", "mIoU"), 1.5),
+    (Claim("parts of UperNet", "table9", "ppm_fpn_fuse", "published", "segmentation", "mIoU"), 1.5),
+)
+# tables whose scatter is tabulated by the quarter of the training, with baseline, task and score
+SCATTERED = (("table4", "nearest", "bbox", "AP"), ("table7", "published", "segm", "AP"), ("table9", "published", "segmentation", "mIoU"))
 
 
 @functools.cache
@@ -152,13 +167,90 @@ def tabulate_boundaries() -> str:
     return "\n".join(lines)
 
 
+def count_seeds(deviation: float, half: float) -> int:
+    """Count the seeds whose paired interval has at most this half width, for this standard deviation of the differences."""
+    return next(seeds for seeds in range(2, 1000) if t_quantile(seeds - 1) * deviation <= half * math.sqrt(seeds))
+
+
+def tabulate_seeds() -> str:
+    """Tabulate the main comparisons: the half width of the interval, and the seeds and hours for the width that is aimed at."""
+    finder = SettingFinder(read_settings())
+    heads = [
+        "comparison",
+        "rows",
+        "seeds",
+        "half width",
+        "aim",
+        "deviation of the differences",
+        "half width at 5 seeds",
+        "seeds for the aim",
+    ]
+    heads.append("hours of these seeds")
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for claim, aim in MAIN:
+        ours, others = (find_values(claim.table, row, claim.task, claim.column) for row in (claim.row, claim.baseline))
+        difference = compare_paired(ours, others)
+        pair = [finder.find(claim.table, row, {"scale": "small"}, {}) for row in (claim.row, claim.baseline)]
+        if difference is None or difference.half is None:
+            raise FileNotFoundError(f"docs/results has no pairs of {claim.table}/{claim.row} and {claim.baseline}")
+        deviation = difference.half * math.sqrt(difference.seeds) / t_quantile(difference.seeds - 1)
+        needed = count_seeds(deviation, aim)
+        taken = sum(setting.cpu_seconds or setting.seconds for setting in pair if setting)
+        cells = [claim.words, f"{claim.table}: `{claim.row}` - `{claim.baseline}`, {claim.column}", str(difference.seeds)]
+        cells += [
+            f"{difference.half:.1f}",
+            f"{aim:.1f}",
+            f"{deviation:.1f}",
+            f"{t_quantile(4) * deviation / math.sqrt(5):.1f}",
+            str(needed),
+        ]
+        lines.append(f"| {' | '.join([*cells, f'{needed * taken / 3600:.1f}'])} |")
+    return "\n".join(lines)
+
+
+def tabulate_scatter() -> str:
+    """Tabulate, by the quarter of the training, the mean score, and the deviations over seeds of scores and of paired differences."""
+    finder = SettingFinder(read_settings())
+    lines = ["| table | of the training | mean score | deviation over seeds | deviation of the differences |", "|" + " --- |" * 5]
+    for table, baseline, task, column in SCATTERED:
+        metric = read_paper()[1][task][column]
+        rows = {row["row"] for row in list_rows(read_paper()[0], table)}
+        found = {row: setting for row in sorted(rows) if (setting := finder.find(table, row, {"scale": "small"}, {}))}
+        for quarter in range(4):
+            scores = {
+                row: {seed: 100 * [point[metric] for point in run.curve if metric in point][quarter] for seed, run in setting.runs.items()}
+                for row, setting in found.items()
+                if all(run.curve for run in setting.runs.values())
+            }
+            pairs = [
+                [value - scores[baseline][seed] for seed, value in values.items() if seed in scores[baseline]]
+                for row, values in scores.items()
+                if row != baseline
+            ]
+            spread, apart = (
+                math.sqrt(statistics.fmean(statistics.variance(values) for values in groups))
+                for groups in ([list(values.values()) for values in scores.values()], pairs)
+            )
+            mean = statistics.fmean(value for values in scores.values() for value in values.values())
+            lines.append(f"| {table}, {column} | {(quarter + 1) / 4:.0%} | {mean:.1f} | {spread:.2f} | {apart:.2f} |")
+    return "\n".join(lines)
+
+
 def tabulate_all() -> str:
     """Render every table as `carafepp-report runs=docs/results format=markdown` prints it."""
     options = OmegaConf.load(DOCS.parent / "conf" / "report.yaml")
     return render_tables(tabulate_paper(read_settings(), options.metrics, options.digits, options.baseline), "markdown")
 
 
-TABLES = {"claims": tabulate_claims, "costs": tabulate_costs, "sizes": tabulate_sizes, "boundaries": tabulate_boundaries, "tables": tabulate_all}
+TABLES = {
+    "claims": tabulate_claims,
+    "costs": tabulate_costs,
+    "sizes": tabulate_sizes,
+    "boundaries": tabulate_boundaries,
+    "seeds": tabulate_seeds,
+    "scatter": tabulate_scatter,
+    "tables": tabulate_all,
+}
 
 
 def fill_page(text: str) -> str:
