@@ -56,7 +56,6 @@ def test_jobs_compose_to_the_settings_of_the_study(tmp_path):
         single = [word.partition(",")[0] for word in arguments if not word.startswith(("-m", "hydra"))]
         config = compose_config("train", *single)
         tasks[read_task(sweep.table)] = config
-        assert config.averaging == 0.99
         assert config.trainer.val_check_interval == 1.0
         assert bool(config.weights_root) == bool(read_pretraining(*sweep.rows[0].split("/"), "small"))
     lengths = {task: (config.data.val.get("images") or config.data.val).length for task, config in tasks.items()}
