@@ -176,7 +176,11 @@ def main() -> int:
     print("Triton", *versions, flush=True)
     missing = {name: problem for name in versions if (problem := install(name))}
     jobs = [Job(name, target, tuple(CASES)) for name in versions if name not in missing for target in (*NVIDIA, *AMD)]
-    rows = run_jobs(jobs, BUILD / f"rows-{digest_code()}.jsonl")
+    try:
+        rows = run_jobs(jobs, BUILD / f"rows-{digest_code()}.jsonl")
+    except KeyboardInterrupt:
+        print("\nstopped; `make matrix` continues", file=sys.stderr)
+        return 130
     today = date.today().isoformat()
     about = {"kind": "cpu", "date": today, "device": "Compiled and emulated on a CPU"}
     about |= {"torch": version("torch"), "python": platform.python_version()}
