@@ -19,6 +19,7 @@ from ..geometry import LSE_NORMALIZERS, PADDED_BORDERS, Spec, is_channels_last
 from . import taps
 from .banded_backward import banded_backward
 from .banded_forward import banded_forward
+from .banded_source_gradient import banded_source_gradient
 from .launch import INT32_MAX, Launch, Plan
 from .padded_taps import padded_source_gradient
 from .records import Features, Layout, Logits, Sizes, Window
@@ -26,7 +27,7 @@ from .tile_geometry import KernelName, Tile, TileProblem, halo, reach
 from .tile_limits import source_blocks
 from .tile_ranking import SEPARATE, TOGETHER, choose_backward, choose_tile
 from .tile_tables import measured_tile
-from .tile_work import run_alignments, run_vector
+from .tile_work import find_walk, run_alignments, run_vector
 
 TAP_BLOCKS = {"BLOCK_M": 32, "BLOCK_C": 32}
 TAP_OPTIONS = {"num_warps": 4, "num_stages": 2}
@@ -267,16 +268,29 @@ def _backward_launch(kernel: KernelName, arguments: dict[str, Any], problem: Til
     # the gradient to x may have other strides than x
     x_align = math.gcd(problem.x_align, _alignment(dx, problem.channels, problem.channels_last))
     x_align, y_align = run_alignments(problem._replace(x_align=x_align), tile)
+    layout = _layout(problem, x_align, y_align, x, logits, dy, dx, dlogits)
+    if tile.steps > 1:
+        return _walk_launch(arguments, layout, problem, tile)
     constants = {
         "WINDOW": _window(problem.spec),
         "TILE": tile,
         "HALO": halo(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, x_align)),
         "REACH": reach(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, y_align)),
         "BLOCKS": source_blocks(kernel, problem, tile),
-        "LAYOUT": _layout(problem, x_align, y_align, x, logits, dy, dx, dlogits),
+        "LAYOUT": layout,
         "PRECISION": _precision(),
         "NEED_DX": kernel != "logit_gradient",
         "NEED_DLOGITS": kernel != "source_gradient",
     }
     programs = constants["NEED_DLOGITS"] + constants["NEED_DX"] * tile.split
     return _tile_launch(banded_backward, arguments, constants, problem, tile, programs)
+
+
+def _walk_launch(arguments: dict[str, Any], layout: Layout, problem: TileProblem, tile: Tile) -> Launch:
+    """Return the launch of the gradient to the features by programs that walk, one for each walk and block of channels."""
+    step, sizes, radius = find_walk(problem, tile), arguments["sizes"], problem.spec.kernel_size // 2
+    walks = triton.cdiv(sizes.h + radius, tile.steps * step.rows) * triton.cdiv(sizes.w + radius, step.cols)
+    grid = (problem.batch * walks * triton.cdiv(problem.channels, tile.block_c), 1, 1)
+    given = {name: arguments[name] for name in banded_source_gradient.arg_names if name in arguments}
+    constants = {"WINDOW": _window(problem.spec), "TILE": tile, "WALK": step, "LAYOUT": layout, "PRECISION": _precision()}
+    return Launch(banded_source_gradient, grid, given, constants, tile.num_warps, tile.num_stages, tile.max_registers)

@@ -17,6 +17,8 @@ KernelName = Literal["forward", "backward", "logit_gradient", "source_gradient"]
 KERNELS: tuple[KernelName, ...] = ("forward", "backward", "logit_gradient", "source_gradient")
 # smallest axis of a matrix product in Triton
 SMALLEST_EXTENT = 16
+# places of a product with targets, over the targets
+MOST_PADDING = 1.25
 
 
 class Tile(NamedTuple):
@@ -30,6 +32,8 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     max_registers: int = 255  # per thread; values beyond it spill
+    # tiles that a program of the gradient to the features visits, one below the other; with 1, and in the other kernels, it does not walk
+    steps: int = 1
 
 
 class TileProblem(NamedTuple):
@@ -72,6 +76,33 @@ class Reach(NamedTuple):
     s: int  # sources, as an axis of a product
 
 
+class Walk(NamedTuple):
+    """The steps of a program of the gradient to the features: the targets of a step, and the tiles of sources that they read.
+
+    The first tile of sources begins half a window above and to the left of the cells of the step, so that the sources that it shares with
+    later steps lie in later tiles.
+    """
+
+    rows: int  # of sources, in a tile
+    cols: int
+    height: int  # of targets
+    width: int
+    lead: int  # columns of targets before those of the cells, which read the sources of the tile as well
+    tiles: int  # of sources that the targets of a step read, one below the other
+    s: int  # sources of a tile, as an axis of a product
+    d: int  # targets of one product
+
+
+class Walks(NamedTuple):
+    """The division of a map among programs that walk."""
+
+    walks: int  # one below the other
+    across: int  # columns of walks
+    down: int  # steps of a column of walks that complete sources
+    visited: int  # all steps of a column of walks: those at the start of a walk belong to the one above it too
+    columns: float  # of targets in the map, for a step
+
+
 def power_of_two(n: int) -> int:
     """Return the smallest power of two at or above n, at least 16: the extent of a tile axis in a matrix product."""
     return max(SMALLEST_EXTENT, 1 << (n - 1).bit_length())
@@ -103,3 +134,28 @@ def reach(spec: Spec, cells_h: int, cells_w: int, vector: int = 1) -> Reach:
     height = -(-(rows + radius) * spec.up // spec.down) + before
     width = multiple(lead - (-(cols + radius) * spec.up // spec.down), vector)
     return Reach(rows, cols, height, width, before, lead, power_of_two(rows * cols))
+
+
+@lru_cache(maxsize=4096)
+def walk(spec: Spec, cells_h: int, cells_w: int, vector: int, most_targets: int) -> Walk:
+    """Return a step of `cells_h` x `cells_w` cells, with products of the most targets that leave few of their places empty."""
+    rows, cols = cells_h * spec.down, cells_w * spec.down
+    lead = multiple(spec.kernel_size // 2 * 2 * spec.up // spec.down, vector)
+    tiles = -(-halo(spec, cells_h, cells_w).height // rows)
+    height, width = cells_h * spec.up, lead + cells_w * spec.up
+    d = most_targets
+    while d > SMALLEST_EXTENT and multiple(height * width, d) > MOST_PADDING * height * width:
+        d //= 2
+    return Walk(rows, cols, height, width, lead, tiles, power_of_two(rows * cols), d)
+
+
+def count_walks(problem: TileProblem, tile: Tile, step: Walk) -> Walks:
+    """Return the division of a map among programs that walk."""
+    spec, radius = problem.spec, problem.spec.kernel_size // 2
+    down = -(-(problem.height * spec.down + radius) // step.rows)
+    across = -(-(problem.width * spec.down + radius) // step.cols)
+    walks = -(-down // tile.steps)
+    visited = down + sum(min(step.tiles - 1, n * tile.steps) for n in range(walks))
+    starts = (n * tile.cells_w * spec.up - step.lead for n in range(across))
+    columns = sum(max(0, min(start + step.width, problem.width * spec.up) - max(start, 0)) for start in starts)
+    return Walks(walks, across, down, visited, columns / across)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
-from .tile_geometry import SMALLEST_EXTENT, KernelName, Tile, TileProblem, halo, power_of_two, reach
+from .tile_geometry import SMALLEST_EXTENT, KernelName, Tile, TileProblem, halo, power_of_two, reach, walk
 
 WARP_SIZE = 32
 REGISTER_BYTES = 4
@@ -20,6 +20,7 @@ SHARED_BYTES = 96 * 1024
 
 # the cells of a tile; few, because each is a separate compilation. Seven columns divide the maps of images of 224 and 800 x 1333 pixels
 CELLS = ((1, 1), (1, 2), (1, 4), (1, 8), (1, 14), (1, 16), (2, 2), (2, 4), (2, 7), (2, 8), (3, 4), (4, 4))
+LARGEST_CELLS = 16
 VECTORS = (1, 2, 4)
 # what a search by measurement tries in addition
 WIDE_CELLS = ((1, 7), (2, 16), (4, 7), (4, 8))
@@ -47,6 +48,18 @@ SOURCE_TARGETS, SOURCE_GRADIENT_BYTES = {2: 64, 4: 16}, 16384
 # programs to share, targets in bytes of one channel, and elements of the gradient for each channel of a product of the other gradient
 SOURCE_CHANNEL_BYTES_LESS_ROOM, SOURCE_TARGET_BYTES, SOURCE_ELEMENTS = 256, 128, 256
 
+# the gradient to the features by programs that walk: cells, channels and number of their steps
+WALK_CELLS = ((1, 2), (1, 4), (1, 8), (1, 16), (2, 2), (2, 4), (2, 8), (2, 16), (4, 4), (4, 8))
+WALK_CHANNELS, WALK_STEPS = (256, 128, 64, 32), (4, 8, 16, 32)
+# a program of more channels has eight warps
+CHANNELS_OF_FOUR_WARPS = 64
+# most registers per thread, with which a multiprocessor holds 16 warps
+WALK_REGISTERS = 128
+# most targets of one product in 16 bits, and in float32 with and without the channels as the fastest axis
+WALK_TARGETS, WALK_TARGETS_LAST, WALK_TARGETS_ROWS = 64, 32, 16
+# per thread: elements of the gradient in one product, weights of one tile of sources, and sums of all tiles of sources; by element size
+WALK_ELEMENTS, WALK_WEIGHTS, WALK_SUMS = {2: 32, 4: 16}, {2: 4, 4: 4}, {2: 48, 4: 24}
+
 
 class SourceBlocks(NamedTuple):
     """The extents of one product of the gradient to the sources."""
@@ -70,6 +83,14 @@ def source_blocks(kernel: KernelName, problem: TileProblem, tile: Tile) -> Sourc
         channels = tile.block_c
         targets = min(SOURCE_TARGETS[size], SOURCE_GRADIENT_BYTES // size // channels)
     return SourceBlocks(channels, max(SMALLEST_EXTENT, targets))
+
+
+def walk_targets(problem: TileProblem, tile: Tile) -> int:
+    """Return the targets of one product of a program that walks."""
+    size, threads = problem.element_size, WARP_SIZE * tile.num_warps
+    most = WALK_TARGETS if size == 2 else WALK_TARGETS_LAST if problem.channels_last else WALK_TARGETS_ROWS
+    sources = power_of_two(tile.cells_h * tile.cells_w * problem.spec.down**2)
+    return max(SMALLEST_EXTENT, min(most, WALK_ELEMENTS[size] * threads // tile.block_c, WALK_WEIGHTS[size] * threads // sources))
 
 
 def gradient_registers(problem: TileProblem) -> int:
@@ -109,6 +130,8 @@ def fits(kernel: KernelName, problem: TileProblem, tile: Tile) -> bool:
     """Return whether a kernel can run with this tile, without registers that spill."""
     if kernel == "forward":
         return fits_forward(problem, tile)
+    if tile.steps > 1:
+        return fits_walk(problem, tile)
     logits = kernel == "source_gradient" or fits_logit_gradient(problem, tile)
     return logits and (kernel == "logit_gradient" or fits_source_gradient(problem, tile, source_blocks(kernel, problem, tile)))
 
@@ -132,10 +155,26 @@ def candidate_tiles(kernel: KernelName, problem: TileProblem) -> Iterator[Tile]:
         channels = tuple(number for number in SOURCE_CHANNELS if number <= most) or (most,)
     splits = (1,) if kernel == "logit_gradient" else SPLITS
     # two warps share more of the work that builds a band; the newer matrix units take four warps together
-    num_warps = 2 if kernel == "forward" and not newer else 4
-    for cells, vector, split, block_c in product(CELLS, vectors, splits, channels):
+    warps = (4, 8) if kernel == "logit_gradient" else (2,) if kernel == "forward" and not newer else (4,)
+    for cells, vector, split, block_c, num_warps in product(CELLS, vectors, splits, channels, warps):
+        # eight warps have room for the largest tiles, and too little work in the others
+        if num_warps == 8 and cells[0] * cells[1] < LARGEST_CELLS:
+            continue
         if split == 1 or block_c * split <= problem.channels:
             yield Tile(*cells, vector, block_c, split, num_warps, 2 if half else 1)
+    if kernel == "source_gradient":
+        yield from walking_tiles(problem, vectors[-1])
+
+
+def walking_tiles(problem: TileProblem, vector: int) -> Iterator[Tile]:
+    """Yield the tiles of programs that walk, including those that do not fit."""
+    most, num_stages = power_of_two(problem.channels), 2 if problem.element_size == 2 else 1
+    channels = tuple(number for number in WALK_CHANNELS if number <= most) or (most,)
+    for cells, block_c, steps in product(WALK_CELLS, channels, WALK_STEPS):
+        # a walk need not be longer than the map
+        if steps == WALK_STEPS[0] or steps * cells[0] < 2 * problem.height:
+            num_warps = 4 if block_c <= CHANNELS_OF_FOUR_WARPS else 8
+            yield Tile(*cells, vector, block_c, 1, num_warps, num_stages, WALK_REGISTERS, steps)
 
 
 def wide_tiles(kernel: KernelName, problem: TileProblem) -> Iterator[Tile]:
@@ -149,6 +188,9 @@ def wide_tiles(kernel: KernelName, problem: TileProblem) -> Iterator[Tile]:
     ):
         if split == 1 or block_c * split <= problem.channels:
             yield Tile(*cells, vector, block_c, split, *rest)
+    if kernel == "source_gradient":
+        for tile, num_stages in product(walking_tiles(problem, vectors[-1]), WIDE_STAGES):
+            yield tile._replace(num_stages=num_stages)
 
 
 def fits_forward(problem: TileProblem, tile: Tile) -> bool:
@@ -194,3 +236,15 @@ def fits_source_gradient(problem: TileProblem, tile: Tile, blocks: SourceBlocks)
     operands = operand_registers(targets * channels, size) / threads + operand_registers(targets * sources, size) / WARP_SIZE
     shared = targets * (channels + sources) * size * operand_terms(size)
     return sources * channels / threads + operands <= gradient_registers(problem) and shared <= SHARED_BYTES
+
+
+def fits_walk(problem: TileProblem, tile: Tile) -> bool:
+    """Return whether programs that walk can run with this tile."""
+    size, threads = problem.element_size, WARP_SIZE * tile.num_warps
+    targets = walk_targets(problem, tile)
+    step = walk(problem.spec, tile.cells_h, tile.cells_w, tile.vector, targets)
+    return (
+        step.tiles * step.s * tile.block_c / threads <= WALK_SUMS[size]
+        and step.s * targets / threads <= WALK_WEIGHTS[size]
+        and targets * (tile.block_c + step.s) * size * operand_terms(size) <= SHARED_BYTES
+    )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .tile_geometry import KernelName, Tile, TileProblem, halo, reach
 from .tile_limits import REGISTER_BYTES, WARP_SIZE, SourceBlocks, operand_terms, source_blocks
-from .tile_work import NARROWEST_COPY, run_alignments, run_vector, takes_four_warps
+from .tile_work import NARROWEST_COPY, find_walk, run_alignments, run_vector, takes_four_warps
 
 # the limit of Launch.options
 MOST_REGISTERS = 255
@@ -26,6 +26,8 @@ def estimate_resources(kernel: KernelName, problem: TileProblem, tile: Tile) -> 
     """Return the estimated resources of a kernel; all programs of a launch of both gradients take the most that one of them needs."""
     if kernel == "forward":
         return forward_resources(problem, tile)
+    if tile.steps > 1:
+        return walk_resources(problem, tile)
     needed = []
     if kernel != "source_gradient":
         needed.append(logit_gradient_resources(problem, tile))
@@ -81,6 +83,16 @@ def source_gradient_resources(problem: TileProblem, tile: Tile, blocks: SourceBl
     registers += (15 + 1.4 * gradients / threads) * (operand_terms(size) - 1)
     buffered = _buffers(problem, tile, newer, reached.width, y_align) * gradients + band
     return _resources(registers, size * buffered + REGISTER_BYTES * blocks.targets)
+
+
+def walk_resources(problem: TileProblem, tile: Tile) -> Resources:
+    """Return the estimated resources of programs that walk, which take all registers that they may have."""
+    size, channels = problem.element_size, tile.block_c
+    step = find_walk(problem, tile)
+    _, y_align = run_alignments(problem, tile)
+    newer = takes_four_warps(problem, tile, step.s if problem.channels_last else channels)
+    gradients = step.d * channels * _buffers(problem, tile, newer, step.width, y_align)
+    return _resources(tile.max_registers, size * (gradients + operand_terms(size) * step.d * step.s))
 
 
 def _resources(registers: float, shared: float) -> Resources:

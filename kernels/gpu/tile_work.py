@@ -3,6 +3,8 @@
 Every count is an average over the tiles of a map: a location outside the map costs instructions, but no memory. Nothing here is measured;
 tile_time.py turns the counts into microseconds.
 
+A program that walks does the work of its steps, and of the steps above them whose targets read its sources too.
+
 M, P, T: targets, halo and taps of a tile, rounded up to a power of two; S, D: its sources and the targets that read them.
 """
 
@@ -10,11 +12,13 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from .tile_geometry import Halo, KernelName, Reach, Tile, TileProblem, halo, reach
-from .tile_limits import REGISTER_BYTES, WARP_SIZE, SourceBlocks, operand_terms, source_blocks
+from .tile_geometry import Halo, KernelName, Reach, Tile, TileProblem, Walk, count_walks, halo, reach, walk
+from .tile_limits import REGISTER_BYTES, WARP_SIZE, SourceBlocks, operand_terms, source_blocks, walk_targets
 
 # bytes of a line of memory, and of shared memory that one wavefront moves (CUDA programming guide)
 LINE_BYTES = 128
+# bytes of the part of a line that L2 sends
+SECTOR_BYTES = 32
 # bytes of the widest load of a thread, which are also those of a cheap asynchronous copy, and of the narrowest copy (PTX ISA, cp.async)
 WIDEST_LOAD, NARROWEST_COPY = 16, 4
 # multiply-adds in 16 bits of a multiprocessor in a cycle: by the matrix instruction of a warp, and by that of four warps from 9.0 on
@@ -61,6 +65,8 @@ def count_work(kernel: KernelName, problem: TileProblem, tile: Tile) -> tuple[Wo
     """Return the work of each kind of program of a kernel: two kinds if it computes both gradients."""
     if kernel == "forward":
         return (count_forward(problem, tile),)
+    if tile.steps > 1:
+        return (count_walk(problem, tile),)
     works = []
     if kernel != "source_gradient":
         works.append(count_logit_gradient(problem, tile))
@@ -162,6 +168,75 @@ def count_source_gradient(problem: TileProblem, tile: Tile, blocks: SourceBlocks
         exchanges=0,
         splits=share * _splits(problem, targets * blocks.channels + band),
     )
+
+
+def count_walk(problem: TileProblem, tile: Tile) -> Work:
+    """Return the work of the gradient to the features by programs that walk; a step builds a band for each tile that it reads."""
+    spec, size, channels = problem.spec, problem.element_size, tile.block_c
+    step, radius = find_walk(problem, tile), spec.kernel_size // 2
+    walks, across, down, visited, cols = count_walks(problem, tile, step)
+    x_align, y_align = run_alignments(problem, tile)
+    rows = problem.height * spec.up / down
+    products = -(-step.height * step.width // step.d)
+    targets = products * step.d
+    gradients = _block(problem, tile, (rows, cols), targets, channels, step.width, y_align)
+    sources = problem.height * spec.down / down, problem.width * spec.down / across
+    # the first column of sources lies half a window before the cells
+    result = _block(problem, tile, sources, step.s, channels, step.cols, math.gcd(x_align, radius) if radius else x_align)
+    newer = takes_four_warps(problem, tile, step.s if problem.channels_last else channels)
+    # of the targets that the columns share, a tile reads a part of the weights
+    own = problem.width * spec.up / across
+    gathered = spec.taps * rows * own / (LOGITS_PER_GATHER if problem.channels_last else 1)
+    band = step.tiles * targets * step.s
+    # a step above its walk builds the bands of those tiles alone that lie in the walk, half of them on average
+    visited, built, stored = (steps / walks for steps in (visited, (visited + down) / 2, down))
+    return Work(
+        programs=across * walks * problem.batch * -(-problem.channels // channels),
+        warps=tile.num_warps,
+        steps=visited * products,
+        lines=visited * gradients.lines + built * gathered + stored * result.lines,
+        copies=visited * gradients.copies,
+        passes=visited * gradients.passes + built * band * size / LINE_BYTES + stored * 2 * _lines(problem, step.s * channels),
+        operands=built * _operand_passes(problem, targets * channels + band * tile.num_warps, newer),
+        products=built * _product_cycles(problem, band * channels, newer),
+        loads=visited * gradients.instructions,
+        stores=stored * result.instructions,
+        logits=0,
+        band=built * band / WARP_SIZE,
+        exchanges=0,
+        splits=built * _splits(problem, targets * channels + band),
+    )
+
+
+def count_overlap(kernel: KernelName, problem: TileProblem, tile: Tile) -> float:
+    """Return the bytes of the features that a kernel of one gradient reads in overlapping tiles, over those of the larger map.
+
+    L2 sends whole sectors. Rows of pixels are taken to begin at one.
+    """
+    spec = problem.spec
+    if kernel == "logit_gradient":
+        window = halo(spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.x_align))
+        rows, cols = _halo_seen(problem, tile, window)
+        lead, width = window.lead, window.width
+    elif tile.steps > 1:
+        step = find_walk(problem, tile)
+        walks = count_walks(problem, tile, step)
+        rows, cols = tile.cells_h * spec.up * walks.visited / walks.down, walks.columns
+        lead, width = step.lead, step.width
+    else:
+        reached = reach(spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.y_align))
+        rows, cols = _reach_seen(problem, tile, reached)
+        lead, width = reached.lead, reached.width
+    if not problem.channels_last:
+        first, last = (-lead * problem.element_size) // SECTOR_BYTES, ((width - lead) * problem.element_size - 1) // SECTOR_BYTES
+        cols = (last - first + 1) * SECTOR_BYTES / problem.element_size
+    cells_h, cells_w = _cells_seen(problem, tile)
+    return rows * cols / (cells_h * cells_w * max(spec.up, spec.down) ** 2)
+
+
+def find_walk(problem: TileProblem, tile: Tile) -> Walk:
+    """Return the extents of a step of a program that walks."""
+    return walk(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.y_align), walk_targets(problem, tile))
 
 
 def run_vector(problem: TileProblem, tile: Tile, align: int) -> int:

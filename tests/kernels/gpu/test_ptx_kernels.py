@@ -74,8 +74,9 @@ UP, DOWN = ((1, 256, 25, 42), Spec(5, up=2)), ((1, 256, 50, 84), Spec(5, down=2)
 def test_cost_stays_within_budget(size, spec, memory_format, instructions, bounds):
     step = training_step(*size, spec, HALF, memory_format, images=MANY)
     assert max(step.errors.values()) < TRITON_TOLERANCES[HALF], step.errors
-    for cost, most_instructions, most_time, most_bytes in zip(step[1:], instructions, bounds, (1.05, 1.65), strict=True):
-        assert 1.0 <= cost.dram_ratio < most_bytes
+    for cost, most_instructions, most_time in zip(step[1:], instructions, bounds, strict=True):
+        # two launches read the gradient of the output twice: 1.66 times the least bytes of up 2
+        assert 1.0 <= cost.dram_ratio < (1.05 if len(cost.stats) == 1 else 1.7)
         assert cost.warp_insts < most_instructions * 1e6
         assert cost.bound_ratio < most_time
 

@@ -37,7 +37,7 @@ def test_common_problems_have_a_tile_that_fits(kernel_size, up, down, channels, 
     pixels = halo(problem.spec, tile.cells_h, tile.cells_w).p
     assert pixels * tile.block_c * element_size <= 64 << 10
     assert tile.split == 1 or tile.split * tile.block_c <= channels
-    assert tile.num_warps == 4 or (kernel == "forward" and capability < (9, 0))
+    assert tile.num_warps == 4 or (kernel == "forward" and capability < (9, 0)) or kernel in ("logit_gradient", "source_gradient")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -40,7 +40,7 @@ def test_the_wide_search_holds_the_choice_and_more_of_everything(kernel):
     assert {tile.max_registers for tile in tiles} == {255, 168, 128}
     assert max(tile.cells_h * tile.cells_w for tile in tiles) == 32
     # a limit is below the estimate, and not far below
-    limited = [tile for tile in tiles if tile.max_registers < 255]
+    limited = [tile for tile in tiles if tile.max_registers < 255 and tile.steps == 1]
     assert all(1 < estimate_resources(kernel, PROBLEM, tile).registers / tile.max_registers <= 1.3 for tile in limited)
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from .caches import SECTOR, SECTORS_PER_LINE, LRUCache, second_level
+from .caches import LINE, SECTOR, SECTORS_PER_LINE, LRUCache, second_level
 
 GLOBAL_BASE = 0x7F0000000000
 ALIGNMENT = 512
@@ -112,7 +112,9 @@ class Traffic:
                 masks = self.l1.read(block_of_warp[warp_of[starts]] % self.multiprocessors, lines, masks)
                 missed = masks != 0
                 lines, masks, whole = lines[missed], masks[missed], whole[missed]
-            counts["l2_sectors_read"] += int(np.bitwise_count(masks).sum())
+            missing = np.bitwise_count(masks).astype(np.int64)
+            counts["l2_sectors_read"] += int(missing.sum())
+            self._count_missing(lines, missing)
             self.l2.read(whole, lines, masks)
 
     def _per_buffer(self, kind: str, sectors, owner, size: int) -> None:
@@ -123,6 +125,14 @@ class Traffic:
             buffer = self.buffers[self.memory.buffers[i][0]]
             buffer[f"{kind}_sectors"] += int(held[i])
             buffer[f"{kind}_bytes"] += int(touched[i]) * size
+
+    def _count_missing(self, lines: np.ndarray, missing: np.ndarray) -> None:
+        """Count the sectors of each buffer that L1 did not have."""
+        # a buffer begins at the start of a line
+        owner = np.searchsorted(self.memory.starts, lines * LINE, "right") - 1
+        for i, sectors in enumerate(np.bincount(owner, missing, len(self.memory.buffers)).tolist()):
+            if sectors:
+                self.buffers[self.memory.buffers[i][0]]["l2_sectors"] += int(sectors)
 
     def shared(self, kind: str, addresses, lanes, size: int) -> None:
         """Count the wavefronts of one shared-memory instruction: one per 32 words, more where words of one bank differ.

@@ -1,0 +1,103 @@
+"""The gradient to the features as a product with banded matrices, by programs that walk down a column of tiles.
+
+A program visits tiles of cells one below the other. The targets d of a tile and of the columns around it read sources s that lie in a few
+tiles of sources one below the other, the first of which begins half a window above the targets:
+
+    dx[a] += B[a]^T dy [s, c],  B[a][d, s] = weight with which target d reads source s of tile a, rebuilt from its logit
+
+After each step the first tile of sources is complete and is stored, and the others move up by one. Every row of the gradient of the output
+is therefore read once, except for the first rows of a program, which complete the sources that begin above it. No atomics are needed,
+because no two programs store the same sources.
+"""
+
+import triton
+import triton.language as tl
+
+from .blocks import align_sizes, align_strides, image, load, product, store
+from .records import Features, Logits, Sizes
+from .window import centre, group_logits, logit_offset, lse_address, split_target, weight
+
+
+@triton.jit
+def banded_source_gradient(
+    sizes: Sizes,
+    logits: Logits,  # [N, G * K * K, UP, UP, HQ, WQ]
+    lse_ptr,  # [N, G, UP, UP, HQ, WQ]
+    dy: Features,  # [N, G * C, HO, WO]
+    dx: Features,  # [N, G * C, H, W]
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+    WALK: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Fill dx; one program computes a block of channels of TILE.steps tiles of sources, one below the other."""
+    K: tl.constexpr = WINDOW.kernel_size
+    UP: tl.constexpr = WINDOW.up
+    AXIS: tl.constexpr = LAYOUT.axis
+    S: tl.constexpr = WALK.s
+    BLOCK_C: tl.constexpr = TILE.block_c
+    BLOCK_D: tl.constexpr = WALK.d
+    sizes = align_sizes(sizes, LAYOUT)
+    dx = align_strides(dx, AXIS, LAYOUT.x_align)
+    dy = align_strides(dy, AXIS, LAYOUT.y_align)
+    tiles_w = tl.cdiv(sizes.w + K // 2, WALK.cols)
+    walks = tl.cdiv(sizes.h + K // 2, TILE.steps * WALK.rows)
+    pid = tl.program_id(0)
+    parts = tl.cdiv(sizes.c, BLOCK_C)
+    c = pid % parts * BLOCK_C + tl.arange(0, BLOCK_C).to(LAYOUT.index)
+    pid = pid // parts
+    r0 = pid % tiles_w * TILE.cells_w
+    first = pid // tiles_w % walks * TILE.steps
+    ng = (pid // (tiles_w * walks)).to(tl.int64)
+    n, g = ng // sizes.groups, ng % sizes.groups
+    dx = image(dx, n, g * sizes.c)
+    dy = image(dy, n, g * sizes.c)
+    logits = group_logits(logits, n, g, WINDOW)
+    lse_ptr += ng * UP * UP * sizes.hq * sizes.wq
+
+    s = tl.arange(0, S).to(LAYOUT.index)
+    si, j = s // WALK.cols, r0 * WINDOW.down - K // 2 + s % WALK.cols
+    owned = (s < WALK.rows * WALK.cols) & (j >= 0) & (j < sizes.w)
+    # the steps before the first complete the sources that begin above it; no step is above or below the map
+    start = tl.maximum(first - (WALK.tiles - 1), 0)
+    stop = tl.minimum(first + TILE.steps, tl.cdiv(sizes.h + K // 2, WALK.rows))
+    nothing = tl.zeros([S, BLOCK_C] if AXIS == 0 else [BLOCK_C, S], tl.float32)
+    blocks = (nothing,) * WALK.tiles
+    for step in range(start, stop):
+        for d0 in range(0, WALK.height * WALK.width, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D).to(LAYOUT.index)
+            di = d // WALK.width
+            row, col = step * WALK.height + di, r0 * UP - WALK.lead + d % WALK.width
+            reaching = (d < WALK.height * WALK.width) & (row < sizes.ho) & (col >= 0) & (col < sizes.wo)
+            gradient = load(dy, row, col, reaching, c, sizes.c, AXIS)
+            col = tl.maximum(col, 0)
+            u, v, q, r = split_target(row, col, WINDOW)
+            lse = tl.zeros([BLOCK_D], tl.float32)
+            if WINDOW.normalized:
+                lse = tl.load(lse_address(lse_ptr, sizes, 0, u, v, q, r, WINDOW), mask=reaching, other=0.0)
+            ky = si[:, None] - centre(di, WINDOW)[None, :]
+            kx = (j + K // 2)[:, None] - centre(col, WINDOW)[None, :]
+            near = (kx.to(tl.uint32) < K) & reaching[None, :]
+            offset = logit_offset(logits, u, v, q, r)[None, :] + (ky * K + kx) * logits.stride_c
+            # the loads of all tiles are under way before the first product; a tile above the walk takes none
+            read, bands = (), ()
+            for a in tl.static_range(WALK.tiles):
+                band = near & ((ky + a * WALK.rows).to(tl.uint32) < K) & (step + a >= first)
+                read = read + (tl.load(logits.ptr + (offset + a * WALK.rows * K * logits.stride_c), mask=band, other=0.0),)
+                bands = bands + (band,)
+            moved = ()
+            for a in tl.static_range(WALK.tiles):
+                block = blocks[a]
+                if step + a >= first:
+                    # an explicit zero keeps the compiler from computing the exponentials in every warp
+                    b = tl.where(bands[a], weight(read[a].to(tl.float32), lse[None, :], WINDOW), 0.0).to(dy.ptr.dtype.element_ty)
+                    if AXIS == 0:
+                        block += product(b, gradient, PRECISION)
+                    else:
+                        block += product(gradient, tl.trans(b), PRECISION)
+                moved = moved + (block,)
+            blocks = moved
+        i = step * WALK.rows - K // 2 + si
+        store(dx, i, j, owned & (step >= first) & (i >= 0) & (i < sizes.h), c, sizes.c, blocks[0], AXIS)
+        blocks = blocks[1:] + (nothing,)
