@@ -36,6 +36,7 @@ def banded_source_gradient(
     UP: tl.constexpr = WINDOW.up
     AXIS: tl.constexpr = LAYOUT.axis
     S: tl.constexpr = WALK.s
+    TILES: tl.constexpr = WALK.tiles
     BLOCK_C: tl.constexpr = TILE.block_c
     BLOCK_D: tl.constexpr = WALK.d
     sizes = align_sizes(sizes, LAYOUT)
@@ -60,10 +61,12 @@ def banded_source_gradient(
     si, j = s // WALK.cols, r0 * WINDOW.down - K // 2 + s % WALK.cols
     owned = (s < WALK.rows * WALK.cols) & (j >= 0) & (j < sizes.w)
     # the steps before the first complete the sources that begin above it; no step is above or below the map
-    start = tl.maximum(first - (WALK.tiles - 1), 0)
+    start = tl.maximum(first - (TILES - 1), 0)
     stop = tl.minimum(first + TILE.steps, tl.cdiv(sizes.h + K // 2, WALK.rows))
     nothing = tl.zeros([S, BLOCK_C] if AXIS == 0 else [BLOCK_C, S], tl.float32)
-    blocks = (nothing,) * WALK.tiles
+    blocks = ()
+    for _ in tl.static_range(TILES):
+        blocks = blocks + (nothing,)
     for step in range(start, stop):
         for d0 in range(0, WALK.height * WALK.width, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D).to(LAYOUT.index)
@@ -81,13 +84,14 @@ def banded_source_gradient(
             near = (kx.to(tl.uint32) < K) & reaching[None, :]
             offset = logit_offset(logits, u, v, q, r)[None, :] + (ky * K + kx) * logits.stride_c
             # the loads of all tiles are under way before the first product; a tile above the walk takes none
-            read, bands = (), ()
-            for a in tl.static_range(WALK.tiles):
+            read = ()
+            bands = ()
+            for a in tl.static_range(TILES):
                 band = near & ((ky + a * WALK.rows).to(tl.uint32) < K) & (step + a >= first)
                 read = read + (tl.load(logits.ptr + (offset + a * WALK.rows * K * logits.stride_c), mask=band, other=0.0),)
                 bands = bands + (band,)
             moved = ()
-            for a in tl.static_range(WALK.tiles):
+            for a in tl.static_range(TILES):
                 block = blocks[a]
                 if step + a >= first:
                     # an explicit zero keeps the compiler from computing the exponentials in every warp
@@ -100,4 +104,7 @@ def banded_source_gradient(
             blocks = moved
         i = step * WALK.rows - K // 2 + si
         store(dx, i, j, owned & (step >= first) & (i >= 0) & (i < sizes.h), c, sizes.c, blocks[0], AXIS)
-        blocks = blocks[1:] + (nothing,)
+        moved = ()
+        for a in tl.static_range(1, TILES):
+            moved = moved + (blocks[a],)
+        blocks = moved + (nothing,)

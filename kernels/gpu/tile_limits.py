@@ -59,6 +59,8 @@ WALK_REGISTERS = 128
 WALK_TARGETS, WALK_TARGETS_LAST, WALK_TARGETS_ROWS = 64, 32, 16
 # per thread: elements of the gradient in one product, weights of one tile of sources, and sums of all tiles of sources; by element size
 WALK_ELEMENTS, WALK_WEIGHTS, WALK_SUMS = {2: 32, 4: 16}, {2: 4, 4: 4}, {2: 48, 4: 24}
+# share of these sums in tiles of more sources than the smallest
+LARGE_WALK_SUMS = 2 / 3
 
 
 class SourceBlocks(NamedTuple):
@@ -244,7 +246,7 @@ def fits_walk(problem: TileProblem, tile: Tile) -> bool:
     targets = walk_targets(problem, tile)
     step = walk(problem.spec, tile.cells_h, tile.cells_w, tile.vector, targets)
     return (
-        step.tiles * step.s * tile.block_c / threads <= WALK_SUMS[size]
+        step.tiles * step.s * tile.block_c / threads <= WALK_SUMS[size] * (1 if step.s == SMALLEST_EXTENT else LARGE_WALK_SUMS)
         and step.s * targets / threads <= WALK_WEIGHTS[size]
         and targets * (tile.block_c + step.s) * size * operand_terms(size) <= SHARED_BYTES
     )
