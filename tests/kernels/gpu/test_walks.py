@@ -63,6 +63,8 @@ def test_a_walk_reads_the_gradient_of_the_output_as_often_as_counted():
     assert count_overlap("source_gradient", problem, tile) == pytest.approx(reads)
 
 
+# a compilation takes seconds
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "element_size", "channels_last"), [(80, 4, True), (90, 4, True), (90, 4, False), (90, 2, True), (90, 2, False)]
 )
