@@ -64,7 +64,7 @@ def _read_class(root: Path, name: str, split: str) -> Sequence[Image.Image]:
         alpha = np.asarray(image)[..., 3]
         # neither a rectangle nor an invisible object
         if alpha.min() < OPAQUE <= alpha.max():
-            images.append(image.crop(image.getchannel("A").point(lambda value: 255 * (value >= OPAQUE)).getbbox()))
+            images.append(image.crop(image.getchannel("A").point([0] * OPAQUE + [255] * (256 - OPAQUE)).getbbox()))
     return images
 
 
