@@ -42,7 +42,9 @@ class PartCalls:
         self.function, self.inputs, self.dtype = function, inputs, dtype
         self.leaves = [*inputs, *(parameter for parameter in parameters if parameter.requires_grad)]
         self.y = self.forward()
-        self.dy = torch.randn_like(self.y)
+        # the encoder has other widths where it computes gradients
+        with self._autocast():
+            self.dy = torch.randn_like(self.function(*inputs))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.inputs[0].device.type, self.dtype, enabled=self.dtype != torch.float32)

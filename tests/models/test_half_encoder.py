@@ -63,7 +63,7 @@ def run(module, x, *, function=None):
     """Return the output, and the gradients of x and of the parameters for a loss whose gradient differs everywhere."""
     x = x.clone().requires_grad_()
     y = (module if function is None else function)(x)
-    loss = (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)).sum()
+    loss = (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view_as(y)).sum()
     return y.detach(), *torch.autograd.grad(loss, [x, *module.parameters()])
 
 

@@ -136,6 +136,16 @@ def test_parts_make_up_the_module():
         assert all(gradient.shape == leaf.shape for gradient, leaf in zip(part.step(), part.leaves, strict=True))
 
 
+def test_layers_of_other_widths_in_training_have_gradients(monkeypatch):
+    # as for half precision on a GPU: 25 logits are computed as 32 without gradients, and as 64 with them
+    for place in ("scripts.benching.module", "models.carafe"):
+        monkeypatch.setattr(f"carafepp.{place}.suits_matrix_units", lambda x: True)
+    x = torch.randn(1, 4, 6, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    parts = dict(list_parts(CARAFE(4, down=2), x, torch.float32))
+    assert parts["layers"].y.shape[1] == 32
+    assert all(len(part.step()) == len(part.leaves) for part in parts.values())
+
+
 @pytest.mark.parametrize(
     ("n", "ranks"),
     # of 6 values, the range has 1 - 2 / 64 = 96.9 %; of 9, the second and the eighth have 1 - 2 * 10 / 512 = 96.1 %
