@@ -99,10 +99,23 @@ def predict_microseconds(kernel: Kernel, figures: Mapping[str, Any]) -> int | No
     tile = kernel.launch.constants.get("TILE")
     if tile is None:
         return None
-    needed = (kernel.launch.constants.get("NEED_DX"), kernel.launch.constants.get("NEED_DLOGITS"))
-    name = NAMES[needed]
     resources = Resources(figures["registers"], figures["shared"])
-    return round(estimate_time(name, kernel.problem, tile, resources).total)
+    return round(estimate_time(name_of(kernel), kernel.problem, tile, resources).total)
+
+
+def has_measured_tile(kernel: Kernel) -> bool:
+    """Return whether the tile of a kernel is from a table of measured tiles."""
+    from ..kernels.gpu.tile_tables import measured_tile
+
+    tile = kernel.launch.constants.get("TILE")
+    return tile is not None and tile == measured_tile(name_of(kernel), kernel.problem, "meta")
+
+
+def name_of(kernel: Kernel) -> "KernelName":
+    """Return the name of a kernel that has a tile."""
+    if "WALK" in kernel.launch.constants:
+        return "source_gradient"
+    return NAMES[kernel.launch.constants.get("NEED_DX"), kernel.launch.constants.get("NEED_DLOGITS")]
 
 
 def format_table(rows: list[dict], width: int) -> str:
@@ -146,7 +159,7 @@ def format_value(value: object) -> str:
 
 @app("inspect")
 def main(cfg: DictConfig) -> None:
-    """Compile the kernels and print a table; exit with status 1 if a kernel spills registers."""
+    """Compile the kernels and print a table; exit with status 1 if a kernel spills registers and its tile was not measured."""
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("carafepp-inspect needs the triton package, which is not installed (pip install triton; Linux only)")
     from ..kernels.gpu.residency import RESIDENCY_LIMITS
@@ -167,7 +180,8 @@ def main(cfg: DictConfig) -> None:
     print(format_table(rows, width))
     if options["json"]:
         Path(options["json"]).write_text(json.dumps(rows, indent=1) + "\n")
-    spilled = [row for row in rows if row["spills"]]
+    # a measured tile is the fastest even if it spills
+    spilled = [row for kernel, row in zip(work, rows, strict=True) if row["spills"] and not has_measured_tile(kernel)]
     if spilled:
         raise SystemExit(f"{len(spilled)} of {len(rows)} kernels spill registers:\n{format_table(spilled, width)}")
 

@@ -4,11 +4,17 @@ import importlib.util
 import json
 
 import pytest
+import torch
 from commands import call
 
 pytest.importorskip("triton")
 
+from carafepp.kernels.geometry import Spec
 from carafepp.kernels.gpu import assembly
+from carafepp.kernels.gpu.tile_geometry import Tile
+from carafepp.kernels.gpu.tile_ranking import SEPARATE, TOGETHER, choose_tile
+from carafepp.kernels.gpu.tile_tables import table_key, write_table
+from carafepp.kernels.gpu.training_step import build_training_step
 
 ONE_SITE = ["~sites", "+sites.one={n: 1, channels: 16, height: 8, width: 8, kernel_size: 3, up: 2}"]
 
@@ -42,6 +48,18 @@ def test_a_spill_fails(monkeypatch, tmp_path):
     monkeypatch.setattr(assembly, "read_assembly", lambda kernel: read(kernel)._replace(spills=1))
     with pytest.raises(SystemExit, match="spill registers"):
         run(monkeypatch, tmp_path, "architectures=[sm_80]", "memory_formats=[channels_last]")
+
+
+def test_a_measured_tile_may_spill(monkeypatch, tmp_path, tile_table, capsys):
+    read = assembly.read_assembly
+    monkeypatch.setattr(assembly, "read_assembly", lambda kernel: read(kernel)._replace(spills=1))
+    step = build_training_step(1, 16, 8, 8, Spec(3, up=2), torch.float16, torch.channels_last)
+    tiles = {kernel: choose_tile(kernel, step.problem((9, 0))) for kernel in (*TOGETHER, *SEPARATE, "forward")}
+    walk = Tile(2, 8, 1, 16, 1, 4, 1, 128, 4)
+    keys = {table_key(kernel, step.problem((9, 0))): list(tile) for kernel, tile in (tiles | {"source_gradient": walk}).items()}
+    write_table(tile_table, {"meta": keys})
+    run(monkeypatch, tmp_path, "architectures=[sm_90]", "memory_formats=[channels_last]")
+    assert "banded_source_gradient" in capsys.readouterr().out
 
 
 def test_without_triton_it_says_what_is_missing(monkeypatch, tmp_path):
