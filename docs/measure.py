@@ -38,32 +38,41 @@ class Step(NamedTuple):
 
 
 def bench(command: str, name: str, seconds: int, *overrides: str) -> Step:
-    """Return the step that runs a sweep of the bench "operator", "module" or "models" on the GPU."""
+    """Return the step that runs a sweep of a bench on the GPU: "operator", "module", "models", "samplers" or "attention"."""
     words = [] if command == "operator" else [command]
-    tables = {"operator": "times.csv", "module": "module.csv", "models": "models.csv"}
+    tables = {"operator": "times.csv"}
     arguments = ("-P", "-m", "carafepp.scripts.bench", *words, "-m", "device=cuda", *overrides)
-    return Step(f"{command}: {name}", arguments, seconds, tables[command])
+    return Step(f"{command}: {name}", arguments, seconds, tables.get(command, f"{command}.csv"))
 
 
+# the maps at which the operator is timed, by the name of their configuration in conf/op
+MAPS = {
+    "up2": "[1,256,50,76],[2,256,100,168],[512,256,14,14],[4,512,64,64],[2,64,56,56]",
+    "down2": "[64,64,112,112],[64,256,56,56],[2,64,400,672],[8,64,128,128]",
+    "up3_grouped": "[1,128,33,47]",
+}
 OPERATOR = (
-    "providers=[triton,mmcv,nearest,bilinear,avg_pool,copy]",
+    "providers=[triton,mmcv,bilinear,avg_pool,copy]",
     "dtype=float16,float32",
     "channels_last=true,false",
-    "rounds=20",
-    "seconds=0.3",
+    "rounds=15",
+    "seconds=0.2",
 )
 MIXED = ("dtype=bfloat16", "channels_last=true")
 TESTS = ("tests/kernels", "tests/models", "tests/scripts/test_models_bench.py")
 # the limits are estimates: together they are the budget, and the last step also gets what the others leave
 STEPS = (
-    Step("tests", ("-P", "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors", *TESTS), 100),
-    bench("operator", "up 2", 60, "op=up2", "op.shape=[512,256,14,14],[2,256,100,168],[4,512,64,64]", *OPERATOR),
-    bench("operator", "down 2", 30, "op=down2", "op.shape=[64,64,112,112]", *OPERATOR),
-    bench("operator", "up 3, 4 groups", 30, "op=up3_grouped", *OPERATOR),
-    bench("operator", "torch.compile", 30, "op=up2", "providers=[triton,compiled_definition,copy]", "dtype=float16", "rounds=20"),
-    bench("module", "up 2", 25, "op=up2", "op.shape=[4,256,100,168],[4,256,25,42]", *MIXED),
-    bench("module", "down 2", 25, "op=down2", "op.shape=[64,64,112,112],[64,512,28,28]", "options.compressor_norm=true", *MIXED),
-    bench("models", "batch 1", 45, "table=table2,table9", "modes=[inference,graph]", "rounds=15", *MIXED),
+    Step("tests", ("-P", "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors", *TESTS), 80),
+    Step("kernels", ("-P", "docs/compile_kernels.py", *(word for item in MAPS.items() for word in item)), 40),
+    bench("operator", "up 2", 50, "op=up2", f"op.shape={MAPS['up2']}", *OPERATOR),
+    bench("operator", "down 2", 30, "op=down2", f"op.shape={MAPS['down2']}", *OPERATOR),
+    bench("operator", "up 3, 4 groups", 15, "op=up3_grouped", *OPERATOR),
+    bench("operator", "torch.compile", 20, "op=up2", "providers=[triton,compiled_definition,copy]", "dtype=float16", "rounds=20"),
+    bench("samplers", "all", 30, "batch=8", "dtype=float16", "channels_last=true"),
+    bench("attention", "9 x 9 windows", 10, "channels=384", "query_channels=128", "dtype=float16", "rounds=10"),
+    bench("module", "up 2", 15, "op=up2", "op.shape=[4,256,100,168],[4,256,25,42]", *MIXED),
+    bench("module", "down 2", 15, "op=down2", "op.shape=[64,64,112,112],[64,512,28,28]", "options.compressor_norm=true", *MIXED),
+    bench("models", "batch 1", 35, "table=table2,table9", "modes=[inference,graph]", "rounds=15", *MIXED),
     bench(
         "models",
         "ResNet-50, large batches",
@@ -76,8 +85,8 @@ STEPS = (
         "rounds=15",
         *MIXED,
     ),
-    bench("models", "Mask R-CNN, training", 40, "table=table7", "step_batch=4", "modes=[step]", *MIXED),
-    bench("models", "frames per second", 40, "table=table1,table3,table4,table5", "modes=[inference]", "rounds=10", *MIXED),
+    bench("models", "Mask R-CNN, training", 30, "table=table7", "step_batch=4", "modes=[step]", *MIXED),
+    bench("models", "frames per second", 45, "table=table1,table3,table4,table5", "modes=[inference]", "rounds=10", *MIXED),
 )
 
 

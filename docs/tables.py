@@ -9,6 +9,7 @@ the CSV files are those that carafepp-bench writes. A page says where a table go
 `python docs/tables.py` writes what stands between the two lines.
 """
 
+import contextlib
 import csv
 import json
 import re
@@ -37,6 +38,21 @@ def read_run(kind: str, name: str, folder: Path) -> tuple[list[Row], dict[str, s
         raise FileNotFoundError(f"no run in {folder} on a {kind} has {name}")
     newest = max(found, key=lambda path: about[path]["date"])
     return list(csv.DictReader((newest / name).open(newline=""))), about[newest]
+
+
+def add_rivals(rows: list[Row], rivals: list[Row]) -> list[Row]:
+    """Return the operator's times with those of implementations that only an earlier run on the same kind of GPU had.
+
+    Their times relative to the operator's are those to its newer times. Maps that `rows` does not have are left out.
+    """
+
+    def name(row: Row) -> tuple[str, ...]:
+        return name_map(row), layout_name(row), row["mode"]
+
+    ours = {name(row): float(row["ms"]) for row in rows if row["provider"] in OURS}
+    known = {(*name(row), row["provider"]) for row in rows}
+    missing = [row for row in rivals if name(row) in ours and (*name(row), row["provider"]) not in known]
+    return rows + [row | {"relative": str(float(row["ms"]) / ours[name(row)])} for row in missing]
 
 
 def percent(value: float, digits: int = 0) -> str:
@@ -76,15 +92,19 @@ def write_table(columns: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line[i] for i in kept) + " |" for line in cells)
 
 
+# providers that are this project's operator
+OURS = ("triton", "cpu")
+
+
 def tabulate_operator(rows: list[Row]) -> str:
     """Write the operator's times, their ratio to a copy, and the times of other implementations relative to it."""
     cases: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
     for row in rows:
         cases.setdefault((name_map(row), layout_name(row)), {})[row["provider"], row["mode"]] = row
-    rivals = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] not in ("triton", "cpu", "copy")))
+    rivals = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] not in (*OURS, "copy")))
     lines = []
     for (name, layout), found in cases.items():
-        ours = {mode: row for (provider, mode), row in found.items() if provider in ("triton", "cpu")}
+        ours = {mode: row for (provider, mode), row in found.items() if provider in OURS}
         line = [name, layout]
         for mode in ("forward", "backward"):
             row = ours.get(mode, {})
@@ -295,6 +315,9 @@ def fill_page(text: str, folder: Path = DOCS / "measurements") -> str:
         start, table, kind, end = match.groups()
         name, tabulate = TABLES[table]
         rows, about = read_run(kind, name, folder)
+        if name == "times.csv":
+            with contextlib.suppress(FileNotFoundError):
+                rows = add_rivals(rows, read_run(kind, "others.csv", folder)[0])
         versions = ", ".join(f"{label} {about[key]}" for key, label in VERSIONS.items() if about.get(key))
         note = "\n" + about[f"note_{table}"] if f"note_{table}" in about else ""
         return f"{start}*{about['device']}, {about['date']}, {versions}.*{note}\n\n{tabulate(rows)}\n\n{end}"

@@ -59,7 +59,7 @@ def find_packages(folder: Path) -> dict[str, str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if "xdist" not in missing or (folder / "xdist").exists():
         # for most of the time of the tests, the processor compiles kernels
-        environment.setdefault("PYTEST_ADDOPTS", "-n 4 --dist worksteal")
+        environment.setdefault("PYTEST_ADDOPTS", f"-n {min(12, os.cpu_count() or 1)} --dist worksteal")
     return environment
 
 

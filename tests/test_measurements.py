@@ -71,9 +71,13 @@ def test_a_table_is_that_of_the_newest_run_on_its_kind_of_machine(tmp_path, tabl
             {"provider": "bilinear", "mode": "forward", "ms": 2 * ms, "copies": 3, "relative": 2, **shape},
         ]
         write_run(tmp_path / f"{date}_{kind}", {"kind": kind, "date": date, "device": f"X {date}", "torch": "2.0"}, "times.csv", rows)
+    # of the operator, an earlier run tells nothing
+    figures = {"mode": "forward", "ms": 0.01, "copies": 9, "relative": 5, **shape}
+    rows = [{"provider": name, **figures} for name in ("triton", "mmcv", "bilinear")]
+    write_run(tmp_path / "others", {"kind": "gpu", "date": "2025-12-31"}, "others.csv", rows)
     page = tables.fill_page("# T\n\n<!-- measured operator gpu -->\nold\n<!-- end -->\n\nrest\n", tmp_path)
     assert "*X 2026-01-02, 2026-01-02, PyTorch 2.0.*" in page
-    assert "| 1 x 8 x 4 x 6, up 2, k 5 | float16, NCHW | 2 | 1.5 | 2 /  |" in page
+    assert "| 1 x 8 x 4 x 6, up 2, k 5 | float16, NCHW | 2 | 1.5 | 2 /  | 5 /  |" in page
     assert "old" not in page
     assert page.endswith("<!-- end -->\n\nrest\n")
     assert tables.fill_page(page, tmp_path) == page
@@ -142,14 +146,14 @@ def split_sweep(step) -> tuple[str, list[list[str]]]:
     words = step.arguments[step.arguments.index("carafepp.scripts.bench") + 1 :]
     command, overrides = ("", words) if words[0] == "-m" else (words[0], words[1:])
     assert overrides[:2] == ("-m", "device=cuda")
-    name = {"": "bench", "module": "bench_module", "models": "bench_models"}[command]
+    name = f"bench_{command}" if command else "bench"
     parsed = OverridesParser.create().parse_overrides(list(overrides[1:]))
     (batch,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return name, batch
 
 
 def test_every_step_composes(measure):
-    tests, *benches = measure.STEPS
+    tests, _, *benches = measure.STEPS
     assert all((ROOT / argument).exists() for argument in tests.arguments if argument.startswith("tests/"))
     jobs = []
     with initialize_config_module("carafepp.conf", version_base="1.3"):
@@ -162,10 +166,12 @@ def test_every_step_composes(measure):
                 if name == "bench_models":
                     assert choose_rows(read_paper()[0], config.table, config.rows)
                     assert set(config.modes) <= set(MODES)
-                else:
+                elif name in ("bench", "bench_module"):
                     assert len(config.op.shape) == 4
     assert jobs == [
-        *[("times.csv", count) for count in (12, 4, 4, 1)],
+        *[("times.csv", count) for count in (20, 16, 4, 1)],
+        ("samplers.csv", 1),
+        ("attention.csv", 1),
         ("module.csv", 2),
         ("module.csv", 2),
         ("models.csv", 2),
@@ -173,6 +179,17 @@ def test_every_step_composes(measure):
         ("models.csv", 1),
         ("models.csv", 4),
     ]
+
+
+def test_the_kernels_of_the_bench_are_compiled_before(measure, monkeypatch):
+    cases = list(import_module("compile_kernels").list_cases([*measure.STEPS[1].arguments[2:]]))
+    # forward and backward in two data types and two memory formats
+    assert len(cases) == 8 * sum(len(json.loads(f"[{shapes}]")) for shapes in measure.MAPS.values())
+    compiled = []
+    monkeypatch.setattr("triton.compile", lambda source, options: compiled.append((source.fn.__name__, options)))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    assert import_module("compile_kernels").compile_case(cases[0]) == len(compiled) == 1
+    assert compiled[0][0] == "banded_forward"
 
 
 def test_a_step_of_a_bench_leaves_its_table(tmp_path, measure, monkeypatch):

@@ -80,7 +80,7 @@ def bench_attention(cfg: DictConfig) -> None:
     output = cfg.batch * cfg.channels * fine[0] * fine[1] * look_up("dtype", [cfg.dtype], DTYPES)[0].itemsize / 1e6
     print(f"{'pass':<10}{'form':<12}{'ms':>10}{'peak MB':>12}     the output has {output:,.1f} MB")
     for row in rows:
-        print(f"{row['pass']:<10}{row['form']:<12}{row['ms']:>10.1f}{row['peak_mb']:>12,.1f}")
+        print(f"{row['pass']:<10}{row['form']:<12}{row['ms']:>10.2f}{row['peak_mb']:>12,.1f}")
     path = Path(HydraConfig.get().runtime.output_dir) / "attention.csv"
     write_csv(path, rows)
     print(f"\nwritten to {path}")
