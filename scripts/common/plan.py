@@ -13,6 +13,8 @@ from .paper import list_equal_rows, read_paper, read_pretraining
 from .results import is_finished
 
 SCALE = "small"
+# rows that the paper does not have, by the table whose baseline they are compared with: positive controls, and wider networks of equal cost
+ADDED = {"table4": ("control/no_finest_level", "control/shorter_training"), "table9": ("table9/same_flops", "table9/same_parameters")}
 
 
 class Sweep(NamedTuple):
@@ -35,10 +37,11 @@ class Sweep(NamedTuple):
         return [
             "-m",
             f"experiment={self.table}",
+            # the last varies fastest: all rows of a seed come before the next seed, so that an interrupted sweep has whole comparisons
+            f"seed={','.join(map(str, range(self.seeds)))}",
             f"row={','.join(self.rows)}",
             f"scale={SCALE}",
             f"setting={read_task(self.table)}_study",
-            f"seed={','.join(map(str, range(self.seeds)))}",
             *([f"weights_root={out}"] if find_start(self.rows[0]) else []),
             f"hydra.sweep.dir={out}",
             "hydra.sweep.subdir=${hydra:runtime.choices.row}_${seed}",
@@ -53,18 +56,24 @@ def read_task(experiment: str) -> str:
 
 
 def read_rows(experiment: str) -> list[str]:
-    """Return the rows of an experiment at the small scale, such as "table9/ppm"."""
+    """Return the rows of an experiment at the small scale, such as "table9/ppm", and those that are added to it."""
     conf = files("carafepp.conf")
     own = conf.joinpath(f"sweep/{experiment}_{SCALE}.yaml")
     if own.is_file():
-        return OmegaConf.create(own.read_text()).row.split(",")
-    return OmegaConf.create(conf.joinpath(f"experiment/{experiment}.yaml").read_text()).hydra.sweeper.params.row.split(",")
+        rows = OmegaConf.create(own.read_text()).row
+    else:
+        rows = OmegaConf.create(conf.joinpath(f"experiment/{experiment}.yaml").read_text()).hydra.sweeper.params.row
+    return [*rows.split(","), *ADDED.get(experiment, ())]
+
+
+def find_table(row: str) -> str:
+    """Return the table that a row is compared in, such as "table9" of "table9/ppm" and "table4" of "control/no_finest_level"."""
+    return next((table for table, rows in ADDED.items() if row in rows), row.partition("/")[0])
 
 
 def find_start(row: str) -> str:
     """Return the classifier that a row such as "table9/ppm" starts from at the small scale, or "" if there is none."""
-    table, _, name = row.partition("/")
-    return read_pretraining(table, name, SCALE)
+    return read_pretraining(find_table(row), row.partition("/")[2], SCALE)
 
 
 def plan_sweeps(tables: Iterable[str], seeds: Mapping[str, int]) -> list[Sweep]:
@@ -106,7 +115,7 @@ def group_rows(planned: Mapping[str, int], order: Iterable[str]) -> list[Sweep]:
     sweeps: dict[tuple[str, int], list[str]] = {}
     for table in order:
         for row, number in planned.items():
-            if row.split("/")[0] == table:
+            if find_table(row) == table:
                 sweeps.setdefault((table, number), []).append(row)
     return [Sweep(table, rows, number) for (table, number), rows in sweeps.items()]
 

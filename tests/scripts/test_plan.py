@@ -4,9 +4,11 @@ import json
 
 import pytest
 from carafepp.scripts.common.paper import list_equal_rows, read_paper, read_pretraining
-from carafepp.scripts.common.plan import describe_plan, plan_sweeps, read_rows, read_task
+from carafepp.scripts.common.plan import ADDED, describe_plan, find_start, find_table, plan_sweeps, read_rows, read_task
 from commands import call, command_line, run_line
 from configurations import CONF, compose_config
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from training import read_result
 
@@ -39,13 +41,44 @@ def test_classifiers_come_first_with_at_least_the_seeds_of_their_networks(tables
     sweeps = plan_sweeps(tables, OPTIONS.seeds)
     earlier: dict[str, int] = {}
     for sweep in sweeps:
-        starts = {read_pretraining(*row.split("/"), "small") for row in sweep.rows}
+        starts = {find_start(row) for row in sweep.rows}
         # one override serves the whole sweep
         assert len({bool(start) for start in starts}) == 1
         assert all(earlier[start] >= sweep.seeds for start in starts if start)
         # a backbone of another depth would not be that of the small scale
         assert not any("resnet101" in start for start in starts)
         earlier |= dict.fromkeys(sweep.rows, sweep.seeds)
+
+
+def test_rows_that_are_added_to_a_table_are_planned_with_it_from_the_classifier_of_its_baseline():
+    for sweep in plan_sweeps(["table4", "table9"], OPTIONS.seeds):
+        if sweep.table in ADDED:
+            assert {*ADDED[sweep.table]} < {*sweep.rows}
+    for table, rows in ADDED.items():
+        assert {find_table(row) for row in rows} == {table}
+        assert {find_start(row) for row in rows} == {find_start(f"{table}/{read_paper()[0][table]['baseline']}")} == {"table2/resnet50"}
+
+
+def describe_backbone(table: str, row: str) -> dict:
+    """Compose the backbone of a row of the study, without its weights and the layers that only a detector deforms."""
+    config = compose_config("train", f"experiment={table}", f"row={row}", "scale=small", f"setting={read_task(table)}_study")
+    backbone = OmegaConf.to_container(OmegaConf.masked_copy(config, ["backbone", "downsampler"]), resolve=True)["backbone"]
+    return {key: value for key, value in backbone.items() if key not in ("_partial_", "weights", "deformable")}
+
+
+def test_every_table_has_the_backbones_of_its_classifiers():
+    planned = [row for sweep in plan_sweeps(TABLES, OPTIONS.seeds) for row in sweep.rows]
+    pairs = {(find_table(row), start): row for row in planned if (start := find_start(row))}
+    classifiers = {start: describe_backbone(find_table(start), start) for start in {start for _, start in pairs}}
+    for (table, start), row in pairs.items():
+        assert describe_backbone(table, row) == classifiers[start], row
+
+
+def test_a_sweep_trains_all_rows_of_a_seed_before_the_next(tmp_path):
+    sweep = plan_sweeps(["table14"], OPTIONS.seeds)[-1]
+    parsed = OverridesParser.create().parse_overrides(sweep.write_arguments(tmp_path, 1)[1:])
+    (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    assert [word for job in jobs for word in job if word.startswith("seed=")] == [f"seed={seed}" for seed in (0, 1, 2) for _ in sweep.rows]
 
 
 def test_jobs_compose_to_the_settings_of_the_study(tmp_path):
