@@ -7,7 +7,6 @@
 Each file holds its data as its description, which a test compares with the data of today.
 """
 
-import csv
 import json
 import re
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
+from tables import read_run
 
 FOLDER = Path(__file__).parent
 # safe for colour-blind readers; the method of the paper is orange in every plot
@@ -91,20 +91,11 @@ def collect_gains() -> dict[str, Any]:
     return {name: {"metric": metric, "gains": [list(gain) for gain in gains]} for name, (metric, gains) in found.items() if gains}
 
 
-def read_newest(kind: str, name: str) -> tuple[list[dict[str, str]], dict[str, str]]:
-    """Return the rows of a table of the newest run on a "cpu" or "gpu" in docs/measurements, and what describes this run."""
-    runs = [path.parent for path in FOLDER.glob(f"measurements/*/{name}")]
-    abouts = {run: json.loads((run / "about.json").read_text()) for run in runs}
-    newest = max((run for run in runs if abouts[run]["kind"] == kind), key=lambda run: abouts[run]["date"])
-    with (newest / name).open(newline="") as file:
-        return list(csv.DictReader(file)), abouts[newest]
-
-
 def collect_costs() -> dict[str, Any]:
     """Return, for Tables IV and III, the time of each sampler and its AP: ours with its deviation, and the paper's."""
     found: dict[str, Any] = {}
     tables = {table.name: table for table in read_tables()}
-    measured, _ = read_newest("cpu", "samplers.csv")
+    measured, _ = read_run("cpu", "samplers.csv", FOLDER / "measurements")
     for name, group, height, width in (("table4", "upsampler", 50, 84), ("table3", "downsampler", 56, 56)):
         there = [row for row in measured if (row["group"], row["shape"]) == (group, f"[1, 256, {height}, {width}]")]
         times, points = {row["sampler"]: round(float(row["step_ms"]), 2) for row in there}, {}
@@ -139,7 +130,7 @@ LIMIT = "a copy: the least time"
 
 def collect_times() -> dict[str, Any]:
     """Return the times of forward and backward over that of a copy of the same bytes, by map and implementation."""
-    rows, about = read_newest("gpu", "times.csv")
+    rows, about = read_run("gpu", "times.csv", FOLDER / "measurements")
     found: dict[str, Any] = {}
     for shape, dtype, layout in COMPARED:
         there = [row for row in rows if (row["shape"], row["dtype"], row["layout"]) == (shape, dtype, layout)]

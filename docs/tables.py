@@ -20,6 +20,8 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 PLACE = re.compile(r"(<!-- measured (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, str]
+# providers that are this project's operator
+OURS = ("triton", "cpu")
 # the columns of a module's parts
 PARTS = ("channel_compressor", "compressor_norm", "content_encoder", "layers", "operator")
 # keys of about.json, as pages name them
@@ -29,6 +31,8 @@ VERSIONS = {"torch": "PyTorch", "triton": "Triton", "python": "Python", "commit"
 def read_run(kind: str, name: str, folder: Path) -> tuple[list[Row], dict[str, str]]:
     """Return the rows of a table of the newest run on a kind of machine, and what describes this run.
 
+    The times of the operator are followed by those of implementations that only the newest others.csv on such a machine has.
+
     Raises:
         FileNotFoundError: no run on such a machine has this table.
     """
@@ -37,7 +41,11 @@ def read_run(kind: str, name: str, folder: Path) -> tuple[list[Row], dict[str, s
     if not (found := [path for path in runs if about[path]["kind"] == kind]):
         raise FileNotFoundError(f"no run in {folder} on a {kind} has {name}")
     newest = max(found, key=lambda path: about[path]["date"])
-    return list(csv.DictReader((newest / name).open(newline=""))), about[newest]
+    rows = list(csv.DictReader((newest / name).open(newline="")))
+    if name == "times.csv":
+        with contextlib.suppress(FileNotFoundError):
+            rows = add_rivals(rows, read_run(kind, "others.csv", folder)[0])
+    return rows, about[newest]
 
 
 def add_rivals(rows: list[Row], rivals: list[Row]) -> list[Row]:
@@ -90,10 +98,6 @@ def write_table(columns: list[str], lines: list[list[str]]) -> str:
     kept = [i for i, _ in enumerate(columns) if not lines or i == 0 or any(line[i] for line in lines)]
     cells = [columns, ["---"] * len(columns), *lines]
     return "\n".join("| " + " | ".join(line[i] for i in kept) + " |" for line in cells)
-
-
-# providers that are this project's operator
-OURS = ("triton", "cpu")
 
 
 def tabulate_operator(rows: list[Row]) -> str:
@@ -254,6 +258,17 @@ def tabulate_choice(rows: list[Row], group: str) -> str:
     return write_table([group, "parameters", "FLOPs", *times, "MB", "guide", "source", "licence of its code", "good at"], lines)
 
 
+def tabulate_times(rows: list[Row], group: str) -> str:
+    """Write times and memory of every sampler of a group at the compared map, whatever the batch."""
+    site = COMPARED[group].partition(",")[2]
+    found = {row["sampler"]: row for row in rows if row["group"] == group and row["shape"].partition(",")[2] == site}
+    lines = []
+    for name in read_sources(group):
+        times = (f"{number(found[name][f'{mode}_ms'])} ({number(found[name][f'{mode}_relative'], 2)})" for mode in ("forward", "step"))
+        lines.append([f"`{name}`", *times, number(found[name]["peak_mb"])])
+    return write_table([group, "forward, ms", "forward and backward, ms", "MB"], lines)
+
+
 def tabulate_sites(rows: list[Row], group: str) -> str:
     """Write the times of forward, and of forward and backward, at every site of a group."""
     found = {(row["sampler"], row["shape"]): row for row in rows if row["group"] == group}
@@ -263,6 +278,14 @@ def tabulate_sites(rows: list[Row], group: str) -> str:
         cells = (found[name, shape] for shape in shapes)
         lines.append([f"`{name}`", *(f"{number(row['forward_ms'])}; {number(row['step_ms'])}" for row in cells)])
     return write_table([group, *(sides(shape).partition(" x ")[2] for shape in shapes)], lines)
+
+
+def tabulate_attention(rows: list[Row]) -> str:
+    """Write times and memory of attention to windows by the operator, and to copies at the target size."""
+    passes = {"forward": "forward", "step": "forward and backward"}
+    forms = {"operator": "`attend_windows`", "copies": "copies at the target size"}
+    lines = [[passes[row["pass"]], forms[row["form"]], number(row["ms"]), number(row["peak_mb"])] for row in rows]
+    return write_table(["pass", "form", "ms", "MB"], lines)
 
 
 def tabulate_matrix(rows: list[Row]) -> str:
@@ -296,6 +319,9 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "networks": ("models.csv", tabulate_networks),
     "fps": ("models.csv", tabulate_fps),
     "matrix": ("matrix.csv", tabulate_matrix),
+    "attention": ("attention.csv", tabulate_attention),
+    "upsampler_times": ("samplers.csv", partial(tabulate_times, group="upsampler")),
+    "downsampler_times": ("samplers.csv", partial(tabulate_times, group="downsampler")),
     "upsamplers": ("samplers.csv", partial(tabulate_choice, group="upsampler")),
     "downsamplers": ("samplers.csv", partial(tabulate_choice, group="downsampler")),
     "upsampler_sites": ("samplers.csv", partial(tabulate_sites, group="upsampler")),
@@ -315,9 +341,6 @@ def fill_page(text: str, folder: Path = DOCS / "measurements") -> str:
         start, table, kind, end = match.groups()
         name, tabulate = TABLES[table]
         rows, about = read_run(kind, name, folder)
-        if name == "times.csv":
-            with contextlib.suppress(FileNotFoundError):
-                rows = add_rivals(rows, read_run(kind, "others.csv", folder)[0])
         versions = ", ".join(f"{label} {about[key]}" for key, label in VERSIONS.items() if about.get(key))
         note = "\n" + about[f"note_{table}"] if f"note_{table}" in about else ""
         return f"{start}*{about['device']}, {about['date']}, {versions}.*{note}\n\n{tabulate(rows)}\n\n{end}"
