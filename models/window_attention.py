@@ -79,12 +79,13 @@ class AnyUpAttention(nn.Module):
 
     Queries pass through a 3x3 convolution; queries and keys through RMS normalisation and a 1x1 convolution each. Every channel of the
     values takes the mean of the heads' weights. State-dict keys and results are those of the authors' block for neighborhood attention
-    (`NATTENCrossAttentionBlock`) at integer ratios. 128 channels have 180,736 parameters.
+    (`NATTENCrossAttentionBlock`) at integer ratios, for windows of equal sides. 128 channels have 180,736 parameters.
 
     Args:
         channels: E, the channels of queries and keys.
         up: ratio of the sizes of queries and values.
-        kernel_size: K, side of the window. The authors take a fifth of the side of the values, at least 3, rounded to an odd number.
+        kernel_size: K, side of the window. The authors take a fifth of each side of the values, at least 3, rounded up to an odd number.
+            Their windows are therefore not always square where the values are not, and such windows are not supported here.
         heads: heads of the attention; divides E.
     """
 

@@ -31,7 +31,7 @@ SITES = {
 # the sampler by whose times the other times are divided
 BASELINES = {"upsampler": "nearest", "downsampler": "strided_conv"}
 # parameters at C = 256 from CARAFE (Wang et al., 2019), Table 2, exact for the convolutions and CARAFE, from DySample (Liu et al., 2023),
-# and of the modules that the authors of DLU and LDA-AQU published
+# and of the modules that the authors of the later samplers published
 PUBLISHED = {
     "nearest": "0",
     "bilinear": "0",
@@ -45,6 +45,10 @@ PUBLISHED = {
     "dysample": "8.2 K",
     "dlu": "35,489",
     "lda_aqu": "39,410",
+    "freq_fusion": "104,690",
+    "resfu": "47,570",
+    "jbu": "26,726",
+    "local_attender": "1,285",
 }
 
 aten = torch.ops.aten
@@ -150,9 +154,10 @@ def measure_site(group: str, shape: tuple[int, ...], cfg: DictConfig) -> list[di
     return rows
 
 
-HEADER = "{:<18}{:>12}{:>12}{:>14}{:>12}{:>8}{:>12}{:>8}{:>10}"
-LINE = "{sampler:<18}{parameters:>12,}{published_parameters:>12}{flops_per_pixel:>14,.0f}{forward_ms:>12.2f}{forward_relative:>8.1f}"
-LINE += "{step_ms:>12.2f}{step_relative:>8.1f}{peak_mb:>10.1f}"
+# 97 characters, for a terminal of 100
+HEADER = "{:<18}{:>11}{:>11}{:>12}{:>10}{:>7}{:>12}{:>7}{:>9}"
+LINE = "{sampler:<18}{parameters:>11,}{published_parameters:>11}{flops_per_pixel:>12,.0f}{forward_ms:>10.2f}{forward_relative:>7.1f}"
+LINE += "{step_ms:>12.2f}{step_relative:>7.1f}{peak_mb:>9.1f}"
 
 
 def measure_samplers(cfg: DictConfig) -> list[dict]:
@@ -166,14 +171,14 @@ def measure_samplers(cfg: DictConfig) -> list[dict]:
     look_up("names", cfg.names or (), dict.fromkeys(sorted({name for group in SITES for name in load_slots(group)})))
     layout = "channels_last" if cfg.channels_last else "contiguous"
     print(f"batch {cfg.batch}, {cfg.dtype}, {layout}, {describe_hardware(cfg.device)}, torch {torch.__version__}, {cfg.clock} time")
-    print("FLOPs of a forward pass per output pixel; median ms of forward, and of forward and backward; peak MB of forward and backward")
+    print("FLOPs of a forward pass per output pixel; median ms of forward, and of forward and backward, with")
+    print("their ratios to the baseline; peak MB of forward and backward")
     rows = []
     for group in cfg.groups:
-        relative = f"/ {BASELINES[group].split('_')[-1]}"
         for c, h, w in SITES[group]:
-            print(f"\n{group}s at C = {c}, {h} x {w}", flush=True)
+            print(f"\n{group}s at C = {c}, {h} x {w}; the baseline is {BASELINES[group]}", flush=True)
             site = measure_site(group, (cfg.batch, c, h, w), cfg)
-            print(HEADER.format("", "parameters", "published", "FLOPs/pixel", "forward", relative, "+ backward", relative, "peak MB"))
+            print(HEADER.format("", "parameters", "published", "FLOPs/pixel", "forward", "ratio", "+ backward", "ratio", "peak MB"))
             print(*(LINE.format(**row) for row in site), sep="\n", flush=True)
             rows += site
     return rows

@@ -52,8 +52,8 @@ def evaluate(cfg: DictConfig) -> None:
     write_atomically(folder / "eval.json", json.dumps({"checkpoint": str(cfg.checkpoint), "metrics": scores}, indent=2) + "\n")
     if task.per_class:
         write_classes(folder, task.per_class)
-        for row in task.per_class:
-            print("".join(f"{format_value(value):24s}" for value in row.values()).rstrip())
+        for row in [task.per_class[0].keys(), *(row.values() for row in task.per_class)]:
+            print("".join(f"{format_value(value):24s}" for value in row).rstrip())
     for name, value in scores.items():
         print(f"{name:24s} {value:.4f}")
     print(f"written to {folder / 'eval.json'}")
