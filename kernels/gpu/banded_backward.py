@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .blocks import align_sizes, align_strides, expand, image, load, product, store
 from .records import Features, Logits, Sizes
-from .window import centre, group_logits, is_left_out, logit_gradient, logit_offset, lse_address, split_target, weight
+from .window import centre, group_logits, is_left_out, logit_addresses, logit_gradient, logit_offset, lse_address, split_target, weight
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def compute_logit_gradient(
     taps = (t < K * K)[:, None] & exists[None, :]
     u, v, q, r = split_target(row, col, WINDOW)
     l = tl.load(
-        logits.ptr + logit_offset(logits, u, v, q, r)[None, :] + (t * logits.stride_c)[:, None],
+        logit_addresses(logits, t[:, None], logit_offset(logits, u, v, q, r)[None, :], AXIS),
         mask=taps,
         other=-float("inf") if WINDOW.normalized else 0.0,
     ).to(tl.float32)
@@ -79,7 +79,7 @@ def compute_logit_gradient(
     # targets that a rational scale cuts off have a gradient of zero
     dl = logit_gradient(l, w, dw, tl.sum(w * dw, axis=0)[None, :], WINDOW)
     tl.store(
-        dlogits.ptr + logit_offset(dlogits, u, v, q, r)[None, :] + (t * dlogits.stride_c)[:, None],
+        logit_addresses(dlogits, t[:, None], logit_offset(dlogits, u, v, q, r)[None, :], AXIS),
         dl.to(dlogits.ptr.dtype.element_ty),
         mask=taps,
     )

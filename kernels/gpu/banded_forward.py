@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .blocks import align_sizes, align_strides, image, load, product, store
 from .records import Features, Logits, Sizes
-from .window import centre, group_logits, is_left_out, logit_offset, lse_address, score, split_target, weight
+from .window import centre, group_logits, is_left_out, logit_addresses, logit_offset, lse_address, score, split_target, weight
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def banded_forward(
     taps = (t < K * K)[:, None]
     logits = group_logits(logits, n, g, WINDOW)
     l = tl.load(
-        logits.ptr + logit_offset(logits, u, v, q, r)[None, :] + (t * logits.stride_c)[:, None],
+        logit_addresses(logits, t[:, None], logit_offset(logits, u, v, q, r)[None, :], AXIS),
         mask=taps & exists[None, :],
         other=-float("inf"),
     ).to(tl.float32)

@@ -78,6 +78,17 @@ def logit_offset(logits: Logits, u, v, q, r):
 
 
 @triton.jit
+def logit_addresses(logits: Logits, tap, offset, AXIS: tl.constexpr):
+    """Return the addresses of taps [T, 1] of windows at offsets [1, M]; AXIS is 1 where columns are the fastest axis, in NCHW."""
+    ptr = logits.ptr + offset + tap * logits.stride_c
+    if AXIS == 1:
+        # Triton up to 3.6 lays the threads of a warp along the taps, each in its own line of memory, unless windows look contiguous; the
+        # divisibility keeps it from loading two of them as one
+        ptr = tl.max_contiguous(tl.multiple_of(ptr, [1, 1]), [1, 2])
+    return ptr
+
+
+@triton.jit
 def lse_address(lse_ptr, sizes: Sizes, ng, u, v, q, r, WINDOW: tl.constexpr):
     """Return the address of the log-sum-exp of a window, given what `split_target` returns and its group counted over all images."""
     return lse_ptr + (((ng * WINDOW.up + u) * WINDOW.up + v) * sizes.hq + q) * sizes.wq + r
