@@ -8,20 +8,24 @@ from torch.autograd import forward_ad
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def is_observed(*tensors: Tensor) -> bool:
-    """Return whether anything but autograd in reverse mode may have to see a call on dense tensors, or any of them is not one.
-
-    Without an observer, a call need not pass through PyTorch's dispatcher, which takes longer than the rest of a small call.
-    """
-    if (
+def is_intercepted() -> bool:
+    """Return whether a compiler, mode, transform, tracer or forward-mode level may record a call or replace it."""
+    return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
         or forward_ad._current_level >= 0
-    ):
+    )
+
+
+def is_observed(*tensors: Tensor) -> bool:
+    """Return whether anything but autograd in reverse mode may have to see a call on dense tensors, or any of them is not one.
+
+    Without an observer, a call need not pass through PyTorch's dispatcher, which takes longer than the rest of a small call.
+    """
+    if is_intercepted() or torch.autograd._profiler_enabled():  # pyright: ignore[reportPrivateImportUsage]
         return True
     for tensor in tensors:
         if type(tensor) not in PLAIN or not (tensor.is_cpu or tensor.is_cuda):

@@ -29,9 +29,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     first = tensors[0]
     if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
         return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    if all([isinstance(tensor, Tensor) and tensor.dtype == dtype for tensor in tensors]):
+        return tensors
     if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in tensors):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
     return tuple([tensor.to(dtype) for tensor in tensors])
 
 

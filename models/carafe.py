@@ -12,6 +12,7 @@ from ..kernels.geometry import Spec, check_spec, is_scale, write_scale
 from ..kernels.reassembly import autocast, reassemble, reassemble_padded
 from ..kernels.reference import reassembly_kernels
 from .half_encoder import encode, suits_matrix_units
+from .inference import infer
 
 P = ParamSpec("P")
 
@@ -165,7 +166,11 @@ class CARAFE(nn.Module):
             # once for the layers and the operator
             (x,) = autocast(x)
             if suits_matrix_units(x):
-                encoded = encode(self.channel_compressor, self.compressor_norm, self.content_encoder, x)
+                layers = self.channel_compressor, self.compressor_norm, self.content_encoder
+                y = infer(*layers, x, self.spec, size)
+                if y is not None:
+                    return y
+                encoded = encode(*layers, x)
                 if encoded is not None:
                     return reassemble_padded(*encoded, self.spec, size)
         return reassemble(x, self.logits(x), **self.spec._asdict(), size=size)

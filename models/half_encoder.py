@@ -128,6 +128,26 @@ class Prepare(torch.autograd.Function):
         return dx, None, *cast_gradients([*dcompressor, *dencoder], ctx.parameters)
 
 
+def is_hooked(layer: nn.Module) -> bool:
+    """Return whether a hook or a replaced `forward` observes or changes a layer."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in layer.__dict__
+    )
+
+
+def read_tensors(layer: nn.Module, *names: str) -> list[Tensor | None]:
+    """Return parameters or buffers of a layer by name.
+
+    A look-up takes a fraction of the time of an attribute of a module. Replicas of DataParallel have parameters as attributes only.
+    """
+    own, buffers = layer._parameters, layer._buffers
+    return [own[name] if name in own else buffers[name] if name in buffers else getattr(layer, name) for name in names]
+
+
 def find_parameters(compressor: nn.Module, encoder: nn.Module, x: Tensor) -> list[Tensor] | None:
     """Return the weight and bias of the compressor, unless it is an identity, and of the encoder, if `encode` may replace both layers.
 
@@ -145,10 +165,9 @@ def find_parameters(compressor: nn.Module, encoder: nn.Module, x: Tensor) -> lis
     for layer in layers:
         if type(layer) is not nn.Conv2d or layer.groups != 1 or layer.padding_mode != "zeros":
             return None
-        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        if is_hooked(layer):
             return None
-        # replicas of DataParallel do not list their parameters
-        for parameter in (layer.weight, layer.bias):
+        for parameter in read_tensors(layer, "weight", "bias"):
             if parameter is None or type(parameter) not in PLAIN or parameter.device != device or not (casts or parameter.dtype == dtype):
                 return None
             parameters.append(parameter)

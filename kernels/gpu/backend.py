@@ -7,7 +7,6 @@ both gradients are deterministic.
 import math
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from . import taps
 from .banded_backward import banded_backward
 from .banded_forward import banded_forward
 from .banded_source_gradient import banded_source_gradient
-from .launch import INT32_MAX, Launch, Plan
+from .launch import INT32_MAX, Launch, Plan, on_device_of
 from .padded_taps import padded_source_gradient
 from .records import Features, Layout, Logits, Sizes, Window
 from .tile_geometry import KernelName, Tile, TileProblem, halo, reach
@@ -69,7 +68,7 @@ def _run(build: Callable[..., list[Launch]], tensors: tuple[Any, ...], spec: Spe
     layouts = [None if t is None else (t.shape, t.stride()) for t in tensors]
     aligned = [address % 16 == 0 for address in addresses]
     key = (build, spec, like.dtype, like.device, _precision(), *layouts, *aligned)
-    with _device_guard(like):
+    with on_device_of(like):
         for plan in plans.get(key) or _plan(key, build, tensors, spec):
             plan.run(addresses)
 
@@ -82,13 +81,6 @@ def _plan(key: tuple, build: Callable[..., list[Launch]], tensors: tuple[Any, ..
             del plans[next(iter(plans))]
         plans[key] = planned
     return planned
-
-
-def _device_guard(tensor: Tensor) -> AbstractContextManager:
-    """Make the device of a tensor the current device, on which Triton launches."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return nullcontext()
 
 
 def check_device(x: Tensor) -> None:

@@ -6,6 +6,7 @@ emulator also takes `launch.parameters()`. All of them compile the same source.
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -113,6 +114,13 @@ class Plan:
         for at, place, strides in self.pointers:
             values[at] = (addresses[place], *strides) if strides else addresses[place]
         self.start(*values)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """Make the device of a tensor the current device, on which Triton launches."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
 
 
 # compiled code by everything that it depends on: plans for maps of many sizes share it
