@@ -108,10 +108,10 @@ def _plan(
         width,
         outputs,
         padded_channels(outputs),
-        tuple(kernel),
-        conv.stride,
-        conv.padding,
-        conv.dilation,
+        *kernel,
+        *conv.stride,
+        *conv.padding,
+        *conv.dilation,
     )
     return launching.Inference(
         x,

@@ -47,10 +47,14 @@ class Layers(NamedTuple):
     width: int  # channels of the features
     outputs: int  # channels of the logits
     row: int  # elements from one pixel of the logits to the next; those after the outputs are zeros
-    kernel: tuple[int, int]  # rows and columns of the encoder's kernel
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    kernel_h: int  # rows of the encoder's kernel
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    padding_h: int
+    padding_w: int
+    dilation_h: int
+    dilation_w: int
 
     @property
     def columns(self) -> int:
@@ -61,7 +65,7 @@ class Layers(NamedTuple):
     @property
     def copied(self) -> int:
         """Elements of the copied weight [kernel, width, columns]."""
-        return self.kernel[0] * self.kernel[1] * self.width * self.columns
+        return self.kernel_h * self.kernel_w * self.width * self.columns
 
 
 class Block(NamedTuple):
@@ -101,8 +105,8 @@ def _copy_weight(start, weight: Features, copy_ptr, LAYERS: tl.constexpr, COLUMN
     column, row = to % COLUMNS, to // COLUMNS
     c, tap = row % LAYERS.width, row // LAYERS.width
     offset = column * weight.stride_n + c * weight.stride_c
-    offset += tap // LAYERS.kernel[1] * weight.stride_h + tap % LAYERS.kernel[1] * weight.stride_w
-    exists = tap < LAYERS.kernel[0] * LAYERS.kernel[1]
+    offset += tap // LAYERS.kernel_w * weight.stride_h + tap % LAYERS.kernel_w * weight.stride_w
+    exists = tap < LAYERS.kernel_h * LAYERS.kernel_w
     values = tl.load(weight.ptr + offset, mask=exists & (column < LAYERS.outputs), other=0.0)
     tl.store(copy_ptr + to, values.to(copy_ptr.dtype.element_ty), mask=exists)
 
@@ -134,20 +138,23 @@ def compress(
     PRECISION: tl.constexpr,
 ):
     """Fill the features, unless they are x itself, and the copy of the encoder's weight."""
+    M: tl.constexpr = BLOCK.m
+    N: tl.constexpr = BLOCK.n
+    K: tl.constexpr = BLOCK.k
     pid = tl.program_id(0)
     if pid < COPIED:
         _copy_weight(pid * SIZE, encoder, copy_ptr, LAYERS, COLUMNS, SIZE)
     elif LAYERS.compressed:
         pid -= COPIED
-        parts: tl.constexpr = tl.cdiv(LAYERS.width, BLOCK.n)
-        m = (pid // parts).to(INDEX) * BLOCK.m + tl.arange(0, BLOCK.m)
-        n = pid % parts * BLOCK.n + tl.arange(0, BLOCK.n)
-        k = tl.arange(0, BLOCK.k)
+        PARTS: tl.constexpr = (LAYERS.width + N - 1) // N
+        m = (pid // PARTS).to(INDEX) * M + tl.arange(0, M)
+        n = pid % PARTS * N + tl.arange(0, N)
+        k = tl.arange(0, K)
         exists = m < sizes.pixels
         x_rows = x_ptr + m[:, None] * sizes.c
         weight_rows = weight.ptr + n[None, :] * weight.stride_n
-        sums = tl.zeros((BLOCK.m, BLOCK.n), tl.float32)
-        for start in range(0, sizes.c, BLOCK.k):
+        sums = tl.zeros((M, N), tl.float32)
+        for start in range(0, sizes.c, K):
             c = start + k
             a = tl.load(x_rows + c[None, :], mask=exists[:, None] & (c < sizes.c)[None, :], other=0.0)
             w = tl.load(weight_rows + (c * weight.stride_c)[:, None], mask=(n < LAYERS.width)[None, :] & (c < sizes.c)[:, None], other=0.0)
@@ -179,22 +186,26 @@ def encode(
     PRECISION: tl.constexpr,
 ):
     """Fill the logits, with zeros in channels after the outputs."""
+    M: tl.constexpr = BLOCK.m
+    N: tl.constexpr = BLOCK.n
+    K: tl.constexpr = BLOCK.k
     WIDTH: tl.constexpr = LAYERS.width
-    PARTS: tl.constexpr = COLUMNS // BLOCK.n
-    STEPS: tl.constexpr = tl.cdiv(WIDTH, BLOCK.k)
+    PARTS: tl.constexpr = COLUMNS // N
+    STEPS: tl.constexpr = (WIDTH + K - 1) // K
+    TAPS: tl.constexpr = LAYERS.kernel_h * LAYERS.kernel_w
     pid = tl.program_id(0)
-    m = (pid // PARTS).to(INDEX) * BLOCK.m + tl.arange(0, BLOCK.m)
-    n = pid % PARTS * BLOCK.n + tl.arange(0, BLOCK.n)
-    k = tl.arange(0, BLOCK.k)
+    m = (pid // PARTS).to(INDEX) * M + tl.arange(0, M)
+    n = pid % PARTS * N + tl.arange(0, N)
+    k = tl.arange(0, K)
     exists = m < sizes.pixels
     row, r = m // sizes.wq, m % sizes.wq
     image, q = row // sizes.hq, row % sizes.hq
-    i0, j0 = q * LAYERS.stride[0] - LAYERS.padding[0], r * LAYERS.stride[1] - LAYERS.padding[1]
+    i0, j0 = q * LAYERS.stride_h - LAYERS.padding_h, r * LAYERS.stride_w - LAYERS.padding_w
     pixels = features_ptr + ((image * sizes.h + i0) * sizes.w + j0)[:, None] * WIDTH
-    sums = tl.zeros((BLOCK.m, BLOCK.n), tl.float32)
-    for step in range(LAYERS.kernel[0] * LAYERS.kernel[1] * STEPS):
-        tap, c = step // STEPS, step % STEPS * BLOCK.k + k
-        di, dj = tap // LAYERS.kernel[1] * LAYERS.dilation[0], tap % LAYERS.kernel[1] * LAYERS.dilation[1]
+    sums = tl.zeros((M, N), tl.float32)
+    for step in range(TAPS * STEPS):
+        tap, c = step // STEPS, step % STEPS * K + k
+        di, dj = tap // LAYERS.kernel_w * LAYERS.dilation_h, tap % LAYERS.kernel_w * LAYERS.dilation_w
         i, j = i0 + di, j0 + dj
         inside = exists & (i >= 0) & (i < sizes.h) & (j >= 0) & (j < sizes.w)
         a = tl.load(pixels + (di * sizes.w + dj) * WIDTH + c[None, :], mask=inside[:, None] & (c < WIDTH)[None, :], other=0.0)

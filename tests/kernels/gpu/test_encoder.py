@@ -29,7 +29,7 @@ def build(n, c, h, w, *, width=None, outputs=25, kernel=3, stride=1, dilation=1,
     x = torch.randn(n, c, h, w, generator=generator).to(device, dtype, memory_format=torch.channels_last)
     layers = Layers(
         *(width is not None, normalized, normalized, 1e-3, width or c, outputs, -(-outputs // 16) * 16),
-        *((kernel, kernel), (stride, stride), (kernel // 2 * dilation,) * 2, (dilation, dilation)),
+        *(kernel, kernel, stride, stride, kernel // 2 * dilation, kernel // 2 * dilation, dilation, dilation),
     )
     compressor = (draw(width, c, 1, 1), draw(width)) if width else (None, None)
     norm = [draw(width, positive=name == "variance") for name in ("mean", "variance", "scale", "shift")] if normalized else [None] * 4
@@ -48,7 +48,8 @@ def define(x, parameters, layers):
         features = F.conv2d(features, weight, bias)
     if mean is not None:
         features = F.batch_norm(features, mean, variance, scale, shift, eps=layers.eps).relu()
-    return F.conv2d(features, encoder_weight, encoder_bias, layers.stride, layers.padding, layers.dilation)
+    pairs = [(getattr(layers, f"{name}_h"), getattr(layers, f"{name}_w")) for name in ("stride", "padding", "dilation")]
+    return F.conv2d(features, encoder_weight, encoder_bias, *pairs)
 
 
 @pytest.mark.parametrize(
