@@ -24,7 +24,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from .fpn import FPN
 from .proposals import BorderedProposals
 from .resnet import ResNet
-from .samplers import Sampler
+from .samplers import Sampler, make_sampler
 
 FrozenNorm = bool | Literal["statistics"]
 
@@ -187,5 +187,5 @@ class MaskRCNN(FasterRCNN):
         heads.mask_head = MaskRCNNHeads(self.backbone.out_channels, (mask_dim,) * mask_convs, dilation=1)
         heads.mask_predictor = MaskRCNNPredictor(mask_dim, mask_dim, num_classes)
         if mask_head is not None:
-            heads.mask_predictor.conv5_mask = mask_head(mask_dim)
+            heads.mask_predictor.conv5_mask = make_sampler(mask_head, mask_dim, mask_dim)
             heads.mask_predictor.relu = nn.Identity()

@@ -8,7 +8,7 @@ import torch.fx
 import torch.nn as nn
 from torch import Tensor
 
-from .samplers import Sampler, check_fit, fit
+from .samplers import Sampler, check_fit, fit, make_sampler
 
 torch.fx.wrap("check_fit")
 torch.fx.wrap("fit")
@@ -46,7 +46,7 @@ def make_stage(layer: Layer, inputs: int, outputs: int, sampler: Sampler | None,
     """
     padding = layer.dilation * (layer.kernel_size // 2)
     if layer.resize and sampler:
-        convolution = [sampler(inputs), nn.Conv2d(inputs, outputs, layer.kernel_size, padding=padding, bias=False)]
+        convolution = [make_sampler(sampler, inputs, inputs), nn.Conv2d(inputs, outputs, layer.kernel_size, padding=padding, bias=False)]
     elif layer.resize == "up":
         convolution = [nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=False)]
     else:

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .deform import DeformConv
-from .samplers import Sampler
+from .samplers import Sampler, halve, make_sampler
 from .weights import load_weights
 
 Norm = Callable[[int], nn.Module]
@@ -60,19 +60,19 @@ class Bottleneck(nn.Module):
         super().__init__()
         outputs = width * self.expansion
         self.pair_sampler = _make_pair(sampler, inputs, width) if sampler and stride > 1 else None
-        resample = sampler if sampler and stride > 1 and self.pair_sampler is None else lambda channels: nn.Identity()
+        samples = sampler if sampler and stride > 1 and self.pair_sampler is None else None
         conv_stride = 1 if sampler else stride
         deforms = deformable and not (sampler and stride > 1)
         size = 1 if self.pair_sampler is not None else 3
         self.conv1 = _make_conv(inputs, width, 1)
         self.bn1 = norm_layer(width)
-        self.sampler = resample(width)
+        self.sampler = make_sampler(samples, width, width) if samples else nn.Identity()
         self.conv2 = DeformConv(width, width, conv_stride, dilation) if deforms else _make_conv(width, width, size, conv_stride, dilation)
         self.bn2 = norm_layer(width)
         self.conv3 = _make_conv(width, outputs, 1)
         self.bn3 = norm_layer(outputs)
         self.relu = nn.ReLU(inplace=True)
-        self.shortcut_sampler = resample(inputs)
+        self.shortcut_sampler = make_sampler(samples, inputs, inputs) if samples else nn.Identity()
         self.downsample = nn.Identity()
         if stride > 1 or inputs != outputs:
             self.downsample = nn.Sequential(_make_conv(inputs, outputs, 1, conv_stride), norm_layer(outputs))
@@ -82,8 +82,8 @@ class Bottleneck(nn.Module):
         y = self.relu(self.bn1(self.conv1(x)))
         if self.pair_sampler is not None:
             x, y = self.pair_sampler(x, y)
-        else:
-            x, y = self.shortcut_sampler(x), self.sampler(y)
+        elif not isinstance(self.sampler, nn.Identity):
+            x, y = halve(x, self.shortcut_sampler), halve(y, self.sampler)
         y = self.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
         return self.relu(y + self.downsample(x))
@@ -146,7 +146,7 @@ class ResNet(nn.Module):
             channels = width
             self.conv1, self.bn1 = _make_conv(3, width, 7, stride=2), norm_layer(width)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = downsample(channels) if downsample else nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = make_sampler(downsample, channels, channels) if downsample else nn.MaxPool2d(3, stride=2, padding=1)
 
         self.out_channels = [width * 2**i * Bottleneck.expansion for i in range(len(depths))]
         for i, (depth, outputs) in enumerate(zip(depths, self.out_channels, strict=True)):
@@ -180,7 +180,7 @@ class ResNet(nn.Module):
         if self.deep_stem:
             x = self.relu(self.bn2(self.conv2(x)))
             x = self.relu(self.bn3(self.conv3(x)))
-        return self.maxpool(x)
+        return halve(x, self.maxpool)
 
     def extract_features(self, x: Tensor) -> list[Tensor]:
         """Compute C2 to C5 of images x [N, 3, H, W].

@@ -36,6 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.geometry import Spec, output_size
+from .slot_checks import build, check_half, check_map
+
+torch.fx.wrap("check_half")
+torch.fx.wrap("check_map")
 
 # the scale of a sampler that does not have another in its own `spec`
 DOUBLE = Spec(kernel_size=1, up=2)
@@ -60,13 +64,16 @@ def make_sampler(slot: Sampler, channels: int, guide_channels: int, *, rewrites_
 
     A guided sampler also takes `guide_channels`, the channels of the finer map. With `rewrites_guide`, a sampler that can rewrite the finer
     map is told to do so.
+
+    Raises:
+        TypeError: the slot does not make a module of the channels, or its forward does not take the map (and the guide).
     """
     # a partial hides its class in .func
     made = getattr(slot, "func", slot)
     if not getattr(made, "needs_guide", False):
-        return slot(channels)
+        return build(slot, channels, {}, guided=False)
     options = {"rewrites_guide": True} if rewrites_guide and hasattr(made, "rewrites_guide") else {}
-    return slot(channels, guide_channels=guide_channels, **options)
+    return build(slot, channels, {"guide_channels": guide_channels, **options}, guided=True)
 
 
 def make_samplers(slot: Sampler | None, channels: int, guide_channels: int, count: int, *, rewrites_guide: bool = False) -> nn.ModuleList:
@@ -94,8 +101,8 @@ def check_fit(coarse: Sequence[int], sampled: Sequence[int], fine: Sequence[int]
         sizes = [f"{height} x {width}" for height, width in (coarse, sampled, fine)]
         raise ValueError(
             f"the sampler in slot {slot} turns {sizes[0]} into {sizes[1]} pixels, but the finer map has {sizes[2]}: leave this slot "
-            "empty (None; `published` on the command line), or choose an output_stride of the backbone with which the ratio of the levels "
-            "is that of the sampler"
+            "empty (None; `published` on the command line), take a sampler with the ratio of the levels, or choose an output_stride of the "
+            "backbone with which the ratio of the levels is that of the sampler"
         )
     return fine
 
@@ -147,16 +154,18 @@ def resize(x: Tensor, size: Sequence[int], sampler: nn.Module | None, guide: Ten
 
     Raises:
         ValueError: the output of the sampler does not fit `size` (see `check_fit`); the message names `slot`.
+        TypeError, ValueError: the output of the sampler is not a map with the channels of x.
     """
     if sampler is None:
         return F.interpolate(x, (size[0], size[1]), mode="bilinear", align_corners=False)
+    name = type(sampler).__name__
     if getattr(sampler, "needs_guide", False):
         check_fit(x.shape[2:], output_size(x, DOUBLE), size, slot)
         y = sampler(x, guide)
-        return y[0] if getattr(sampler, "rewrites_guide", False) else y
+        return check_map(y[0] if getattr(sampler, "rewrites_guide", False) else y, x, name)
     if takes_size(sampler):
-        return sampler(x, size=check_fit(x.shape[2:], output_size(x, getattr(sampler, "spec", DOUBLE)), size, slot))
-    y = sampler(x)
+        return check_map(sampler(x, size=check_fit(x.shape[2:], output_size(x, getattr(sampler, "spec", DOUBLE)), size, slot)), x, name)
+    y = check_map(sampler(x), x, name)
     return fit(y, check_fit(x.shape[2:], y.shape[2:], size, slot))
 
 
@@ -174,6 +183,16 @@ def resize_pair(x: Tensor, fine: Tensor, sampler: nn.Module | None, *, slot: str
         y, fine = sampler(x, fine)
         return y, fine
     return resize(x, fine.shape[2:], sampler, fine, slot=slot), fine
+
+
+def halve(x: Tensor, sampler: nn.Module) -> Tensor:
+    """Downsample x [N, C, H, W] by 2 with a sampler -> [N, C, ceil(H / 2), ceil(W / 2)].
+
+    Raises:
+        TypeError, ValueError: the output of the sampler is not a map with the channels of x, or has another size.
+    """
+    name = type(sampler).__name__
+    return check_half(check_map(sampler(x), x, name), x, name)
 
 
 def upsample_nearest(x: Tensor) -> Tensor:

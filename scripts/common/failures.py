@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import re
+import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ def describe_failure(error: Exception, config_name: str, arguments: Sequence[str
         return "\n".join(lines)
     # OmegaConf does not always know the key
     unresolved = [argument for argument in arguments if "${" in argument] if isinstance(error, OmegaConfBaseException) else []
-    return shorten(": ".join([*unresolved, describe_error(error)]))
+    return shorten(": ".join([*unresolved, describe_error(error)])) + locate_own_line(error)
 
 
 def describe_choice(error: MissingConfigException) -> str:
@@ -73,9 +74,38 @@ def describe_instantiation(error: InstantiationException) -> str:
     told = text.partition("\n")[0] if cause is error else describe_error(cause)
     target = re.search(r"target '([^']+)'", text)
     if isinstance(cause, ImportError | AttributeError) and target and "locating" in text:
-        told = f"{target[1]} cannot be imported ({told}); your own module belongs into the folder of the command, or onto PYTHONPATH"
+        told = describe_import(cause, target[1])
         return f"{key[1]}._target_: {told}" if key else told
     return f"{key[1]}: {told}" if key else told
+
+
+def describe_import(cause: ImportError | AttributeError, target: str) -> str:
+    """Say why a class or function cannot be imported: its module lacks it, is not found, or fails itself."""
+    path, _, name = target.rpartition(".")
+    module = sys.modules.get(path)
+    if module is not None and not hasattr(module, name):
+        close = difflib.get_close_matches(name, [key for key, value in vars(module).items() if callable(value)], n=1)
+        return f"{path} has no {name}" + (f"; did you mean '{close[0]}'?" if close else "")
+    told = f"{target} cannot be imported ({describe_error(cause)})"
+    if isinstance(cause, ModuleNotFoundError) and cause.name == target.partition(".")[0]:
+        told += "; your own module belongs in the folder of the command, or on PYTHONPATH"
+    return told
+
+
+def locate_own_line(error: BaseException) -> str:
+    """Name the last line of the user's own code that an exception or its causes passed through, such as " (my_module.py, line 7)".
+
+    Own code is in the working folder, and not in a package that is installed there. Empty if there is no such line.
+    """
+    folder, found = Path.cwd(), ""
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame, line in traceback.walk_tb(cause.__traceback__):
+            path, module = Path(frame.f_code.co_filename), frame.f_globals.get("__name__", "")
+            if path.is_relative_to(folder) and "site-packages" not in path.parts and not module.startswith("carafepp."):
+                found = f" ({path.relative_to(folder)}, line {line})"
+        cause = cause.__cause__
+    return found
 
 
 def shorten(text: str) -> str:

@@ -1,6 +1,7 @@
 """Wrong uses of the commands: each gives one message, which says what is wrong, where, and what to do."""
 
 import re
+import sys
 
 import pytest
 from carafepp.scripts.common import failures
@@ -8,6 +9,8 @@ from carafepp.scripts.common.comments import list_choices, list_groups, read_com
 from carafepp.scripts.common.hints import find_hints
 from commands import call, run_command
 from configurations import CONF
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 
 # the command line, and what the message must say
 WRONG = [
@@ -43,7 +46,7 @@ WRONG = [
     ("train scale=small hydra.run.dir=${nokey}", r"Interpolation key 'nokey' not found"),
     (
         "train scale=small upsampler._target_=my.Sampler",
-        r"_target_: my.Sampler cannot be imported .*No module named 'my'",
+        r"_target_: my.Sampler cannot be imported .*No module named 'my'.*belongs in the folder of the command",
     ),
     ("train scale=small upsampler=carafe upsampler.kernel_size=4", r"task: kernel_size must be odd"),
     (
@@ -143,6 +146,28 @@ def test_no_choice_of_a_group_is_one_run_of_the_baseline(words, tmp_path, monkey
     assert cfg.run.choices.row is None
     assert cfg.model.fpn.slot._target_ == "carafepp.models.samplers.published"
     assert not cfg.get("logger")
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "message"),
+    [
+        ("import does_not_exist", "own.Sampler", r"own.Sampler cannot be imported \(.*'does_not_exist'\) \(own.py, line 1\)$"),
+        ("class Sampler(", "own.Sampler", r"SyntaxError: .*\(own.py, line 1\)$"),
+        ("class Other: pass", "own.sampler", r"own has no sampler$"),
+        ("class Sampler: pass", "own.sampler", r"own has no sampler; did you mean 'Sampler'\?$"),
+        ("def sampler():\n    return 1 / 0", "own.sampler", r"ZeroDivisionError: .* \(own.py, line 2\)$"),
+    ],
+)
+def test_the_line_of_your_own_code_is_named(text, target, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own.py").write_text(text + "\n")
+    with pytest.raises(InstantiationException) as caught:
+        instantiate({"slot": {"_target_": target}})
+    told = failures.describe_failure(caught.value, "train", [])
+    sys.modules.pop("own", None)
+    assert re.search(message, told), told
+    assert "belongs in" not in told
 
 
 def test_hints_need_no_mandatory_value():
