@@ -17,7 +17,7 @@ from .coco_eval import COCO_SIDES, class_precision, evaluate_detections, format_
 from .data import get_data
 from .exportable import Exportable, Normalized
 from .image_files import to_plain
-from .pictures import draw_instances, enlarge, pick_colors
+from .pictures import draw_instances, enlarge, pick_colors, write_note
 from .prediction_files import DetectionFile
 from .task import MakeOptimizer, MakeSchedule, Task, View, list_class_names
 from .writing import write_atomically
@@ -225,10 +225,15 @@ class Detection(Task):
     def draw(self, image: Tensor, prediction: Target | None = None) -> Tensor:
         """Draw the prediction over an image [3, H, W] in [0, 1] -> [3, height, width]; a small image is enlarged by an integer factor.
 
-        Detections whose score is at least DRAWN_SCORE are drawn, each in the colour of its class.
+        Detections whose score is at least DRAWN_SCORE are drawn, each in the colour of its class. If there is none, a note gives the best
+        score.
         """
         found = self.predict(image) if prediction is None else prediction
-        kept = found["scores"] >= DRAWN_SCORE
+        scores = found["scores"]
+        kept = scores >= DRAWN_SCORE
+        if not kept.any():
+            best = f", best {scores.max():.2f}" if len(scores) else ""
+            return write_note(enlarge(image), f"no score >= {DRAWN_SCORE}{best}")
         found = {name: value[kept] for name, value in found.items() if name != "image_size"}
         if "masks" in found:
             found["masks"] = found["masks"][:, 0] > 0.5

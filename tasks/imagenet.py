@@ -32,9 +32,10 @@ def find_classes(folder: Path) -> list[str]:
     classes = sorted(name for name, holds_images in found if holds_images)
     loose = [name for name, holds_images in found if not holds_images and is_image(Path(name))]
     if not classes and loose:
+        hint = f". For ImageNet's, this command in the folder above does so, from the list of Kaggle's archive: {SORT}"
         raise FileNotFoundError(
-            f"{folder} holds {len(loose)} images and no folder for each class: move each image into the folder of its class. "
-            f"For ImageNet's validation images, this command in the folder above does so, from the list of Kaggle's archive: {SORT}"
+            f"{folder} holds {len(loose)} images and no folder for each class: move each image into the folder of its class"
+            + (hint if folder.name == "val" else "")
         )
     if not classes:
         raise FileNotFoundError(f"{folder} holds no folder for each class")

@@ -77,14 +77,27 @@ def draw_instances(image: Tensor, boxes: Tensor, names: Sequence[str], colors: S
         draw.rectangle(box, outline=color, width=max(2, max(picture.size) // 160))
     # names follow all boxes, so that no box crosses a name
     for (left, top, _, _), name, color in instances:
-        width, height = math.ceil(font.getlength(name)) + 4, sum(font.getmetrics())
-        # above the box where there is room, and never beyond the right edge
-        x, y = max(0, min(left, picture.width - width)), max(0, top - height)
-        draw.rectangle((x, y, x + width, y + height), fill=color)
-        # perceived brightness
-        bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 128
-        draw.text((x + 2, y), name, "black" if bright else "white", font)
+        _write_label(draw, picture.width, (left, top), name, color, font)
     return pil_to_tensor(picture).float() / 255
+
+
+def write_note(image: Tensor, text: str) -> Tensor:
+    """Write a text on white over the upper left corner of an image [3, H, W] in [0, 1]."""
+    picture = to_pil_image(image.cpu().clamp(0, 1))
+    font = load_font(pick_size(max(picture.size)))
+    _write_label(ImageDraw.Draw(picture), picture.width, (0, 0), text, (255, 255, 255), font)
+    return pil_to_tensor(picture).float() / 255
+
+
+def _write_label(draw: Any, room: int, corner: tuple[float, float], text: str, color: Color, font: Any) -> None:
+    """Write a text on a rectangle of a colour, above a corner in a picture of `room` pixels width."""
+    width, height = math.ceil(font.getlength(text)) + 4, sum(font.getmetrics())
+    # above the corner where there is room, and never beyond the right edge
+    x, y = max(0, min(corner[0], room - width)), max(0, corner[1] - height)
+    draw.rectangle((x, y, x + width, y + height), fill=color)
+    # perceived brightness
+    bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 128
+    draw.text((x + 2, y), text, "black" if bright else "white", font)
 
 
 class Pictures(L.Callback):

@@ -268,6 +268,7 @@ def plot_curves(table: Table) -> "Figure | None":
             ends.append((means[-1], f"{label_line(line)}  {means[-1]:.{table.digits}f}", color, is_ours))
             last = max(last, steps[-1])
         axis.set(xlabel="step", ylabel=name_metric(lines[0][0]))
+        axis.locator_params(axis="x", integer=True)
         label_ends(axis, last, ends)
     return figure
 

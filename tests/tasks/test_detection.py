@@ -18,7 +18,7 @@ from carafepp.tasks.coco_eval import SCORES
 from carafepp.tasks.data import Data
 from carafepp.tasks.detection import Detection, collate
 from carafepp.tasks.optimization import stepped
-from carafepp.tasks.pictures import draw_instances, pick_colors
+from carafepp.tasks.pictures import draw_instances, pick_colors, write_note
 from carafepp.tasks.runs import count_flops
 from carafepp.tasks.scenes import Scenes
 from carafepp.tasks.sheets import TILE
@@ -227,6 +227,20 @@ def test_the_best_detection_is_drawn_on_top():
     # the name is above its box and inside the picture
     assert named[0, :36].any(0).sum() > 80
     assert not named[0, 42:72, 12:108].any()
+
+
+@pytest.mark.parametrize("scores", [[], [0.31, 0.2]], ids=["none", "low"])
+def test_an_image_without_a_detection_to_draw_says_so(scores, monkeypatch):
+    notes = []
+    monkeypatch.setattr("carafepp.tasks.detection.write_note", lambda image, text: notes.append(text) or write_note(image, text))
+    n = len(scores)
+    found = {"boxes": torch.rand(n, 4), "labels": torch.ones(n, dtype=torch.long), "scores": torch.tensor(scores)}
+    drawn = detection(class_names=["cat"]).draw(torch.zeros(3, 100, 120), found | {"image_size": torch.tensor([100, 120])})
+    assert notes == ["no score >= 0.5, best 0.31" if scores else "no score >= 0.5"]
+    assert drawn.shape == (3, 300, 360)
+    # black on white in the corner, and the image elsewhere
+    assert drawn[:, 0, 0].tolist() == [1, 1, 1]
+    assert not drawn[:, 60:].any()
 
 
 def test_flops_depend_on_the_network_alone():

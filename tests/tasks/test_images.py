@@ -176,6 +176,11 @@ def test_flat_validation_folder_says_how_to_sort(tmp_path):
         ImageNet(tmp_path, "val", classes=2)
     assert "val holds 3 images and no folder for each class: move each image into the folder of its class" in str(error.value)
     assert SORT in str(error.value)
+    # that list is of ImageNet's validation images alone
+    (tmp_path / "val").rename(tmp_path / "train")
+    with pytest.raises(FileNotFoundError, match=r"move each image into the folder of its class$"):
+        ImageNet(tmp_path, "train", classes=2)
+    (tmp_path / "train").rename(tmp_path / "val")
     rows = [f"{name},{folder} 12 30 200 180 {folder} 1 2 3 4 " for name, folder in classes.items()]
     (tmp_path / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *rows]) + "\n")
     subprocess.run(["bash", "-c", SORT], cwd=tmp_path, check=True)
