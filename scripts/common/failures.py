@@ -27,7 +27,7 @@ def describe_failure(error: Exception, config_name: str, arguments: Sequence[str
         return "\n".join(lines)
     # one misspelt choice or key is what the others follow from
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return describe_choice(error)
+        return describe_choice(error, arguments)
     if composing and (lines := find_hints(config_name, arguments)):
         return "\n".join(lines)
     # OmegaConf does not always know the key
@@ -35,15 +35,17 @@ def describe_failure(error: Exception, config_name: str, arguments: Sequence[str
     return shorten(": ".join([*unresolved, describe_error(error)])) + locate_own_line(error)
 
 
-def describe_choice(error: MissingConfigException) -> str:
-    """Name the choices of a group for which a choice was given that does not exist."""
+def describe_choice(error: MissingConfigException, arguments: Sequence[str] = ()) -> str:
+    """Name the choices of a group for which a choice was given that does not exist; rows are those of a given experiment."""
     path = str(error.missing_cfg_file).removesuffix(".yaml")
     # Hydra's own groups are in folders, and rows are in a folder for each table
     group, _, name = path.rpartition("/") if path.startswith("hydra/") else path.partition("/")
     if not name:
         return f"there is no configuration {path}"
-    options = list_choices(group, name.rpartition("/")[0]) or list_choices(group) or list(error.options or [])
-    close = difflib.get_close_matches(name, options, n=1)
+    experiments = [argument.partition("=")[2] for argument in arguments if argument.startswith("experiment=")]
+    folder = name.rpartition("/")[0] or (experiments[-1] if group == "row" and experiments else "")
+    options = list_choices(group, folder) or list_choices(group) or list(error.options or [])
+    close = difflib.get_close_matches(name if "/" in name or not folder else f"{folder}/{name}", options, n=1)
     lines = [f"{group}={name} does not exist" + (f"; did you mean '{close[0]}'?" if close else "")]
     return "\n".join([*lines, *([f"  choices: {', '.join(options)}"] if options else [])])
 

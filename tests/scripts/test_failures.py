@@ -27,6 +27,7 @@ WRONG = [
     ("train scale=small upsampler=carafe,bilinear", r"is a sweep, which needs -m"),
     ("train experiment=table44", r"experiment=table44 does not exist; did you mean 'table4'\?\n  choices: .*table2, .*table10"),
     ("train experiment=table4 scale=small row=table4/carfe", r"did you mean 'table4/carafe'\?\n  choices: table4/bilinear,"),
+    ("train experiment=table4 scale=small row=carafe", r"row=carafe does not exist; did you mean 'table4/carafe'\?\n  choices: table4/bil"),
     ("train experiment=table4 scale=small row=table44/carafe", r"row=table44/carafe does not exist\n  choices: control.*none, .*table1/"),
     ("train scale=small row=table4/carafe", r"row=table4/carafe needs experiment=table4, got experiment=null"),
     ("train experiment=table3 scale=small row=table4/carafe", r"row=table4/carafe needs experiment=table4, got experiment=table3"),
