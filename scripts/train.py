@@ -47,7 +47,9 @@ def start_run(cfg: DictConfig, folder: Path) -> DictConfig:
         OmegaConf.set_struct(cfg, False)
         del cfg.resume, cfg.trust
         if missing := find_missing_keys(OmegaConf.to_container(cfg)):
-            raise ValueError(f"this configuration needs {', '.join(f'{key}=...' for key in missing)}; scale=small needs no data set")
+            own = str(HydraConfig.get().runtime.choices.get("setting")).endswith("_own")
+            hint = "it is the folder of your own data" if own else "scale=small needs no data set"
+            raise ValueError(f"this configuration needs {', '.join(f'{key}=...' for key in missing)}; {hint}")
         read_own_data(cfg)
         choices = {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra/")}
         choices |= {group: None for group in NULLABLE if choices.get(group) == "none"}

@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 # the command line, and what the message must say
 WRONG = [
     ("train", r"needs data.root=...; scale=small needs no data set"),
+    ("train setting=detection_own", r"needs data.root=...; it is the folder of your own data"),
     ("train data.root=nowhere", r"data.train: FileNotFoundError: nowhere/images/training is missing"),
     ("train task=detection data.root=. data.train.annotations=x", r"data.train: FileNotFoundError: annotations=x does not exist"),
     ("train table4", r"table4: an argument is KEY=VALUE; --help lists the keys"),
