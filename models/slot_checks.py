@@ -81,7 +81,7 @@ def check_half(y: Tensor, x: Tensor, name: str) -> Tensor:
         ValueError: y has another size.
     """
     # a condition on sizes would restrict a compiled or exported program to the sizes of the example
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return y
     half = [(side + 1) // 2 for side in x.shape[2:]]
     if [*y.shape[2:]] != half:
