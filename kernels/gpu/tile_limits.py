@@ -55,6 +55,7 @@ WALK_CHANNELS, WALK_STEPS = (256, 128, 64, 32), (4, 8, 16, 32)
 CHANNELS_OF_FOUR_WARPS = 64
 # most registers per thread, with which a multiprocessor holds 16 warps
 WALK_REGISTERS = 128
+WIDE_WALK_REGISTERS = (128, 168)
 # most targets of one product in 16 bits, and in float32 with and without the channels as the fastest axis
 WALK_TARGETS, WALK_TARGETS_LAST, WALK_TARGETS_ROWS = 64, 32, 16
 # per thread: elements of the gradient in one product, weights of one tile of sources, and sums of all tiles of sources; by element size
@@ -156,27 +157,32 @@ def candidate_tiles(kernel: KernelName, problem: TileProblem) -> Iterator[Tile]:
         most = power_of_two(problem.channels)
         channels = tuple(number for number in SOURCE_CHANNELS if number <= most) or (most,)
     splits = (1,) if kernel == "logit_gradient" else SPLITS
-    # two warps share more of the work that builds a band; the newer matrix units take four warps together
-    warps = (4, 8) if kernel == "logit_gradient" else (2,) if kernel == "forward" and not newer else (4,)
-    for cells, vector, split, block_c, num_warps in product(CELLS, vectors, splits, channels, warps):
+    # two warps share more of the work that builds a band; the newer matrix units take four warps together; eight are slow in float32
+    warps = (4, 8) if kernel == "logit_gradient" and half else (2,) if kernel == "forward" and not newer else (4,)
+    # a loop of few steps gains nothing by a pipeline, which also fills its buffers once
+    stages = ((1, 2) if kernel in ("forward", "logit_gradient") else (2,)) if half else (1,)
+    if kernel == "logit_gradient" and not half and problem.channels_last:
+        stages = (1, 3)
+    for cells, vector, split, block_c, num_warps, num_stages in product(CELLS, vectors, splits, channels, warps, stages):
         # eight warps have room for the largest tiles, and too little work in the others
         if num_warps == 8 and cells[0] * cells[1] < LARGEST_CELLS:
             continue
         if split == 1 or block_c * split <= problem.channels:
-            yield Tile(*cells, vector, block_c, split, num_warps, 2 if half else 1)
+            yield Tile(*cells, vector, block_c, split, num_warps, num_stages)
     if kernel == "source_gradient":
         yield from walking_tiles(problem, vectors[-1])
 
 
 def walking_tiles(problem: TileProblem, vector: int) -> Iterator[Tile]:
     """Yield the tiles of programs that walk, including those that do not fit."""
-    most, num_stages = power_of_two(problem.channels), 2 if problem.element_size == 2 else 1
+    most = power_of_two(problem.channels)
     channels = tuple(number for number in WALK_CHANNELS if number <= most) or (most,)
     for cells, block_c, steps in product(WALK_CELLS, channels, WALK_STEPS):
         # a walk need not be longer than the map
         if steps == WALK_STEPS[0] or steps * cells[0] < 2 * problem.height:
             num_warps = 4 if block_c <= CHANNELS_OF_FOUR_WARPS else 8
-            yield Tile(*cells, vector, block_c, 1, num_warps, num_stages, WALK_REGISTERS, steps)
+            # the compiler makes no pipeline of the loop, so that stages do not matter
+            yield Tile(*cells, vector, block_c, 1, num_warps, 1, WALK_REGISTERS, steps)
 
 
 def wide_tiles(kernel: KernelName, problem: TileProblem) -> Iterator[Tile]:
@@ -191,8 +197,8 @@ def wide_tiles(kernel: KernelName, problem: TileProblem) -> Iterator[Tile]:
         if split == 1 or block_c * split <= problem.channels:
             yield Tile(*cells, vector, block_c, split, *rest)
     if kernel == "source_gradient":
-        for tile, num_stages in product(walking_tiles(problem, vectors[-1]), WIDE_STAGES):
-            yield tile._replace(num_stages=num_stages)
+        for tile, max_registers in product(walking_tiles(problem, vectors[-1]), WIDE_WALK_REGISTERS):
+            yield tile._replace(max_registers=max_registers)
 
 
 def fits_forward(problem: TileProblem, tile: Tile) -> bool:

@@ -10,30 +10,19 @@ from .tile_geometry import KernelName, Tile, TileProblem
 from .tile_limits import fitting_tiles, wide_tiles
 from .tile_resources import MOST_REGISTERS, Resources, estimate_resources
 from .tile_time import count_slots, estimate_time
-from .tile_work import count_overlap
 
 # the kernels of a backward pass: one for both gradients, or one for each
 TOGETHER: tuple[KernelName, ...] = ("backward",)
 SEPARATE: tuple[KernelName, ...] = ("logit_gradient", "source_gradient")
 # a limit of registers that is this much below the estimate makes a kernel spill too many of them
 MOST_OVER_LIMIT = 1.3
-# The model of time has no term for L2, which limits kernels that read the same features in many tiles. A backward kernel that reads more
-# than this many times the bytes of the larger map counts as if it took that much more time.
-MOST_OVERLAP, OVERLAPPING = 2, 1.25
 
 
 @lru_cache(maxsize=4096)
 def rank_tiles(kernel: KernelName, problem: TileProblem) -> tuple[Tile, ...]:
-    """Return the tiles that fit a kernel, the least rated time first; none if the window is too large."""
-    times = {tile: rated_time(kernel, problem, tile) for tile in fitting_tiles(kernel, problem)}
+    """Return the tiles that fit a kernel, the least predicted time first; none if the window is too large."""
+    times = {tile: estimate_time(kernel, problem, tile).total for tile in fitting_tiles(kernel, problem)}
     return tuple(sorted(times, key=lambda tile: (times[tile], tile)))
-
-
-def rated_time(kernel: KernelName, problem: TileProblem, tile: Tile) -> float:
-    """Return the predicted time of a kernel in microseconds, and more if it reads the same features in too many tiles."""
-    # both gradients together always read that much
-    overlaps = kernel == "backward" or (kernel in SEPARATE and count_overlap(kernel, problem, tile) > MOST_OVERLAP)
-    return estimate_time(kernel, problem, tile).total * (OVERLAPPING if overlaps else 1)
 
 
 def choose_tile(kernel: KernelName, problem: TileProblem) -> Tile | None:
@@ -43,11 +32,11 @@ def choose_tile(kernel: KernelName, problem: TileProblem) -> Tile | None:
 
 
 def choose_backward(problem: TileProblem) -> tuple[KernelName, ...]:
-    """Return the kernels that compute both gradients in the least rated time: one for both, or one for each."""
+    """Return the kernels that compute both gradients in the least predicted time: one for both, or one for each."""
     times: dict[KernelName, float] = {}
     for kernel in (*TOGETHER, *SEPARATE):
         if tile := choose_tile(kernel, problem):
-            times[kernel] = rated_time(kernel, problem, tile)
+            times[kernel] = estimate_time(kernel, problem, tile).total
     if "backward" in times and times["backward"] <= sum(times.get(kernel, math.inf) for kernel in SEPARATE):
         return TOGETHER
     return SEPARATE

@@ -87,12 +87,9 @@ def source_gradient_resources(problem: TileProblem, tile: Tile, blocks: SourceBl
 
 def walk_resources(problem: TileProblem, tile: Tile) -> Resources:
     """Return the estimated resources of programs that walk, which take all registers that they may have."""
-    size, channels = problem.element_size, tile.block_c
-    step = find_walk(problem, tile)
-    _, y_align = run_alignments(problem, tile)
-    newer = takes_four_warps(problem, tile, step.s if problem.channels_last else channels)
-    gradients = step.d * channels * _buffers(problem, tile, newer, step.width, y_align)
-    return _resources(tile.max_registers, size * (gradients + operand_terms(size) * step.d * step.s))
+    size, step = problem.element_size, find_walk(problem, tile)
+    weights = step.s if size == 2 else 0
+    return _resources(tile.max_registers, size * step.d * (tile.block_c + weights))
 
 
 def _resources(registers: float, shared: float) -> Resources:

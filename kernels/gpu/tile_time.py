@@ -1,17 +1,17 @@
 """A model of the time of a kernel: counted work, times fitted costs, on the programs that a multiprocessor holds.
 
-    time = sqrt(alone² + busy² + copy²) + tail + launch
+    time = sqrt(alone² + busy² + copy²) + first + tail + launch
 
 - *alone*: every program takes the time that it would take alone: the latency of its loops and of the instructions of its warps. The
   programs that are resident at the same time share this time.
 - *busy*: the multiprocessors issue all instructions and serve all memory operations.
 - *copy*: the memory moves the least bytes at the speed of a copy.
-- *tail*: the last programs run while the rest of the device is idle.
+- *first*: the first programs meet cold caches.
+- *tail*: the last programs run while the rest of the device is idle. There is none if all programs run at the same time.
 
 The costs are fitted to kernels measured on one H200 (tests/support/fit_tile_time.py). docs/performance_kernels.md says how well the model
 predicts problems that the fit has not seen. On other devices, the same cycles are spread over their multiprocessors at their clock; no
-measurement supports this. The model does not describe float32 products in plain TF32, the kernels that work tap by tap, and conflicts in
-caches, which occur in NCHW where the bytes of a row are a power of two.
+measurement supports this. The model does not describe float32 products in plain TF32, kernels that work tap by tap, and spilled registers.
 """
 
 from functools import cache
@@ -26,6 +26,8 @@ from .tile_work import Work, count_work
 LAUNCH = 1.5
 # instructions that a multiprocessor issues in a cycle
 ISSUE = 4
+# products of a step, one after the other, by element size: float32 has three of split operands
+PRODUCTS = {2: 1, 4: 3}
 
 
 class Device(NamedTuple):
@@ -53,7 +55,6 @@ class Costs(NamedTuple):
     line: float  # cycles
     copy: float
     shared_pass: float
-    operand: float
     load: float  # instructions
     store: float
     logit: float
@@ -62,29 +63,30 @@ class Costs(NamedTuple):
     split: float
     start: float  # of each warp
     instruction: float  # cycles until a warp issues the next one
-    step: float  # latency of a step of a loop over channels, in cycles
-    source_step: float  # the same in the gradient to the features
-    stage: float  # share of the latency of a step that every further stage of the pipeline hides, over the share that remains
-    tail: float  # of the mean time of a program alone
+    step: float  # latency of the loads of a step of a loop, in cycles
+    stage: float  # share of this latency that every further stage of the pipeline hides, over the share that remains
+    product: float  # latency of a product, with the synchronisation around it
+    first: float  # of the mean time of a program alone
+    tail: float
 
 
 COSTS = Costs(
-    line=0.878,
-    copy=1.3,
-    shared_pass=0.788,
-    operand=0.177,
-    load=2.46,
-    store=14.8,
-    logit=8.63,
-    band=17.2,
-    exchange=12.9,
-    split=0.668,
-    start=327,
-    instruction=5.72,
-    step=170,
-    source_step=937,
-    stage=0.472,
-    tail=1.49,
+    line=1.04,
+    copy=2.53,
+    shared_pass=0.508,
+    load=1.11,
+    store=4.25,
+    logit=22.1,
+    band=24,
+    exchange=11.8,
+    split=0.275,
+    start=282,
+    instruction=4.49,
+    step=124,
+    stage=0.644,
+    product=516,
+    first=0.429,
+    tail=1.38,
 )
 
 
@@ -113,13 +115,19 @@ def estimate_time(kernel: KernelName, problem: TileProblem, tile: Tile, resource
     return combine(
         COSTS,
         works,
-        stages=tile.num_stages,
+        stages=count_stages(tile),
+        products=PRODUCTS[problem.element_size],
         # a program that does not fit has no time; the limits of tiles exclude it
         slots=max(1.0, count_slots(problem.capability, registers, shared, tile.num_warps, programs)),
         multiprocessors=min(device.multiprocessors, programs),
         clock=device.clock,
         copy=copy_microseconds(problem, kernel),
     )
+
+
+def count_stages(tile: Tile) -> int:
+    """Return the stages of the pipeline of a kernel; programs that walk have none."""
+    return tile.num_stages if tile.steps == 1 else 1
 
 
 @cache
@@ -152,7 +160,15 @@ def copy_microseconds(problem: TileProblem, kernel: KernelName) -> float:
 
 
 def combine(
-    costs: Costs, works: tuple[Work, ...], stages: float, slots: float, multiprocessors: float, clock: float, copy: float
+    costs: Costs,
+    works: tuple[Work, ...],
+    *,
+    stages: float,
+    products: float,
+    slots: float,
+    multiprocessors: float,
+    clock: float,
+    copy: float,
 ) -> Estimate:
     """Return the time of a kernel. Every argument except the costs may also be an array, for many kernels at a time.
 
@@ -160,23 +176,22 @@ def combine(
         costs: the fitted costs.
         works: the work of each kind of program.
         stages: of the pipelines of the kernel.
+        products: of a step.
         slots: programs that run at the same time.
         multiprocessors: that have a program.
         clock: GHz.
         copy: microseconds for a copy of the least bytes.
     """
     alone = busy = programs = 0.0
+    latency = costs.step / (1 + costs.stage * (stages - 1)) + costs.product * products
     for work in works:
-        memory = costs.line * work.lines + costs.copy * work.copies + costs.shared_pass * work.passes + costs.operand * work.operands
-        memory = memory + work.products
+        memory = costs.line * work.lines + costs.copy * work.copies + costs.shared_pass * work.passes + work.products
         instructions = costs.load * work.loads + costs.store * work.stores + costs.logit * work.logits + costs.band * work.band
         instructions = instructions + costs.exchange * work.exchanges + costs.split * work.splits + costs.start * work.warps
-        rebuilds = work.band > 0
-        step = (costs.source_step * rebuilds + costs.step * (1 - rebuilds)) / (1 + costs.stage * (stages - 1))
-        alone = alone + work.programs * (step * work.steps + costs.instruction * instructions / work.warps + memory)
+        alone = alone + work.programs * (latency * work.steps + costs.instruction * instructions / work.warps + memory)
         busy = busy + work.programs * (memory + instructions / ISSUE)
         programs = programs + work.programs
     cycle = 1e-3 / clock
     parts = (alone * cycle / slots, busy * cycle / multiprocessors, copy)
-    total = sum(part**2 for part in parts) ** 0.5 + costs.tail * alone / programs * cycle + LAUNCH
-    return Estimate(total, *parts)
+    ends = (costs.first + costs.tail * (1 - slots / programs)) * alone / programs * cycle
+    return Estimate(sum(part**2 for part in parts) ** 0.5 + ends + LAUNCH, *parts)

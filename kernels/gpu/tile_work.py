@@ -17,8 +17,6 @@ from .tile_limits import REGISTER_BYTES, WARP_SIZE, SourceBlocks, operand_terms,
 
 # bytes of a line of memory, and of shared memory that one wavefront moves (CUDA programming guide)
 LINE_BYTES = 128
-# bytes of the part of a line that L2 sends
-SECTOR_BYTES = 32
 # bytes of the widest load of a thread, which are also those of a cheap asynchronous copy, and of the narrowest copy (PTX ISA, cp.async)
 WIDEST_LOAD, NARROWEST_COPY = 16, 4
 # multiply-adds in 16 bits of a multiprocessor in a cycle: by the matrix instruction of a warp, and by that of four warps from 9.0 on
@@ -27,8 +25,6 @@ WARP_PRODUCTS, WARPGROUP_PRODUCTS = 1024, 2048
 WARPGROUP_ROWS = 64
 # the time of a float32 product over that in 16 bits: three products in TF32 at half the speed
 FLOAT32_PRODUCTS = 6
-# times that the matrix units read an operand, by element size: float32 has three products of split operands
-OPERAND_READS = {2: 1, 4: 3}
 # logits in one line of memory if channels_last: those of a tile, and those that the sources of a tile gather
 LOGITS_PER_LINE, LOGITS_PER_GATHER = 4, 8
 
@@ -41,8 +37,7 @@ class Work(NamedTuple):
     steps: float  # iterations of the loops of a program
     lines: float  # lines of memory that are loaded or stored
     copies: float  # asynchronous copies of fewer than 16 bytes per thread
-    passes: float  # passes over shared memory, except the following
-    operands: float  # passes over shared memory that load operands of the matrix instruction of a warp
+    passes: float  # passes over shared memory, except those that read the operands of products
     products: float  # cycles of the matrix units
     loads: float  # instructions that load features
     stores: float
@@ -78,25 +73,24 @@ def count_work(kernel: KernelName, problem: TileProblem, tile: Tile) -> tuple[Wo
 def count_forward(problem: TileProblem, tile: Tile) -> Work:
     """Return the work of the forward kernel."""
     window = halo(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.x_align))
-    features = _block(
-        problem, tile, _halo_seen(problem, tile, window), window.p, tile.block_c, window.width, run_alignments(problem, tile)[0]
-    )
-    result = _block(problem, tile, _targets_seen(problem, tile), window.m, tile.block_c, window.cols, problem.y_align)
+    up, down, x_align = problem.spec.up, problem.spec.down, run_alignments(problem, tile)[0]
+    features = _block(problem, tile, _halo_seen(problem, tile, window), window.p, tile.block_c, window.width, x_align, down)
+    result = _block(problem, tile, _targets_seen(problem, tile), window.m, tile.block_c, window.cols, problem.y_align, up)
     blocks = -(-problem.channels // tile.block_c)
     active = min(tile.split, blocks)
     tall = problem.channels_last and window.rows * window.cols < WARPGROUP_ROWS
     newer = takes_four_warps(problem, tile, window.m if problem.channels_last and not tall else tile.block_c)
     band, steps = window.p * window.m, blocks / active
+    issued = _issued(tile, steps)
     return Work(
         programs=_tiles(problem, tile) * active,
         warps=tile.num_warps,
         steps=steps,
-        lines=steps * (features.lines + result.lines) + _logit_lines(problem, tile),
-        copies=steps * features.copies,
-        passes=steps * (features.passes + 2 * _lines(problem, window.m * tile.block_c)) + 2 * _lines(problem, band),
-        operands=steps * _operand_passes(problem, window.p * tile.block_c + band * tile.num_warps, newer),
+        lines=steps * (features.lines + result.lines) + logit_lines(problem, tile),
+        copies=issued * features.copies,
+        passes=issued * features.passes + 2 * steps * _lines(problem, window.m * tile.block_c) + 2 * _lines(problem, band),
         products=steps * _product_cycles(problem, band * tile.block_c, newer),
-        loads=steps * features.instructions,
+        loads=issued * features.instructions,
         stores=steps * result.instructions,
         logits=window.t * window.m / WARP_SIZE,
         band=0,
@@ -107,27 +101,26 @@ def count_forward(problem: TileProblem, tile: Tile) -> Work:
 
 def count_logit_gradient(problem: TileProblem, tile: Tile) -> Work:
     """Return the work of the gradient to the logits."""
-    window = halo(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.x_align))
+    spec = problem.spec
+    window = halo(spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.x_align))
     x_align, y_align = run_alignments(problem, tile)
-    features = _block(problem, tile, _halo_seen(problem, tile, window), window.p, tile.block_c, window.width, x_align)
-    gradients = _block(problem, tile, _targets_seen(problem, tile), window.m, tile.block_c, window.cols, y_align)
+    features = _block(problem, tile, _halo_seen(problem, tile, window), window.p, tile.block_c, window.width, x_align, spec.down)
+    gradients = _block(problem, tile, _targets_seen(problem, tile), window.m, tile.block_c, window.cols, y_align, spec.up)
     steps = -(-problem.channels // tile.block_c)
+    issued = _issued(tile, steps)
     newer = takes_four_warps(problem, tile, window.p)
-    # every warp reads the gradients for its own rows of sources
-    operands = window.p * tile.block_c + window.m * tile.block_c * min(tile.num_warps, window.p // 16)
     logits = window.t * window.m / WARP_SIZE
     return Work(
         programs=_tiles(problem, tile),
         warps=tile.num_warps,
         steps=steps,
         # logits are read, and their gradient is written
-        lines=steps * (features.lines + gradients.lines) + 2 * _logit_lines(problem, tile),
-        copies=steps * (features.copies + gradients.copies),
+        lines=steps * (features.lines + gradients.lines) + 2 * logit_lines(problem, tile),
+        copies=issued * (features.copies + gradients.copies),
         # the gradient of the band is float32
-        passes=steps * (features.passes + gradients.passes) + 2 * window.p * window.m * REGISTER_BYTES / LINE_BYTES,
-        operands=steps * _operand_passes(problem, operands, newer),
+        passes=issued * (features.passes + gradients.passes) + 2 * window.p * window.m * REGISTER_BYTES / LINE_BYTES,
         products=steps * _product_cycles(problem, window.p * window.m * tile.block_c, newer),
-        loads=steps * (features.instructions + gradients.instructions),
+        loads=issued * (features.instructions + gradients.instructions),
         stores=0,
         logits=logits,
         band=0,
@@ -143,13 +136,14 @@ def count_source_gradient(problem: TileProblem, tile: Tile, blocks: SourceBlocks
     x_align, y_align = run_alignments(problem, tile)
     steps = -(-reached.height * reached.width // blocks.targets)
     targets = steps * blocks.targets
-    gradients = _block(problem, tile, _reach_seen(problem, tile, reached), targets, blocks.channels, reached.width, y_align)
-    result = _block(problem, tile, _sources_seen(problem, tile), reached.s, blocks.channels, reached.cols, x_align)
+    gradients = _block(problem, tile, _reach_seen(problem, tile, reached), targets, blocks.channels, reached.width, y_align, spec.up)
+    result = _block(problem, tile, _sources_seen(problem, tile), reached.s, blocks.channels, reached.cols, x_align, spec.down)
     all_blocks = -(-problem.channels // blocks.channels)
     active = min(tile.split, all_blocks)
     share = all_blocks / active
+    issued = share * _issued(tile, steps) / steps
     newer = takes_four_warps(problem, tile, reached.s if problem.channels_last else blocks.channels)
-    rows, cols = _cells_seen(problem, tile)
+    rows, cols = cells_seen(problem, tile)
     gathered = spec.taps * rows * cols * spec.up**2 / (LOGITS_PER_GATHER if problem.channels_last else 1)
     band = targets * reached.s
     return Work(
@@ -157,11 +151,10 @@ def count_source_gradient(problem: TileProblem, tile: Tile, blocks: SourceBlocks
         warps=tile.num_warps,
         steps=share * steps,
         lines=share * (gradients.lines + result.lines + gathered),
-        copies=share * gradients.copies,
-        passes=share * (gradients.passes + 2 * _lines(problem, reached.s * blocks.channels) + band * size / LINE_BYTES),
-        operands=share * _operand_passes(problem, targets * blocks.channels + band * tile.num_warps, newer),
+        copies=issued * gradients.copies,
+        passes=issued * gradients.passes + share * (2 * _lines(problem, reached.s * blocks.channels) + band * size / LINE_BYTES),
         products=share * _product_cycles(problem, band * blocks.channels, newer),
-        loads=share * gradients.instructions,
+        loads=issued * gradients.instructions,
         stores=share * result.instructions,
         logits=0,
         band=share * band / WARP_SIZE,
@@ -179,10 +172,10 @@ def count_walk(problem: TileProblem, tile: Tile) -> Work:
     rows = problem.height * spec.up / down
     products = -(-step.height * step.width // step.d)
     targets = products * step.d
-    gradients = _block(problem, tile, (rows, cols), targets, channels, step.width, y_align)
+    gradients = _block(problem, tile, (rows, cols), targets, channels, step.width, y_align, spec.up)
     sources = problem.height * spec.down / down, problem.width * spec.down / across
     # the first column of sources lies half a window before the cells
-    result = _block(problem, tile, sources, step.s, channels, step.cols, math.gcd(x_align, radius) if radius else x_align)
+    result = _block(problem, tile, sources, step.s, channels, step.cols, math.gcd(x_align, radius) if radius else x_align, spec.down)
     newer = takes_four_warps(problem, tile, step.s if problem.channels_last else channels)
     # of the targets that the columns share, a tile reads a part of the weights
     own = problem.width * spec.up / across
@@ -195,9 +188,8 @@ def count_walk(problem: TileProblem, tile: Tile) -> Work:
         warps=tile.num_warps,
         steps=visited * products,
         lines=visited * gradients.lines + built * gathered + stored * result.lines,
-        copies=visited * gradients.copies,
+        copies=0,
         passes=visited * gradients.passes + built * band * size / LINE_BYTES + stored * 2 * _lines(problem, step.s * channels),
-        operands=built * _operand_passes(problem, targets * channels + band * tile.num_warps, newer),
         products=built * _product_cycles(problem, band * channels, newer),
         loads=visited * gradients.instructions,
         stores=stored * result.instructions,
@@ -206,32 +198,6 @@ def count_walk(problem: TileProblem, tile: Tile) -> Work:
         exchanges=0,
         splits=built * _splits(problem, targets * channels + band),
     )
-
-
-def count_overlap(kernel: KernelName, problem: TileProblem, tile: Tile) -> float:
-    """Return the bytes of the features that a kernel of one gradient reads in overlapping tiles, over those of the larger map.
-
-    L2 sends whole sectors. Rows of pixels are taken to begin at one.
-    """
-    spec = problem.spec
-    if kernel == "logit_gradient":
-        window = halo(spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.x_align))
-        rows, cols = _halo_seen(problem, tile, window)
-        lead, width = window.lead, window.width
-    elif tile.steps > 1:
-        step = find_walk(problem, tile)
-        walks = count_walks(problem, tile, step)
-        rows, cols = tile.cells_h * spec.up * walks.visited / walks.down, walks.columns
-        lead, width = step.lead, step.width
-    else:
-        reached = reach(spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.y_align))
-        rows, cols = _reach_seen(problem, tile, reached)
-        lead, width = reached.lead, reached.width
-    if not problem.channels_last:
-        first, last = (-lead * problem.element_size) // SECTOR_BYTES, ((width - lead) * problem.element_size - 1) // SECTOR_BYTES
-        cols = (last - first + 1) * SECTOR_BYTES / problem.element_size
-    cells_h, cells_w = _cells_seen(problem, tile)
-    return rows * cols / (cells_h * cells_w * max(spec.up, spec.down) ** 2)
 
 
 def find_walk(problem: TileProblem, tile: Tile) -> Walk:
@@ -251,12 +217,23 @@ def run_alignments(problem: TileProblem, tile: Tile) -> tuple[int, int]:
     return min(problem.x_align, tile.vector), min(problem.y_align, tile.vector)
 
 
-def _block(problem: TileProblem, tile: Tile, seen: tuple[float, float], padded: int, channels: int, width: int, align: int) -> Block:
-    """Return the transfer of `channels` channels of a block of `padded` locations, `width` in a row, of which rows x cols are `seen`."""
+def _block(
+    problem: TileProblem, tile: Tile, seen: tuple[float, float], padded: int, channels: int, width: int, align: int, scale: int
+) -> Block:
+    """Return the transfer of `channels` channels of a block of `padded` locations, `width` in a row, of which rows x cols are `seen`.
+
+    A cell of the map has `scale` locations in a row.
+    """
     rows, cols = seen
     size, threads = problem.element_size, WARP_SIZE * tile.num_warps
     present = min(channels, problem.channels)
-    runs, run = (rows * cols, present) if problem.channels_last else (rows * present, cols)
+    if problem.channels_last:
+        lines = _run_lines(rows * cols, present * size)
+    elif width % 2:
+        # Triton up to 3.6 lays the threads of a warp along the channels
+        lines = rows * cols * present
+    else:
+        lines = present * _plane_lines(rows, cols * size, problem.width * scale * size)
     # the compiler knows the alignment of the first pixel of a row, and of the others by the width of the block
     vector = align if problem.channels_last else math.gcd(width, align)
     vector = max(1, min(vector, padded * channels // threads))
@@ -264,7 +241,12 @@ def _block(problem: TileProblem, tile: Tile, seen: tuple[float, float], padded: 
     small = tile.num_stages > 1 and NARROWEST_COPY <= vector * size < WIDEST_LOAD
     # a bank of shared memory is as wide as a register: a thread that stores less leaves the rest unused
     passes = _lines(problem, padded * channels) * max(1.0, REGISTER_BYTES / (vector * size))
-    return Block(_run_lines(runs, run * size), instructions, instructions if small else 0, passes)
+    return Block(lines, instructions, instructions if small else 0, passes)
+
+
+def _issued(tile: Tile, steps: float) -> float:
+    """Return how often a loop of this many steps issues its loads: a pipeline also issues those after its last step, which load nothing."""
+    return steps + tile.num_stages - 1
 
 
 def _run_lines(runs: float, run_bytes: float) -> float:
@@ -272,22 +254,24 @@ def _run_lines(runs: float, run_bytes: float) -> float:
     return runs * (run_bytes / LINE_BYTES if run_bytes % LINE_BYTES == 0 else 1 + (run_bytes - 1) / LINE_BYTES)
 
 
+def _plane_lines(rows: float, row_bytes: float, pitch: float) -> float:
+    """Return the lines of memory that rows of bytes touch, which begin `pitch` bytes after each other and may share lines."""
+    return min(_run_lines(rows, row_bytes), 1 + ((rows - 1) * pitch + row_bytes - 1) / LINE_BYTES)
+
+
 def _lines(problem: TileProblem, elements: float) -> float:
     return elements * problem.element_size / LINE_BYTES
 
 
-def _logit_lines(problem: TileProblem, tile: Tile) -> float:
+def logit_lines(problem: TileProblem, tile: Tile) -> float:
+    """Return the lines of the logits of a tile."""
     spec = problem.spec
     if problem.channels_last:
         rows, cols = _targets_seen(problem, tile)
         return spec.taps * rows * cols / LOGITS_PER_LINE
-    rows, cols = _cells_seen(problem, tile)
-    return _run_lines(spec.taps * spec.up**2 * rows, cols * problem.element_size)
-
-
-def _operand_passes(problem: TileProblem, elements: float, newer: bool) -> float:
-    """Return the passes that bring operands to registers; the newer matrix instruction takes them from shared memory."""
-    return 0.0 if newer else _lines(problem, elements) * OPERAND_READS[problem.element_size]
+    rows, cols = cells_seen(problem, tile)
+    size = problem.element_size
+    return spec.taps * spec.up**2 * _plane_lines(rows, cols * size, problem.width * size)
 
 
 def _product_cycles(problem: TileProblem, products: float, newer: bool) -> float:
@@ -315,7 +299,7 @@ def _halo_seen(problem: TileProblem, tile: Tile, window: Halo) -> tuple[float, f
 
 
 def _targets_seen(problem: TileProblem, tile: Tile) -> tuple[float, float]:
-    rows, cols = _cells_seen(problem, tile)
+    rows, cols = cells_seen(problem, tile)
     return rows * problem.spec.up, cols * problem.spec.up
 
 
@@ -326,11 +310,12 @@ def _reach_seen(problem: TileProblem, tile: Tile, reached: Reach) -> tuple[float
 
 
 def _sources_seen(problem: TileProblem, tile: Tile) -> tuple[float, float]:
-    rows, cols = _cells_seen(problem, tile)
+    rows, cols = cells_seen(problem, tile)
     return rows * problem.spec.down, cols * problem.spec.down
 
 
-def _cells_seen(problem: TileProblem, tile: Tile) -> tuple[float, float]:
+def cells_seen(problem: TileProblem, tile: Tile) -> tuple[float, float]:
+    """Return the mean rows and columns of cells of a tile that lie in the map."""
     return _mean_seen(problem.height, tile.cells_h, 1, 0, tile.cells_h), _mean_seen(problem.width, tile.cells_w, 1, 0, tile.cells_w)
 
 

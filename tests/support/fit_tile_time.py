@@ -2,10 +2,11 @@
 
 Call: python tests/support/fit_tile_time.py
 
-h200_kernels.json holds kernels that were measured on one H200 with cold caches: {"problems": {name: fields}, "kernels": [[problem, origin,
-kernel, tile, blocks or null, registers, spills, shared bytes, microseconds]]}. "search" kernels are those of a blind search of tiles at one
-problem; "operator" kernels are those that the operator ran. They were measured with Triton 3.6, before the kernels had the option `border`.
-The registers of operator kernels are those of Triton 3.8.
+h200_kernels.json holds kernels that were measured on an H200 with cold caches and Triton 3.6: {"problems": {name: fields}, "kernels":
+[[problem, origin, kernel, tile, blocks or null, registers, spills, shared bytes, microseconds]]}. "search" kernels are those of a blind
+search of tiles at one problem; "operator" kernels are those that the operator ran; both are older than the option `border`, and the
+registers of operator kernels are those of Triton 3.8. "tiles" kernels are the first tiles of the wide search at five problems, with
+commit 3cfb41d.
 
 The fit leaves out kernels that spill registers more than MAX_SPILLS times. The choice leaves out kernels that spill at all.
 """
@@ -23,15 +24,24 @@ from carafepp.kernels.gpu.tile_resources import (
     forward_resources,
     logit_gradient_resources,
     source_gradient_resources,
+    walk_resources,
 )
-from carafepp.kernels.gpu.tile_time import COSTS, Costs, combine, copy_microseconds, count_slots, find_device
-from carafepp.kernels.gpu.tile_work import Work, count_forward, count_logit_gradient, count_source_gradient
+from carafepp.kernels.gpu.tile_time import COSTS, PRODUCTS, Costs, combine, copy_microseconds, count_slots, count_stages, find_device
+from carafepp.kernels.gpu.tile_work import (
+    Work,
+    cells_seen,
+    count_forward,
+    count_logit_gradient,
+    count_source_gradient,
+    count_walk,
+    logit_lines,
+)
 from scipy.optimize import least_squares
 
 DATA = Path(__file__).with_name("h200_kernels.json")
 MAX_SPILLS = 32
-# the fit weights problems, not kernels: as if each had this many
-KERNELS_OF_A_PROBLEM = 20
+# the kernels of one name at one problem count as if they were at most this many
+MOST_ALIKE = 20
 # the kinds of programs of a kernel
 KERNELS_OF = {name: (name,) for name in KERNELS} | {"backward": ("logit_gradient", "source_gradient")}
 # a kernel without programs
@@ -41,7 +51,7 @@ NOTHING = Work(*[0.0] * len(Work._fields))._replace(warps=1.0)
 class Kernel(NamedTuple):
     """A measured kernel."""
 
-    group: str  # the kernels that are left out of a fit together
+    site: str  # of the problem: its shape. The kernels of a site are left out of a fit together
     problem: TileProblem
     name: str
     tile: Tile
@@ -56,33 +66,58 @@ class Kernel(NamedTuple):
         count = {
             "forward": lambda: count_forward(self.problem, self.tile),
             "logit_gradient": lambda: count_logit_gradient(self.problem, self.tile),
-            "source_gradient": lambda: count_source_gradient(self.problem, self.tile, self.blocks),
+            "source_gradient": self.count_source_gradient,
         }
-        return [build() if name in KERNELS_OF[self.name] else NOTHING for name, build in count.items()]
+        works = {name: build() if name in KERNELS_OF[self.name] else NOTHING for name, build in count.items()}
+        # the gradient to the logits reads logits and writes their gradient
+        for name, times in (("forward", 1), ("logit_gradient", 2)):
+            if works[name].programs:
+                works[name] = works[name]._replace(lines=works[name].lines + times * self.count_scattered_lines())
+        return list(works.values())
+
+    def count_source_gradient(self) -> Work:
+        """Return the work of the gradient to the features."""
+        if self.tile.steps > 1:
+            return count_walk(self.problem, self.tile)
+        return count_source_gradient(self.problem, self.tile, self.blocks)
+
+    def count_scattered_lines(self) -> float:
+        """Return the lines of logits in NCHW that a program touched before `logit_addresses`, beyond those that it touches since.
+
+        Every thread of a warp had a line of its own, unless the logits of a row of the tile were contiguous.
+        """
+        spec, tile = self.problem.spec, self.tile
+        if self.problem.channels_last or (spec.up == 1 and tile.cells_w % 2 == 0):
+            return 0.0
+        rows, cols = cells_seen(self.problem, tile)
+        return spec.taps * spec.up**2 * rows * cols - logit_lines(self.problem, tile)
 
 
 def read_kernels() -> list[Kernel]:
     """Return the measured kernels that the model describes."""
     data = json.loads(DATA.read_text())
     kernels = []
-    for site, origin, name, tile, blocks, *figures in data["kernels"]:
+    for site, _, name, tile, blocks, *figures in data["kernels"]:
         fields = data["problems"][site].copy()
         spec = Spec(fields.pop("kernel_size"), fields.pop("up"), fields.pop("down"), fields.pop("groups"))
         problem, tile = TileProblem(spec, **fields, capability=(9, 0)), Tile(*tile)
-        group = f"{site} {name}" if origin == "search" else site.split()[0]
         extents = SourceBlocks(*blocks) if blocks else SourceBlocks(0, 0)
-        kernels.append(Kernel(group, problem, name, tile, extents, *figures))
+        kernels.append(Kernel(site.split()[0], problem, name, tile, extents, *figures))
     return [kernel for kernel in kernels if kernel.spills <= MAX_SPILLS]
 
 
 def estimate_of(kernel: Kernel) -> Resources:
     """Return the estimated resources of a kernel."""
+    problem, tile = kernel.problem, kernel.tile
+    if tile.steps > 1:
+        return walk_resources(problem, tile)
     estimate = {
-        "forward": lambda: forward_resources(kernel.problem, kernel.tile),
-        "logit_gradient": lambda: logit_gradient_resources(kernel.problem, kernel.tile),
-        "source_gradient": lambda: source_gradient_resources(kernel.problem, kernel.tile, kernel.blocks),
+        "forward": lambda: forward_resources(problem, tile),
+        "logit_gradient": lambda: logit_gradient_resources(problem, tile),
+        "source_gradient": lambda: source_gradient_resources(problem, tile, kernel.blocks),
     }
-    return Resources(*map(max, zip(*(estimate[name]() for name in KERNELS_OF[kernel.name]), strict=True)))
+    registers, shared = map(max, zip(*(estimate[name]() for name in KERNELS_OF[kernel.name]), strict=True))
+    return Resources(min(registers, tile.max_registers), shared)
 
 
 class Fit:
@@ -90,7 +125,8 @@ class Fit:
 
     def __init__(self, kernels: list[Kernel]):
         self.kernels = kernels
-        self.groups = np.array([kernel.group for kernel in kernels])
+        self.sites = np.array([kernel.site for kernel in kernels])
+        self.names = np.array([kernel.name for kernel in kernels])
         self.microseconds = np.array([kernel.microseconds for kernel in kernels])
         self.works = [Work(*np.array(works, float).T) for works in zip(*(kernel.works() for kernel in kernels), strict=True)]
         programs = sum(work.programs for work in self.works)
@@ -99,14 +135,16 @@ class Fit:
             count_slots(k.problem.capability, k.registers, k.shared, k.tile.num_warps, n) for k, n in zip(kernels, programs, strict=True)
         ]
         self.machine = {
-            "stages": np.array([kernel.tile.num_stages for kernel in kernels], float),
+            "stages": np.array([count_stages(kernel.tile) for kernel in kernels], float),
+            "products": np.array([PRODUCTS[kernel.problem.element_size] for kernel in kernels], float),
             "slots": np.array(resident, float),
             "multiprocessors": np.minimum(device.multiprocessors, programs),
             "clock": device.clock,
             "copy": np.array([copy_microseconds(kernel.problem, kernel.name) for kernel in kernels]),
         }
-        _, inverse, counts = np.unique(self.groups, return_inverse=True, return_counts=True)
-        self.weights = np.sqrt(KERNELS_OF_A_PROBLEM / counts[inverse])
+        alike = {problem: index for index, problem in enumerate(dict.fromkeys((k.problem, k.name) for k in kernels))}
+        self.alike = np.array([alike[k.problem, k.name] for k in kernels])
+        self.weights = np.sqrt(np.minimum(1, MOST_ALIKE / np.bincount(self.alike)[self.alike]))
 
     def predict(self, costs: Costs) -> np.ndarray:
         """Return the predicted microseconds of every kernel."""
@@ -125,19 +163,22 @@ class Fit:
 
 # what one would guess before a measurement
 PRIOR = Costs(
-    line=1, copy=1, shared_pass=1, operand=1, load=6, store=6, logit=16, band=30, exchange=4, split=2, start=150, instruction=5, step=800,
-    source_step=1000, stage=0.3, tail=0.5,
+    line=1, copy=1, shared_pass=1, load=6, store=6, logit=16, band=30, exchange=4, split=2, start=150, instruction=5, step=800, stage=0.3,
+    product=300, first=0.5, tail=0.5,
 )  # fmt: skip
 
 
 class Quality(NamedTuple):
-    """How well the model predicts the kernels of a problem that it was not fitted to."""
+    """How well the model predicts the kernels of one name at a site that it was not fitted to."""
 
     kernels: int
     rank_correlation: float
     median_error: float
     within: float  # share of the predictions within 20 % of the measurement
-    chosen: float  # time of the kernel with the least predicted time, over the least measured time; kernels without spills
+    # of the kernels of a problem that do not spill, the time of the one with the least predicted time, over the least time: the mean and
+    # the largest over the data types and layouts
+    chosen: float
+    worst: float
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -145,30 +186,49 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
 
 
-def leave_one_out(data: Fit) -> dict[str, Quality]:
-    """Return the quality of the model at every problem, fitted to all others."""
+def predict_unseen(data: Fit) -> np.ndarray:
+    """Return the predicted microseconds of every kernel by a fit to the kernels of the other sites."""
+    predicted = np.empty(len(data.kernels))
+    for site in dict.fromkeys(data.sites):
+        unseen = data.sites == site
+        predicted[unseen] = data.predict(data.fit(~unseen))[unseen]
+    return predicted
+
+
+def rate(data: Fit, predicted: np.ndarray, least: int = 4) -> dict[tuple[str, str], Quality]:
+    """Return the quality of predictions by site and name of the kernel, for those with at least `least` kernels."""
+    errors = np.abs(predicted / data.microseconds - 1)
+    whole = np.array([kernel.spills == 0 for kernel in data.kernels])
     found = {}
-    for group in dict.fromkeys(data.groups):
-        unseen = data.groups == group
-        predicted, measured = data.predict(data.fit(~unseen))[unseen], data.microseconds[unseen]
-        errors = np.abs(predicted / measured - 1)
-        whole = np.array([kernel.spills == 0 for kernel in data.kernels])[unseen]
-        chosen = measured[whole][predicted[whole].argmin()] / measured[whole].min()
-        correlation = rank_correlation(predicted, measured)
-        found[group] = Quality(unseen.sum(), correlation, float(np.median(errors)), float((errors < 0.2).mean()), chosen)
+    for site, name in dict.fromkeys(zip(data.sites.tolist(), data.names.tolist(), strict=True)):
+        these = (data.sites == site) & (data.names == name)
+        if these.sum() < least:
+            continue
+        ratios = []
+        for problem in dict.fromkeys(data.alike[these]):
+            times = data.microseconds[(data.alike == problem) & whole]
+            if len(times) > 1:
+                ratios.append(times[predicted[(data.alike == problem) & whole].argmin()] / times.min())
+        chosen, worst = (float(np.exp(np.mean(np.log(ratios)))), max(ratios)) if ratios else (np.nan, np.nan)
+        correlation = rank_correlation(predicted[these], data.microseconds[these])
+        median = float(np.median(errors[these]))
+        found[site, name] = Quality(these.sum(), correlation, median, float((errors[these] < 0.2).mean()), chosen, worst)
     return found
 
 
 def main() -> None:
-    """Print the costs, and the quality at every problem."""
+    """Print the costs, and the quality at every site."""
     data = Fit(read_kernels())
     costs = data.fit(np.ones(len(data.kernels), bool), PRIOR)
     print("\n".join(f"    {name}={value:.3g}," for name, value in costs._asdict().items()))
-    print()
-    print("| problem left out | kernels | rank correlation | median error | within 20 % | chosen / best |\n" + "|---" * 6 + "|")
-    for group, quality in leave_one_out(data).items():
-        figures = f"{quality.rank_correlation:.2f} | {quality.median_error:.0%} | {quality.within:.0%} | {quality.chosen:.2f}"
-        print(f"| {group} | {quality.kernels} | {figures} |")
+    predicted = predict_unseen(data)
+    errors = np.abs(predicted / data.microseconds - 1)
+    print(f"\n{len(errors)} kernels: median error {np.median(errors):.0%}, {np.mean(errors < 0.2):.0%} within 20 %\n")
+    print("| site left out | kernel | kernels | rank correlation | error | within 20 % | chosen / best |\n" + "|---" * 7 + "|")
+    for (site, name), quality in rate(data, predicted).items():
+        figures = f"{quality.rank_correlation:.2f} | {quality.median_error:.0%} | {quality.within:.0%}"
+        chosen = "" if np.isnan(quality.chosen) else f"{quality.chosen:.2f} ({quality.worst:.2f})"
+        print(f"| {site} | {name} | {quality.kernels} | {figures} | {chosen} |")
 
 
 if __name__ == "__main__":

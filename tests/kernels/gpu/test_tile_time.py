@@ -1,4 +1,4 @@
-"""The model of time against the kernels that were measured on an H200, each problem predicted by a fit to the others."""
+"""The model of time against the kernels that were measured on an H200, each site predicted by a fit to the others."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from carafepp.kernels.gpu.tile_time import COSTS, copy_microseconds, count_slots
 
 pytest.importorskip("scipy")
 
-from fit_tile_time import PRIOR, Fit, estimate_of, leave_one_out, read_kernels
+from fit_tile_time import PRIOR, Fit, estimate_of, predict_unseen, rate, read_kernels
 
 PROBLEM = TileProblem(Spec(5, up=2), 256, 25, 42, 1, 2, False, 2, 4, (9, 0))
 TILE = Tile(2, 8, 2, 64, 1, 4, 2)
@@ -25,25 +25,29 @@ def test_the_costs_are_those_of_the_fit_to_all_kernels(data):
     assert costs == pytest.approx(COSTS, rel=0.02)
 
 
-def test_unseen_problems_are_predicted(data):
-    found = leave_one_out(data)
-    searches = [quality for quality in found.values() if quality.kernels > 50]
-    assert len(searches) == 6
+def test_unseen_sites_are_predicted(data):
+    predicted = predict_unseen(data)
+    errors = np.abs(predicted / data.microseconds - 1)
     # docs/performance_kernels.md has these figures
-    assert np.mean([quality.rank_correlation for quality in searches]) > 0.9
-    assert min(quality.rank_correlation for quality in found.values()) > 0.8
-    assert all(quality.within >= 0.5 for quality in searches)
-    assert sum(quality.within >= 0.5 for quality in found.values()) >= len(found) - 1
-    assert max(quality.chosen for quality in searches) < 1.1
+    assert np.median(errors) < 0.12
+    assert np.mean(errors < 0.2) > 0.7
+    found = rate(data, predicted, least=10).values()
+    assert len(found) == 20
+    assert np.mean([quality.rank_correlation for quality in found]) > 0.9
+    assert min(quality.rank_correlation for quality in found) > 0.7
+    assert sum(quality.within >= 0.5 for quality in found) >= len(found) - 2
+    assert np.mean([quality.chosen for quality in found]) < 1.1
 
 
 def test_registers_and_shared_memory_are_estimated(data):
     kernels = [kernel for kernel in data.kernels if kernel.spills == 0]
     registers = [estimate_of(kernel).registers / kernel.registers for kernel in kernels]
-    shared = [estimate_of(kernel).shared / kernel.shared for kernel in kernels if kernel.shared]
     assert np.median(registers) == pytest.approx(1, abs=0.05)
     assert np.median(np.abs(np.log(registers))) < 0.1
-    assert np.mean(np.abs(np.log(shared)) < 0.05) > 0.8
+    # in float32, versions of Triton differ in the operands that they keep in shared memory
+    for element_size, exact in ((2, 0.8), (4, 0.5)):
+        these = [kernel for kernel in kernels if kernel.shared and kernel.problem.element_size == element_size]
+        assert np.mean([abs(np.log(estimate_of(kernel).shared / kernel.shared)) < 0.05 for kernel in these]) > exact
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

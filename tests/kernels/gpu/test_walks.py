@@ -12,7 +12,6 @@ from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
 from carafepp.kernels.gpu.backend import backward_launches
 from carafepp.kernels.gpu.tile_geometry import Tile, TileProblem
 from carafepp.kernels.gpu.tile_ranking import rank_tiles
-from carafepp.kernels.gpu.tile_work import count_overlap
 from carafepp.kernels.gpu.training_step import build_training_step
 from carafepp.kernels.reference import reassemble_reference
 from operator_cases import TRITON_TOLERANCES, arrange, differentiate, random_inputs, relative_error
@@ -49,10 +48,10 @@ def test_results_match_float64(size, spec, dtype, layout, tile, capability):
     assert relative_error(dx, expected) < TRITON_TOLERANCES[dtype]
 
 
-def test_a_walk_reads_the_gradient_of_the_output_as_often_as_counted():
+def test_a_walk_reads_the_gradient_of_the_output_once_and_the_columns_around_it():
     # two columns of walks, which share eight columns of targets
     tile = Tile(2, 8, 1, 32, 1, 4, 1, 128, 8)
-    spec, problem = ROIS.spec, ROIS._replace(channels=32, batch=1)
+    spec = ROIS.spec
     x, logits, dy = random_inputs(1, 32, 14, 14, spec, FLOAT, "channels_last")
     cells = logits.unflatten(1, (spec.taps, 2, 2))
     (launch,) = backward_launches(dy, x, cells, torch.zeros(1, 1, *cells.shape[2:]), x, None, spec, tile=tile, capability=(9, 0))
@@ -60,7 +59,6 @@ def test_a_walk_reads_the_gradient_of_the_output_as_often_as_counted():
     counts = list(emulate(launch, 90)["per_buffer"].values())
     reads = 32 * counts[[tensor is dy for tensor in tensors].index(True)]["l2_sectors"] / (dy.numel() * 4)
     assert reads == pytest.approx(36 / 28)
-    assert count_overlap("source_gradient", problem, tile) == pytest.approx(reads)
 
 
 # a compilation takes seconds
