@@ -6,7 +6,7 @@ h200_kernels.json holds kernels that were measured on an H200 with cold caches a
 [[problem, origin, kernel, tile, blocks or null, registers, spills, shared bytes, microseconds]]}. "search" kernels are those of a blind
 search of tiles at one problem; "operator" kernels are those that the operator ran; both are older than the option `border`, and the
 registers of operator kernels are those of Triton 3.8. "tiles" kernels are the first tiles of the wide search at five problems, with
-commit 3cfb41d.
+commit 3cfb41d. "rows" kernels are later ones, which access logits in NCHW along the rows of cells.
 
 The fit leaves out kernels that spill registers more than MAX_SPILLS times. The choice leaves out kernels that spill at all.
 """
@@ -60,6 +60,7 @@ class Kernel(NamedTuple):
     spills: int
     shared: int
     microseconds: float
+    scattered: bool  # whether logits in NCHW were accessed along the taps
 
     def works(self) -> list[Work]:
         """Return the work of every kernel in the launch; those that it lacks have no programs."""
@@ -82,12 +83,12 @@ class Kernel(NamedTuple):
         return count_source_gradient(self.problem, self.tile, self.blocks)
 
     def count_scattered_lines(self) -> float:
-        """Return the lines of logits in NCHW that a program touched before `logit_addresses`, beyond those that it touches since.
+        """Return the lines of logits that a program touched beyond those of `logit_lines`, if it accessed them along the taps.
 
         Every thread of a warp had a line of its own, unless the logits of a row of the tile were contiguous.
         """
         spec, tile = self.problem.spec, self.tile
-        if self.problem.channels_last or (spec.up == 1 and tile.cells_w % 2 == 0):
+        if not self.scattered or self.problem.channels_last or (spec.up == 1 and tile.cells_w % 2 == 0):
             return 0.0
         rows, cols = cells_seen(self.problem, tile)
         return spec.taps * spec.up**2 * rows * cols - logit_lines(self.problem, tile)
@@ -97,12 +98,12 @@ def read_kernels() -> list[Kernel]:
     """Return the measured kernels that the model describes."""
     data = json.loads(DATA.read_text())
     kernels = []
-    for site, _, name, tile, blocks, *figures in data["kernels"]:
+    for site, origin, name, tile, blocks, *figures in data["kernels"]:
         fields = data["problems"][site].copy()
         spec = Spec(fields.pop("kernel_size"), fields.pop("up"), fields.pop("down"), fields.pop("groups"))
         problem, tile = TileProblem(spec, **fields, capability=(9, 0)), Tile(*tile)
         extents = SourceBlocks(*blocks) if blocks else SourceBlocks(0, 0)
-        kernels.append(Kernel(site.split()[0], problem, name, tile, extents, *figures))
+        kernels.append(Kernel(site.split()[0], problem, name, tile, extents, *figures, origin != "rows"))
     return [kernel for kernel in kernels if kernel.spills <= MAX_SPILLS]
 
 
