@@ -1,6 +1,6 @@
 """The plots of the documentation, from the data that it holds: `python docs/plots.py` writes them beside this file.
 
-- results_gains.svg: the gains of the runs in docs/results beside those of the paper
+- results_gains.svg: the gains of the runs in docs/results, those of the study and the earlier ones, beside those of the paper
 - samplers_costs.svg: the accuracy of samplers in these runs against their times in docs/measurements
 - performance_times.svg: the times on a GPU in docs/measurements over that of a copy of the same bytes
 
@@ -9,12 +9,12 @@ Each file holds its data as its description, which a test compares with the data
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from carafepp.scripts.common.paper import find_baseline, list_rows, read_paper
-from carafepp.scripts.reporting import Table, group_runs, read_runs, tabulate_paper
+from carafepp.scripts.reporting import Table, tabulate_paper
+from comparisons import is_study, read_settings
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -44,7 +44,7 @@ SUBJECTS = {
 # metrics of which less is better
 ERRORS = ("L1_percent",)
 # rows without CARAFE++ in tables whose other rows have it
-CONTROLS = ("same_flops", "same_parameters")
+CONTROLS = ("same_flops", "same_parameters", "no_finest_level", "shorter_training")
 # the rows of Tables III and IV that have another name as samplers
 SAMPLERS = {"conv": "strided_conv"}
 
@@ -73,22 +73,26 @@ def list_gains(table: Table) -> tuple[str, list[Gain]]:
             continue
         reference = figures.get((baseline, task))
         gain = None if cell.paper is None or reference is None else round(cell.paper - reference, 2)
-        label = row + {"bbox": ", boxes", "segm": ", masks"}.get(line.labels.get("task", ""), "")
+        label = row.removeprefix("row=control/") + {"bbox": ", boxes", "segm": ", masks"}.get(line.labels.get("task", ""), "")
         half = None if cell.difference.half is None else round(cell.difference.half, 2)
         found.append(Gain(label, round(cell.difference.mean, 2), half, gain))
     return column, found
 
 
-def read_tables() -> list[Table]:
-    """Tabulate the runs in docs/results."""
-    settings, _ = group_runs(read_runs([FOLDER / "results"])[0], read_paper()[0])
-    return tabulate_paper(settings, [], 4, None)
+def read_tables(study: bool = False) -> list[Table]:
+    """Tabulate the runs in docs/results: those of the study, or the earlier ones."""
+    return tabulate_paper([setting for setting in read_settings() if is_study(setting) == study], [], 4, None)
 
 
 def collect_gains() -> dict[str, Any]:
-    """Return metric and gains of every table with a gain."""
-    found = {table.name: list_gains(table) for table in read_tables()}
-    return {name: {"metric": metric, "gains": [list(gain) for gain in gains]} for name, (metric, gains) in found.items() if gains}
+    """Return metric and gains of every table with a gain: those of the earlier runs, and those of the study."""
+    found: dict[str, Any] = {}
+    for name, study in (("gains", False), ("study", True)):
+        for table in read_tables(study):
+            metric, gains = list_gains(table)
+            if gains:
+                found.setdefault(table.name, {"metric": metric, "gains": [], "study": []})[name] = [list(gain) for gain in gains]
+    return found
 
 
 def collect_costs() -> dict[str, Any]:
@@ -186,15 +190,16 @@ def plot_gains(data: dict[str, Any]) -> Figure:
     columns: tuple[list[str], list[str]] = ([], [])
     for name in sorted(data, key=find_number):
         # the shorter column takes the next table; a title is as high as three rows
-        min(columns, key=lambda names: sum(len(data[n]["gains"]) + 3 for n in names)).append(name)
+        min(columns, key=lambda names: sum(len(list_labels(data[n])) + 3 for n in names)).append(name)
     for names, left in zip(columns, (0.2, 0.735), strict=True):
-        heights = [len(data[name]["gains"]) + 1.2 for name in names]
+        heights = [len(list_labels(data[name])) + 1.2 for name in names]
         grid = figure.add_gridspec(len(names), 1, left=left, right=left + 0.255, top=0.9, bottom=0.02, hspace=0.42, height_ratios=heights)
         for cell, name in zip(grid, names, strict=True):
-            plot_table_gains(figure.add_subplot(cell), name, data[name]["metric"], [Gain(*values) for values in data[name]["gains"]])
+            plot_table_gains(figure.add_subplot(cell), name, data[name])
     looks = [
-        Line2D([], [], color=METHOD, marker="o", linewidth=1.8, label="our small runs: CARAFE++"),
-        Line2D([], [], color=OURS, marker="o", linewidth=1.8, label="our small runs: others"),
+        Line2D([], [], color=METHOD, marker="o", linewidth=1.8, label="earlier small runs: CARAFE++"),
+        Line2D([], [], color=OURS, marker="o", linewidth=1.8, label="earlier small runs: others"),
+        Line2D([], [], color="#64748b", marker="s", linewidth=1.8, label="study, from pretrained backbones: the same colours"),
         Line2D([], [], color=PAPER, marker="D", linestyle="none", label="the paper, full scale"),
         Line2D([], [], color="#64748b", marker="o", linewidth=1.8, label="95 % interval without zero: a difference is shown"),
         Line2D([], [], color="#64748b", marker="o", linewidth=1.8, markerfacecolor="white", label="95 % interval with zero: not shown"),
@@ -209,19 +214,27 @@ def find_number(table: str) -> int:
     return int(table.removeprefix("table"))
 
 
-def plot_table_gains(axis: Axes, name: str, metric: str, gains: Sequence[Gain]) -> None:
+def list_labels(table: dict[str, Any]) -> list[str]:
+    """List the rows of a table that have a gain in either kind of runs."""
+    return list(dict.fromkeys(gain[0] for gain in [*table["gains"], *table["study"]]))
+
+
+def plot_table_gains(axis: Axes, name: str, table: dict[str, Any]) -> None:
     """Plot the gains of one table: ours with their intervals, filled if these exclude zero, and those of the paper as diamonds."""
     axis.axvline(0, color="#94a3b8", linewidth=1)
-    sign = -1 if metric in ERRORS else 1
-    for position, gain in enumerate(gains):
-        is_ours = "carafe" in gain.row or (name not in ("table3", "table4") and gain.row not in CONTROLS)
-        look: dict[str, Any] = {"color": METHOD if is_ours else OURS, "capsize": 4, "markersize": 6, "linewidth": 1.8}
-        shown = gain.half is not None and abs(gain.mean) > gain.half
-        axis.errorbar(sign * gain.mean, position - 0.12, xerr=gain.half, fmt="o", markerfacecolor=None if shown else "white", **look)
-        if gain.paper is not None:
-            axis.plot(sign * gain.paper, position + 0.25, marker="D", color=PAPER, markersize=5, linestyle="none")
-    axis.set_yticks(range(len(gains)), [gain.row for gain in gains])
-    axis.set_ylim(len(gains) - 0.4, -0.7)
+    sign, labels = -1 if table["metric"] in ERRORS else 1, list_labels(table)
+    for kind, marker, shift in (("study", "s", -0.25), ("gains", "o", 0.02)):
+        for gain in (Gain(*values) for values in table[kind]):
+            position = labels.index(gain.row)
+            is_ours = "carafe" in gain.row or (name not in ("table3", "table4") and gain.row not in CONTROLS)
+            look: dict[str, Any] = {"color": METHOD if is_ours else OURS, "capsize": 3, "markersize": 5, "linewidth": 1.8}
+            shown = gain.half is not None and abs(gain.mean) > gain.half
+            place = (sign * gain.mean, position + shift)
+            axis.errorbar(*place, xerr=gain.half, fmt=marker, markerfacecolor=None if shown else "white", **look)
+            if gain.paper is not None:
+                axis.plot(sign * gain.paper, position + 0.3, marker="D", color=PAPER, markersize=5, linestyle="none")
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.4, -0.7)
     axis.set_title(f"Table {NUMERALS[find_number(name)]}: {SUBJECTS[name]}", loc="left", fontweight="bold", fontsize="medium", x=-0.7)
     axis.grid(axis="x", color="#e2e8f0")
     axis.set_axisbelow(True)
