@@ -171,7 +171,8 @@ class CARAFE(nn.Module):
                 if y is not None:
                     return y
                 encoded = encode(*layers, x)
-                if encoded is not None:
+                # with other channels, the operator names those that are right
+                if encoded is not None and self.content_encoder.out_channels == self.spec.groups * self.spec.taps * self.spec.up**2:
                     return reassemble_padded(*encoded, self.spec, size)
         return reassemble(x, self.logits(x), **self.spec._asdict(), size=size)
 

@@ -71,7 +71,8 @@ class Inference:
         if not INTERPRETED:
             y, scratch = self.allocate(x)
             tensors = self._view(x, y, scratch)
-            self.plans = [Plan(launch, [x, y, *tensors, *parameters]) for launch in self._build(x, y, tensors, parameters)]
+            with on_device_of(x):
+                self.plans = [Plan(launch, [x, y, *tensors, *parameters]) for launch in self._build(x, y, tensors, parameters)]
 
     def allocate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Allocate the output and the memory of everything between the launches."""

@@ -262,6 +262,9 @@ def test_wrong_inputs_have_the_errors_of_the_layers(encoded):
         module(draw(channels=5, dtype=torch.float32))
     with pytest.raises(ValueError, match="size must be at least 1"):
         module(draw(dtype=torch.float32), size=(100, 100))
+    module.content_encoder = nn.Conv2d(6, 99, 3, padding=1)
+    with pytest.raises(ValueError, match=r"logits must have shape \(2, 100, 5, 3\)"):
+        module(draw(dtype=torch.float32))
 
 
 def test_no_map_on_a_cpu_suits_matrix_units():
