@@ -16,7 +16,7 @@ from .launch import INT32_MAX, Launch
 from .records import Features
 
 COPY_BLOCK = 1024
-# rows of a block, by whether the map has so many pixels that larger blocks still fill a device
+# pixels from which on larger blocks still fill a device
 MANY_PIXELS = 2**15
 
 
@@ -94,8 +94,9 @@ def block_columns(channels: int) -> int:
     return max(16, min(128, triton.next_power_of_2(channels)))
 
 
-def _choose_block(pixels: int, outputs: int, inputs: int) -> Block:
-    return Block(128 if pixels >= MANY_PIXELS else 64, block_columns(outputs), max(16, min(64, triton.next_power_of_2(inputs))))
+def _choose_block(pixels: int, outputs: int, inputs: int, deepest: int) -> Block:
+    rows = 128 if pixels >= MANY_PIXELS else 64
+    return Block(rows, block_columns(outputs), max(16, min(deepest, triton.next_power_of_2(inputs))))
 
 
 @triton.jit
@@ -237,7 +238,8 @@ def encoder_launches(
 
     encoder = Features(encoder_weight, *encoder_weight.stride())
     copied = triton.cdiv(layers.copied, COPY_BLOCK)
-    block = _choose_block(n * h * w, layers.width, c)
+    # few pixels in few programs wait for every step
+    block = _choose_block(n * h * w, layers.width, c, 64 if n * h * w >= MANY_PIXELS else 128)
     # the kernel reads no parameter of an absent layer
     bias = encoder_bias if bias is None else bias
     given = [bias if tensor is None else tensor for tensor in statistics]
@@ -253,9 +255,12 @@ def encoder_launches(
     }
     programs = triton.cdiv(n * h * w, block.m) * triton.cdiv(layers.width, block.n) if layers.compressed else 0
     constants = _order(compress, shared | {"BLOCK": block, "COPIED": copied, "SIZE": COPY_BLOCK})
-    launches = [Launch(compress, (copied + programs, 1, 1), arguments, constants, *_choose_warps(block))]
+    warps = 8 if block.n > 32 else 4
+    # Loads are not staged in shared memory, where the threads that cast the weight would all read one bank. The limits of registers let
+    # enough programs onto a multiprocessor to hide their latency.
+    launches = [Launch(compress, (copied + programs, 1, 1), arguments, constants, warps, 1, 128 if warps == 8 else 168)]
 
-    block = _choose_block(n * hq * wq, layers.outputs, layers.width)
+    block = _choose_block(n * hq * wq, layers.outputs, layers.width, 64)
     arguments = {
         "sizes": Cells(n * hq * wq, h, w, hq, wq),
         "features_ptr": features,
@@ -264,14 +269,9 @@ def encoder_launches(
         "logits_ptr": logits,
     }
     programs = triton.cdiv(n * hq * wq, block.m) * (layers.columns // block.n)
-    launches.append(Launch(encode, (programs, 1, 1), arguments, _order(encode, shared | {"BLOCK": block}), *_choose_warps(block)))
+    launches.append(Launch(encode, (programs, 1, 1), arguments, _order(encode, shared | {"BLOCK": block}), 8 if block.n > 64 else 4, 3))
     return launches
 
 
 def _order(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
     return {name: constants[name] for name in kernel.arg_names if name in constants}
-
-
-def _choose_warps(block: Block) -> tuple[int, int]:
-    """Return the warps of a program, and the stages of its loads."""
-    return (8 if block.m * block.n > 8192 else 4), 3

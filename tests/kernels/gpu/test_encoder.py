@@ -66,7 +66,9 @@ def define(x, parameters, layers):
 def test_results_match_float64(size, options, capability):
     x, features, logits, parameters, layers, launches = build(*size, **options)
     for launch in launches:
-        emulate(launch, capability)
+        counted = emulate(launch, capability)
+        # all threads of a warp read one bank where a weight that is cast is staged in shared memory
+        assert counted.get("shared_bank_conflicts", 0) <= counted["warp_insts"] / 10
     assert not features.isnan().any()
     exact = define(x, parameters, layers)
     error = (logits[:, : layers.outputs].double() - exact).abs().max() / exact.abs().max()
