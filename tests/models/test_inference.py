@@ -69,11 +69,12 @@ def inferred(monkeypatch):
     def suits(x):
         return type(x) is torch.Tensor and x.element_size() == 2 and x.is_contiguous(memory_format=torch.channels_last)
 
-    if not ON_GPU:
-        monkeypatch.setattr("carafepp.models.carafe.suits_matrix_units", suits)
-        monkeypatch.setattr(launching, "runs_on", lambda *_: True)
-    if not (ON_GPU or INTERPRETED):
-        monkeypatch.setattr(launching, "Plan", lambda *_: None)
+    def plan(launch, tensors):
+        return plans.Plan(launch, tensors) if tensors[0].is_cuda else None
+
+    monkeypatch.setattr("carafepp.models.carafe.suits_matrix_units", suits)
+    monkeypatch.setattr(launching, "runs_on", lambda *_: True)
+    monkeypatch.setattr(launching, "Plan", plan)
     monkeypatch.setattr(launching.Inference, "run", note)
     monkeypatch.setattr(inference, "plans", {})
     return outputs
@@ -425,4 +426,5 @@ def test_gpu_takes_no_more_memory(shape, monkeypatch):
         # the second time in launches of PyTorch
         monkeypatch.setattr("carafepp.models.carafe.infer", lambda *_: None)
     torch.testing.assert_close(*outputs, rtol=0.02, atol=0.02)
-    assert peaks[0] <= peaks[1]
+    # blocks of the allocator may have 1 MiB that nobody uses
+    assert peaks[0] <= peaks[1] + 2**20
