@@ -1,17 +1,16 @@
 """The operator on a GPU: the launches for given tensors, and the functions that the ops call.
 
-Forward saves one float32 log-sum-exp per window and group for backward, and nothing else. No launch uses atomics or scratch memory, so that
-both gradients are deterministic.
+Forward saves one float32 log-sum-exp per window and group for backward, and nothing else. No launch uses atomics, so that both gradients
+are deterministic. In NCHW, a kernel may read a channels_last copy of a large x, or of a large dy, which exists during the call alone.
 """
 
 import math
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..geometry import LSE_NORMALIZERS, PADDED_BORDERS, Spec, is_channels_last
@@ -19,14 +18,15 @@ from . import taps
 from .banded_backward import banded_backward
 from .banded_forward import banded_forward
 from .banded_source_gradient import banded_source_gradient
-from .launch import INT32_MAX, Launch, Plan, on_device_of
+from .launch import Launch, Plan, on_device_of
 from .padded_taps import padded_source_gradient
-from .records import Features, Layout, Logits, Sizes, Window
-from .tile_geometry import KernelName, Tile, TileProblem, halo, reach
+from .records import Features, Layout, Logits, Sizes, Window, offset_type
+from .tile_geometry import KernelName, Tile, TileProblem, as_read, halo, reach
 from .tile_limits import source_blocks
 from .tile_ranking import SEPARATE, TOGETHER, choose_backward, choose_tile
 from .tile_tables import measured_tile
 from .tile_work import find_walk, run_alignments, run_vector
+from .transposition import transpose, transpose_launch
 
 TAP_BLOCKS = {"BLOCK_M": 32, "BLOCK_C": 32}
 TAP_OPTIONS = {"num_warps": 4, "num_stages": 2}
@@ -51,9 +51,17 @@ def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | No
     _run(backward_launches, (dy, x, logits, lse, dx, dlogits), spec)
 
 
+class CallPlan(NamedTuple):
+    """The launches of a call, and the memory that they need while they run."""
+
+    launches: list[Plan]
+    copies: int  # of features, one after the other in the same memory
+    bytes_of_copy: int  # of the largest
+
+
 # The launches of a call, by everything that they depend on, because planning takes more host time than starting. A detector that meets 500
 # sizes of images at ten sites has 10,000, of some 5 KB each.
-plans: dict[tuple, list[Plan]] = {}
+plans: dict[tuple, CallPlan] = {}
 MAX_PLANS = 16384
 _planning = threading.Lock()
 
@@ -69,13 +77,21 @@ def _run(build: Callable[..., list[Launch]], tensors: tuple[Any, ...], spec: Spe
     aligned = [address % 16 == 0 for address in addresses]
     key = (build, spec, like.dtype, like.device, _precision(), *layouts, *aligned)
     with on_device_of(like):
-        for plan in plans.get(key) or _plan(key, build, tensors, spec):
-            plan.run(addresses)
+        plan = plans.get(key) or _plan(key, build, tensors, spec)
+        if plan.copies:
+            # the allocator gives this memory to later launches of the same stream alone
+            memory = torch.empty(plan.bytes_of_copy, dtype=torch.uint8, device=like.device)
+            addresses += [memory.data_ptr()] * plan.copies
+        for launch in plan.launches:
+            launch.run(addresses)
 
 
-def _plan(key: tuple, build: Callable[..., list[Launch]], tensors: tuple[Any, ...], spec: Spec) -> list[Plan]:
+def _plan(key: tuple, build: Callable[..., list[Launch]], tensors: tuple[Any, ...], spec: Spec) -> CallPlan:
     """Plan the launches of a call, and keep them in place of the oldest."""
-    planned = [Plan(launch, tensors) for launch in build(*tensors, spec)]
+    launches = build(*tensors, spec)
+    copies = [launch.arguments["copy"].ptr for launch in launches if launch.kernel is transpose]
+    sizes = (copy.numel() * copy.element_size() for copy in copies)
+    planned = CallPlan([Plan(launch, (*tensors, *copies)) for launch in launches], len(copies), max(sizes, default=0))
     with _planning:
         while len(plans) >= MAX_PLANS:
             del plans[next(iter(plans))]
@@ -128,9 +144,7 @@ def _precision() -> str:
 
 
 def _layout(problem: TileProblem, x_align: int, y_align: int, *tensors: Tensor) -> Layout:
-    # the offset of the last element of an image
-    last = (sum((size - 1) * step for size, step in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors)
-    return Layout(0 if problem.channels_last else 1, x_align, y_align, tl.int64 if max(last) > INT32_MAX else tl.int32)
+    return Layout(0 if problem.x_last else 1, 0 if problem.y_last else 1, x_align, y_align, offset_type(*tensors))
 
 
 def _window(spec: Spec) -> Window:
@@ -188,6 +202,9 @@ def forward_launches(
     }
     if tile is None:
         return [_tap_launch(taps.tap_forward, arguments, problem, logits.shape[2:].numel())]
+    problem = as_read("forward", problem, tile)
+    before = _copy_features(arguments, "x") if problem.copied else []
+    x = arguments["x"].ptr
     x_align, _ = run_alignments(problem, tile)
     constants = {
         "WINDOW": _window(spec),
@@ -198,7 +215,14 @@ def forward_launches(
         # the targets of a small tile are too few rows for the matrix units of capability 9.0 and later
         "TALL": problem.capability >= (9, 0) and tile.cells_h * tile.cells_w * spec.up**2 < 64,
     }
-    return [_tile_launch(banded_forward, arguments, constants, problem, tile, tile.split)]
+    return [*before, _tile_launch(banded_forward, arguments, constants, problem, tile, tile.split)]
+
+
+def _copy_features(arguments: dict[str, Any], *names: str) -> list[Launch]:
+    """Replace the features of the first name by a channels_last copy, also under the other names, and return the launch that fills it."""
+    launch, copy = transpose_launch(arguments[names[0]].ptr)
+    arguments |= dict.fromkeys(names, Features(copy, *copy.stride()))
+    return [launch]
 
 
 def backward_launches(
@@ -236,7 +260,7 @@ def backward_launches(
         kernels = ("logit_gradient",)
     elif dx is not None:
         kernels = ("source_gradient",)
-    return [_backward_launch(kernel, arguments, problem, tile) for kernel in kernels]
+    return [launch for kernel in kernels for launch in _kernel_launches(kernel, arguments, problem, tile)]
 
 
 def _find_kernels(problem: TileProblem, x: Tensor) -> tuple[KernelName, ...]:
@@ -249,16 +273,28 @@ def _find_kernels(problem: TileProblem, x: Tensor) -> tuple[KernelName, ...]:
     return SEPARATE
 
 
-def _backward_launch(kernel: KernelName, arguments: dict[str, Any], problem: TileProblem, tile: Tile | None) -> Launch:
-    x, logits, dy, dx, dlogits = (arguments[name].ptr for name in ("x", "logits", "dy", "dx", "dlogits"))
+def _kernel_launches(kernel: KernelName, arguments: dict[str, Any], problem: TileProblem, tile: Tile | None) -> list[Launch]:
+    """Return the launch of a kernel of backward, after that of the copy which it reads, if it reads one."""
+    x, logits = arguments["x"].ptr, arguments["logits"].ptr
     tile = tile or _find_tile(kernel, problem, x)
     if tile is None:
         if kernel == "logit_gradient":
-            return _tap_launch(taps.tap_logit_gradient, arguments, problem, logits.shape[2:].numel())
+            return [_tap_launch(taps.tap_logit_gradient, arguments, problem, logits.shape[2:].numel())]
         gradient = padded_source_gradient if problem.spec.border in PADDED_BORDERS else taps.tap_source_gradient
-        return _tap_launch(gradient, arguments, problem, x.shape[2:].numel())
+        return [_tap_launch(gradient, arguments, problem, x.shape[2:].numel())]
+    problem = as_read(kernel, problem, tile)
+    if not problem.copied:
+        return [_banded_launch(kernel, arguments, problem, tile)]
+    arguments = arguments.copy()
+    # the gradient to the logits does not touch that to x, which has the layout of x
+    before = _copy_features(arguments, *(("x", "dx") if problem.copied == "x" else ("dy",)))
+    return [*before, _banded_launch(kernel, arguments, problem, tile)]
+
+
+def _banded_launch(kernel: KernelName, arguments: dict[str, Any], problem: TileProblem, tile: Tile) -> Launch:
+    x, logits, dy, dx, dlogits = (arguments[name].ptr for name in ("x", "logits", "dy", "dx", "dlogits"))
     # the gradient to x may have other strides than x
-    x_align = math.gcd(problem.x_align, _alignment(dx, problem.channels, problem.channels_last))
+    x_align = math.gcd(problem.x_align, _alignment(dx, problem.channels, problem.x_last))
     x_align, y_align = run_alignments(problem._replace(x_align=x_align), tile)
     layout = _layout(problem, x_align, y_align, x, logits, dy, dx, dlogits)
     if tile.steps > 1:

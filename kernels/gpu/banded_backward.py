@@ -40,7 +40,6 @@ def compute_logit_gradient(
     """Store the gradient to the logits of the tile whose first cell is (q0, r0)."""
     K: tl.constexpr = WINDOW.kernel_size
     UP: tl.constexpr = WINDOW.up
-    AXIS: tl.constexpr = LAYOUT.axis
     M: tl.constexpr = HALO.m
     P: tl.constexpr = HALO.p
     m = tl.arange(0, M).to(LAYOUT.index)
@@ -52,12 +51,13 @@ def compute_logit_gradient(
     dw = tl.zeros([P, M], tl.float32)
     for start in range(0, sizes.c, TILE.block_c):
         c = start + tl.arange(0, TILE.block_c).to(LAYOUT.index)
-        source = load(x, i, j, inside, c, sizes.c, AXIS)
-        gradient = load(dy, row, col, output, c, sizes.c, AXIS)
-        if AXIS == 0:
-            dw += product(source, tl.trans(gradient), PRECISION)
-        else:
-            dw += product(tl.trans(source), gradient, PRECISION)
+        source = load(x, i, j, inside, c, sizes.c, LAYOUT.x_axis)
+        gradient = load(dy, row, col, output, c, sizes.c, LAYOUT.y_axis)
+        if LAYOUT.x_axis == 1:
+            source = tl.trans(source)
+        if LAYOUT.y_axis == 0:
+            gradient = tl.trans(gradient)
+        dw += product(source, gradient, PRECISION)
     t = tl.arange(0, HALO.t).to(LAYOUT.index)
     corner = centre(m // HALO.cols, WINDOW) * HALO.width + centre(m % HALO.cols, WINDOW) + HALO.lead - K // 2
     band = tl.minimum(corner[None, :] + (t // K * HALO.width + t % K)[:, None], P - 1)
@@ -66,7 +66,7 @@ def compute_logit_gradient(
     taps = (t < K * K)[:, None] & exists[None, :]
     u, v, q, r = split_target(row, col, WINDOW)
     l = tl.load(
-        logit_addresses(logits, t[:, None], logit_offset(logits, u, v, q, r)[None, :], AXIS),
+        logit_addresses(logits, t[:, None], logit_offset(logits, u, v, q, r)[None, :], LAYOUT.y_axis),
         mask=taps,
         other=-float("inf") if WINDOW.normalized else 0.0,
     ).to(tl.float32)
@@ -79,7 +79,7 @@ def compute_logit_gradient(
     # targets that a rational scale cuts off have a gradient of zero
     dl = logit_gradient(l, w, dw, tl.sum(w * dw, axis=0)[None, :], WINDOW)
     tl.store(
-        logit_addresses(dlogits, t[:, None], logit_offset(dlogits, u, v, q, r)[None, :], AXIS),
+        logit_addresses(dlogits, t[:, None], logit_offset(dlogits, u, v, q, r)[None, :], LAYOUT.y_axis),
         dl.to(dlogits.ptr.dtype.element_ty),
         mask=taps,
     )
@@ -105,7 +105,7 @@ def compute_source_gradient(
     """Store the gradient to the features of the tile whose first cell is (q0, r0), for one of its parts of the channels."""
     K: tl.constexpr = WINDOW.kernel_size
     UP: tl.constexpr = WINDOW.up
-    AXIS: tl.constexpr = LAYOUT.axis
+    AXIS: tl.constexpr = LAYOUT.x_axis
     S: tl.constexpr = REACH.s
     BLOCK_C: tl.constexpr = BLOCKS.channels
     BLOCK_D: tl.constexpr = BLOCKS.targets
@@ -119,7 +119,9 @@ def compute_source_gradient(
             d = d0 + tl.arange(0, BLOCK_D).to(LAYOUT.index)
             row, col = q0 * UP - REACH.before + d // REACH.width, r0 * UP - REACH.lead + d % REACH.width
             reaching = (d < REACH.height * REACH.width) & (row >= 0) & (row < sizes.ho) & (col >= 0) & (col < sizes.wo)
-            gradient = load(dy, row, col, reaching, c, sizes.c, AXIS)
+            gradient = load(dy, row, col, reaching, c, sizes.c, LAYOUT.y_axis)
+            if LAYOUT.y_axis != AXIS:
+                gradient = tl.trans(gradient)
             row, col = tl.maximum(row, 0), tl.maximum(col, 0)
             u, v, q, r = split_target(row, col, WINDOW)
             ky = expand(i + K // 2, 1 - AXIS) - expand(centre(row, WINDOW), AXIS)
@@ -164,12 +166,11 @@ def banded_backward(
     NEED_DLOGITS: tl.constexpr,
 ):
     """Fill dx and dlogits if needed; one program computes the gradient to the logits of a tile, or a part of the gradient to x."""
-    AXIS: tl.constexpr = LAYOUT.axis
     ROLES: tl.constexpr = NEED_DLOGITS + NEED_DX * TILE.split
     sizes = align_sizes(sizes, LAYOUT)
-    x = align_strides(x, AXIS, LAYOUT.x_align)
-    dx = align_strides(dx, AXIS, LAYOUT.x_align)
-    dy = align_strides(dy, AXIS, LAYOUT.y_align)
+    x = align_strides(x, LAYOUT.x_axis, LAYOUT.x_align)
+    dx = align_strides(dx, LAYOUT.x_axis, LAYOUT.x_align)
+    dy = align_strides(dy, LAYOUT.y_axis, LAYOUT.y_align)
     tiles_w = tl.cdiv(sizes.wq, TILE.cells_w)
     tiles_h = tl.cdiv(sizes.hq, TILE.cells_h)
     pid = tl.program_id(0)

@@ -32,10 +32,9 @@ def banded_forward(
     """Fill y and, where weights are normalized, the log-sum-exp of every window; one program computes a part of the channels of a tile."""
     K: tl.constexpr = WINDOW.kernel_size
     UP: tl.constexpr = WINDOW.up
-    AXIS: tl.constexpr = LAYOUT.axis
     sizes = align_sizes(sizes, LAYOUT)
-    x = align_strides(x, AXIS, LAYOUT.x_align)
-    y = align_strides(y, AXIS, LAYOUT.y_align)
+    x = align_strides(x, LAYOUT.x_axis, LAYOUT.x_align)
+    y = align_strides(y, LAYOUT.y_axis, LAYOUT.y_align)
     tiles_w = tl.cdiv(sizes.wq, TILE.cells_w)
     tiles_h = tl.cdiv(sizes.hq, TILE.cells_h)
     pid = tl.program_id(0)
@@ -54,7 +53,7 @@ def banded_forward(
     taps = (t < K * K)[:, None]
     logits = group_logits(logits, n, g, WINDOW)
     l = tl.load(
-        logit_addresses(logits, t[:, None], logit_offset(logits, u, v, q, r)[None, :], AXIS),
+        logit_addresses(logits, t[:, None], logit_offset(logits, u, v, q, r)[None, :], LAYOUT.y_axis),
         mask=taps & exists[None, :],
         other=-float("inf"),
     ).to(tl.float32)
@@ -87,11 +86,13 @@ def banded_forward(
     output = (m < HALO.rows * HALO.cols) & (row < sizes.ho) & (col < sizes.wo)
     for start in range(part * TILE.block_c, sizes.c, TILE.split * TILE.block_c):
         c = start + tl.arange(0, TILE.block_c).to(LAYOUT.index)
-        source = load(x, i, j, inside, c, sizes.c, AXIS)
-        if AXIS == 1:
+        source = load(x, i, j, inside, c, sizes.c, LAYOUT.x_axis)
+        if LAYOUT.x_axis == 1:
             target = product(source, a, PRECISION)
+        elif LAYOUT.y_axis == 1:
+            target = product(tl.trans(source), a, PRECISION)
         elif TALL:
             target = tl.trans(product(tl.trans(source), a, PRECISION))
         else:
             target = product(tl.trans(a), source, PRECISION)
-        store(y, row, col, output, c, sizes.c, target, AXIS)
+        store(y, row, col, output, c, sizes.c, target, LAYOUT.y_axis)

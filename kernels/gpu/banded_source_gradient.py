@@ -34,14 +34,14 @@ def banded_source_gradient(
     """Fill dx; one program computes a block of channels of TILE.steps tiles of sources, one below the other."""
     K: tl.constexpr = WINDOW.kernel_size
     UP: tl.constexpr = WINDOW.up
-    AXIS: tl.constexpr = LAYOUT.axis
+    AXIS: tl.constexpr = LAYOUT.x_axis
     S: tl.constexpr = WALK.s
     TILES: tl.constexpr = WALK.tiles
     BLOCK_C: tl.constexpr = TILE.block_c
     BLOCK_D: tl.constexpr = WALK.d
     sizes = align_sizes(sizes, LAYOUT)
     dx = align_strides(dx, AXIS, LAYOUT.x_align)
-    dy = align_strides(dy, AXIS, LAYOUT.y_align)
+    dy = align_strides(dy, LAYOUT.y_axis, LAYOUT.y_align)
     tiles_w = tl.cdiv(sizes.w + K // 2, WALK.cols)
     walks = tl.cdiv(sizes.h + K // 2, TILE.steps * WALK.rows)
     pid = tl.program_id(0)
@@ -73,7 +73,9 @@ def banded_source_gradient(
             di = d // WALK.width
             row, col = step * WALK.height + di, r0 * UP - WALK.lead + d % WALK.width
             reaching = (d < WALK.height * WALK.width) & (row < sizes.ho) & (col >= 0) & (col < sizes.wo)
-            gradient = load(dy, row, col, reaching, c, sizes.c, AXIS)
+            gradient = load(dy, row, col, reaching, c, sizes.c, LAYOUT.y_axis)
+            if LAYOUT.y_axis != AXIS:
+                gradient = tl.trans(gradient)
             col = tl.maximum(col, 0)
             u, v, q, r = split_target(row, col, WINDOW)
             lse = tl.zeros([BLOCK_D], tl.float32)

@@ -38,12 +38,16 @@ def align_strides(features: Features, AXIS: tl.constexpr, ALIGN: tl.constexpr):
 @triton.jit
 def align_sizes(sizes: Sizes, LAYOUT: tl.constexpr):
     """Tell the compiler that every run along the fastest axis of the features ends at a multiple of their alignment."""
-    if LAYOUT.axis == 0:
-        c = aligned(sizes.c, LAYOUT.x_align)
-        return Sizes(sizes.groups, c, sizes.h, sizes.w, sizes.ho, sizes.wo, sizes.hq, sizes.wq)
+    c, w, wo = sizes.c, sizes.w, sizes.wo
+    if LAYOUT.x_axis == 0:
+        c = aligned(c, LAYOUT.x_align)
     else:
-        w, wo = aligned(sizes.w, LAYOUT.x_align), aligned(sizes.wo, LAYOUT.y_align)
-        return Sizes(sizes.groups, sizes.c, sizes.h, w, sizes.ho, wo, sizes.hq, sizes.wq)
+        w = aligned(w, LAYOUT.x_align)
+        if LAYOUT.y_axis == 0:
+            c = aligned(c, LAYOUT.y_align)
+    if LAYOUT.y_axis == 1:
+        wo = aligned(wo, LAYOUT.y_align)
+    return Sizes(sizes.groups, c, sizes.h, w, sizes.ho, wo, sizes.hq, sizes.wq)
 
 
 @triton.jit

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import triton.language as tl
 from torch import Tensor
 
+from .launch import INT32_MAX
+
 
 class Features(NamedTuple):
     """A map of features [N, G * C, H, W], with strides in elements."""
@@ -31,6 +33,14 @@ class Logits(NamedTuple):
     stride_v: int
     stride_h: int
     stride_w: int
+
+
+class MapSizes(NamedTuple):
+    """The sizes of a map of features [N, C, H, W]."""
+
+    c: int
+    h: int
+    w: int
 
 
 class Sizes(NamedTuple):
@@ -60,7 +70,15 @@ class Window(NamedTuple):
 class Layout(NamedTuple):
     """The addressing of features in the banded kernels. A constant."""
 
-    axis: int  # of locations in a block of features: 0 where channels are the fastest axis of the features, else 1
+    x_axis: int  # of locations in a block of source features: 0 where channels are their fastest axis, else 1
+    y_axis: int  # the same for target features
     x_align: int  # every run of source features begins and ends at a multiple of this number of elements
     y_align: int  # the same for target features
     index: tl.dtype  # type of offsets within one image
+
+
+def offset_type(*tensors: Tensor) -> tl.dtype:
+    """Return the type of offsets within one image of any of the tensors."""
+    # the offset of the last element of an image
+    last = (sum((size - 1) * step for size, step in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors)
+    return tl.int64 if max(last) > INT32_MAX else tl.int32

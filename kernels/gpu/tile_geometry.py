@@ -5,6 +5,7 @@ pixels, both extents begin and end at a multiple of `vector` elements, so that t
 are rounded up to a power of two of at least 16.
 """
 
+import math
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,8 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 # the launches that have tiles: forward, both gradients, the gradient to the logits, and the gradient to the features
 KernelName = Literal["forward", "backward", "logit_gradient", "source_gradient"]
 KERNELS: tuple[KernelName, ...] = ("forward", "backward", "logit_gradient", "source_gradient")
+# the features that tiles of a kernel share, which it may read in a channels_last copy of NCHW; without an entry it never does
+COPIED: dict[KernelName, Literal["x", "y"]] = {"forward": "x", "logit_gradient": "x", "source_gradient": "y"}
 # smallest axis of a matrix product in Triton
 SMALLEST_EXTENT = 16
 # places of a product with targets, over the targets
@@ -34,6 +37,8 @@ class Tile(NamedTuple):
     max_registers: int = 255  # per thread; values beyond it spill
     # tiles that a program of the gradient to the features visits, one below the other; with 1, and in the other kernels, it does not walk
     steps: int = 1
+    # 1: the features that tiles share are read in a channels_last copy (COPIED), which a launch before the kernel makes of NCHW
+    transposed: int = 0
 
 
 class TileProblem(NamedTuple):
@@ -45,10 +50,26 @@ class TileProblem(NamedTuple):
     width: int
     batch: int  # images times groups
     element_size: int  # bytes
-    channels_last: bool
+    channels_last: bool  # the memory format of the tensors of the call
     x_align: int  # every run of source features begins and ends at a multiple of this number of elements
     y_align: int  # the same for target features
     capability: tuple[int, int]
+    copied: Literal["x", "y"] | None = None  # the features that the kernel reads in a channels_last copy: the source's or the target's
+
+    @property
+    def x_last(self) -> bool:
+        """Whether channels are the fastest axis of the source features, as the kernel reads them, and of their gradient."""
+        return self.channels_last or self.copied == "x"
+
+    @property
+    def y_last(self) -> bool:
+        """Whether channels are the fastest axis of the target features, as the kernel reads them."""
+        return self.channels_last or self.copied == "y"
+
+    @property
+    def shares_pixels(self) -> bool:
+        """Whether the features that tiles share are read in whole pixels, and not in rows of pixels."""
+        return self.channels_last or self.copied is not None
 
 
 class Halo(NamedTuple):
@@ -101,6 +122,21 @@ class Walks(NamedTuple):
     down: int  # steps of a column of walks that complete sources
     visited: int  # all steps of a column of walks: those at the start of a walk belong to the one above it too
     columns: float  # of targets in the map, for a step
+
+
+def as_read(kernel: KernelName, problem: TileProblem, tile: Tile) -> TileProblem:
+    """Return the problem with the memory format and the alignments of the features that a kernel reads with this tile."""
+    copied = COPIED.get(kernel) if tile.transposed and not problem.channels_last else None
+    if not copied:
+        return problem
+    align = math.gcd(problem.channels, 16 // problem.element_size)
+    return problem._replace(copied=copied, **{f"{copied}_align": align})
+
+
+def copied_bytes(problem: TileProblem, copied: Literal["x", "y"]) -> int:
+    """Return the bytes of the source or of the target features of a call, with the last cells whole."""
+    scale = problem.spec.down if copied == "x" else problem.spec.up
+    return problem.batch * problem.channels * problem.height * problem.width * scale**2 * problem.element_size
 
 
 def power_of_two(n: int) -> int:

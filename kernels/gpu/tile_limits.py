@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
-from .tile_geometry import SMALLEST_EXTENT, KernelName, Tile, TileProblem, halo, power_of_two, reach, walk
+from .tile_geometry import COPIED, SMALLEST_EXTENT, KernelName, Tile, TileProblem, as_read, copied_bytes, halo, power_of_two, reach, walk
 
 WARP_SIZE = 32
 REGISTER_BYTES = 4
@@ -47,6 +47,9 @@ SOURCE_TARGETS, SOURCE_GRADIENT_BYTES = {2: 64, 4: 16}, 16384
 # in a launch of both gradients: bytes of the channels where the matrix units leave fewer registers and the channels are too many for all
 # programs to share, targets in bytes of one channel, and elements of the gradient for each channel of a product of the other gradient
 SOURCE_CHANNEL_BYTES_LESS_ROOM, SOURCE_TARGET_BYTES, SOURCE_ELEMENTS = 256, 128, 256
+
+# features of fewer bytes are read as they are: the launch that copies them takes host time, and the time of a launch
+LEAST_COPIED_BYTES = 4 << 20
 
 # the gradient to the features by programs that walk: cells, channels and number of their steps
 WALK_CELLS = ((1, 2), (1, 4), (1, 8), (1, 16), (2, 2), (2, 4), (2, 8), (2, 16), (4, 4), (4, 8))
@@ -91,7 +94,7 @@ def source_blocks(kernel: KernelName, problem: TileProblem, tile: Tile) -> Sourc
 def walk_targets(problem: TileProblem, tile: Tile) -> int:
     """Return the targets of one product of a program that walks."""
     size, threads = problem.element_size, WARP_SIZE * tile.num_warps
-    most = WALK_TARGETS if size == 2 else WALK_TARGETS_LAST if problem.channels_last else WALK_TARGETS_ROWS
+    most = WALK_TARGETS if size == 2 else WALK_TARGETS_LAST if problem.x_last and problem.y_last else WALK_TARGETS_ROWS
     sources = power_of_two(tile.cells_h * tile.cells_w * problem.spec.down**2)
     return max(SMALLEST_EXTENT, min(most, WALK_ELEMENTS[size] * threads // tile.block_c, WALK_WEIGHTS[size] * threads // sources))
 
@@ -131,6 +134,7 @@ def fitting_tiles(kernel: KernelName, problem: TileProblem) -> Iterator[Tile]:
 
 def fits(kernel: KernelName, problem: TileProblem, tile: Tile) -> bool:
     """Return whether a kernel can run with this tile, without registers that spill."""
+    problem = as_read(kernel, problem, tile)
     if kernel == "forward":
         return fits_forward(problem, tile)
     if tile.steps > 1:
@@ -139,10 +143,31 @@ def fits(kernel: KernelName, problem: TileProblem, tile: Tile) -> bool:
     return logits and (kernel == "logit_gradient" or fits_source_gradient(problem, tile, source_blocks(kernel, problem, tile)))
 
 
+def may_transpose(kernel: KernelName, problem: TileProblem) -> bool:
+    """Return whether a kernel may read a channels_last copy of features in NCHW: maps below a limit are not worth a launch."""
+    return kernel in COPIED and not problem.channels_last and copied_bytes(problem, COPIED[kernel]) >= LEAST_COPIED_BYTES
+
+
 def candidate_tiles(kernel: KernelName, problem: TileProblem) -> Iterator[Tile]:
     """Yield the tiles to choose from, including those that do not fit, in the order of falling channels."""
+    yield from _candidates(kernel, problem, _vectors(kernel, problem))
+    if may_transpose(kernel, problem):
+        yield from (tile._replace(transposed=1) for tile in _candidates(kernel, problem, (1,)))
+
+
+def wide_tiles(kernel: KernelName, problem: TileProblem) -> Iterator[Tile]:
+    """Yield the tiles among which a search by measurement looks, including those that do not fit."""
+    yield from _wide_candidates(kernel, problem, _vectors(kernel, problem))
+    if may_transpose(kernel, problem):
+        yield from (tile._replace(transposed=1) for tile in _wide_candidates(kernel, problem, (1,)))
+
+
+def _vectors(kernel: KernelName, problem: TileProblem) -> tuple[int, ...]:
     align = problem.x_align if kernel == "forward" else problem.y_align
-    vectors = (1,) if problem.channels_last else tuple(vector for vector in VECTORS if align % vector == 0)
+    return (1,) if problem.channels_last else tuple(vector for vector in VECTORS if align % vector == 0)
+
+
+def _candidates(kernel: KernelName, problem: TileProblem, vectors: tuple[int, ...]) -> Iterator[Tile]:
     half, newer = problem.element_size == 2, problem.capability >= (9, 0)
     if kernel == "forward":
         # a product of the newer matrix units has 64 rows, which may be the channels
@@ -185,10 +210,7 @@ def walking_tiles(problem: TileProblem, vector: int) -> Iterator[Tile]:
             yield Tile(*cells, vector, block_c, 1, num_warps, 1, WALK_REGISTERS, steps)
 
 
-def wide_tiles(kernel: KernelName, problem: TileProblem) -> Iterator[Tile]:
-    """Yield the tiles among which a search by measurement looks, including those that do not fit."""
-    align = problem.x_align if kernel == "forward" else problem.y_align
-    vectors = (1,) if problem.channels_last else tuple(vector for vector in VECTORS if align % vector == 0)
+def _wide_candidates(kernel: KernelName, problem: TileProblem, vectors: tuple[int, ...]) -> Iterator[Tile]:
     channels = SOURCE_CHANNELS if kernel == "source_gradient" else WIDE_CHANNELS
     splits = (1,) if kernel == "logit_gradient" else SPLITS
     for cells, vector, split, block_c, *rest in product(

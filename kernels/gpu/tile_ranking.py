@@ -9,20 +9,28 @@ from functools import lru_cache
 from .tile_geometry import KernelName, Tile, TileProblem
 from .tile_limits import fitting_tiles, wide_tiles
 from .tile_resources import MOST_REGISTERS, Resources, estimate_resources
-from .tile_time import count_slots, estimate_time
+from .tile_time import count_slots, estimate_time, transposition_microseconds
 
 # the kernels of a backward pass: one for both gradients, or one for each
 TOGETHER: tuple[KernelName, ...] = ("backward",)
 SEPARATE: tuple[KernelName, ...] = ("logit_gradient", "source_gradient")
 # a limit of registers that is this much below the estimate makes a kernel spill too many of them
 MOST_OVER_LIMIT = 1.3
+# least predicted time without a copy of features, over that with it, that is worth its memory and its launch
+LEAST_ADVANTAGE = 1.03
 
 
 @lru_cache(maxsize=4096)
 def rank_tiles(kernel: KernelName, problem: TileProblem) -> tuple[Tile, ...]:
     """Return the tiles that fit a kernel, the least predicted time first; none if the window is too large."""
-    times = {tile: estimate_time(kernel, problem, tile).total for tile in fitting_tiles(kernel, problem)}
+    times = {tile: rated_time(kernel, problem, tile) for tile in fitting_tiles(kernel, problem)}
     return tuple(sorted(times, key=lambda tile: (times[tile], tile)))
+
+
+def rated_time(kernel: KernelName, problem: TileProblem, tile: Tile, resources: Resources | None = None) -> float:
+    """Return the predicted time of a kernel in microseconds; with the copy that it reads, if it reads one, and some more for its memory."""
+    time = estimate_time(kernel, problem, tile, resources).total
+    return (time + transposition_microseconds(kernel, problem, tile)) * LEAST_ADVANTAGE if tile.transposed else time
 
 
 def choose_tile(kernel: KernelName, problem: TileProblem) -> Tile | None:
@@ -36,7 +44,7 @@ def choose_backward(problem: TileProblem) -> tuple[KernelName, ...]:
     times: dict[KernelName, float] = {}
     for kernel in (*TOGETHER, *SEPARATE):
         if tile := choose_tile(kernel, problem):
-            times[kernel] = estimate_time(kernel, problem, tile).total
+            times[kernel] = rated_time(kernel, problem, tile)
     if "backward" in times and times["backward"] <= sum(times.get(kernel, math.inf) for kernel in SEPARATE):
         return TOGETHER
     return SEPARATE
@@ -56,5 +64,5 @@ def rank_wide_tiles(kernel: KernelName, problem: TileProblem) -> list[Tile]:
             continue
         resources = Resources(min(registers, tile.max_registers), shared)
         if count_slots(problem.capability, *resources, tile.num_warps, 1e9):
-            times[tile] = estimate_time(kernel, problem, tile, resources).total
+            times[tile] = rated_time(kernel, problem, tile, resources)
     return sorted(times, key=lambda tile: (times[tile], tile))

@@ -7,7 +7,7 @@ the factors were fitted to compiled kernels (tests/kernels/gpu/fit_tile_time.py)
 import math
 from typing import NamedTuple
 
-from .tile_geometry import KernelName, Tile, TileProblem, halo, reach
+from .tile_geometry import KernelName, Tile, TileProblem, as_read, halo, reach
 from .tile_limits import REGISTER_BYTES, WARP_SIZE, SourceBlocks, operand_terms, source_blocks
 from .tile_work import NARROWEST_COPY, find_walk, run_alignments, run_vector, takes_four_warps
 
@@ -24,6 +24,7 @@ class Resources(NamedTuple):
 
 def estimate_resources(kernel: KernelName, problem: TileProblem, tile: Tile) -> Resources:
     """Return the estimated resources of a kernel; all programs of a launch of both gradients take the most that one of them needs."""
+    problem = as_read(kernel, problem, tile)
     if kernel == "forward":
         return forward_resources(problem, tile)
     if tile.steps > 1:
@@ -41,14 +42,14 @@ def forward_resources(problem: TileProblem, tile: Tile) -> Resources:
     size, threads, channels = problem.element_size, WARP_SIZE * tile.num_warps, tile.block_c
     x_align, _ = run_alignments(problem, tile)
     window = halo(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.x_align))
-    tall = problem.channels_last and window.rows * window.cols < 64
-    newer = takes_four_warps(problem, tile, window.m if problem.channels_last and not tall else channels)
+    tall = problem.y_last and window.rows * window.cols < 64
+    newer = takes_four_warps(problem, tile, window.m if problem.y_last and not tall else channels)
     band, features, result = window.p * window.m, window.p * channels, window.m * channels
-    stored = _vectors(problem, result, threads, window.cols, problem.y_align)
+    stored = _vectors(problem.y_last, result, threads, window.cols, problem.y_align)
     splits = (operand_terms(size) - 1) * (features + band) / threads
-    loop = 28 + 1.1 * result / threads + 1.5 * splits + _vectors(problem, features, threads, window.width, x_align) + 3.4 * stored
+    loop = 28 + 1.1 * result / threads + 1.5 * splits + _vectors(problem.x_last, features, threads, window.width, x_align) + 3.4 * stored
     start = 33 + (4 * window.t * window.m + 0.3 * band) / threads
-    buffers = _buffers(problem, tile, newer, window.width, x_align)
+    buffers = _buffers(problem.x_last, size, tile, newer, window.width, x_align)
     turned = result if buffers > 1 and not tall else 0
     return _resources(max(loop, start), size * (buffers * features + band * operand_terms(size) + turned))
 
@@ -60,12 +61,13 @@ def logit_gradient_resources(problem: TileProblem, tile: Tile) -> Resources:
     window = halo(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.x_align))
     newer = takes_four_warps(problem, tile, window.p)
     band, features, gradients = window.p * window.m, window.p * channels, window.m * channels
-    loads = _vectors(problem, features, threads, window.width, x_align) + _vectors(problem, gradients, threads, window.cols, y_align)
+    loads = _vectors(problem.x_last, features, threads, window.width, x_align)
+    loads += _vectors(problem.y_last, gradients, threads, window.cols, y_align)
     splits = (operand_terms(size) - 1) * (features + gradients) / threads
     loop = 28 + 1.2 * band / threads + 3 * loads + 1.3 * splits
     end = 17 + (2.8 * window.t * window.m + 2 * band) / threads
-    buffered = features * _buffers(problem, tile, newer, window.width, x_align)
-    buffered += gradients * (_buffers(problem, tile, newer, window.cols, y_align) + operand_terms(size) - 1)
+    buffered = features * _buffers(problem.x_last, size, tile, newer, window.width, x_align)
+    buffered += gradients * (_buffers(problem.y_last, size, tile, newer, window.cols, y_align) + operand_terms(size) - 1)
     return _resources(max(loop, end), size * buffered)
 
 
@@ -74,14 +76,14 @@ def source_gradient_resources(problem: TileProblem, tile: Tile, blocks: SourceBl
     size, threads = problem.element_size, WARP_SIZE * tile.num_warps
     _, y_align = run_alignments(problem, tile)
     reached = reach(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.y_align))
-    newer = takes_four_warps(problem, tile, reached.s if problem.channels_last else blocks.channels)
+    newer = takes_four_warps(problem, tile, reached.s if problem.x_last else blocks.channels)
     band, gradients, result = blocks.targets * reached.s, blocks.targets * blocks.channels, reached.s * blocks.channels
     # every warp holds the whole band as operand of its own matrix instruction
     held = 0 if newer else band * size / REGISTER_BYTES / WARP_SIZE * operand_terms(size)
-    loads = _vectors(problem, gradients, threads, reached.width, y_align)
+    loads = _vectors(problem.y_last, gradients, threads, reached.width, y_align)
     registers = 44 + 1.4 * result / threads + 2.5 * held + 6.7 * loads + 0.5 * max(1, band / threads)
     registers += (15 + 1.4 * gradients / threads) * (operand_terms(size) - 1)
-    buffered = _buffers(problem, tile, newer, reached.width, y_align) * gradients + band
+    buffered = _buffers(problem.y_last, size, tile, newer, reached.width, y_align) * gradients + band
     return _resources(registers, size * buffered + REGISTER_BYTES * blocks.targets)
 
 
@@ -96,14 +98,14 @@ def _resources(registers: float, shared: float) -> Resources:
     return Resources(min(MOST_REGISTERS, round(registers)), round(shared))
 
 
-def _vectors(problem: TileProblem, elements: int, threads: int, width: int, align: int) -> float:
-    """Return the vectors of features, in rows of `width` locations, of each thread."""
-    return max(1.0, elements / threads / (align if problem.channels_last else math.gcd(width, align)))
+def _vectors(last: bool, elements: int, threads: int, width: int, align: int) -> float:
+    """Return the vectors of features, in rows of `width` locations unless channels are the fastest axis, of each thread."""
+    return max(1.0, elements / threads / (align if last else math.gcd(width, align)))
 
 
-def _buffers(problem: TileProblem, tile: Tile, newer: bool, width: int, align: int) -> int:
+def _buffers(last: bool, element_size: int, tile: Tile, newer: bool, width: int, align: int) -> int:
     """Return the copies of a block of features in shared memory: those of a pipeline, if its asynchronous copies are wide enough."""
-    vector = align if problem.channels_last else math.gcd(width, align)
-    if tile.num_stages == 1 or vector * problem.element_size < NARROWEST_COPY:
+    vector = align if last else math.gcd(width, align)
+    if tile.num_stages == 1 or vector * element_size < NARROWEST_COPY:
         return 1
     return tile.num_stages if newer else tile.num_stages - 1

@@ -18,12 +18,14 @@ from functools import cache
 from typing import NamedTuple
 
 from .residency import RESIDENCY_LIMITS, resident_blocks
-from .tile_geometry import KernelName, Tile, TileProblem
+from .tile_geometry import COPIED, KernelName, Tile, TileProblem, copied_bytes
 from .tile_resources import Resources, estimate_resources
 from .tile_work import Work, count_work
 
 # time of a launch without work, in microseconds
 LAUNCH = 1.5
+# speed of a transposition over that of a copy
+TRANSPOSITION_SPEED = 0.85
 # instructions that a multiprocessor issues in a cycle
 ISSUE = 4
 # products of a step, one after the other, by element size: float32 has three of split operands
@@ -157,6 +159,15 @@ def copy_microseconds(problem: TileProblem, kernel: KernelName) -> float:
         "source_gradient": sources + logits + targets,
     }
     return elements[kernel] * problem.element_size / find_device(problem.capability).copy * 1e-6
+
+
+def transposition_microseconds(kernel: KernelName, problem: TileProblem, tile: Tile) -> float:
+    """Return the microseconds of the launch that makes the copy of NCHW which a kernel reads, if it reads one: that of a copy, and more."""
+    if not tile.transposed:
+        return 0.0
+    # it reads and writes every byte
+    bytes_moved = 2 * copied_bytes(problem, COPIED[kernel])
+    return LAUNCH + bytes_moved / find_device(problem.capability).copy * 1e-6 / TRANSPOSITION_SPEED
 
 
 def combine(

@@ -12,7 +12,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from .tile_geometry import Halo, KernelName, Reach, Tile, TileProblem, Walk, count_walks, halo, reach, walk
+from .tile_geometry import Halo, KernelName, Reach, Tile, TileProblem, Walk, as_read, count_walks, halo, reach, walk
 from .tile_limits import REGISTER_BYTES, WARP_SIZE, SourceBlocks, operand_terms, source_blocks, walk_targets
 
 # bytes of a line of memory, and of shared memory that one wavefront moves (CUDA programming guide)
@@ -58,6 +58,7 @@ class Block(NamedTuple):
 
 def count_work(kernel: KernelName, problem: TileProblem, tile: Tile) -> tuple[Work, ...]:
     """Return the work of each kind of program of a kernel: two kinds if it computes both gradients."""
+    problem = as_read(kernel, problem, tile)
     if kernel == "forward":
         return (count_forward(problem, tile),)
     if tile.steps > 1:
@@ -74,12 +75,12 @@ def count_forward(problem: TileProblem, tile: Tile) -> Work:
     """Return the work of the forward kernel."""
     window = halo(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.x_align))
     up, down, x_align = problem.spec.up, problem.spec.down, run_alignments(problem, tile)[0]
-    features = _block(problem, tile, _halo_seen(problem, tile, window), window.p, tile.block_c, window.width, x_align, down)
-    result = _block(problem, tile, _targets_seen(problem, tile), window.m, tile.block_c, window.cols, problem.y_align, up)
+    features = _block(problem, tile, problem.x_last, _halo_seen(problem, tile, window), window.p, tile.block_c, window.width, x_align, down)
+    result = _block(problem, tile, problem.y_last, _targets_seen(problem, tile), window.m, tile.block_c, window.cols, problem.y_align, up)
     blocks = -(-problem.channels // tile.block_c)
     active = min(tile.split, blocks)
-    tall = problem.channels_last and window.rows * window.cols < WARPGROUP_ROWS
-    newer = takes_four_warps(problem, tile, window.m if problem.channels_last and not tall else tile.block_c)
+    tall = problem.y_last and window.rows * window.cols < WARPGROUP_ROWS
+    newer = takes_four_warps(problem, tile, window.m if problem.y_last and not tall else tile.block_c)
     band, steps = window.p * window.m, blocks / active
     issued = _issued(tile, steps)
     return Work(
@@ -104,8 +105,9 @@ def count_logit_gradient(problem: TileProblem, tile: Tile) -> Work:
     spec = problem.spec
     window = halo(spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.x_align))
     x_align, y_align = run_alignments(problem, tile)
-    features = _block(problem, tile, _halo_seen(problem, tile, window), window.p, tile.block_c, window.width, x_align, spec.down)
-    gradients = _block(problem, tile, _targets_seen(problem, tile), window.m, tile.block_c, window.cols, y_align, spec.up)
+    seen = _halo_seen(problem, tile, window)
+    features = _block(problem, tile, problem.x_last, seen, window.p, tile.block_c, window.width, x_align, spec.down)
+    gradients = _block(problem, tile, problem.y_last, _targets_seen(problem, tile), window.m, tile.block_c, window.cols, y_align, spec.up)
     steps = -(-problem.channels // tile.block_c)
     issued = _issued(tile, steps)
     newer = takes_four_warps(problem, tile, window.p)
@@ -136,13 +138,15 @@ def count_source_gradient(problem: TileProblem, tile: Tile, blocks: SourceBlocks
     x_align, y_align = run_alignments(problem, tile)
     steps = -(-reached.height * reached.width // blocks.targets)
     targets = steps * blocks.targets
-    gradients = _block(problem, tile, _reach_seen(problem, tile, reached), targets, blocks.channels, reached.width, y_align, spec.up)
-    result = _block(problem, tile, _sources_seen(problem, tile), reached.s, blocks.channels, reached.cols, x_align, spec.down)
+    seen = _reach_seen(problem, tile, reached)
+    gradients = _block(problem, tile, problem.y_last, seen, targets, blocks.channels, reached.width, y_align, spec.up)
+    seen = _sources_seen(problem, tile)
+    result = _block(problem, tile, problem.x_last, seen, reached.s, blocks.channels, reached.cols, x_align, spec.down)
     all_blocks = -(-problem.channels // blocks.channels)
     active = min(tile.split, all_blocks)
     share = all_blocks / active
     issued = share * _issued(tile, steps) / steps
-    newer = takes_four_warps(problem, tile, reached.s if problem.channels_last else blocks.channels)
+    newer = takes_four_warps(problem, tile, reached.s if problem.x_last else blocks.channels)
     rows, cols = cells_seen(problem, tile)
     gathered = spec.taps * rows * cols * spec.up**2 / (LOGITS_PER_GATHER if problem.channels_last else 1)
     band = targets * reached.s
@@ -172,11 +176,12 @@ def count_walk(problem: TileProblem, tile: Tile) -> Work:
     rows = problem.height * spec.up / down
     products = -(-step.height * step.width // step.d)
     targets = products * step.d
-    gradients = _block(problem, tile, (rows, cols), targets, channels, step.width, y_align, spec.up)
+    gradients = _block(problem, tile, problem.y_last, (rows, cols), targets, channels, step.width, y_align, spec.up)
     sources = problem.height * spec.down / down, problem.width * spec.down / across
     # the first column of sources lies half a window before the cells
-    result = _block(problem, tile, sources, step.s, channels, step.cols, math.gcd(x_align, radius) if radius else x_align, spec.down)
-    newer = takes_four_warps(problem, tile, step.s if problem.channels_last else channels)
+    x_align = math.gcd(x_align, radius) if radius else x_align
+    result = _block(problem, tile, problem.x_last, sources, step.s, channels, step.cols, x_align, spec.down)
+    newer = takes_four_warps(problem, tile, step.s if problem.x_last else channels)
     # of the targets that the columns share, a tile reads a part of the weights
     own = problem.width * spec.up / across
     gathered = spec.taps * rows * own / (LOGITS_PER_GATHER if problem.channels_last else 1)
@@ -207,27 +212,35 @@ def find_walk(problem: TileProblem, tile: Tile) -> Walk:
 
 def run_vector(problem: TileProblem, tile: Tile, align: int) -> int:
     """Return the elements to whose multiple the extents of a tile are rounded along rows of features of this alignment."""
-    return 1 if problem.channels_last else min(tile.vector, align)
+    return 1 if problem.shares_pixels else min(tile.vector, align)
 
 
 def run_alignments(problem: TileProblem, tile: Tile) -> tuple[int, int]:
     """Return the alignments of the source and of the target features that the kernels of the gradients use; forward uses the first."""
-    if problem.channels_last:
+    if problem.shares_pixels:
         return problem.x_align, problem.y_align
     return min(problem.x_align, tile.vector), min(problem.y_align, tile.vector)
 
 
 def _block(
-    problem: TileProblem, tile: Tile, seen: tuple[float, float], padded: int, channels: int, width: int, align: int, scale: int
+    problem: TileProblem,
+    tile: Tile,
+    last: bool,
+    seen: tuple[float, float],
+    padded: int,
+    channels: int,
+    width: int,
+    align: int,
+    scale: int,
 ) -> Block:
     """Return the transfer of `channels` channels of a block of `padded` locations, `width` in a row, of which rows x cols are `seen`.
 
-    A cell of the map has `scale` locations in a row.
+    `last` says whether channels are the fastest axis. A cell of the map has `scale` locations in a row.
     """
     rows, cols = seen
     size, threads = problem.element_size, WARP_SIZE * tile.num_warps
     present = min(channels, problem.channels)
-    if problem.channels_last:
+    if last:
         lines = _run_lines(rows * cols, present * size)
     elif width % 2:
         # Triton up to 3.6 lays the threads of a warp along the channels
@@ -235,7 +248,7 @@ def _block(
     else:
         lines = present * _plane_lines(rows, cols * size, problem.width * scale * size)
     # the compiler knows the alignment of the first pixel of a row, and of the others by the width of the block
-    vector = align if problem.channels_last else math.gcd(width, align)
+    vector = align if last else math.gcd(width, align)
     vector = max(1, min(vector, padded * channels // threads))
     instructions = max(padded * channels / vector / WARP_SIZE, tile.num_warps)
     small = tile.num_stages > 1 and NARROWEST_COPY <= vector * size < WIDEST_LOAD

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..geometry import Spec
 from .backend import backward_launches, forward_launches, problem_of
 from .launch import Launch
-from .tile_geometry import Direction, KernelName, Tile, TileProblem
+from .tile_geometry import KernelName, Tile, TileProblem
 
 
 class TrainingStep(NamedTuple):
@@ -24,29 +24,28 @@ class TrainingStep(NamedTuple):
         """Return the properties that the choice of a tile depends on, for the device of the tensors or for one of this capability."""
         return problem_of(self.x, self.logits, self.y, self.spec, capability)
 
-    def build_launches(self, direction: Direction, *, tile: Tile | None = None, capability: tuple[int, int] | None = None) -> list[Launch]:
-        """Return the launches of one pass.
+    def build_launches(self, kernel: KernelName, *, tile: Tile | None = None, capability: tuple[int, int] | None = None) -> list[Launch]:
+        """Return the launches of one pass, or of one gradient.
 
         Args:
-            direction: the pass.
-            tile: replaces the measured or ranked tile; the gradients have one launch then.
+            kernel: "forward" and "backward" are passes.
+            tile: replaces the measured or ranked tile; the gradients of "backward" have one launch then.
             capability: replaces the capability of the device of the tensors.
         """
-        if direction == "forward":
+        if kernel == "forward":
             return forward_launches(self.x, self.logits, self.y, self.lse, self.spec, tile=tile, capability=capability)
-        dx, dlogits = torch.empty_like(self.x), torch.empty_like(self.logits)
+        dx = None if kernel == "logit_gradient" else torch.empty_like(self.x)
+        dlogits = None if kernel == "source_gradient" else torch.empty_like(self.logits)
         tensors = (self.y, self.x, self.logits, self.lse, dx, dlogits)
         return backward_launches(*tensors, self.spec, tile=tile, capability=capability)
 
     def build_launch(self, kernel: KernelName, tile: Tile, capability: tuple[int, int] | None = None) -> Launch:
-        """Return the launch of one kernel with a given tile; the other arguments are as for `build_launches`."""
-        if kernel == "forward" or kernel == "backward":
-            (launch,) = self.build_launches(kernel, tile=tile, capability=capability)
-            return launch
-        dx = torch.empty_like(self.x) if kernel == "source_gradient" else None
-        dlogits = torch.empty_like(self.logits) if kernel == "logit_gradient" else None
-        tensors = (self.y, self.x, self.logits, self.lse, dx, dlogits)
-        (launch,) = backward_launches(*tensors, self.spec, tile=tile, capability=capability)
+        """Return the launch of one kernel with a given tile; the other arguments are as for `build_launches`.
+
+        Raises:
+            ValueError: the tile says that another launch copies features before the kernel.
+        """
+        (launch,) = self.build_launches(kernel, tile=tile, capability=capability)
         return launch
 
 

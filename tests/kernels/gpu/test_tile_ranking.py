@@ -34,6 +34,8 @@ def test_ranked_tiles_are_all_that_fit_the_fastest_first(kernel):
 HALF_NHWC = {"channels_last": True, "x_align": 8, "y_align": 8}
 FLOAT_NHWC = {"element_size": 4, "channels_last": True}
 DOWN = {"spec": Spec(5, down=2), "x_align": 4, "y_align": 2}
+# the last values of tiles that do not walk, for kernels that read a channels_last copy
+COPY = (255, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +87,31 @@ def test_the_choice_of_common_problems(change, forward, backward, logit_gradient
     chosen = [Tile(*tile) for tile in (forward, backward, logit_gradient, source_gradient)]
     assert [choose_tile(kernel, problem) for kernel in KERNELS] == chosen
     assert len(choose_backward(problem)) == launches
+
+
+@pytest.mark.parametrize("kernel", SEPARATE)
+def test_only_large_maps_in_nchw_are_copied(kernel):
+    # 8 MiB of the features that the tiles of either gradient share
+    spec = Spec(5, up=2) if kernel == "logit_gradient" else Spec(5, down=2)
+    large = TileProblem(spec, 256, 128, 128, 1, 2, False, 8, 8, (9, 0))
+    small = large._replace(height=32)
+    assert {tile.transposed for tile in rank_tiles(kernel, large)} == {0, 1}
+    assert choose_tile(kernel, large).transposed
+    for problem in (small, large._replace(channels_last=True)):
+        assert not any(tile.transposed for tile in rank_tiles(kernel, problem))
+    assert not any(tile.transposed for tile in rank_tiles("backward", large))
+
+
+def test_a_copy_must_save_more_than_its_own_time():
+    problem = TileProblem(Spec(5, up=2), 256, 128, 128, 1, 2, False, 8, 8, (9, 0))
+    tile = choose_tile("logit_gradient", problem)
+    alone = estimate_time("logit_gradient", problem, tile).total
+    copy = 2 * 8 * 2**20 / 4.3e6
+    assert rated_time("logit_gradient", problem, tile) > 1.03 * (alone + copy)
+    # the kernel reads pixels, and rows of the other map alone
+    rows = estimate_time("logit_gradient", problem, tile._replace(transposed=0)).total
+    pixels = estimate_time("logit_gradient", problem._replace(channels_last=True), tile._replace(transposed=0)).total
+    assert pixels < alone < rows
 
 
 def test_small_maps_have_one_launch_for_both_gradients_and_large_ones_have_two():

@@ -42,7 +42,7 @@ def test_cpu_tensors_need_the_interpreter():
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_a_training_step_takes_no_scratch_memory(memory_format):
+def test_a_training_step_of_small_maps_takes_no_scratch_memory(memory_format):
     x, logits, y, lse, spec = build_training_step(1, 64, 25, 42, Spec(5, up=2), torch.float16, memory_format)
     dy, dx, dlogits = (torch.empty_like(t) for t in (y, x, logits))
     launches = [*forward_launches(x, logits, y, lse, spec), *backward_launches(dy, x, logits, lse, dx, dlogits, spec)]
