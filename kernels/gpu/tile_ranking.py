@@ -16,8 +16,8 @@ TOGETHER: tuple[KernelName, ...] = ("backward",)
 SEPARATE: tuple[KernelName, ...] = ("logit_gradient", "source_gradient")
 # a limit of registers that is this much below the estimate makes a kernel spill too many of them
 MOST_OVER_LIMIT = 1.3
-# least predicted time without a copy of features, over that with it, that is worth its memory and its launch
-LEAST_ADVANTAGE = 1.03
+# predicted time without a copy of features, over that with it, from which on a copy is made: more than the error of the model
+LEAST_ADVANTAGE = 1.1
 
 
 @lru_cache(maxsize=4096)
@@ -28,7 +28,7 @@ def rank_tiles(kernel: KernelName, problem: TileProblem) -> tuple[Tile, ...]:
 
 
 def rated_time(kernel: KernelName, problem: TileProblem, tile: Tile, resources: Resources | None = None) -> float:
-    """Return the predicted time of a kernel in microseconds; with the copy that it reads, if it reads one, and some more for its memory."""
+    """Return the predicted time of a kernel in microseconds; with the copy that it reads, if it reads one, and more for its memory."""
     time = estimate_time(kernel, problem, tile, resources).total
     return (time + transposition_microseconds(kernel, problem, tile)) * LEAST_ADVANTAGE if tile.transposed else time
 

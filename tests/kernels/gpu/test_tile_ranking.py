@@ -4,7 +4,7 @@ import pytest
 from carafepp.kernels.geometry import Spec
 from carafepp.kernels.gpu.tile_geometry import KERNELS, Tile, TileProblem
 from carafepp.kernels.gpu.tile_limits import fitting_tiles
-from carafepp.kernels.gpu.tile_ranking import SEPARATE, choose_backward, choose_tile, rank_tiles
+from carafepp.kernels.gpu.tile_ranking import SEPARATE, choose_backward, choose_tile, rank_tiles, rated_time
 from carafepp.kernels.gpu.tile_time import estimate_time
 
 PROBLEM = TileProblem(Spec(5, up=2), 256, 25, 42, 1, 2, False, 2, 4, (8, 0))
@@ -27,7 +27,7 @@ def test_ranked_tiles_are_all_that_fit_the_fastest_first(kernel):
     assert tiles[0] == choose_tile(kernel, PROBLEM)
     assert sorted(tiles) == sorted(fitting_tiles(kernel, PROBLEM))
     assert len(set(tiles)) == len(tiles) > 10
-    times = [estimate_time(kernel, PROBLEM, tile).total for tile in tiles]
+    times = [rated_time(kernel, PROBLEM, tile) for tile in tiles]
     assert times == sorted(times)
 
 
@@ -46,9 +46,9 @@ COPY = (255, 1, 1)
         ({"element_size": 4}, (1, 8, 2, 32, 1, 2, 1), (4, 4, 4, 32, 2, 4, 1), (4, 4, 4, 32, 1, 4, 1), (4, 4, 4, 256, 1, 4, 1), 2),
         (
             {"capability": (9, 0)},
-            (1, 8, 2, 64, 1, 4, 1),
+            (1, 8, 1, 64, 1, 4, 1, *COPY),
             (4, 4, 1, 64, 1, 4, 2),
-            (1, 8, 4, 32, 1, 4, 1),
+            (1, 8, 1, 64, 1, 4, 1, *COPY),
             (2, 8, 4, 256, 1, 8, 1, 128, 16),
             2,
         ),
@@ -70,10 +70,17 @@ COPY = (255, 1, 1)
         ),
         (DOWN, (1, 14, 4, 32, 1, 2, 1), (2, 4, 2, 32, 1, 4, 2), (1, 14, 2, 32, 1, 4, 1), (2, 4, 2, 128, 1, 8, 1, 128, 8), 2),
         (DOWN | HALF_NHWC, (4, 4, 1, 64, 1, 2, 1), (2, 4, 1, 32, 1, 4, 2), (4, 4, 1, 64, 1, 4, 1), (2, 2, 1, 256, 1, 8, 1, 128, 16), 2),
-        (DOWN | {"element_size": 4}, (2, 7, 2, 32, 1, 2, 1), (2, 4, 2, 32, 4, 4, 1), (2, 7, 2, 32, 1, 4, 1), (2, 4, 2, 128, 1, 4, 1), 2),
+        (
+            DOWN | {"element_size": 4},
+            (2, 7, 2, 32, 1, 2, 1),
+            (2, 4, 2, 32, 4, 4, 1),
+            (2, 7, 2, 32, 1, 4, 1),
+            (2, 2, 1, 256, 1, 4, 1, *COPY),
+            2,
+        ),
         (
             {"spec": Spec(5, up=3, down=2)},
-            (2, 2, 1, 64, 1, 2, 2),
+            (1, 2, 1, 64, 1, 2, 1, *COPY),
             (2, 2, 1, 64, 1, 4, 2),
             (2, 2, 2, 32, 1, 4, 1),
             (1, 4, 4, 256, 1, 8, 1, 128, 16),
@@ -107,7 +114,7 @@ def test_a_copy_must_save_more_than_its_own_time():
     tile = choose_tile("logit_gradient", problem)
     alone = estimate_time("logit_gradient", problem, tile).total
     copy = 2 * 8 * 2**20 / 4.3e6
-    assert rated_time("logit_gradient", problem, tile) > 1.03 * (alone + copy)
+    assert rated_time("logit_gradient", problem, tile) > 1.1 * (alone + copy)
     # the kernel reads pixels, and rows of the other map alone
     rows = estimate_time("logit_gradient", problem, tile._replace(transposed=0)).total
     pixels = estimate_time("logit_gradient", problem._replace(channels_last=True), tile._replace(transposed=0)).total
