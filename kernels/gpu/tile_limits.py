@@ -22,6 +22,8 @@ SHARED_BYTES = 96 * 1024
 CELLS = ((1, 1), (1, 2), (1, 4), (1, 8), (1, 14), (1, 16), (2, 2), (2, 4), (2, 7), (2, 8), (3, 4), (4, 4))
 LARGEST_CELLS = 16
 VECTORS = (1, 2, 4)
+# the widest of forward
+FORWARD_VECTOR = 2
 # what a search by measurement tries in addition
 WIDE_CELLS = ((1, 7), (2, 16), (4, 7), (4, 8))
 WIDE_CHANNELS, WIDE_WARPS, WIDE_STAGES, WIDE_CAPS = (128, 64, 32), (2, 4, 8), (1, 2, 3, 4), (255, 168, 128)
@@ -170,6 +172,8 @@ def _vectors(kernel: KernelName, problem: TileProblem) -> tuple[int, ...]:
 def _candidates(kernel: KernelName, problem: TileProblem, vectors: tuple[int, ...]) -> Iterator[Tile]:
     half, newer = problem.element_size == 2, problem.capability >= (9, 0)
     if kernel == "forward":
+        # wider vectors widen the halo by more than they save
+        vectors = tuple(vector for vector in vectors if vector <= FORWARD_VECTOR)
         # a product of the newer matrix units has 64 rows, which may be the channels
         channels = (64,) if newer else (64, 32) if half else (32, 16)
     elif kernel == "backward":
