@@ -54,20 +54,26 @@ def time_tiles(step: TrainingStep, kernel: KernelName, limit: int, patience: int
     """
     expected = compute_results(step, kernel)
     # the gradients read the log-sum-exp of forward
-    (forward,) = step._replace(y=torch.empty_like(step.y)).build_launches("forward")
-    forward.start(compile_for_current_device(forward))
+    for launch in step._replace(y=torch.empty_like(step.y)).build_launches("forward"):
+        launch.start(compile_for_current_device(launch))
     target = triton.runtime.driver.active.get_current_target()
-    launches = {tile: step.build_launch(kernel, tile) for tile in rank_wide_tiles(kernel, step.problem())[:limit]}
+    # a kernel may have the launch of a copy before it
+    launches = {tile: step.build_launches(kernel, tile=tile) for tile in rank_wide_tiles(kernel, step.problem())[:limit]}
     pool = ThreadPoolExecutor()
-    compiled = {tile: pool.submit(triton.compile, launch.source(), target, launch.options) for tile, launch in launches.items()}
+    compiled = {tile: [pool.submit(triton.compile, x.source(), target, x.options) for x in each] for tile, each in launches.items()}
 
     def measure(tile: Tile) -> float:
-        start = functools.partial(launches[tile].start, compiled[tile].result())
+        starts = [functools.partial(x.start, code.result()) for x, code in zip(launches[tile], compiled[tile], strict=True)]
+
+        def start() -> None:
+            for launch in starts:
+                launch()
+
         try:
             start()
         except triton.runtime.errors.OutOfResources:
             raise UnusableTileError("needs more than a multiprocessor has") from None
-        check_results(launches[tile], expected)
+        check_results(launches[tile][-1], expected)
         return median(measure_milliseconds(start, step.x.device) for _ in range(MEASUREMENTS))
 
     try:
@@ -131,7 +137,7 @@ def count_instructions(step: TrainingStep, kernel: KernelName, limit: int, capab
     """
     pair = divmod(capability, 10)
     for tile in rank_tiles(kernel, step.problem(pair))[:limit]:
-        launch = step.build_launch(kernel, tile, pair)
-        assembly = read_assembly(compile_launch(launch, capability))
-        if not assembly.spills and assembly.blocks:
-            yield assembly.instructions * launch.num_warps * launch.grid[0] / 1e6, tile
+        launches = step.build_launches(kernel, tile=tile, capability=pair)
+        codes = [read_assembly(compile_launch(launch, capability)) for launch in launches]
+        if all(not code.spills and code.blocks for code in codes):
+            yield sum(code.instructions * x.num_warps * x.grid[0] for x, code in zip(launches, codes, strict=True)) / 1e6, tile

@@ -6,6 +6,7 @@ from carafepp.kernels.geometry import Spec
 
 pytest.importorskip("triton")
 
+from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
 from carafepp.kernels.gpu.tile_geometry import KERNELS, Tile, TileProblem
 from carafepp.kernels.gpu.tile_ranking import choose_tile, rank_tiles, rank_wide_tiles
 from carafepp.kernels.gpu.tile_resources import estimate_resources
@@ -25,6 +26,15 @@ def test_without_a_gpu_the_instructions_of_the_highest_ranked_tiles_are_counted(
     found = dict(map(reversed, count_instructions(step, "forward", 2, 80)))
     assert set(found) == set(rank_tiles("forward", step.problem((8, 0)))[:2])
     assert min(found.values()) > 0
+
+
+def test_the_instructions_of_a_copy_count():
+    step = build_training_step(8, 256, 64, 64, Spec(5, up=2), torch.float16, torch.contiguous_format)
+    ((millions, tile),) = count_instructions(step, "logit_gradient", 1, 90)
+    assert tile.transposed
+    _, kernel = step.build_launches("logit_gradient", tile=tile, capability=(9, 0))
+    alone = read_assembly(compile_launch(kernel, 90)).instructions * kernel.num_warps * kernel.grid[0] / 1e6
+    assert alone < millions < 2 * alone
 
 
 PROBLEM = TileProblem(Spec(5, up=2), 256, 25, 42, 8, 2, True, 8, 8, (9, 0))
