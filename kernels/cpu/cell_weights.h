@@ -19,16 +19,18 @@ namespace carafepp {
 // Takes them from the planes of the tile.
 template <class T> struct PlaneWeights {
     const Planes<T>& planes;
-    Index pitch, windows, step;  // values from the weights of a tap to those of the next
-    std::vector<T> strip;        // [cell][tap][sub]
+    Index pitch, windows;
+    Index cells = LANES<T>;     // cells of a strip
+    Index tap_step, cell_step;  // values from the weights of a tap, or of a cell, to those of the next
+    std::vector<T> strip;       // [cell][tap][sub]
 
     PlaneWeights(const Task& task, const Scratch<T>& scratch)
-        : planes(scratch.weights), pitch(task.grid.pitch), windows(task.problem.windows()), step(task.problem.subs()),
+        : planes(scratch.weights), pitch(task.grid.pitch), windows(task.problem.windows()), tap_step(task.problem.subs()), cell_step(windows),
           strip(LANES<T> * windows) {}
-    // Returns the weights of a cell; the cells of a row are asked for one after the other.
+    // Returns the weights of the strip that begins with a cell of the tile.
     const T* find(Index i, Index j) {
-        if (j % LANES<T> == 0) transpose_matrix<T>(planes.data + i * pitch + j, planes.plane, windows, LANES<T>, strip.data(), windows);
-        return strip.data() + j % LANES<T> * windows;
+        transpose_matrix<T>(planes.data + i * pitch + j, planes.plane, windows, LANES<T>, strip.data(), windows);
+        return strip.data();
     }
 };
 
@@ -41,17 +43,17 @@ template <class T> bool fills_lanes(const Problem& problem, const Tensor& logits
 // Normalises adjacent logits with cells and their sub-pixels in the lanes.
 template <class S, class T> struct CellWeights {
     const Task& task;
-    Index subs, cells;     // cells of a strip
-    Index step;            // values from the weights of a tap to those of the next
-    std::vector<T> strip;  // [tap][cell][sub]
-    std::vector<T> lse;    // [cell][sub], if it is needed
+    Index subs, cells;          // cells of a strip
+    Index tap_step, cell_step;  // values from the weights of a tap, or of a cell, to those of the next
+    std::vector<T> strip;       // [tap][cell][sub]
+    std::vector<T> lse;         // [cell][sub], if it is needed
 
     explicit CellWeights(const Task& task)
-        : task(task), subs(task.problem.subs()), cells(ABREAST * LANES<T> / subs), step(ABREAST * LANES<T>),
-          strip(task.problem.taps() * step), lse(task.call.lse ? step : 0) {}
+        : task(task), subs(task.problem.subs()), cells(ABREAST * LANES<T> / subs), tap_step(ABREAST * LANES<T>),
+          cell_step(subs), strip(task.problem.taps() * tap_step), lse(task.call.lse ? tap_step : 0) {}
     const T* find(Index i, Index j) {
-        if (j % cells == 0) fill(task.tile.row + i, task.tile.column + j, std::min(cells, task.tile.columns - j));
-        return strip.data() + j % cells * subs;
+        fill(task.tile.row + i, task.tile.column + j, std::min(cells, task.tile.columns - j));
+        return strip.data();
     }
 
 private:
@@ -59,23 +61,19 @@ private:
         const Problem& problem = task.problem;
         const Index taps = problem.taps(), stride = task.call.logits.strides[5];
         const S* logits = task.call.logits.at<S>(task.image, task.group * taps) + row * task.call.logits.strides[4] + column * stride;
-        if (subs == 1) transpose_matrix<T>(logits, stride, count, taps, strip.data(), step);
-        else if (subs == 4) copy_cells<4>(logits, stride, count);
-        else copy_cells<16>(logits, stride, count);
+        if (subs == 1) transpose_matrix<T, 1>(logits, stride, count, taps, strip.data(), tap_step);
+        if constexpr (LANES<T> >= 4)
+            if (subs == 4) transpose_matrix<T, 4>(logits, stride, count, taps, strip.data(), tap_step);
+        if constexpr (LANES<T> >= 16)
+            if (subs == 16) transpose_matrix<T, 16>(logits, stride, count, taps, strip.data(), tap_step);
         with_count<ABREAST>(ceil_div(count * subs, LANES<T>), [&](auto vectors) { normalize<decltype(vectors)::value>(); });
         if (!lse.empty()) write_lse(row, column, count);
-    }
-    template <int SUBS> void copy_cells(const S* logits, Index stride, Index count) {
-        const Index taps = task.problem.taps();
-        for (Index cell = 0; cell < count; ++cell, logits += stride)
-            for (Index tap = 0; tap < taps; ++tap)
-                for (int sub = 0; sub < SUBS; ++sub) strip[tap * step + cell * SUBS + sub] = widen(logits[tap * SUBS + sub]);
     }
     template <int V> void normalize() {
         const Problem& problem = task.problem;
         if (problem.normalizer == NONE) return;
-        if (problem.normalizer != SIGMOID) return softmax<V>(problem, strip.data(), step, lse.empty() ? nullptr : lse.data());
-        for (Index first = 0; first < Index(strip.size()); first += step)
+        if (problem.normalizer != SIGMOID) return softmax<V>(problem, strip.data(), tap_step, lse.empty() ? nullptr : lse.data());
+        for (Index first = 0; first < Index(strip.size()); first += tap_step)
             for (int v = 0; v < V; ++v) {
                 T* weights = &strip[first + v * LANES<T>];
                 store(weights, sigmoid<T>(load(weights)));

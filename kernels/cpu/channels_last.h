@@ -12,6 +12,7 @@
 #include "borders.h"
 #include "call.h"
 #include "cell_weights.h"
+#include "channel_sums.h"
 #include "index.h"
 #include "pixels.h"
 #include "scratch.h"
@@ -23,53 +24,8 @@
 
 namespace carafepp {
 
-// Number of channel vectors that are summed together, and number of taps whose gradients are summed together.
-constexpr int CHANNEL_VECTORS = 4, GRADIENT_TAPS = 5;
-
-// The terms of outputs, or of source gradients, that are summed together: pixels, each with one weight per result.
-template <class S, class T> struct Terms {
-    const S* const* pixels;
-    Index count;
-    const T* weights;
-    Index step;  // values from the weights of a pixel to those of the next
-};
-
-// result[s][c] = sum over terms of weight[term][s] * pixel[term][c], for N results and V vectors of channels from c. `ahead`, unless it is
-// 0, is the distance to results that are prefetched meanwhile.
-template <int N, int V, class S, class T> inline void sum_terms(const Terms<S, T>& terms, Index c, S* const* results, Index ahead) {
-    Vector<T> total[N][V] = {};
-    const T* weight = terms.weights;
-    const S* const* pixel = terms.pixels;
-    // while results are prefetched, the terms are summed in N parts, so that the lines of one result are requested at a time
-    const Index part = ahead ? ceil_div(terms.count, N) : terms.count;
-    for (Index first = 0, s = 0; first < terms.count; first += part, ++s) {
-        if (ahead)
-#pragma GCC unroll 8
-            for (int i = 0; i < V; ++i) __builtin_prefetch(results[s] + ahead + c + i * LANES<T>, 1);
-        for (const auto end = terms.pixels + std::min(first + part, terms.count); pixel != end; ++pixel, weight += terms.step) {
-            Vector<T> v[V];
-#pragma GCC unroll 8
-            for (int i = 0; i < V; ++i) v[i] = load(*pixel + c + i * LANES<T>);
-#pragma GCC unroll 8
-            for (int s = 0; s < N; ++s)
-#pragma GCC unroll 8
-                for (int i = 0; i < V; ++i) total[s][i] += weight[s] * v[i];
-        }
-    }
-#pragma GCC unroll 8
-    for (int s = 0; s < N; ++s)
-#pragma GCC unroll 8
-        for (int i = 0; i < V; ++i) store(results[s] + c + i * LANES<T>, total[s][i]);
-}
-
-// The same for all channels; the last vector may repeat channels of the one before it.
-template <int N, class S, class T> inline void sum_all_channels(const Terms<S, T>& terms, Index channels, S* const* results, Index ahead) {
-    constexpr Index block = CHANNEL_VECTORS * LANES<T>;
-    Index c = 0;
-    for (; c + block <= channels; c += block) sum_terms<N, CHANNEL_VECTORS>(terms, c, results, ahead);
-    for (; c + LANES<T> <= channels; c += LANES<T>) sum_terms<N, 1>(terms, c, results, ahead);
-    if (c < channels) sum_terms<N, 1>(terms, channels - LANES<T>, results, ahead);
-}
+// Number of taps whose gradients are summed together.
+constexpr int GRADIENT_TAPS = 5;
 
 // Lane i of the result is the sum of the lanes of v[i]. Neighbours are added and packed, log2(LANES) times; v is overwritten.
 template <class T, std::size_t... I> inline Vector<T> add_neighbours(Vector<T> a, Vector<T> b, std::index_sequence<I...>) {
@@ -114,62 +70,59 @@ inline void multiply_channels(const S* const* doutput, const S* const* source, I
         for (int s = 0; s < N; ++s) sums[k * N + s] = total[k][s];
 }
 
-// Returns the distance from an output to the one of the same sub-pixel two cells later, or 0 if the outputs fit into the caches.
-template <class S> Index prefetch_distance(const Problem& problem, const PixelMap<S>& output) {
-    constexpr Index cached = 2 << 20;  // bytes
-    const bool large = problem.batch * problem.channels * output.height * output.width * Index(sizeof(S)) > cached;
-    return large ? 2 * output.factor * output.column_stride : 0;
-}
-
-// The terms of a window without those of the zeros outside the map, which add nothing unless a weight is infinite or NaN.
-template <class S, class T> struct InnerTerms {
-    std::vector<const S*> pixels;
-    std::vector<T> weights;
-
-    explicit InnerTerms(Index taps) : pixels(taps), weights(taps * SUBS) {}
-    template <int N> Terms<S, T> select(const WindowPixels<S>& window, const Terms<S, T>& all) {
-        const T* weight = all.weights;
-        const S** pixel = pixels.data();
-        T* to = weights.data();
-        for (const S* candidate : window.pixels) {
-            if (candidate != window.zeros.data()) {
-                *pixel++ = candidate;
-#pragma GCC unroll 8
-                for (int s = 0; s < N; ++s) *to++ = weight[s];
-            }
-            weight += all.step;
-        }
-        return {pixels.data(), Index(pixel - pixels.data()), weights.data(), N};
-    }
-};
-
-// `cells` is PlaneWeights or CellWeights.
-template <class S, class Weights> void channels_last_forward(const Task& task, Weights cells) {
+// `weights` is PlaneWeights or CellWeights.
+template <class S, class Weights> void channels_last_forward(const Task& task, Weights weights) {
     using T = Compute<S>;
     const Tile& tile = task.tile;
-    const Index channels = task.problem.group_channels(), down = task.problem.down;
+    const Problem& problem = task.problem;
+    const Index channels = problem.group_channels(), down = problem.down, kernel = problem.kernel;
     const PixelMap<S> output = output_pixels<S>(task, task.call.y);
     const std::vector<RunPixels<S>> runs = output_runs(task, output);
-    const Index ahead = prefetch_distance(task.problem, output);
+    const Writing writing = choose_writing(problem, output, task.call.y);
     WindowPixels<S> source(task);
+    const PixelMap<const S>& map = source.map;
+    // zeros outside the map add nothing unless a weight is infinite or NaN
+    const bool skips_zeros = !map.padding && problem.divides_by_sum();
     std::vector<S> unused(channels);
-    InnerTerms<S, T> inner(task.problem.taps());
-    for (Index i = 0; i < tile.rows; ++i)
-        for (Index j = 0; j < tile.columns; ++j) {
-            const T* weights = cells.find(i, j);
-            const Index row = tile.row + i, column = tile.column + j;
-            for (const RunPixels<S>& run : runs) {
-                source.find(row * down + run.window_row, column * down + run.window_column);
-                S* outputs[SUBS];
-                run.find(output, row, column, unused.data(), outputs);
-                const Terms<S, T> all{source.pixels.data(), Index(source.pixels.size()), weights + run.run.first, cells.step};
-                const bool fewer = source.leaves_map && task.problem.divides_by_sum();
-                with_count(run.run.count, [&](auto count) {
-                    constexpr int N = decltype(count)::value;
-                    sum_all_channels<N>(fewer ? inner.template select<N>(source, all) : all, channels, outputs, ahead);
-                });
+    // sums a run of the cells of a row from `column` on, one or more of those before `end`; returns the column of the next
+    auto sum_run = [&](const RunPixels<S>& run, Index row, Index column, Index end, const T* first_weights) {
+        const Index top = row * down + run.window_row, left = column * down + run.window_column;
+        const Index above = std::max<Index>(0, -top), before = std::max<Index>(0, -left);
+        const Index rows = std::min(kernel, map.height - top) - above, columns = std::min(kernel, map.width - left) - before;
+        const bool in_rectangle = skips_zeros || (rows == kernel && columns == kernel);
+        // cells that have all outputs, and cells before `last`, whose windows end inside the map
+        const bool complete = (row + 1) * output.factor <= output.height && (column + 1) * output.factor <= output.width;
+        const Index last = std::min(floor_div(map.width - kernel - run.window_column, down) + 1, output.width / output.factor);
+        const bool several = complete && in_rectangle && columns == kernel;
+        const Index cells = several ? std::min(end, last) - column : 1;
+        std::array<S*, SUBS> outputs;
+        run.find(output, row, column, unused.data(), outputs.data());
+        const Writing how = complete ? writing : Writing{};
+        with_count(run.run.count, [&](auto count) {
+            constexpr int N = decltype(count)::value;
+            if (in_rectangle) {
+                const S* pixel = map.data + (top + above) * map.row_stride + (left + before) * map.column_stride;
+                const Index row_step = kernel * weights.tap_step;
+                const Rectangle<S, T> terms{pixel, rows, columns, map.row_stride, map.column_stride,
+                                            first_weights + above * row_step + before * weights.tap_step, row_step, weights.tap_step};
+                return sum_cells<N>(terms, down * map.column_stride, weights.cell_step, channels, outputs, output.factor * output.column_stride,
+                                    how, cells);
             }
+            source.find(top, left);
+            const Terms<S, T> terms{source.pixels.data(), Index(source.pixels.size()), first_weights, weights.tap_step};
+            sum_all_channels<N, T>(terms, channels, outputs.data(), how);
+        });
+        return column + cells;
+    };
+    for (Index i = 0; i < tile.rows; ++i)
+        for (Index j = 0; j < tile.columns; j += weights.cells) {
+            const T* strip = weights.find(i, j);
+            const Index begin = tile.column + j, end = tile.column + std::min(j + weights.cells, tile.columns);
+            for (const RunPixels<S>& run : runs)
+                for (Index column = begin; column < end;)
+                    column = sum_run(run, tile.row + i, column, end, strip + (column - begin) * weights.cell_step + run.run.first);
         }
+    if (writing.streams) end_streams();
 }
 
 // The planes of the weights with which NEIGHBOURS consecutive cells read one output; ABSENT for a cell that does not read it.
@@ -217,7 +170,7 @@ template <class S, class T> void channels_last_dx(const Task& task, const Scratc
                     sources[k] = source.pixel(row * problem.down + phase / problem.down, (column + k) * problem.down + phase % problem.down);
                     if (!sources[k] || j + k >= tile.columns) sources[k] = unused.data();
                 }
-                sum_all_channels<NEIGHBOURS>(Terms<S, T>{pixels.data(), Index(pixels.size()), factors.data(), NEIGHBOURS}, channels, sources, 0);
+                sum_all_channels<NEIGHBOURS, T>(Terms<S, T>{pixels.data(), Index(pixels.size()), factors.data(), NEIGHBOURS}, channels, sources);
             }
     }
     // pixels that are also read at places outside the map: all of their terms again, so that the result is rounded once
@@ -232,7 +185,7 @@ template <class S, class T> void channels_last_dx(const Task& task, const Scratc
                     factors.push_back(weights.at(from.tap, from.sub)[(i - tile.row) * pitch + j - tile.column]);
                 });
         S* pixel = source.pixel(row, column);
-        sum_all_channels<1>(Terms<S, T>{pixels.data(), Index(pixels.size()), factors.data(), 1}, channels, &pixel, 0);
+        sum_all_channels<1, T>(Terms<S, T>{pixels.data(), Index(pixels.size()), factors.data(), 1}, channels, &pixel);
     });
 }
 

@@ -50,7 +50,6 @@ template <class S> struct WindowPixels {
     std::vector<Index> columns;
     std::vector<S> zeros;  // replaces pixels outside the map
     std::vector<const S*> pixels;
-    bool leaves_map = false;
 
     explicit WindowPixels(const Task& task)
         : map(source_pixels<const S>(task, task.call.x, padding(task.problem))), kernel(task.problem.kernel), offsets(kernel * kernel),
@@ -60,8 +59,7 @@ template <class S> struct WindowPixels {
     // Finds the pixels of the window with its first tap at a place that may lie outside the map.
     void find(Index row, Index column) {
         const S** to = pixels.data();
-        leaves_map = row < 0 || column < 0 || row + kernel > map.height || column + kernel > map.width;
-        if (!leaves_map) {
+        if (row >= 0 && column >= 0 && row + kernel <= map.height && column + kernel <= map.width) {
             const S* first = map.data + row * map.row_stride + column * map.column_stride;
             for (const Index offset : offsets) *to++ = first + offset;
             return;

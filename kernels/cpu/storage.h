@@ -65,6 +65,23 @@ inline Vector<float> load(const Float16* from) { return widen_float16<Vector<flo
 inline void store(BFloat16* to, Vector<float> v) { store_halves(to, narrow_bfloat16<Vector<float>, Words>(v)); }
 inline void store(Float16* to, Vector<float> v) { store_halves(to, narrow_float16<Vector<float>, Words>(v)); }
 
+// Whether stores can go past the caches, and such a store, to an address that is a multiple of the bytes stored. `end_streams` follows the
+// last of them, before another thread may read what was stored.
+#if defined(__AVX512F__)
+constexpr bool STREAMS = true;
+template <class T, class S> inline void stream(S* to, Vector<T> v) {
+    S lanes[LANES<T>];
+    store(lanes, v);
+    if constexpr (sizeof(lanes) == 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits<__m512i>(lanes));
+    else _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits<__m256i>(lanes));
+}
+inline void end_streams() { _mm_sfence(); }
+#else
+constexpr bool STREAMS = false;
+template <class T, class S> inline void stream(S* to, Vector<T> v) { store(to, v); }
+inline void end_streams() {}
+#endif
+
 // Loads only the first `count` lanes: none if it is negative, all if it exceeds their number. The other lanes are 0.
 template <class T, class S> inline Vector<T> load_part(const S* from, Index count) {
     if (count >= LANES<T>) return load(from);

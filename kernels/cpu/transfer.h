@@ -72,35 +72,37 @@ template <int U, class S, class T> inline void merge_row(const T* from, Index pl
         for (Index u = 0; u < phases; ++u) to[(j * phases + u) * stride] = narrow<S>(from[u * plane + j]);
 }
 
-// to[column][row] = from[row][column] for a block of LANES rows and columns, or of fewer unless it is WHOLE. Prefetches the block below.
-template <bool WHOLE, class T, class From, class To>
+// to[column][row] = from[row][column] for a block of LANES / U rows and columns, or of fewer unless it is WHOLE; an element has U adjacent
+// values. Prefetches rows below.
+template <bool WHOLE, class T, int U, class From, class To>
 inline void transpose_block(const From* from, Index from_stride, Index rows, Index columns, To* to, Index to_stride) {
-    Vector<T> v[LANES<T>];
+    constexpr int side = LANES<T> / U;
+    Vector<T> v[side];
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES<T>; ++i) {
+    for (int i = 0; i < side; ++i) {
         __builtin_prefetch(from + LANES<T> * from_stride);
-        v[i] = WHOLE ? load(from) : load_part<T>(from, columns);
+        v[i] = WHOLE ? load(from) : load_part<T>(from, columns * U);
         // rows that do not exist repeat the last one
         if (WHOLE || i + 1 < rows) from += from_stride;
     }
-    transpose<T>(v);
+    transpose<T, U>(v);
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES<T>; ++i, to += to_stride)
+    for (int i = 0; i < side; ++i, to += to_stride)
         if (WHOLE) store(to, v[i]);
-        else if (i < columns) store_part<T>(to, v[i], rows);
+        else if (i < columns) store_part<T>(to, v[i], rows * U);
 }
 // The same for a matrix of any size; the last blocks may repeat a part of those before them.
-template <class T, class From, class To>
+template <class T, int U = 1, class From, class To>
 NOINLINE void transpose_matrix(const From* from, Index from_stride, Index rows, Index columns, To* to, Index to_stride) {
-    constexpr Index lanes = LANES<T>;
-    const Index high = std::min(rows, lanes), wide = std::min(columns, lanes);
-    for (Index row = 0; row < rows; row += lanes)
-        for (Index column = 0; column < columns; column += lanes) {
+    constexpr Index side = LANES<T> / U;
+    const Index high = std::min(rows, side), wide = std::min(columns, side);
+    for (Index row = 0; row < rows; row += side)
+        for (Index column = 0; column < columns; column += side) {
             const Index i = std::min(row, rows - high), j = std::min(column, columns - wide);
-            const From* block = from + i * from_stride + j;
-            To* target = to + j * to_stride + i;
-            if (high == lanes && wide == lanes) transpose_block<true, T>(block, from_stride, high, wide, target, to_stride);
-            else transpose_block<false, T>(block, from_stride, high, wide, target, to_stride);
+            const From* block = from + i * from_stride + j * U;
+            To* target = to + j * to_stride + i * U;
+            if (high == side && wide == side) transpose_block<true, T, U>(block, from_stride, high, wide, target, to_stride);
+            else transpose_block<false, T, U>(block, from_stride, high, wide, target, to_stride);
         }
 }
 

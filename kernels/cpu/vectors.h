@@ -48,8 +48,8 @@ template <class T> inline Vector<T> load(const T* from) {
     return v;
 }
 // Loads into a register. Compilers tend to fold a load into each of its uses, so that every use waits for the cache.
-template <class T> inline Vector<T> load_once(const T* from) {
-    Vector<T> v = load(from);
+template <class S> inline auto load_once(const S* from) {
+    auto v = load(from);
 #if defined(__x86_64__)
     asm("" : "+v"(v));
 #endif
@@ -67,22 +67,23 @@ template <class T, int... I> inline Vector<T> shuffle(Vector<T> a, Vector<T> b) 
 #endif
 }
 
-// Transposes LANES vectors in place: lane j of vector i becomes lane i of vector j. Every step interleaves the lanes of the two halves.
-template <class T, std::size_t... I>
+// Transposes a square matrix in place, whose rows are LANES / U vectors of elements of U values each: element j of vector i becomes element
+// i of vector j. Every step interleaves the elements of the two halves.
+template <class T, int U, std::size_t... I>
 inline void interleave(const Vector<T>& a, const Vector<T>& b, Vector<T>* to, std::index_sequence<I...>) {
-    constexpr int lanes = LANES<T>;
-    to[0] = shuffle<T, (int(I) / 2 + int(I) % 2 * lanes)...>(a, b);
-    to[1] = shuffle<T, ((lanes + int(I)) / 2 + int(I) % 2 * lanes)...>(a, b);
+    constexpr int lanes = LANES<T>, side = lanes / U;
+    to[0] = shuffle<T, (int(I) / U / 2 * U + int(I) % U + int(I) / U % 2 * lanes)...>(a, b);
+    to[1] = shuffle<T, ((side + int(I) / U) / 2 * U + int(I) % U + int(I) / U % 2 * lanes)...>(a, b);
 }
-template <class T> inline void transpose(Vector<T>* v) {
-    Vector<T> w[LANES<T>];
+template <class T, int U = 1> inline void transpose(Vector<T>* v) {
+    constexpr int side = LANES<T> / U;
+    Vector<T> w[side];
 #pragma GCC unroll 4
-    for (int step = 1; step < LANES<T>; step *= 2) {
+    for (int step = 1; step < side; step *= 2) {
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES<T> / 2; ++i)
-            interleave<T>(v[i], v[i + LANES<T> / 2], &w[2 * i], std::make_index_sequence<LANES<T>>{});
+        for (int i = 0; i < side / 2; ++i) interleave<T, U>(v[i], v[i + side / 2], &w[2 * i], std::make_index_sequence<LANES<T>>{});
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES<T>; ++i) v[i] = w[i];
+        for (int i = 0; i < side; ++i) v[i] = w[i];
     }
 }
 

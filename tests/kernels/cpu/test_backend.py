@@ -98,11 +98,13 @@ def test_bits_do_not_depend_on_the_memory_format_of_the_logits(spec, columns):
 
 
 @pytest.mark.parametrize("spec", [Spec(1, up=2), Spec(3, up=3, down=2), Spec(5, up=2)], ids=str)
-def test_bits_do_not_depend_on_the_size_of_the_batch(spec):
-    """The outputs of many images do not fit into the caches and are prefetched."""
-    x, logits, _ = random_inputs(1, 84, 13, 15, spec, layouts="channels_last", spread=2.0)
+@pytest.mark.parametrize(("channels", "dtype"), [(84, torch.float32), (96, torch.float32), (96, torch.bfloat16)], ids=str)
+def test_bits_do_not_depend_on_the_size_of_the_batch(spec, channels, dtype):
+    """The outputs of many images do not fit into the caches: they are prefetched or, in whole vectors, stored past the caches."""
+    x, logits, _ = random_inputs(1, channels, 13, 15, spec, layouts="channels_last", spread=2.0)
+    x, logits = x.to(dtype), logits.to(dtype)
     y = reassemble(x, logits, backend="cpu", **spec._asdict())
-    images = -(-(4 << 20) // y.nbytes)
+    images = -(-(9 << 20) // y.nbytes)
     many = [t.expand(images, -1, -1, -1) for t in (x, logits)]
     assert torch.equal(reassemble(*many, backend="cpu", **spec._asdict()), y.expand(images, -1, -1, -1))
 

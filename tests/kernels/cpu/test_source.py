@@ -20,7 +20,7 @@ STANDARD = {
     "atomic": "atomic",
     "cmath": "isinf log",
     "cstddef": "ptrdiff_t size_t",
-    "cstdint": "int32_t int64_t uint16_t uint32_t",
+    "cstdint": "int32_t int64_t uint16_t uint32_t uintptr_t",
     "cstdlib": "abs aligned_alloc free",
     "cstring": "memcpy",
     "initializer_list": "initializer_list",
