@@ -53,14 +53,15 @@ struct Writing {
 };
 
 // Chooses how outputs are written. A store past the caches saves reading the line first, but the next layer then reads it from memory: for
-// outputs that fill much of the caches, both together are no slower.
+// outputs that fill much of the caches, both together are faster. They are slower for the pages that glibc requests anew for every output of
+// 32 MB or more, because the system has just filled these with zeros in the caches.
 template <class S> Writing choose_writing(const Problem& problem, const PixelMap<S>& output, const Tensor& y) {
-    constexpr Index prefetched = 2 << 20, streamed = 8 << 20;  // bytes
+    constexpr Index prefetched = 2 << 20, streamed = 8 << 20, requested = 32 << 20;  // bytes
     constexpr Index lanes = LANES<Compute<S>>;
     const Index bytes = problem.batch * problem.channels * output.height * output.width * Index(sizeof(S));
     const bool aligned = reinterpret_cast<std::uintptr_t>(y.data) % (lanes * sizeof(S)) == 0 && y.strides[0] % lanes == 0 &&
                          output.row_stride % lanes == 0 && output.column_stride % lanes == 0 && problem.group_channels() % lanes == 0;
-    if (STREAMS && bytes > streamed && aligned) return {0, true};
+    if (STREAMS && bytes > streamed && bytes < requested && aligned) return {0, true};
     return {bytes > prefetched ? output.factor * output.column_stride : 0, false};
 }
 
