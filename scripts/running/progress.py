@@ -1,6 +1,7 @@
 """The bar of a training: steps, passes over the data, the last losses and the last scores."""
 
 import math
+import sys
 import time
 from typing import Any
 
@@ -13,10 +14,14 @@ from ...tasks.task import Task
 
 
 class PassesBar(ProgressBar):
-    """Progress bar of a training that is one Lightning epoch: it counts optimizer steps, and says in which pass over the data they are."""
+    """Progress bar of a training that is one Lightning epoch: it counts optimizer steps, and says in which pass over the data they are.
+
+    A terminal shows every step, with a bar of the validation below. A file, such as that of a Slurm job, gets a line every ten seconds.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.seconds = 0.1 if sys.stderr.isatty() else 10.0
         self.bar: tqdm | None = None
         self.validation: tqdm | None = None
         self.scores: dict[str, float] = {}
@@ -41,6 +46,7 @@ class PassesBar(ProgressBar):
         total = int(trainer.num_training_batches) // trainer.accumulate_grad_batches
         done = count_steps(trainer)
         options: Any = {"unit": "step", "dynamic_ncols": True, "disable": not self.enabled}
+        options |= {"mininterval": self.seconds, "maxinterval": max(10, self.seconds)}
         self.bar = tqdm(total=total, initial=done, desc=self.describe(trainer, done), **options)
 
     def describe(self, trainer: L.Trainer, steps: int) -> str:
@@ -64,7 +70,7 @@ class PassesBar(ProgressBar):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open a bar of the validation below."""
-        if self.bar is not None:
+        if self.bar is not None and sys.stderr.isatty():
             total = sum(map(int, trainer.num_val_batches))
             self.validation = tqdm(total=total, desc="validation", unit="batch", leave=False, dynamic_ncols=True, disable=not self.enabled)
 

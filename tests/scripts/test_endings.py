@@ -1,12 +1,18 @@
 """What a training shows while it runs, and what trainings and sweeps print at their end."""
 
 import csv
+import io
 import json
 import logging
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 from carafepp.scripts.common import sweep_folder
+from carafepp.scripts.running import progress
 from carafepp.scripts.running.ending import describe_sweep
+from carafepp.scripts.running.progress import PassesBar
 from commands import call
 from report_runs import write_run
 from training import TINY, train_in
@@ -53,6 +59,8 @@ def test_bar_counts_steps_and_passes_and_goes_on_after_a_resume(run, tmp_path, m
     assert "20/20" in lines[-1]
     assert "mIoU=" in lines[-1]
     assert "Epoch" not in said.err
+    # only a terminal has a bar of the validation
+    assert "validation" not in said.err
     scores = json.loads((folder / "result.json").read_text())["metrics"]
     assert f"scores:      mIoU {scores['val/mIoU']:.4f}, pixel_accuracy {scores['val/pixel_accuracy']:.4f}" in said.out
     assert "best:        mIoU " in said.out
@@ -60,6 +68,29 @@ def test_bar_counts_steps_and_passes_and_goes_on_after_a_resume(run, tmp_path, m
     assert "carafepp-predict checkpoint=run/best.ckpt images=PHOTOGRAPHS" in said.out
     assert (folder / "pictures.png").exists()
     assert "carafepp-report runs=run" in said.out
+
+
+@pytest.mark.parametrize(("terminal", "drawn"), [(True, 5), (False, 2)])
+def test_a_file_gets_few_lines_of_the_bar(terminal, drawn, monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    bar = PassesBar()
+    data = SimpleNamespace(train=[0] * 40, batch_size=4, epochs=1.5)
+    batches = SimpleNamespace(total=SimpleNamespace(processed=0))
+    fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=batches))
+    options = {"num_training_batches": 4, "accumulate_grad_batches": 1, "progress_bar_metrics": {}, "datamodule": data}
+    trainer = SimpleNamespace(fit_loop=fit_loop, **options)
+    monkeypatch.setattr(progress, "get_data", lambda trainer: data)
+    bar.on_train_start(trainer, None)
+    for step in range(1, 5):
+        batches.total.processed = step
+        time.sleep(0.12)
+        bar.on_train_batch_end(trainer, None, None, None, step)
+    bar.on_train_end(trainer, None)
+    lines = {line.strip() for line in stream.getvalue().split("\r")} - {""}
+    assert len({line.partition("[")[0] for line in lines}) == drawn
+    assert any("4/4" in line for line in lines)
 
 
 def test_sweep_ends_with_its_table_and_the_next_command(tmp_path, monkeypatch, capsys):
