@@ -41,6 +41,12 @@ def is_whole(path: str | Path) -> bool:
         return False
 
 
+def explain_unreadable(error: Exception) -> str:
+    """Say in a line why torch.load did not read a file as tensors, without its advice to run the code that the file may hold."""
+    reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+    return (reason.strip().splitlines() or [type(error).__name__])[0].partition(". Please")[0]
+
+
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict from a file, or from a checkpoint, without changing names.
 
@@ -61,7 +67,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     # the type of error for a damaged file depends on the place of the damage
     except Exception as error:
-        raise ValueError(f"weights={path} cannot be read: {error}") from error
+        raise ValueError(f"weights={path} cannot be read: {explain_unreadable(error)}") from error
     # files of PyTorch before 1.6 are no archives and have no checksums
     if zipfile.is_zipfile(path) and not is_whole(path):
         raise ValueError(f"weights={path} is damaged: a part does not have its checksum")

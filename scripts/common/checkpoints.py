@@ -10,7 +10,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ...models.weights import is_whole
+from ...models.weights import explain_unreadable, is_whole
 from ...tasks.task import Task
 from .trust import check_config
 
@@ -28,7 +28,7 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"checkpoint={path} cannot be read ({error}); {wanted}") from error
+        raise ValueError(f"checkpoint={path} cannot be read ({explain_unreadable(error)}); {wanted}") from error
     if not is_whole(path):
         raise ValueError(f"checkpoint={path} is damaged: a part does not have its checksum; {wanted}")
     if not isinstance(checkpoint, dict) or not {"config", "state_dict"} <= checkpoint.keys():

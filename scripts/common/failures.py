@@ -18,6 +18,8 @@ from .run_folders import shorten_path
 
 # longer messages, such as torch's about every tensor that does not fit, are cut; error.txt has the rest
 MOST_LINES = 8
+# groups whose choices are samplers
+SLOTS = ("upsampler", "downsampler")
 
 
 def describe_failure(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
@@ -46,8 +48,10 @@ def describe_choice(error: MissingConfigException, arguments: Sequence[str] = ()
     folder = name.rpartition("/")[0] or (experiments[-1] if group == "row" and experiments else "")
     options = list_choices(group, folder) or list_choices(group) or list(error.options or [])
     close = difflib.get_close_matches(name if "/" in name or not folder else f"{folder}/{name}", options, n=1)
-    lines = [f"{group}={name} does not exist" + (f"; did you mean '{close[0]}'?" if close else "")]
-    return "\n".join([*lines, *([f"  choices: {', '.join(options)}"] if options else [])])
+    own = group in SLOTS and "." in name
+    lines = [f"{group}={name} does not exist" + (f"; did you mean '{close[0]}'?" if close and not own else "")]
+    lines += [f"  choices: {', '.join(options)}"] if options else []
+    return "\n".join([*lines, *([f"  a class of your own: {group}._target_={name}"] if own else [])])
 
 
 def describe_error(error: BaseException) -> str:

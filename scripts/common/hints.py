@@ -108,6 +108,8 @@ def explain_key(override: Override, config: dict[str, Any], groups: Sequence[str
             where = f"'{'.'.join(parts[:depth])}'" if depth else "the configuration"
             lines = [f"{key}: '{part}' is not in {where}" + (f"; did you mean '{close[0]}'?" if close else ".")]
             lines.append(f"  keys of {where}: {', '.join(known)}" if known else f"  {where} has no keys; add it: +{override.input_line}")
+            if "_target_" in known:
+                lines.append(f"  an option of the class that is not among them: +{override.input_line}")
             if depth == 0:
                 lines.append(f"  groups (group=choice): {', '.join(sorted(groups))}")
             return lines

@@ -24,6 +24,14 @@ WRONG = [
     ("train scale=small data.train.length.x=3", r"'data.train.length' has no keys; add it: \+data.train.length.x=3"),
     ("train scale=tiny", r"scale=tiny does not exist\n  choices: paper, small"),
     ("train scale=small upsampler=carfe", r"upsampler=carfe does not exist; did you mean 'carafe'\?\n  choices: a2u, bilinear"),
+    (
+        "train scale=small upsampler=my.Sampler",
+        r"my.Sampler does not exist\n.*\n  a class of your own: upsampler._target_=my.Sampler",
+    ),
+    (
+        "train scale=small upsampler._target_=my.Sampler upsampler.width=2",
+        r"'width' is not in 'upsampler'.*\n  keys .*\n  an option of the class that is not among them: \+upsampler.width=2",
+    ),
     ("train -m scale=small upsampler=carfe,carafe", r"upsampler=carfe does not exist; did you mean 'carafe'\?"),
     ("train scale=small upsampler=carafe,bilinear", r"is a sweep, which needs -m"),
     ("train experiment=table44", r"experiment=table44 does not exist; did you mean 'table4'\?\n  choices: .*table2, .*table10"),
@@ -66,7 +74,7 @@ WRONG = [
     ("eval checkpoint=nowhere.ckpt", r"checkpoint=nowhere.ckpt does not exist; give the last.ckpt or best.ckpt of a run folder"),
     ("eval checkpoint=file device=cuda", r"'device' is not in the configuration"),
     ("predict", r"give checkpoint=... images=...\n  checkpoint: .*\n  images: a folder of JPEG and PNG files, or one file"),
-    ("predict checkpoint=file images=.", r"checkpoint=file cannot be read .*; give the last.ckpt or best.ckpt of a run folder"),
+    ("predict checkpoint=file images=.", r"checkpoint=file cannot be read \([^\n]*\); give the last.ckpt or best.ckpt of a run folder"),
     ("predict checkpoint=. images=.", r"checkpoint=. is a folder"),
     ("predict checkpoint=file images=. max_side=0", r"max_side must be at least 1 pixel, got 0"),
     ("report runs=nowhere", r"runs=nowhere is not a folder"),
@@ -102,6 +110,8 @@ def test_wrong_use_gives_one_message(line, message, tmp_path, monkeypatch, capsy
     assert re.search(message, text), text
     said = capsys.readouterr().err + text
     assert "Traceback" not in said
+    # torch's advice would run the code in a file
+    assert "weights_only" not in said
     assert len(said.splitlines()) <= 10, said
     # the stack is where the message says
     for record in re.findall(r"^stack: (.*error.txt)$", text, re.MULTILINE):
