@@ -73,22 +73,22 @@ class Costs(NamedTuple):
 
 
 COSTS = Costs(
-    line=1.04,
-    copy=2.53,
-    shared_pass=0.508,
-    load=1.11,
-    store=4.25,
-    logit=22.1,
-    band=24,
-    exchange=11.8,
-    split=0.275,
-    start=282,
-    instruction=4.49,
-    step=124,
-    stage=0.644,
-    product=516,
-    first=0.429,
-    tail=1.38,
+    line=0.939,
+    copy=2.89,
+    shared_pass=0.708,
+    load=0.395,
+    store=6.82,
+    logit=5.05,
+    band=17.1,
+    exchange=12.3,
+    split=0.826,
+    start=312,
+    instruction=5.72,
+    step=290,
+    stage=0.481,
+    product=421,
+    first=0.627,
+    tail=1.08,
 )
 
 

@@ -45,7 +45,7 @@ def test_registers_and_shared_memory_are_estimated(data):
     assert np.median(registers) == pytest.approx(1, abs=0.05)
     assert np.median(np.abs(np.log(registers))) < 0.1
     # in float32, versions of Triton differ in the operands that they keep in shared memory
-    for element_size, exact in ((2, 0.8), (4, 0.5)):
+    for element_size, exact in ((2, 0.8), (4, 0.45)):
         these = [kernel for kernel in kernels if kernel.shared and kernel.problem.element_size == element_size]
         assert np.mean([abs(np.log(estimate_of(kernel).shared / kernel.shared)) < 0.05 for kernel in these]) > exact
 
