@@ -61,9 +61,17 @@ inline void store_halves(void* to, Words words) {
     std::memcpy(to, &halves, sizeof(halves));
 }
 inline Vector<float> load(const BFloat16* from) { return widen_bfloat16<Vector<float>>(load_halves(from)); }
-inline Vector<float> load(const Float16* from) { return widen_float16<Vector<float>>(load_halves(from)); }
 inline void store(BFloat16* to, Vector<float> v) { store_halves(to, narrow_bfloat16<Vector<float>, Words>(v)); }
+#if defined(__AVX512F__)
+// the processor's own conversions give the same values
+inline Vector<float> load(const Float16* from) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
+inline void store(Float16* to, Vector<float> v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+inline Vector<float> load(const Float16* from) { return widen_float16<Vector<float>>(load_halves(from)); }
 inline void store(Float16* to, Vector<float> v) { store_halves(to, narrow_float16<Vector<float>, Words>(v)); }
+#endif
 
 // Whether stores can go past the caches, and such a store, to an address that is a multiple of the bytes stored. `end_streams` follows the
 // last of them, before another thread may read what was stored.

@@ -109,6 +109,18 @@ def test_bits_do_not_depend_on_the_size_of_the_batch(spec, channels, dtype):
     assert torch.equal(reassemble(*many, backend="cpu", **spec._asdict()), y.expand(images, -1, -1, -1))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_is_read_and_products_are_rounded(dtype, layout):
+    """All bit patterns: subnormal numbers, infinities, NaN, ties and overflow."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = every.reshape(1, 64, 32, 32).contiguous(memory_format=layout)
+    factors = every[torch.randint(0, 1 << 16, (1, 1, 32, 32))]
+    factors[:, :, ::2] = 1
+    y = reassemble_weights(x, factors, kernel_size=1, normalizer="none", backend="cpu")
+    torch.testing.assert_close(y, (x.float() * factors.float()).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 def test_own_threads_give_the_same(monkeypatch):
     """Without PyTorch's OpenMP runtime the kernel starts its own threads."""
     torch.set_num_threads(2)
