@@ -194,7 +194,11 @@ def _candidates(kernel: KernelName, problem: TileProblem, vectors: tuple[int, ..
         stages = (1, 3)
     for cells, vector, split, block_c, num_warps, num_stages in product(CELLS, vectors, splits, channels, warps, stages):
         # eight warps have room for the largest tiles, and too little work in the others
-        if num_warps == 8 and cells[0] * cells[1] < LARGEST_CELLS:
+        large = cells[0] * cells[1] >= LARGEST_CELLS
+        if num_warps == 8 and not large:
+            continue
+        # both gradients together spill in large tiles with narrow vectors
+        if kernel == "backward" and large and vector < vectors[-1]:
             continue
         if split == 1 or block_c * split <= problem.channels:
             yield Tile(*cells, vector, block_c, split, num_warps, num_stages)
