@@ -150,10 +150,18 @@ def may_transpose(kernel: KernelName, problem: TileProblem) -> bool:
     return kernel in COPIED and not problem.channels_last and copied_bytes(problem, COPIED[kernel]) >= LEAST_COPIED_BYTES
 
 
+def gains_by_copy(kernel: KernelName, problem: TileProblem) -> bool:
+    """Return whether a kernel that reads a copy was the faster one where both were measured: in 16 bits, and not with the larger map.
+
+    The gradient to the logits gains by a copy of the larger map, too.
+    """
+    return problem.element_size == 2 and (kernel == "logit_gradient" or (kernel == "forward" and problem.spec.up > problem.spec.down))
+
+
 def candidate_tiles(kernel: KernelName, problem: TileProblem) -> Iterator[Tile]:
     """Yield the tiles to choose from, including those that do not fit, in the order of falling channels."""
     yield from _candidates(kernel, problem, _vectors(kernel, problem))
-    if may_transpose(kernel, problem):
+    if may_transpose(kernel, problem) and gains_by_copy(kernel, problem):
         yield from (tile._replace(transposed=1) for tile in _candidates(kernel, problem, (1,)))
 
 
@@ -198,7 +206,7 @@ def _candidates(kernel: KernelName, problem: TileProblem, vectors: tuple[int, ..
         if num_warps == 8 and not large:
             continue
         # both gradients together spill in large tiles with narrow vectors
-        if kernel == "backward" and large and vector < vectors[-1]:
+        if kernel == "backward" and large and vector == 1 < vectors[-1]:
             continue
         if split == 1 or block_c * split <= problem.channels:
             yield Tile(*cells, vector, block_c, split, num_warps, num_stages)

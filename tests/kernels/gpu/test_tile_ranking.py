@@ -75,7 +75,7 @@ COPY = (255, 1, 1)
             (2, 7, 2, 32, 1, 2, 1),
             (2, 4, 2, 32, 4, 4, 1),
             (2, 7, 2, 32, 1, 4, 1),
-            (2, 2, 1, 256, 1, 4, 1, *COPY),
+            (2, 2, 2, 64, 1, 4, 1, 128, 16),
             2,
         ),
         (
@@ -96,16 +96,19 @@ def test_the_choice_of_common_problems(change, forward, backward, logit_gradient
     assert len(choose_backward(problem)) == launches
 
 
-@pytest.mark.parametrize("kernel", SEPARATE)
-def test_only_large_maps_in_nchw_are_copied(kernel):
-    # 8 MiB of the features that the tiles of either gradient share
-    spec = Spec(5, up=2) if kernel == "logit_gradient" else Spec(5, down=2)
-    large = TileProblem(spec, 256, 128, 128, 1, 2, False, 8, 8, (9, 0))
+@pytest.mark.parametrize(("kernel", "gradient"), [("forward", "logit_gradient"), ("logit_gradient", "logit_gradient")])
+def test_only_large_maps_in_nchw_are_copied(kernel, gradient):
+    # 8 MiB of features in 16 bits
+    large = TileProblem(Spec(5, up=2), 256, 128, 128, 1, 2, False, 8, 8, (9, 0))
     small = large._replace(height=32)
     assert {tile.transposed for tile in rank_tiles(kernel, large)} == {0, 1}
-    assert choose_tile(kernel, large).transposed
-    for problem in (small, large._replace(channels_last=True)):
+    assert choose_tile(gradient, large).transposed
+    for problem in (small, large._replace(channels_last=True), large._replace(element_size=4)):
         assert not any(tile.transposed for tile in rank_tiles(kernel, problem))
+    # the larger map, except for the gradient to the logits, and dy
+    down = large._replace(spec=Spec(5, down=2))
+    assert any(tile.transposed for tile in rank_tiles(kernel, down)) == (kernel == "logit_gradient")
+    assert not any(tile.transposed for problem in (large, down) for tile in rank_tiles("source_gradient", problem))
     assert not any(tile.transposed for tile in rank_tiles("backward", large))
 
 
