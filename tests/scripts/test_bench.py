@@ -8,6 +8,7 @@ import pytest
 import torch
 from carafepp.kernels import reassemble_reference
 from carafepp.kernels.geometry import Spec
+from carafepp.kernels.gpu.clock import measure_milliseconds
 from carafepp.models.carafe import CARAFE
 from carafepp.models.window_attention import attend_windows
 from carafepp.scripts.benching import providers
@@ -144,6 +145,43 @@ def test_layers_of_other_widths_in_training_have_gradients(monkeypatch):
     parts = dict(list_parts(CARAFE(4, down=2), x, torch.float32))
     assert parts["layers"].y.shape[1] == 32
     assert all(len(part.step()) == len(part.leaves) for part in parts.values())
+
+
+class Event:
+    """An event of a GPU that starts on a call at once for the first two calls, and later waits until the host has queued the call."""
+
+    calls = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    def query(self):
+        return Event.calls < 3
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return float(Event.calls)
+
+
+def test_a_call_that_the_gpu_waits_for_is_timed_again(monkeypatch):
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("carafepp.kernels.gpu.clock.FLUSH_BYTES", 1)
+    fills = []
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda self: fills.append(self.numel()))
+
+    def call():
+        Event.calls += 1
+
+    assert measure_milliseconds(call, "cpu") == 3
+    assert len(fills) == 4 + 8 + 16
+    # a call that takes the host too long is timed nonetheless
+    monkeypatch.setattr(Event, "query", lambda self: True)
+    assert measure_milliseconds(call, "cpu") == 3 + 5
 
 
 @pytest.mark.parametrize(
