@@ -87,7 +87,7 @@ CALLED = [
 ]
 
 
-@pytest.mark.parametrize(("slot", "message"), MADE, ids=str)
+@pytest.mark.parametrize(("slot", "message"), MADE, ids=range(len(MADE)))
 def test_a_slot_that_makes_no_sampler_is_refused_when_the_network_is_built(slot, message):
     with pytest.raises(TypeError, match=message):
         FPN([4, 8], 8, upsample=slot)
