@@ -232,8 +232,8 @@ def test_two_processes_score_as_one(trained, tmp_path):
     assert table == (trained / "per_class.csv").read_text()
     assert (tmp_path / "eval" / "per_class.png").read_bytes() == (trained / "per_class.png").read_bytes()
     assert sum(int(row["pixels"]) for row in csv.DictReader(table.splitlines())) == 7 * 32 * 32
-    # every class is printed with its score
-    assert [line.split()[0] for line in done.stdout.splitlines()[:11]] == ["background", *map(str, range(10))]
+    # every class is printed with its score, below a header
+    assert [line.split()[0] for line in done.stdout.splitlines()[:12]] == ["class", "background", *map(str, range(10))]
 
 
 def test_a_checkpoint_is_evaluated_with_other_options(trained):
