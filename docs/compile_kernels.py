@@ -1,6 +1,6 @@
 """Compiles the kernels of the operator for maps and data types, on all cores, into the cache from which later processes take them.
 
-python docs/compile_kernels.py OP SHAPE[,SHAPE ...] ...    # such as: up2 [1,256,50,76],[512,256,14,14] down2 [64,64,112,112]
+`python docs/compile_kernels.py OP SHAPE[,SHAPE ...] ...`, such as: up2 [1,256,50,76],[512,256,14,14] down2 [64,64,112,112]
 """
 
 import itertools

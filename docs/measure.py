@@ -40,9 +40,9 @@ class Step(NamedTuple):
 def bench(command: str, name: str, seconds: int, *overrides: str) -> Step:
     """Return the step that runs a sweep of a bench on the GPU: "operator", "module", "models", "samplers" or "attention"."""
     words = [] if command == "operator" else [command]
-    tables = {"operator": "times.csv"}
+    table = "times.csv" if command == "operator" else f"{command}.csv"
     arguments = ("-P", "-m", "carafepp.scripts.bench", *words, "-m", "device=cuda", *overrides)
-    return Step(f"{command}: {name}", arguments, seconds, tables.get(command, f"{command}.csv"))
+    return Step(f"{command}: {name}", arguments, seconds, table)
 
 
 # the maps at which the operator is timed, by the name of their configuration in conf/op

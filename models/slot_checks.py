@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.fx
 import torch.nn as nn
 from torch import Tensor
 
@@ -58,7 +57,6 @@ def find_mismatch(function: Callable[..., Any], *arguments: Any, **options: Any)
     return None
 
 
-@torch.fx.wrap
 def check_map(y: Tensor, x: Tensor, name: str) -> Tensor:
     """Check that what a sampler returns for x [N, C, H, W] is a tensor [N, C, h, w], and return it.
 
@@ -73,7 +71,6 @@ def check_map(y: Tensor, x: Tensor, name: str) -> Tensor:
     return y
 
 
-@torch.fx.wrap
 def check_half(y: Tensor, x: Tensor, name: str) -> Tensor:
     """Check that y is x [N, C, H, W] downsampled by 2, of size ceil(H / 2) x ceil(W / 2), and return it.
 
