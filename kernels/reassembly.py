@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -84,11 +84,16 @@ def check_layouts(
     return options and find_layouts(shape, strides, options)
 
 
+def is_plain_size(size: Sequence[int] | None) -> TypeGuard[tuple[int, int] | None]:
+    """Return whether a size has the type of a right one, so that it is equal only to sizes that are as right or as wrong."""
+    return size is None or (isinstance(size, tuple) and all([type(side) is int for side in size]))
+
+
 def _can_be_remembered(spec: Spec, size: Sequence[int] | None, backend: str | None) -> bool:
-    """Return whether options have the types of right ones, so that they are equal only to options that are as right or as wrong."""
+    """Return whether options have the types of right ones, as `is_plain_size` does for the size."""
     if tuple(map(type, spec)) != (int, int, int, int, str, str) or not (backend is None or type(backend) is str):
         return False
-    return size is None or (isinstance(size, tuple) and all([type(side) is int for side in size]))
+    return is_plain_size(size)
 
 
 def _call(x: Tensor, weights: Tensor, spec: Spec, size: Sequence[int] | None, backend: str | None, name: str) -> Tensor | None:

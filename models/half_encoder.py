@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..kernels.geometry import is_traced
+from ..kernels.geometry import is_traced, memory_format
 from ..kernels.observers import PLAIN
 
 
@@ -54,7 +54,12 @@ def copy_together(sources: Sequence[Tensor], dtypes: Sequence[torch.dtype], rows
     copies, targets, parts = [], [], []
     for source, dtype, count in zip(sources, dtypes, rows, strict=True):
         own, *others = source.shape
-        copy = source.new_empty_strided((count, *others), source.stride(), dtype=dtype)
+        if count == own:
+            copy = torch.empty_like(source, dtype=dtype)
+        else:
+            # with the strides of the source, further rows might lie between its own
+            stored = memory_format(source) if len(others) == 3 else torch.contiguous_format
+            copy = torch.empty((count, *others), dtype=dtype, device=source.device, memory_format=stored)
         copies.append(copy)
         for first in range(0, count, own):
             rest = min(own, count - first)
@@ -129,13 +134,14 @@ class Prepare(torch.autograd.Function):
 
 
 def is_hooked(layer: nn.Module) -> bool:
-    """Return whether a hook or a replaced `forward` observes or changes a layer."""
+    """Return whether a hook or a replaced method observes or changes a layer."""
     return bool(
         layer._forward_hooks
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
         or "forward" in layer.__dict__
+        or "_conv_forward" in layer.__dict__
     )
 
 
@@ -159,13 +165,13 @@ def find_parameters(compressor: nn.Module, encoder: nn.Module, x: Tensor) -> lis
         return None
     if _has_any_global_hook():
         return None
+    if is_hooked(compressor) or is_hooked(encoder):
+        return None
     layers = (encoder,) if type(compressor) is nn.Identity else (compressor, encoder)
     casts, dtype, device = torch.is_autocast_enabled(x.device.type), x.dtype, x.device
     parameters = []
     for layer in layers:
         if type(layer) is not nn.Conv2d or layer.groups != 1 or layer.padding_mode != "zeros":
-            return None
-        if is_hooked(layer):
             return None
         for parameter in read_tensors(layer, "weight", "bias"):
             if parameter is None or type(parameter) not in PLAIN or parameter.device != device or not (casts or parameter.dtype == dtype):
@@ -187,6 +193,8 @@ def encode(compressor: nn.Module, norm: nn.Module, encoder: nn.Module, x: Tensor
     if parameters is None:
         return None
     rows = [parameter.shape[0] for parameter in parameters]
+    if rows[-2] != rows[-1]:
+        return None
     rows[-2:] = [padded_channels(rows[-1])] * 2
     if torch.is_grad_enabled():
         same, features, weight, bias = Prepare.apply(x, rows, *parameters)

@@ -11,9 +11,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..kernels.backends import HAS_TRITON
-from ..kernels.geometry import Spec
+from ..kernels.geometry import Spec, is_channels_last
 from ..kernels.observers import PLAIN, is_intercepted
-from ..kernels.reassembly import check_layouts
+from ..kernels.reassembly import check_layouts, is_plain_size
 from .half_encoder import find_parameters, is_hooked, padded_channels, read_tensors
 
 # A detector that meets 500 sizes of images at ten sites has 5,000 layouts, of some 10 KB each.
@@ -57,7 +57,7 @@ def infer(compressor: nn.Module, norm: nn.Module, encoder: nn.Module, x: Tensor,
     Raises:
         ValueError: `size` is wrong, or the logits of the encoder do not fit.
     """
-    if torch.is_grad_enabled() or is_intercepted() or not (size is None or type(size) is tuple):
+    if torch.is_grad_enabled() or is_intercepted() or not is_plain_size(size):
         return None
     parameters = find_parameters(compressor, encoder, x)
     read = read_norm(norm)
@@ -71,11 +71,15 @@ def infer(compressor: nn.Module, norm: nn.Module, encoder: nn.Module, x: Tensor,
     if x.data_ptr() % 16 or any([address % 16 for address in addresses]):
         return None
     conv = cast(nn.Conv2d, encoder)
+    geometry = conv.stride, conv.padding, conv.dilation
+    # what a convolution also takes: an integer, a list, the name of a padding
+    if any([type(sides) is not tuple for sides in geometry]):
+        return None
     layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in (x, *given)]
-    key = (spec, size, eps, rectified, conv.stride, conv.padding, conv.dilation, *layouts)
+    key = (spec, size, eps, rectified, *geometry, *layouts)
     planned = plans.get(key)
     if planned is None:
-        planned = _plan(x, given, eps, rectified, conv, spec, cast(tuple[int, int] | None, size))
+        planned = _plan(x, given, eps, rectified, conv, spec, size)
         with _planning:
             while len(plans) >= MAX_PLANS:
                 del plans[next(iter(plans))]
@@ -83,15 +87,27 @@ def infer(compressor: nn.Module, norm: nn.Module, encoder: nn.Module, x: Tensor,
     return planned.run(x, given, addresses) if planned else None
 
 
+def _fit(x: Tensor, given: list[Tensor | None]) -> bool:
+    """Return whether the parameters are on the device of x and have the shapes that the layers need for it, vectors without gaps."""
+    compressor, weight, channels = given[0], cast(Tensor, given[-2]), x.shape[1]
+    if weight.dim() != 4 or (compressor is None and weight.shape[1] != channels):
+        return False
+    outputs, width = weight.shape[:2]
+    shapes = (width, channels, 1, 1), *[(width,)] * 5, weight.shape, (outputs,)
+    required = [(t, shape) for t, shape in zip(given, shapes, strict=True) if t is not None]
+    return all(t.device == x.device and t.shape == shape and (t.dim() > 1 or t.is_contiguous()) for t, shape in required)
+
+
 def _plan(
     x: Tensor, given: list[Tensor | None], eps: float, rectified: bool, conv: nn.Conv2d, spec: Spec, size: tuple[int, int] | None
 ) -> Any:
     """Plan the launches for a layout, or return False if there are none for it."""
+    # a map of one pixel may be in NCHW as well, for which the operator may need a copy
+    if not HAS_TRITON or not is_channels_last(x) or not _fit(x, given):
+        return False
     weight = cast(Tensor, given[-2])
     outputs, width, *kernel = weight.shape
-    if not HAS_TRITON or not isinstance(conv.padding, tuple) or any(t is not None and t.device != x.device for t in given):
-        return False
-    sides = zip(x.shape[2:], conv.padding, conv.dilation, kernel, conv.stride, strict=True)
+    sides = zip(x.shape[2:], cast(tuple[int, int], conv.padding), conv.dilation, kernel, conv.stride, strict=True)
     cells = [(side + 2 * padding - dilation * (taps - 1) - 1) // stride + 1 for side, padding, dilation, taps, stride in sides]
     shape = torch.Size((x.shape[0], outputs, *cells))
     layouts = check_layouts(x.shape, x.stride(), x.dtype, x.device, shape, spec, size, None, "logits")

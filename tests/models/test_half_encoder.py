@@ -94,6 +94,32 @@ def test_encoder_equals_the_layers(options, memory_format, encoded):
     assert module.logits(x).shape[1] == channels
 
 
+def store_transposed(parameter):
+    """Store as TensorFlow and JAX do: output channels are the fastest axis."""
+    return parameter.permute(*reversed(range(parameter.dim()))).contiguous().permute(*reversed(range(parameter.dim())))
+
+
+def store_with_gaps(parameter):
+    return torch.stack([parameter, parameter], -1)[..., 0]
+
+
+def store_once(parameter):
+    return parameter[:1].expand_as(parameter)
+
+
+@pytest.mark.parametrize("store", [store_transposed, store_with_gaps, store_once])
+def test_parameters_of_any_strides(store, encoded):
+    module, x = make(up=2), draw()
+    for layer in (module.channel_compressor, module.content_encoder):
+        for name, parameter in list(layer.named_parameters()):
+            setattr(layer, name, nn.Parameter(store(parameter.detach())))
+    results = run(module, x)
+    assert encoded
+    module.content_encoder.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(results, run(module, x))
+    assert len(encoded) == 1
+
+
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
 def test_autocast_is_as_exact_as_with_the_layers(options, encoded):
     module, x = make(16, dtype=torch.float32, **options), draw(2, 16, 12, 10, dtype=torch.float32)
@@ -246,6 +272,34 @@ def test_changed_layers_are_called(change, encoded):
 
 def carafe_of_logits(module, x):
     return reassemble(x, module.logits(x), **module.spec._asdict())
+
+
+@pytest.mark.parametrize("name", ["channel_compressor", "content_encoder"])
+def test_an_observed_identity_is_called(name, encoded):
+    module, seen = make(compressed_channels=None, up=2), []
+    module.get_submodule(name).register_forward_hook(lambda *_: seen.append(name))
+    run(module, draw())
+    assert seen == [name]
+    assert not encoded
+
+
+@pytest.mark.parametrize("owner", ["module", "class"])
+def test_patched_logits_are_called(owner, encoded, monkeypatch):
+    module, own = make(up=2), CARAFE.logits
+    if owner == "module":
+        monkeypatch.setattr(module, "logits", lambda x: 2 * own(module, x))
+    else:
+        monkeypatch.setattr(CARAFE, "logits", lambda self, x: 2 * own(self, x))
+    torch.testing.assert_close(module(draw()), reassemble(draw(), module.logits(draw()), **module.spec._asdict()))
+    assert not encoded
+
+
+def test_a_bias_that_does_not_fit_is_an_error(encoded):
+    module = make(up=2)
+    module.content_encoder.bias = nn.Parameter(torch.zeros(101, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="bias"):
+        module(draw())
+    assert not encoded
 
 
 def test_own_logits_are_called(encoded):

@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from carafepp.kernels.geometry import Spec
 from commands import run_line
 from launches import LaunchCounter
 from torch import nn
@@ -13,6 +14,7 @@ triton = pytest.importorskip("triton")
 
 from carafepp.kernels.gpu import inference as launching  # noqa: E402
 from carafepp.kernels.gpu import launch as plans  # noqa: E402
+from carafepp.kernels.gpu.backend import forward_launches  # noqa: E402
 from carafepp.models import inference  # noqa: E402
 from carafepp.models.carafe import CARAFE  # noqa: E402
 
@@ -262,11 +264,15 @@ def replace_forward(layer):
     layer.forward = layer.forward
 
 
+def replace_convolution(layer):
+    layer._conv_forward = nn.Conv2d._conv_forward.__get__(layer)
+
+
 def replace_class(layer):
     layer.__class__ = type("Own", (type(layer),), {})
 
 
-@pytest.mark.parametrize("change", [hook, hook_before, replace_forward, replace_class])
+@pytest.mark.parametrize("change", [hook, hook_before, replace_forward, replace_convolution, replace_class])
 @pytest.mark.parametrize("name", ["channel_compressor", "compressor_norm", "compressor_norm.0", "compressor_norm.1", "content_encoder"])
 def test_observed_layers_are_called(change, name, inferred):
     module, x = make(16, **NORM), draw()
@@ -315,6 +321,64 @@ def test_other_layers_are_called(change, inferred):
         torch.testing.assert_close(y.double(), deepcopy(module).double()(x.double()), rtol=0.02, atol=0.02)
 
 
+def narrow_compressor(module):
+    module.channel_compressor.weight = nn.Parameter(torch.zeros(5, 16, 1, 1))
+    module.channel_compressor.bias = nn.Parameter(torch.zeros(5))
+
+
+def narrow_input(module):
+    module.channel_compressor.weight = nn.Parameter(torch.zeros(6, 8, 1, 1))
+
+
+def shorten_bias(module):
+    module.content_encoder.bias = nn.Parameter(torch.zeros(4))
+
+
+def shorten_statistics(module):
+    module.compressor_norm[0].running_mean = torch.zeros(5)
+
+
+def flatten_weight(module):
+    module.content_encoder.weight = nn.Parameter(torch.zeros(36 * 6 * 9))
+
+
+@pytest.mark.parametrize("change", [narrow_compressor, narrow_input, shorten_bias, shorten_statistics, flatten_weight])
+def test_parameters_that_do_not_fit_are_not_read(change, inferred):
+    """The layers raise the error, because a kernel would read what follows the parameter in memory."""
+    module = make(16, **NORM | {"kernel_size": 3})
+    change(module)
+    with pytest.raises(RuntimeError):
+        infer(module, draw())
+    assert not inferred
+
+
+def leave_gaps(module):
+    module.content_encoder.bias = nn.Parameter(torch.randn(50)[::2], requires_grad=False)
+
+
+def write_integers(module):
+    module.content_encoder.stride, module.content_encoder.padding = 2, [1, 1]
+
+
+@pytest.mark.parametrize("change", [leave_gaps, write_integers])
+def test_other_forms_of_parameters_go_to_the_layers(change, inferred):
+    module, x = make(16, **NORM), draw()
+    change(module)
+    torch.testing.assert_close(infer(module, x), infer_layers(module, x))
+    assert not inferred
+
+
+def test_a_map_of_one_pixel_may_be_in_nchw(inferred):
+    """A large one is read in a copy, which only the operator's own plan has."""
+    x = torch.empty(8192, 512, 1, 1, dtype=torch.float16, device="meta")
+    logits, y, lse = (x.new_empty(8192, *sizes) for sizes in ((9, 2, 2, 1, 1), (512, 2, 2), (1, 2, 2, 1, 1)))
+    launches = forward_launches(x, logits, y, lse, Spec(3, 2))
+    assert [launch.kernel.__name__ for launch in launches] == ["transpose", "banded_forward"]
+    module = make(16, up=2)
+    infer(module, torch.randn(2, 16, 1, 1).half())
+    assert not inferred
+
+
 def test_a_folded_norm_leaves_its_activation(inferred):
     module = make(16, **NORM)
     module.compressor_norm[0] = nn.Identity()
@@ -346,6 +410,11 @@ def test_sizes(inferred):
     assert infer_size(module, x, [9, 12]).shape == (2, 16, 9, 12)
     assert infer_size(module, draw(n=0), None).shape == (0, 16, 10, 12)
     assert len(inferred) == 1
+    assert infer_size(module, x, torch.Size((9, 12))).shape == (2, 16, 9, 12)
+    assert len(inferred) == 2
+    # it is equal to a key
+    with pytest.raises(TypeError, match="size must be a pair of integers"):
+        infer_size(module, x, (9.0, 12))
     for _ in range(2):
         with pytest.raises(ValueError, match="size must be at least 1"):
             infer_size(module, x, (100, 100))
