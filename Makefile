@@ -5,7 +5,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 RUNS := runs/main-$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: run test slow soak setup lint bench docs recipes matrix gpu wheels
+.PHONY: run test slow tests soak setup lint bench docs recipes matrix gpu wheels
 
 # two trainings at a time, each with one thread: two threads of one training wait for each other by spinning, which stalls on a busy machine
 run: setup
@@ -15,12 +15,18 @@ run: setup
 	$(BIN)/carafepp-report runs=$(RUNS)
 
 # one thread per worker: two workers with two threads each would wait for each other on two cores
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --ignore tests/recipes -m "not slow"
+	$(PYTEST) --ignore tests/recipes -m "not slow"
 
 # sweeps and processes that are killed, a cluster, networks in ONNX, the example
 slow: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --ignore tests/recipes -m slow
+	$(PYTEST) --ignore tests/recipes -m slow
+
+# both, in less time than one after the other: no worker waits for the other in between
+tests: setup
+	$(PYTEST) --ignore tests/recipes
 
 # random cases for MINUTES in all: trainings that are killed and resumed, and mutated inputs of the operator and the readers of files
 PART ?= all
@@ -48,7 +54,7 @@ docs: .venv/installed-docs
 
 # the recipes of docs/recipes.md with the packages that they are for
 recipes: .venv/installed-recipes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests/recipes
+	$(PYTEST) tests/recipes
 
 # the kernels with every supported version of Triton: compiled for NVIDIA and AMD GPUs, and emulated: 29 minutes on two busy cores
 matrix: setup

@@ -40,11 +40,11 @@ def test_matches_the_definition_at_every_border(case, backend, device):
     assert_matches_definition(backend, *inputs, spec)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
-@pytest.mark.parametrize("scale", [{"up": 2}, {"down": 2}], ids=["up2", "down2"])
-def test_every_normalizer_dtype_and_memory_format(normalizer, dtype, layout, scale, backend, device):
+@pytest.mark.parametrize(("i", "normalizer"), enumerate(NORMALIZERS), ids=NORMALIZERS)
+@pytest.mark.parametrize(("j", "dtype"), enumerate(DTYPES), ids=map(str, DTYPES))
+def test_every_normalizer_dtype_and_memory_format(i, normalizer, j, dtype, backend, device):
+    """Every two of a normalizer, a dtype, a memory format and a scale meet, as does every dtype, format and scale."""
+    layout, scale = FORMATS[(i + j) % 2], ({"up": 2}, {"down": 2})[(i // 2 + j) % 2]
     spec = Spec(3, **scale, normalizer=normalizer)
     assert_matches_definition(backend, *random_inputs(1, 4, 4, 5, spec, dtype, layout, device=device), spec)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from carafepp.kernels import reassemble
 from carafepp.kernels.geometry import NORMALIZERS, Spec
-from commands import run_code
+from commands import run_after_torch
 from operator_cases import differentiate, random_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -63,7 +63,7 @@ def test_exported_program_needs_the_operator_and_nothing_else(tmp_path):
     inputs = torch.randn(1, 8, 6, 5), torch.randn(1, 100, 6, 5)
     torch.export.save(torch.export.export(Reassemble(), inputs), tmp_path / "program.pt2")
     torch.save((*inputs, Reassemble()(*inputs)), tmp_path / "expected.pt")
-    done = run_code(
+    done = run_after_torch(
         """if True:
         import torch
         try:

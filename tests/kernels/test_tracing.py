@@ -6,7 +6,7 @@ import pytest
 import torch
 from carafepp.kernels import reassemble
 from carafepp.kernels.geometry import Spec
-from commands import run_code
+from commands import run_after_torch
 from operator_cases import random_inputs
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -142,7 +142,7 @@ def test_programs_of_both_exporters_run_in_another_process(tmp_path):
         torch.export.save(program, tmp_path / f"{strict}.pt2")
     inputs = draw(9, 5)
     torch.save((*inputs, compute(*inputs)), tmp_path / "expected.pt")
-    run_code(
+    run_after_torch(
         """if True:
         import torch
         import carafepp.kernels

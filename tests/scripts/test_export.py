@@ -18,7 +18,7 @@ from carafepp.scripts.exporting.sizes import read_ranges
 from carafepp.tasks.classification import Classification
 from carafepp.tasks.exportable import Normalized
 from carafepp.tasks.task import Task
-from commands import call, run_code, run_line
+from commands import call, run_after_torch, run_line
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -184,7 +184,7 @@ def test_decomposed_program_needs_no_carafepp(export, tmp_path):
     images = torch.rand(2, 3, 97, 130)
     torch.save((images, exported.task(images).detach()), tmp_path / "expected.pt")
     code = BLOCKED.replace("sys.argv[1]", repr(str(exported.path))).replace("sys.argv[2]", repr(str(tmp_path / "expected.pt")))
-    run_code(code)
+    run_after_torch(code)
 
 
 def test_program_needs_the_import_that_the_command_names(export, capsys, checkpoint, tmp_path):
@@ -192,9 +192,9 @@ def test_program_needs_the_import_that_the_command_names(export, capsys, checkpo
     assert "must first run: import carafepp.kernels" in capsys.readouterr().out
     path = tmp_path / "network.pt2"
     load = f"import torch\nprint(torch.export.load({str(path)!r}).module()(torch.rand(1, 3, 64, 64)).shape)"
-    assert "torch.Size([1, 10])" in run_code("import carafepp.kernels\n" + load).stdout
+    assert "torch.Size([1, 10])" in run_after_torch("import carafepp.kernels\n" + load).stdout
     with pytest.raises(AssertionError, match=r"failed to resolve torch\.ops\.carafepp"):
-        run_code("import carafepp\n" + load)
+        run_after_torch("import carafepp\n" + load)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -389,7 +389,7 @@ def read_snippets(heading: str, language: str) -> list[str]:
 def use(exported: Exported, folder: Path, code: str) -> str:
     """Run Python code of the documentation beside an exported file."""
     shutil.copy(exported.path, folder)
-    return run_code(code, cwd=folder).stdout
+    return run_after_torch(code, cwd=folder).stdout
 
 
 def test_documented_use_of_onnxruntime(export, tmp_path):

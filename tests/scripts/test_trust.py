@@ -14,7 +14,7 @@ from carafepp.scripts.common.checkpoints import load_task
 from carafepp.scripts.common.run_folders import read_config
 from carafepp.scripts.common.trust import DOCUMENTED, check_config, find_foreign, known_targets, read_yaml
 from carafepp.tasks.runs import BestCheckpoint
-from commands import call, command_line, run_line
+from commands import call
 from configurations import choices, compose_config
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
@@ -347,11 +347,12 @@ def test_every_experiment_can_be_resumed(experiment):
         check_config(OmegaConf.to_container(cfg, resolve=True), (), "file")
 
 
-def test_a_sweep_trusts_what_its_command_line_names(tmp_path):
+def test_a_sweep_trusts_what_its_command_line_names(tmp_path, monkeypatch):
     (tmp_path / "swept_samplers.py").write_text("from carafepp.models.samplers import Bilinear\nclass Own(Bilinear): ...\n")
     arguments = ["scale=small", "data.train.length=8", "data.train.size=32", "data.val.length=2", "data.val.size=32", "data.batch_size=4"]
     arguments += ["data.epochs=1", "upsampler._target_=swept_samplers.Own", "+upsampler._partial_=true"]
-    line = command_line("train", "-m", *arguments, f"hydra.sweep.dir={tmp_path}/sweep")
-    done = run_line(line, cwd=tmp_path, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
-    assert done.returncode == 0, done.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    # of the process of the job
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    call("train", "-m", *arguments, f"hydra.sweep.dir={tmp_path}/sweep")
     assert read_result(tmp_path / "sweep" / "0")["steps"] == 2

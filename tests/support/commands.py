@@ -1,9 +1,12 @@
 """Commands of the package and pieces of Python, in this process or in one of their own."""
 
+import functools
 import importlib
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -52,6 +55,54 @@ def run_code(
     done = run_line([sys.executable, *(["-P"] if isolated else []), *options, "-c", code], cwd, **environment)
     assert done.returncode == 0, done.stderr
     return done
+
+
+# imports torch once, which takes seconds, and forks for the code of every line; the last words of an interpreter are its exit status
+FORKS = """
+import json, os, sys, traceback
+import torch
+for line in sys.stdin:
+    code, folder, environment, output = json.loads(line)
+    child = os.fork()
+    if not child:
+        status = 1
+        for descriptor, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(os.path.join(output, name), os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+        try:
+            os.chdir(folder)
+            os.environ.clear()
+            os.environ.update(environment)
+            sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+            exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@functools.cache
+def start_forks() -> subprocess.Popen[str]:
+    """Start an interpreter with torch, and nothing of this package, which runs code in forks."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    line = [sys.executable, "-P", "-c", FORKS]
+    return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def run_after_torch(code: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code, as `run_code` does, in an interpreter that has imported torch: in a tenth of the time."""
+    forks = start_forks()
+    with tempfile.TemporaryDirectory() as output:
+        request = [code, str(cwd or Path.cwd()), os.environ | environment, output]
+        print(json.dumps(request), file=forks.stdin, flush=True)
+        status = int(forks.stdout.readline())
+        said = [(Path(output) / name).read_text() for name in ("out", "err")]
+    assert status == 0, said[1]
+    return subprocess.CompletedProcess([], status, *said)
 
 
 def count_rows(folder: Path) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 # n, c, h, w, options: sizes that no tile divides, single pixels and channels, every kind of scale
 AWKWARD = [
     (1, 8, 6, 5, Spec(5, up=2)),
-    (2, 8, 5, 7, Spec(3, up=2, groups=4)),
+    (2, 6, 5, 7, Spec(3, up=2, groups=2)),
     (1, 6, 3, 2, Spec(7, up=2)),
     (1, 5, 1, 1, Spec(5, up=2)),
     (1, 3, 4, 3, Spec(1, up=2)),
@@ -20,7 +20,7 @@ AWKWARD = [
     (1, 4, 3, 2, Spec(3, up=4, groups=2)),
     (1, 20, 7, 11, Spec(5, down=2)),
     (1, 4, 9, 8, Spec(3, down=3)),
-    (1, 4, 9, 8, Spec(3, down=2, groups=4)),
+    (1, 3, 9, 8, Spec(3, down=2, groups=3)),
     (1, 4, 7, 5, Spec(5, up=3, down=2)),
     (1, 4, 7, 5, Spec(3, up=2, down=3)),
     (1, 4, 7, 5, Spec(3, up=2, down=2)),
@@ -145,12 +145,14 @@ def assert_matches_definition(
     """
     options = spec._asdict() | {"size": size}
     expected = differentiate(reassemble_reference, x.double(), logits.double(), dy.double(), needs, **options)
-    actual = differentiate(reassemble, x, logits, dy, needs, backend=backend, **options)
+    saved: list[Tensor] = []  # x, logits and the log-sum-exp
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        actual = differentiate(reassemble, x, logits, dy, needs, backend=backend, **options)
     # dlogits are differences of sums over the channels, which cancel; the Triton kernels do without this
     slack = 1e-9 if backend == "triton" else (x.shape[1] / spec.groups) ** 0.5
     if backend != "reference" and spec.normalizer in LSE_NORMALIZERS:
         expected["lse"] = log_sum_exp(logits.double(), spec, *x.shape[2:])
-        actual["lse"] = torch.ops.carafepp.reassemble(x, logits, dy.shape[2:], *spec, False, backend)[1]
+        actual["lse"] = saved[2]
     tolerance = tolerance or (TRITON_TOLERANCES if backend == "triton" else TOLERANCES)[x.dtype]
     assert actual.keys() == expected.keys()
     for name, result in actual.items():

@@ -1,5 +1,6 @@
 """Every sampler of the configuration with its options and its definition."""
 
+import functools
 from typing import NamedTuple
 
 from configurations import CONF
@@ -19,8 +20,8 @@ from downsampler_definitions import (
     strided_conv,
 )
 from guided_upsampler_definitions import a2u, fade, freq_fusion, gum, indexnet, jbu, local_attender, resfu, sapa
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
 from upsampler_definitions import (
     bilinear,
     bilinear_conv,
@@ -36,6 +37,12 @@ from upsampler_definitions import (
 )
 
 
+@functools.cache
+def read_sampler(group: str, name: str) -> DictConfig:
+    """Read the configuration file of a sampler, which takes milliseconds."""
+    return OmegaConf.load(CONF / group / f"{name}.yaml")
+
+
 class Case(NamedTuple):
     group: str
     name: str
@@ -49,11 +56,11 @@ class Case(NamedTuple):
 
     @property
     def slot(self):
-        return instantiate(OmegaConf.load(CONF / self.group / f"{self.name}.yaml"), **self.options)
+        return instantiate(read_sampler(self.group, self.name), **self.options)
 
     @property
     def guided(self):
-        return getattr(self.slot.func, "needs_guide", False)
+        return getattr(get_object(read_sampler(self.group, self.name)._target_), "needs_guide", False)
 
     def size(self, height, width):
         """Output size for a source of height x width."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from carafepp.tasks.inference import predict_labels
-from commands import run_code
+from commands import run_after_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -119,7 +119,7 @@ with torch.no_grad():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from Linux' /proc")
 def test_process_stays_small_in_windows():
-    done = run_code(PEAKS)
+    done = run_after_torch(PEAKS)
     small, windowed, whole = map(int, done.stdout.split())
     # labels take 18 MiB; the whole of the network's first map 72, and again after the ReLU
     assert windowed - small < 18 + 40

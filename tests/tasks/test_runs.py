@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from commands import command_line, run_command, wait_for_rows
+from commands import call, command_line, run_command, wait_for_rows
 from PIL import Image
-from training import read_result
+from training import ON_CPU, read_result
 
 SMALL = [
     "scale=small",
@@ -65,10 +65,11 @@ def test_killed_run_resumes_bit_identically(whole_run, tmp_path, workers):
     assert read_result(folder)["metrics"] == read_result(whole_run)["metrics"]
 
 
-def test_multirun_writes_a_folder_a_job_and_report_tables_them(tmp_path):
+def test_multirun_writes_a_folder_a_job_and_report_tables_them(tmp_path, capsys):
     # the first job fails, the others go on
-    done = run_command("train", "-m", *SMALL, "data.epochs=1", "seed=none,0,1", f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path)
-    assert done.returncode != 0
+    with pytest.raises(SystemExit) as stop:
+        call("train", "-m", *SMALL, "data.epochs=1", "seed=none,0,1", f"hydra.sweep.dir={tmp_path}/sweep", raises=False)
+    assert stop.value.code
     first, second = read_result(tmp_path / "sweep" / "1"), read_result(tmp_path / "sweep" / "2")
     assert (first["seed"], second["seed"]) == (0, 1)
     assert first["weights_sha256"] != second["weights_sha256"]
@@ -78,39 +79,37 @@ def test_multirun_writes_a_folder_a_job_and_report_tables_them(tmp_path):
     (tmp_path / "sweep" / "broken" / "result.json").write_text('{"metrics": ')
     (tmp_path / "sweep" / "unfinished").mkdir()
     (tmp_path / "sweep" / "unfinished" / "config.yaml").write_text("seed: 0\n")
-    done = run_command("report", f"runs={tmp_path}/sweep", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"{tmp_path}/sweep/0: failed (" in done.stdout
-    assert f"{tmp_path}/sweep/broken/result.json: broken" in done.stdout
-    assert f"{tmp_path}/sweep/unfinished: unfinished" in done.stdout
+    capsys.readouterr()
+    call("report", f"runs={tmp_path}/sweep")
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/sweep/0: failed (" in said
+    assert f"{tmp_path}/sweep/broken/result.json: broken" in said
+    assert f"{tmp_path}/sweep/unfinished: unfinished" in said
     mean = (first["metrics"]["val/mIoU"] + second["metrics"]["val/mIoU"]) / 2
-    assert f"{mean:.4f} ±" in done.stdout
+    assert f"{mean:.4f} ±" in said
     assert (tmp_path / "sweep" / "compare.png").exists()
 
 
 def test_folder_in_use_or_finished_is_not_shared(whole_run, tmp_path):
-    again = run_command("train", *SMALL, f"hydra.run.dir={whole_run}", cwd=tmp_path)
-    assert again.returncode != 0
-    assert "already holds a run" in again.stderr
+    with pytest.raises(RuntimeError, match="already holds a run"):
+        call("train", *SMALL, f"hydra.run.dir={whole_run}")
     code = "import sys; from filelock import FileLock\nwith FileLock(sys.argv[1]): print('held', flush=True); input()"
     holder = subprocess.Popen(
         [sys.executable, "-P", "-c", code, tmp_path / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "held\n"
-    other = run_command("train", *SMALL, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    with pytest.raises(RuntimeError, match="in use by another run"):
+        call("train", *SMALL, f"hydra.run.dir={tmp_path}")
     holder.communicate("\n")
-    assert other.returncode != 0
-    assert "in use by another run" in other.stderr
 
 
 def test_eval_repeats_the_run_scores(whole_run, tmp_path):
-    done = run_command("eval", f"checkpoint={whole_run}/last.ckpt", "trainer.accelerator=cpu", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    call("eval", f"checkpoint={whole_run}/last.ckpt", *ON_CPU, f"hydra.run.dir={tmp_path}")
     scores = json.loads((tmp_path / "eval.json").read_text())["metrics"]
     assert scores["val/mIoU"] == pytest.approx(read_result(whole_run)["metrics"]["val/mIoU"], rel=1e-6)
 
 
-def test_predict_takes_any_photographs(whole_run, tmp_path):
+def test_predict_takes_any_photographs(whole_run, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 255, (61, 47, 4), dtype=np.uint8)
     photographs = tmp_path / "photographs"
     photographs.mkdir()
@@ -125,10 +124,10 @@ def test_predict_takes_any_photographs(whole_run, tmp_path):
     (photographs / "broken.jpg").write_bytes((photographs / "odd.jpg").read_bytes()[:200])
     (photographs / "notes.txt").write_text("not an image")
     out = tmp_path / "out"
-    done = run_command("predict", f"checkpoint={whole_run}/best.ckpt", f"images={photographs}", f"hydra.run.dir={out}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"skipped: image {photographs}/broken.jpg" in done.stdout
-    assert "5 of 6 images predicted" in done.stdout
+    call("predict", f"checkpoint={whole_run}/best.ckpt", f"images={photographs}", f"hydra.run.dir={out}")
+    said = capsys.readouterr().out
+    assert f"skipped: image {photographs}/broken.jpg" in said
+    assert "5 of 6 images predicted" in said
     sizes = {path.name: Image.open(path).size for path in out.glob("*.png") if path.name != "figure.png"}
     # small photographs are enlarged to a side of at least 320
     widths = {"odd.jpg.png": 6 * 47, "grey.png.png": 6 * 47, "rgba.png.png": 6 * 47, "pixel.png.png": 320, "turned.jpeg.png": 6 * 61}

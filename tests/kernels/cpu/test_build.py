@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from carafepp.kernels.cpu import build as cpu_build
-from commands import run_code
+from commands import run_after_torch
 
 # loads build.py by its path, because importing PyTorch takes seconds in every process
 BUILD = f"""
@@ -80,7 +80,7 @@ def cache(tmp_path, monkeypatch, library):
     return tmp_path / "cache" / "carafepp"
 
 
-# runs the operator in a process of its own, because a damaged library could end it
+# runs in a process of its own, because a damaged library could end it
 RUN = """
 import torch
 from carafepp.kernels import reassemble, reassemble_reference
@@ -116,7 +116,7 @@ def test_the_operator_survives_a_damaged_library(cache, library, damage, compile
         (cache / name).write_bytes(data[:4096])
     else:
         subprocess.run([compiler, "-shared", "-x", "c++", os.devnull, "-o", str(cache / name)], check=True)
-    subprocess.run([sys.executable, "-c", RUN], check=True, timeout=300)
+    run_after_torch(RUN)
     assert (cache / name).read_bytes() == data
 
 
@@ -233,4 +233,4 @@ else:
 
 
 def test_works_without_a_compiler_and_warns_once(tmp_path):
-    run_code(WITHOUT_COMPILER, XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path))
+    run_after_torch(WITHOUT_COMPILER, XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path))

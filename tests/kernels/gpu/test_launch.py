@@ -112,12 +112,14 @@ def test_code_is_planned_once_for_each_alignment(planned):
     assert len(planned) == len(set(planned)) == 4
 
 
-def test_500_sizes_of_images_are_planned_once(planned):
-    sizes = [(height, width) for height in range(1, 26) for width in range(1, 21)]
+def test_every_size_of_images_is_planned_once(planned):
+    sizes = [(height, width) for height in range(1, 26, 6) for width in range(1, 21)]
     for _ in range(2):
         for size in sizes:
             call(*size)
-    assert len(planned) == len(backend.plans) == 2 * len(sizes) <= backend.MAX_PLANS
+    assert len(planned) == len(backend.plans) == 2 * len(sizes)
+    # those of 500 sizes
+    assert backend.MAX_PLANS >= 1000
     # maps of all sizes whose rows have the same alignment share code, which is compiled once
     assert len(set(planned)) < 30
 
