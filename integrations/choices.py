@@ -1,4 +1,4 @@
-"""Samplers by name: the choices of `conf/upsampler` and `conf/downsampler`, as the command line knows them."""
+"""Samplers by name: those of `conf/upsampler` and `conf/downsampler`, as on the command line."""
 
 from collections.abc import Callable
 from importlib import resources

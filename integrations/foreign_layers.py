@@ -109,7 +109,7 @@ def check_layers(layers: Mapping[str, str], module: CARAFE, place: str, activati
     """Check that a module has the layers of the source, with the same arithmetic; `place` precedes the names of the source.
 
     Raises:
-        ValueError: it does not; the message names the layer and says what would be right.
+        ValueError: the layers or their arithmetic differ; the message names the layer and says what would be right.
     """
     own = {name for name, layer in module.named_modules() if not isinstance(layer, nn.Identity)}
     for ours, build in BUILD.items():

@@ -154,7 +154,7 @@ def measure(module: nn.Module, place: Place, dtype: torch.dtype, sized: bool) ->
     """Return the FLOPs of a module for the maps of a place.
 
     Raises:
-        Unfit: it gives other sizes than the layer did.
+        Unfit: the module gives other sizes than the layer.
     """
     with undisturbed(module), FlopCounterMode(display=False) as counter:
         for shapes in place.maps:

@@ -12,8 +12,8 @@ def check_model(model: nn.Module) -> None:
     """Check that the layers of a network can be replaced.
 
     Raises:
-        TypeError: it is not a module, or a TorchScript module.
-        ValueError: it is wrapped for several devices, compiled, quantised, or has parameters without a shape.
+        TypeError: the model is not a module, or is a TorchScript module.
+        ValueError: the model is wrapped for several devices, compiled, quantised, or has parameters without a shape.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""`replace`: puts samplers where a network resamples."""
+"""`replace`: puts samplers where a network upsamples or downsamples."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -45,16 +45,17 @@ def replace(
     example: Any = None,
     dry_run: bool = False,
 ) -> Report:
-    """Put samplers where a network upsamples or downsamples, and keep everything else with its weights.
+    """Put samplers where a network upsamples or downsamples. All other layers keep their weights.
 
     Args:
         model: any network. It is changed in place.
-        up, down: what upsamples and downsamples: a callable that takes channels and returns a module, such as `partial(CARAFE, up=2)`, or
-            the name of a file in `conf/upsampler` or `conf/downsampler`, such as "carafe". None leaves these places.
-        where: the places to replace: a path in the model or a glob pattern, or several. The path of a module chooses all below it.
-        example: an input of the model, for one forward in evaluation mode that leaves the model as it is: a tuple of positional
-            arguments, a mapping of keyword arguments, or the only argument. Only a forward tells the channels of interpolation and
-            pooling, and the calls of functions.
+        up, down: the samplers for upsampling and downsampling: a callable that takes channels and returns a module, such as
+            `partial(CARAFE, up=2)`, or the name of a file in `conf/upsampler` or `conf/downsampler`, such as "carafe". With None, nothing
+            is replaced in this direction.
+        where: the places to replace: a path in the model or a glob pattern, or several. The path of a module chooses everything below it.
+        example: an input of the model: a tuple of positional arguments, a mapping of keyword arguments, or the only argument. The model
+            runs once with it, in evaluation mode, and does not change. Without an example, the channels of interpolation and pooling and
+            the calls of functions are unknown, and these places are not replaced.
         dry_run: whether only to report what would be replaced.
 
     Returns:
@@ -62,8 +63,8 @@ def replace(
 
     Raises:
         TypeError, ValueError: an argument is wrong, the model cannot be changed (see `carafepp.integrations.refusals`), or nothing can be
-            replaced; the message says why, and what would be right.
-        RuntimeError: the network does not run with the samplers, or does not call them (see `verify`), and is as before.
+            replaced. The message gives the reason, and what would be right.
+        RuntimeError: the network does not run with the samplers, or does not call them (see `verify`). The model is not changed.
     """
     check_model(model)
     slots = choose_samplers(up, down)

@@ -17,7 +17,7 @@ class Replacement:
 
     Attributes:
         paths: where the module is; several for a shared module.
-        before, after: what was there, and what is there now.
+        before, after: the original layer or call, and what replaces it, in words.
         parameters_before, parameters_after: their numbers of parameters.
         flops_before, flops_after: their FLOPs for the example, summed over its calls, as torch's FLOP counter counts them (interpolation
             and pooling take none); None without an example.
@@ -39,12 +39,12 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Left:
-    """A place that stays as it was.
+    """A place that is not replaced.
 
     Attributes:
-        paths: where it is; several for a shared module.
-        what: what is there.
-        reason: why it stays.
+        paths: paths of the module; several for a shared module.
+        what: the layer or call, in words.
+        reason: why it is not replaced.
     """
 
     paths: tuple[str, ...]
@@ -64,7 +64,7 @@ class Report:
     Attributes:
         model: the network with samplers: the given object, except where the root itself had to be rewritten.
         replaced: the places with samplers, in the order of the modules.
-        left: the places that were found and left, with reasons.
+        left: the places that are not replaced, with reasons.
         dry_run: whether nothing was changed.
         notes: remarks on the whole.
     """
@@ -77,7 +77,7 @@ class Report:
     restore: Callable[[], nn.Module] | None = None
 
     def undo(self) -> nn.Module:
-        """Put the original modules back, the very objects, and return the original model. A second call changes nothing."""
+        """Put the original modules back, which are the same objects, and return the original model. A second call changes nothing."""
         if self.restore is not None:
             self.model = self.restore()
             self.restore = None

@@ -125,7 +125,7 @@ def check_options(node: torch.fx.Node) -> None:
     """Check that a call of a function gets nothing from the graph that its sampler could not take, such as a factor.
 
     Raises:
-        ValueError: it does.
+        ValueError: the call gets such an argument.
     """
     taken: list[torch.fx.Node] = []
     map_arg(read_node(node), taken.append)

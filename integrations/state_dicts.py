@@ -50,11 +50,11 @@ def convert_state_dict(
     sub_pixels_first: bool = False,
     prefix: str | None = None,
 ) -> Converted:
-    """Convert a state dict that another implementation of CARAFE was trained with, exactly, for a network with CARAFE of this package.
+    """Convert the state dict of another implementation of CARAFE exactly, for a network with CARAFE of this package.
 
-    At the path of every CARAFE module of the network (`carafepp.models.carafe`, `carafepp.integrations.signatures`), the names of mmcv and
-    of common ports are known. The module states what a state dict does not: scale, window, groups, normalizer. All other tensors keep their
-    names. mmdetection's names become those of `carafepp.models.mmdet` if the network does not have them.
+    At the path of every CARAFE module of the network (`carafepp.models.carafe`, `carafepp.integrations.signatures`), the function knows the
+    names of mmcv and of common ports. It takes scale, window, groups and normalizer, which a state dict does not hold, from the module. All
+    other tensors keep their names. mmdetection's names become those of `carafepp.models.mmdet` if the network does not have them.
 
     Args:
         state: tensors by name, of a whole network or of a part. It is not changed.
@@ -64,7 +64,7 @@ def convert_state_dict(
             module of the network does not have it.
         sub_pixels_first: whether the source splits the channels of its encoder into sub-pixels, and those into taps. Pixel shuffle, which
             most implementations use, splits them into taps first.
-        prefix: what precedes the names of the network in `state`. None finds it.
+        prefix: what precedes the names of the network in `state`, such as "model.". None finds it.
 
     Returns:
         The state dict for the network, and what happened to every tensor.

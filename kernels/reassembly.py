@@ -130,13 +130,15 @@ def reassemble(
     size: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Reassemble features with predicted kernels (paper, sections 3.2 and 3.3), with pixel shuffle and normalisation fused in.
+    """Reassemble features: each output pixel is the sum of a window of `x`, weighted by a predicted kernel (paper, sections 3.2 and 3.3).
 
-    The operator is deterministic and differentiable to any order in both inputs. It accumulates half precision in float32. Autocast casts
-    both inputs to its dtype. GPU and CPU kernels multiply whole tiles, including zero weights, so that an infinite or NaN feature can reach
-    targets near the windows that contain it; on a GPU, so can an infinite or NaN logit. The CPU kernel in its backward pass, and the GPU
-    kernels in both, take the weights from a saved log-sum-exp, so that their relative error grows with the largest logit l, to about
-    1e-7 * |l| in float32.
+    The operator itself applies the pixel shuffle and the normalisation to the logits. It is deterministic and differentiable to any order
+    in both inputs. It accumulates half precision in float32. Autocast casts both inputs to its dtype.
+
+    The kernels have two limits. GPU and CPU kernels multiply whole tiles, including zero weights, so that an infinite or NaN feature can
+    reach targets near the windows that contain it. On a GPU, an infinite or NaN logit can do the same. The GPU kernels, and the CPU kernel
+    in its backward pass, compute the weights from a saved log-sum-exp. Their relative error therefore grows with the largest logit l, to
+    about 1e-7 * |l| in float32.
 
     Args:
         x: source features [N, C, H, W], float32, float16, bfloat16, or float64 (not on the Triton backend); any strides.
@@ -147,14 +149,13 @@ def reassemble(
         up, down: output size is ceil(H * up / down) x ceil(W * up / down).
         groups: groups of channels that share a kernel; divides C.
         normalizer: "softmax", "sigmoid", "sigmoid_normalized" (divided by the sum over the window) or "none".
-        border: what the taps of a window outside the map do. "zero": they read zeros, and the other weights stay. "renormalize": they are
-            left out, and the normaliser runs over the taps inside the map; only with "softmax" and "sigmoid_normalized". "replicate": they
+        border: how taps outside the map are treated. "zero": they read zeros, and the other weights do not change. "renormalize": they are
+            omitted, and the normaliser runs over the taps inside the map; only with "softmax" and "sigmoid_normalized". "replicate": they
             read the nearest pixel of the map. "shift": the whole window moves into the map, which needs at least K rows and columns.
-        size: rows and columns of the output, which may each differ by less than `up` from the output size above, as in a pyramid whose
-            finer level has an odd side. A shorter output is cut at the bottom and right; a longer one repeats its last row or column.
-        backend: None chooses by device: "triton" on a GPU, "cpu" (compiled at first use) on a CPU. A name forces a backend: "reference" is
-            the definition, and "torch" a loop of PyTorch calls over the taps, on any device. None also runs "torch" on a CPU without a
-            compiler.
+        size: rows and columns of the output. Each may differ by less than `up` from the output size above, as in a pyramid whose finer
+            level has an odd side. A shorter output is cut at the bottom and right; a longer one repeats its last row or column.
+        backend: the implementation. None chooses by device: "triton" on a GPU, "cpu" (compiled at first use) on a CPU, and "torch" on a CPU
+            without a compiler. "torch" is a loop of PyTorch calls over the taps, and "reference" is the definition; both run on any device.
 
     Returns:
         Reassembled features [N, C, *size] in the memory format of `x`.
@@ -204,8 +205,8 @@ def reassemble_weights(
 
     Args:
         x: source features [N, C, H, W].
-        weights: [N, groups * kernel_size**2, Ho, Wo], where Ho x Wo is the output size, channel (g * K + ky) * K + kx. They are read in
-            place, except where the output size is not a multiple of `up`: there they are first padded to the next multiple.
+        weights: [N, groups * kernel_size**2, Ho, Wo], where Ho x Wo is the output size. The channel of tap (ky, kx) is (g * K + ky) * K
+            + kx. They are read in place, unless the output size is not a multiple of `up`; they are then first padded to the next multiple.
         kernel_size, up, down, groups, border, backend: as for `reassemble`.
         normalizer: "none" for weights that are already normalised; with another name, as for `reassemble`, `weights` are logits.
         size: rows and columns Ho, Wo of the output, each less than `up` shorter than ceil(H * up / down), ceil(W * up / down) or equal.

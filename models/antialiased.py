@@ -13,10 +13,10 @@ from .pooling import BlurPool
 class MaxBlurPool(BlurPool):
     """Antialiased max-pooling (Zhang, ICML 2019): the maximum over 2x2 at stride 1, then `BlurPool`. No parameters.
 
-    This is how the authors replace a max-pool, as in the stem of their ResNet; they replace a strided convolution by a convolution and
+    The authors replace a max-pool in this way, as in the stem of their ResNet. They replace a strided convolution by a convolution and
     `BlurPool`. The maximum is over whole windows, one row and column fewer than x has. An odd side is first lengthened by a pixel that
-    takes no part in a maximum. 3 comparisons per input element and 16 multiply-adds per output element. The licence of the authors' code,
-    which this class was not taken from, is CC BY-NC-SA 4.0.
+    takes no part in a maximum. 3 comparisons per input element and 16 multiply-adds per output element. This class was not taken from the
+    authors' code, whose licence is CC BY-NC-SA 4.0.
 
     Args:
         channels: not used, because the filter is the same for all channels.
@@ -51,7 +51,7 @@ class FLCPool(nn.Module):
     The map is transformed by Fourier, the frequencies -ceil(H / 2) / 2 to ceil(H / 2) / 2 - 1 of its rows are kept, rounded down, and
     likewise those of its columns, and the magnitude of their inverse transform is the output. It has no aliasing. Unlike windows of pixels,
     it reads the whole map for every output, and continues the map periodically. The mean of the map stays; in the authors' code, which is
-    not normalised, values are 4 times as large. The magnitude is theirs, too: a value below 0 becomes positive. Sides that are not
+    not normalised, values are 4 times as large. As in their code, a value below 0 becomes positive. Sides that are not
     divisible by 4 keep frequencies around 0 here. About 2.5 log2(H W) operations per element in each transform. The licence of the
     authors' code is MIT.
     """

@@ -61,7 +61,7 @@ def explain_arguments(init: Callable[P, None]) -> Callable[P, None]:
 
 
 class CARAFE(nn.Module):
-    """Module that resizes features by `up` / `down` with kernels that it predicts from the features themselves.
+    """Module that resizes features by `up` / `down`, with a reassembly kernel for each output pixel that it predicts from the features.
 
     A 1x1 convolution compresses the channels, a convolution of stride `down` encodes their content into groups * K * K * up**2 logits,
     and `carafepp.kernels.reassemble` normalises the logits and sums the K x K windows of the input (Eqn. 1 to 3). State-dict keys and
@@ -79,7 +79,7 @@ class CARAFE(nn.Module):
         compressor_norm: whether batch normalisation and ReLU follow the compressor, as in the paper's classification backbones
             (section 5.1).
         normalizer: "softmax", "sigmoid", "sigmoid_normalized" or "none" (Table XIV).
-        border: "zero" (the paper's), "renormalize", "replicate" or "shift": what windows do that leave the map, see
+        border: how windows that leave the map are computed: "zero" (as in the paper), "renormalize", "replicate" or "shift", see
             `carafepp.kernels.reassemble`.
 
     Raises:

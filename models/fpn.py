@@ -17,8 +17,7 @@ class FPN(FeaturePyramidNetwork):
         in_channels_list: channels of the backbone's levels, finest first.
         out_channels: channels of every level of the pyramid.
         upsample: None means nearest-neighbour interpolation to the size of the lateral. Otherwise each pair of levels has a sampler with
-            `out_channels` channels that upsamples by 2, to the size of the lateral, which is also its guide (see
-            `resize_pair`).
+            `out_channels` channels that upsamples by 2, to the size of the lateral. The lateral is also the guide (see `resize_pair`).
         extra_blocks: computes further levels from the outputs; `LastLevelMaxPool()` computes the fifth level of detectors.
     """
 
@@ -43,7 +42,7 @@ class FPN(FeaturePyramidNetwork):
             [N, out_channels, H_i, W_i] under the same names, followed by the extra levels.
 
         Raises:
-            ValueError: there is a sampler between two levels that do not have its ratio, as those of a dilated backbone.
+            ValueError: two levels do not have the ratio of the sampler between them, such as those of a dilated backbone.
         """
         names, inputs = list(x), list(x.values())
         laterals = [block(level) for block, level in zip(self.inner_blocks, inputs, strict=True)]

@@ -58,8 +58,8 @@ def trace_regions(
         network: the network, called once in its present mode; put it into evaluation mode first.
         inputs: arguments of the network, for one image.
         path: names of samplers, or patterns such as "fpn.upsample.*", that run one after the other. Calls of `F.interpolate` in a module
-            have the names "MODULE.interpolate_0", "MODULE.interpolate_1", ..., in their order. Of samplers inside each other, a CARAFE
-            module counts, or else the innermost one.
+            have the names "MODULE.interpolate_0", "MODULE.interpolate_1", ..., in their order. Of samplers inside each other, the CARAFE
+            module is taken, or the innermost one.
         locations: L targets (down, across), as fractions of the height and the width of the output of the last sampler.
 
     Returns:

@@ -61,8 +61,8 @@ def check_map(y: Tensor, x: Tensor, name: str) -> Tensor:
     """Check that what a sampler returns for x [N, C, H, W] is a tensor [N, C, h, w], and return it.
 
     Raises:
-        TypeError: it is not a tensor.
-        ValueError: it has other channels, or not four axes.
+        TypeError: the result is not a tensor.
+        ValueError: the result has other channels, or not four axes.
     """
     if not isinstance(y, Tensor):
         raise TypeError(f"the sampler {name} must return a tensor [N, {x.shape[1]}, h, w], got an object of type {type(y).__name__}")

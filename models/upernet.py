@@ -105,6 +105,6 @@ class UperNet(nn.Module):
         The published training also takes its loss at this size.
 
         Raises:
-            ValueError: there is a sampler between two levels that do not have its ratio, as those of a dilated backbone.
+            ValueError: two levels do not have the ratio of the sampler between them, such as those of a dilated backbone.
         """
         return self.conv_last(self.fuse(self.build_pyramid(self.backbone(x))))

@@ -66,7 +66,7 @@ def check_row(experiment: str | None, row: str | None) -> None:
     """Check that a row of the paper's tables is given with the experiment of its table.
 
     Raises:
-        ValueError: there is no experiment, or that of another table.
+        ValueError: no experiment is given, or that of another table.
     """
     table, tables = (row or "").partition("/")[0], read_paper()[0]
     if table in tables and experiment != table and (experiment is None or experiment in tables):
@@ -100,7 +100,7 @@ def check_resume_overrides(overrides: Iterable[str]) -> None:
     """Check that a resumed run keeps its own configuration, except for its length.
 
     Raises:
-        ValueError: there are other overrides.
+        ValueError: an override is none of resume=, trust= and data.epochs=.
     """
     if others := [override for override in overrides if not override.startswith(("resume=", "trust=", "data.epochs="))]:
         raise ValueError(

@@ -91,7 +91,7 @@ def _read_run_lengths(shape: dict, size: tuple[int, int]) -> list[int]:
     """Return run lengths, beginning with the background.
 
     Raises:
-        ValueError: they are not the run lengths of a mask of `size`.
+        ValueError: the run lengths are not those of a mask of `size`.
     """
     counts = shape.get("counts")
     if counts is None or shape.get("size") != list(size):
@@ -111,7 +111,7 @@ def _decompress(counts: str) -> list[int]:
     """Decompress run lengths; pycocotools would read beyond the end of damaged ones.
 
     Raises:
-        ValueError: they are damaged.
+        ValueError: the run lengths are damaged.
     """
     lengths, value, shift = [], 0, 0
     for character in counts:

@@ -151,7 +151,8 @@ def read_mask(path: str | Path, *, invert: bool = False, threshold: int | None =
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, holds other values than black and white, has transparent pixels and is not a layer, or has no hole.
+        ValueError: the file cannot be read, holds other values than black and white, has transparent pixels and is not a layer, or has no
+            hole.
     """
     if threshold is not None and not (isinstance(threshold, int) and 1 <= threshold <= 255):
         raise ValueError(f"threshold must be a whole number in 1..255, got {threshold!r}")

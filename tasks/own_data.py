@@ -100,7 +100,7 @@ def find_annotations(root: Path, part: str) -> Path:
     """Find the annotation file of the training or validation part.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the part has no annotation file.
     """
     for file in list_annotation_files(root, part):
         if file.is_file():
@@ -218,7 +218,7 @@ def find_folder(root: Path, part: str, names: list[str]) -> Path:
     """Return the first folder below `root` that exists.
 
     Raises:
-        FileNotFoundError: none exists.
+        FileNotFoundError: none of the folders exists.
     """
     for name in names:
         if (root / name).is_dir():

@@ -48,7 +48,7 @@ def load(path: Path) -> ctypes.CDLL:
     """Load a compiled kernel.
 
     Raises:
-        BuildError: it cannot be loaded.
+        BuildError: the file cannot be loaded.
     """
     try:
         kernel = ctypes.CDLL(str(path))
@@ -109,7 +109,7 @@ if hasattr(os, "register_at_fork"):
 def _layouts(
     dtype: torch.dtype, spec: Spec, shape: torch.Size, size: torch.Size, threads: int, parallel: int | None, *strides: tuple
 ) -> Call:
-    """Return what is the same for all calls with these layouts: all but the addresses; the strides are those of x, logits, lse, y etc."""
+    """Return what all calls with these layouts share: all except addresses; the strides are those of x, logits, lse, y etc."""
     options = DTYPES.index(dtype), NORMALIZERS.index(spec.normalizer), BORDERS.index(spec.border)
     problem = (*options, *shape, *size, *spec[:4])
     return Call(problem, threads, parallel, *((None, steps) for steps in strides))

@@ -73,7 +73,7 @@ def _protect(folder: Path) -> None:
     """Create the cache folder, or take the right to write in it from others.
 
     Raises:
-        BuildError: it belongs to another user, who could put any code there.
+        BuildError: the folder belongs to another user, who could put any code there.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
