@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import threading
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -15,11 +14,6 @@ from ..kernels.geometry import Spec, is_channels_last
 from ..kernels.observers import PLAIN, is_intercepted
 from ..kernels.reassembly import check_layouts, is_plain_size
 from .half_encoder import find_parameters, is_hooked, padded_channels, read_tensors
-
-# A detector that meets 500 sizes of images at ten sites has 5,000 layouts, of some 10 KB each.
-plans: dict[tuple, Any] = {}
-MAX_PLANS = 8192
-_planning = threading.Lock()
 
 
 @functools.cache
@@ -57,7 +51,7 @@ def infer(compressor: nn.Module, norm: nn.Module, encoder: nn.Module, x: Tensor,
     Raises:
         ValueError: `size` is wrong, or the logits of the encoder do not fit.
     """
-    if torch.is_grad_enabled() or is_intercepted() or not is_plain_size(size):
+    if not HAS_TRITON or torch.is_grad_enabled() or is_intercepted() or not is_plain_size(size):
         return None
     parameters = find_parameters(compressor, encoder, x)
     read = read_norm(norm)
@@ -77,13 +71,10 @@ def infer(compressor: nn.Module, norm: nn.Module, encoder: nn.Module, x: Tensor,
         return None
     layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in (x, *given)]
     key = (spec, size, eps, rectified, *geometry, *layouts)
+    plans = _launches().plans
     planned = plans.get(key)
     if planned is None:
-        planned = _plan(x, given, eps, rectified, conv, spec, size)
-        with _planning:
-            while len(plans) >= MAX_PLANS:
-                del plans[next(iter(plans))]
-            plans[key] = planned
+        planned = plans.keep(key, _plan(x, given, eps, rectified, conv, spec, size))
     return planned.run(x, given, addresses) if planned else None
 
 
@@ -103,7 +94,7 @@ def _plan(
 ) -> Any:
     """Plan the launches for a layout, or return False if there are none for it."""
     # a map of one pixel may be in NCHW as well, for which the operator may need a copy
-    if not HAS_TRITON or not is_channels_last(x) or not _fit(x, given):
+    if not is_channels_last(x) or not _fit(x, given):
         return False
     weight = cast(Tensor, given[-2])
     outputs, width, *kernel = weight.shape

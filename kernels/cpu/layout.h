@@ -2,10 +2,12 @@
 //
 // Over cells, reassembly is a sum of products of shifted planes. A plane holds one value per cell of a tile, with the rows laid end to end:
 // the weights of one (tap, sub-pixel), the source pixels of one phase (row % down, column % down), the outputs of one sub-pixel. The
-// source pixel that a tap of a sub-pixel reads then lies in one phase plane at a constant distance ("shift") that is the same for all
-//     cells: output[sub][f]       = sum over taps       weight[tap][sub][f] * source[phase][f + shift] dweight[tap][sub][f] = sum over
-//     channels   doutput[sub][f] * source[phase][f + shift] dsource[phase][f]    = sum over (tap, sub) weight[tap][sub][f - shift] *
-//     doutput[sub][f - shift]
+// source pixel that a tap of a sub-pixel reads then lies in one phase plane at a constant distance ("shift") that is the same for all cells:
+//
+//     output[sub][f]       = sum over taps       weight[tap][sub][f] * source[phase][f + shift]
+//     dweight[tap][sub][f] = sum over channels   doutput[sub][f] * source[phase][f + shift]
+//     dsource[phase][f]    = sum over (tap, sub) weight[tap][sub][f - shift] * doutput[sub][f - shift]
+//
 // Upsampling, downsampling, rational scales, kernel sizes and memory formats differ only in the table of shifts and in the way planes are
 // read and written.
 #pragma once

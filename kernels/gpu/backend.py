@@ -1,11 +1,10 @@
 """The operator on a GPU: the launches for given tensors, and the functions that the ops call.
 
 Forward saves one float32 log-sum-exp per window and group for backward, and nothing else. No launch uses atomics, so that both gradients
-are deterministic. In NCHW, a kernel may read a channels_last copy of a large x, or of a large dy, which exists during the call alone.
+are deterministic. In NCHW, a kernel may read a channels_last copy of a large x, which exists during the call alone.
 """
 
 import math
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from . import taps
 from .banded_backward import banded_backward
 from .banded_forward import banded_forward
 from .banded_source_gradient import banded_source_gradient
-from .launch import Launch, Plan, on_device_of
+from .launch import Launch, Plan, Plans, on_device_of
 from .padded_taps import padded_source_gradient
 from .records import Features, Layout, Logits, Sizes, Window, offset_type
 from .tile_geometry import KernelName, Tile, TileProblem, as_read, halo, reach
@@ -55,15 +54,11 @@ class CallPlan(NamedTuple):
     """The launches of a call, and the memory that they need while they run."""
 
     launches: list[Plan]
-    copies: int  # of features, one after the other in the same memory
-    bytes_of_copy: int  # of the largest
+    copied_bytes: int  # of the copy of x, 0 without one
 
 
-# The launches of a call, by everything that they depend on, because planning takes more host time than starting. A detector that meets 500
-# sizes of images at ten sites has 10,000, of some 5 KB each.
-plans: dict[tuple, CallPlan] = {}
-MAX_PLANS = 16384
-_planning = threading.Lock()
+# A detector that meets 500 sizes of images at ten sites has 10,000 calls, of some 5 KB each.
+plans: Plans[CallPlan] = Plans(16384)
 
 
 def _run(build: Callable[..., list[Launch]], tensors: tuple[Any, ...], spec: Spec) -> None:
@@ -78,25 +73,20 @@ def _run(build: Callable[..., list[Launch]], tensors: tuple[Any, ...], spec: Spe
     key = (build, spec, like.dtype, like.device, _precision(), *layouts, *aligned)
     with on_device_of(like):
         plan = plans.get(key) or _plan(key, build, tensors, spec)
-        if plan.copies:
+        if plan.copied_bytes:
             # the allocator gives this memory to later launches of the same stream alone
-            memory = torch.empty(plan.bytes_of_copy, dtype=torch.uint8, device=like.device)
-            addresses += [memory.data_ptr()] * plan.copies
+            memory = torch.empty(plan.copied_bytes, dtype=torch.uint8, device=like.device)
+            addresses.append(memory.data_ptr())
         for launch in plan.launches:
             launch.run(addresses)
 
 
 def _plan(key: tuple, build: Callable[..., list[Launch]], tensors: tuple[Any, ...], spec: Spec) -> CallPlan:
-    """Plan the launches of a call, and keep them in place of the oldest."""
+    """Plan the launches of a call."""
     launches = build(*tensors, spec)
     copies = [launch.arguments["copy"].ptr for launch in launches if launch.kernel is transpose]
-    sizes = (copy.numel() * copy.element_size() for copy in copies)
-    planned = CallPlan([Plan(launch, (*tensors, *copies)) for launch in launches], len(copies), max(sizes, default=0))
-    with _planning:
-        while len(plans) >= MAX_PLANS:
-            del plans[next(iter(plans))]
-        plans[key] = planned
-    return planned
+    started = [Plan(launch, (*tensors, *copies)) for launch in launches]
+    return plans.keep(key, CallPlan(started, sum(copy.numel() * copy.element_size() for copy in copies)))
 
 
 def check_device(x: Tensor) -> None:
@@ -144,7 +134,7 @@ def _precision() -> str:
 
 
 def _layout(problem: TileProblem, x_align: int, y_align: int, *tensors: Tensor) -> Layout:
-    return Layout(0 if problem.x_last else 1, 0 if problem.y_last else 1, x_align, y_align, offset_type(*tensors))
+    return Layout(0 if problem.x_last else 1, 0 if problem.channels_last else 1, x_align, y_align, offset_type(*tensors))
 
 
 def _window(spec: Spec) -> Window:
@@ -203,7 +193,7 @@ def forward_launches(
     if tile is None:
         return [_tap_launch(taps.tap_forward, arguments, problem, logits.shape[2:].numel())]
     problem = as_read("forward", problem, tile)
-    before = _copy_features(arguments, "x") if problem.copied else []
+    before, arguments = _copy_source(problem, arguments)
     x = arguments["x"].ptr
     x_align, _ = run_alignments(problem, tile)
     constants = {
@@ -218,11 +208,13 @@ def forward_launches(
     return [*before, _tile_launch(banded_forward, arguments, constants, problem, tile, tile.split)]
 
 
-def _copy_features(arguments: dict[str, Any], *names: str) -> list[Launch]:
-    """Replace the features of the first name by a channels_last copy, also under the other names, and return the launch that fills it."""
-    launch, copy = transpose_launch(arguments[names[0]].ptr)
-    arguments |= dict.fromkeys(names, Features(copy, *copy.stride()))
-    return [launch]
+def _copy_source(problem: TileProblem, arguments: dict[str, Any]) -> tuple[list[Launch], dict[str, Any]]:
+    """Return the launch that fills the copy of x, if the kernel reads one, and the arguments with the copy in the place of x."""
+    if not problem.copied:
+        return [], arguments
+    launch, copy = transpose_launch(arguments["x"].ptr)
+    # the gradient to the logits does not touch that to x, which has the layout of x
+    return [launch], arguments | dict.fromkeys(("x", "dx"), Features(copy, *copy.stride()))
 
 
 def backward_launches(
@@ -283,11 +275,7 @@ def _kernel_launches(kernel: KernelName, arguments: dict[str, Any], problem: Til
         gradient = padded_source_gradient if problem.spec.border in PADDED_BORDERS else taps.tap_source_gradient
         return [_tap_launch(gradient, arguments, problem, x.shape[2:].numel())]
     problem = as_read(kernel, problem, tile)
-    if not problem.copied:
-        return [_banded_launch(kernel, arguments, problem, tile)]
-    arguments = arguments.copy()
-    # the gradient to the logits does not touch that to x, which has the layout of x
-    before = _copy_features(arguments, *(("x", "dx") if problem.copied == "x" else ("dy",)))
+    before, arguments = _copy_source(problem, arguments)
     return [*before, _banded_launch(kernel, arguments, problem, tile)]
 
 

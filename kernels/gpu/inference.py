@@ -4,6 +4,7 @@ Features and the copied weight lie in the memory of the output, as far as they f
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..geometry import Spec
 from .backend import INTERPRETED, forward_launches
 from .encoder import Layers, Parameters, encoder_launches
-from .launch import POINTERS, Launch, Plan, on_device_of
+from .launch import POINTERS, Launch, Plan, Plans, on_device_of
 
 # memory is divided at multiples of this many elements of 2 bytes, to which all code may be aligned
 STEP = 128
@@ -113,3 +114,7 @@ class Inference:
             for plan in self.plans:
                 plan.run(tensors)
         return y
+
+
+# False where the layers must be called. A detector that meets 500 sizes of images at ten sites has 5,000 layouts, of some 10 KB each.
+plans: Plans[Inference | Literal[False]] = Plans(8192)

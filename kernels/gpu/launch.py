@@ -7,7 +7,7 @@ emulator also takes `launch.parameters()`. All of them compile the same source.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -24,6 +24,9 @@ DIVISIBLE = ("groups", "c")
 
 # ast.parse sometimes fails in two threads at a time, because CPython counts their depths together (python/cpython issue 106905)
 PARSER = threading.Lock()
+
+
+P = TypeVar("P")
 
 
 class Source(ASTSource):
@@ -114,6 +117,23 @@ class Plan:
         for at, place, strides in self.pointers:
             values[at] = (addresses[place], *strides) if strides else addresses[place]
         self.start(*values)
+
+
+class Plans(dict[tuple, P]):
+    """Plans by everything that they depend on, because planning takes more host time than starting; the oldest gives way to a new one."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.most = most
+        self.lock = threading.Lock()
+
+    def keep(self, key: tuple, plan: P) -> P:
+        """Store a plan, and return it."""
+        with self.lock:
+            while len(self) >= self.most:
+                del self[next(iter(self))]
+            self[key] = plan
+        return plan
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager:

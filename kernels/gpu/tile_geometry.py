@@ -16,8 +16,8 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 # the launches that have tiles: forward, both gradients, the gradient to the logits, and the gradient to the features
 KernelName = Literal["forward", "backward", "logit_gradient", "source_gradient"]
 KERNELS: tuple[KernelName, ...] = ("forward", "backward", "logit_gradient", "source_gradient")
-# the features that tiles of a kernel share, which it may read in a channels_last copy of NCHW; without an entry it never does
-COPIED: dict[KernelName, Literal["x", "y"]] = {"forward": "x", "logit_gradient": "x", "source_gradient": "y"}
+# the kernels that may read source features in NCHW, which their tiles share, in a channels_last copy
+COPYING: tuple[KernelName, ...] = ("forward", "logit_gradient")
 # smallest axis of a matrix product in Triton
 SMALLEST_EXTENT = 16
 # places of a product with targets, over the targets
@@ -37,7 +37,7 @@ class Tile(NamedTuple):
     max_registers: int = 255  # per thread; values beyond it spill
     # tiles that a program of the gradient to the features visits, one below the other; with 1, and in the other kernels, it does not walk
     steps: int = 1
-    # 1: the features that tiles share are read in a channels_last copy (COPIED), which a launch before the kernel makes of NCHW
+    # 1: source features in NCHW are read in a channels_last copy, which a launch before the kernel makes (COPYING)
     transposed: int = 0
 
 
@@ -54,22 +54,12 @@ class TileProblem(NamedTuple):
     x_align: int  # every run of source features begins and ends at a multiple of this number of elements
     y_align: int  # the same for target features
     capability: tuple[int, int]
-    copied: Literal["x", "y"] | None = None  # the features that the kernel reads in a channels_last copy: the source's or the target's
+    copied: bool = False  # whether the kernel reads the source features in a channels_last copy
 
     @property
     def x_last(self) -> bool:
         """Whether channels are the fastest axis of the source features, as the kernel reads them, and of their gradient."""
-        return self.channels_last or self.copied == "x"
-
-    @property
-    def y_last(self) -> bool:
-        """Whether channels are the fastest axis of the target features, as the kernel reads them."""
-        return self.channels_last or self.copied == "y"
-
-    @property
-    def shares_pixels(self) -> bool:
-        """Whether the features that tiles share are read in whole pixels, and not in rows of pixels."""
-        return self.channels_last or self.copied is not None
+        return self.channels_last or self.copied
 
 
 class Halo(NamedTuple):
@@ -126,17 +116,14 @@ class Walks(NamedTuple):
 
 def as_read(kernel: KernelName, problem: TileProblem, tile: Tile) -> TileProblem:
     """Return the problem with the memory format and the alignments of the features that a kernel reads with this tile."""
-    copied = COPIED.get(kernel) if tile.transposed and not problem.channels_last else None
-    if not copied:
+    if not tile.transposed or problem.channels_last or kernel not in COPYING:
         return problem
-    align = math.gcd(problem.channels, 16 // problem.element_size)
-    return problem._replace(copied=copied, **{f"{copied}_align": align})
+    return problem._replace(copied=True, x_align=math.gcd(problem.channels, 16 // problem.element_size))
 
 
-def copied_bytes(problem: TileProblem, copied: Literal["x", "y"]) -> int:
-    """Return the bytes of the source or of the target features of a call, with the last cells whole."""
-    scale = problem.spec.down if copied == "x" else problem.spec.up
-    return problem.batch * problem.channels * problem.height * problem.width * scale**2 * problem.element_size
+def source_bytes(problem: TileProblem) -> int:
+    """Return the bytes of the source features of a call, with the last cells whole."""
+    return problem.batch * problem.channels * problem.height * problem.width * problem.spec.down**2 * problem.element_size
 
 
 def power_of_two(n: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
-from .tile_geometry import COPIED, SMALLEST_EXTENT, KernelName, Tile, TileProblem, as_read, copied_bytes, halo, power_of_two, reach, walk
+from .tile_geometry import COPYING, SMALLEST_EXTENT, KernelName, Tile, TileProblem, as_read, halo, power_of_two, reach, source_bytes, walk
 
 WARP_SIZE = 32
 REGISTER_BYTES = 4
@@ -96,7 +96,7 @@ def source_blocks(kernel: KernelName, problem: TileProblem, tile: Tile) -> Sourc
 def walk_targets(problem: TileProblem, tile: Tile) -> int:
     """Return the targets of one product of a program that walks."""
     size, threads = problem.element_size, WARP_SIZE * tile.num_warps
-    most = WALK_TARGETS if size == 2 else WALK_TARGETS_LAST if problem.x_last and problem.y_last else WALK_TARGETS_ROWS
+    most = WALK_TARGETS if size == 2 else WALK_TARGETS_LAST if problem.channels_last else WALK_TARGETS_ROWS
     sources = power_of_two(tile.cells_h * tile.cells_w * problem.spec.down**2)
     return max(SMALLEST_EXTENT, min(most, WALK_ELEMENTS[size] * threads // tile.block_c, WALK_WEIGHTS[size] * threads // sources))
 
@@ -147,7 +147,7 @@ def fits(kernel: KernelName, problem: TileProblem, tile: Tile) -> bool:
 
 def may_transpose(kernel: KernelName, problem: TileProblem) -> bool:
     """Return whether a kernel may read a channels_last copy of features in NCHW: maps below a limit are not worth a launch."""
-    return kernel in COPIED and not problem.channels_last and copied_bytes(problem, COPIED[kernel]) >= LEAST_COPIED_BYTES
+    return kernel in COPYING and not problem.channels_last and source_bytes(problem) >= LEAST_COPIED_BYTES
 
 
 def gains_by_copy(kernel: KernelName, problem: TileProblem) -> bool:
@@ -155,7 +155,7 @@ def gains_by_copy(kernel: KernelName, problem: TileProblem) -> bool:
 
     The gradient to the logits gains by a copy of the larger map, too.
     """
-    return problem.element_size == 2 and (kernel == "logit_gradient" or (kernel == "forward" and problem.spec.up > problem.spec.down))
+    return problem.element_size == 2 and (kernel == "logit_gradient" or problem.spec.up > problem.spec.down)
 
 
 def candidate_tiles(kernel: KernelName, problem: TileProblem) -> Iterator[Tile]:

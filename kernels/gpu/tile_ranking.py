@@ -30,7 +30,7 @@ def rank_tiles(kernel: KernelName, problem: TileProblem) -> tuple[Tile, ...]:
 def rated_time(kernel: KernelName, problem: TileProblem, tile: Tile, resources: Resources | None = None) -> float:
     """Return the predicted time of a kernel in microseconds; with the copy that it reads, if it reads one, and more for its memory."""
     time = estimate_time(kernel, problem, tile, resources).total
-    return (time + transposition_microseconds(kernel, problem, tile)) * LEAST_ADVANTAGE if tile.transposed else time
+    return (time + transposition_microseconds(problem)) * LEAST_ADVANTAGE if tile.transposed else time
 
 
 def choose_tile(kernel: KernelName, problem: TileProblem) -> Tile | None:

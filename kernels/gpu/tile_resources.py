@@ -1,7 +1,7 @@
 """Estimates of the registers and of the shared memory of a kernel, which bound the programs that a multiprocessor holds.
 
 They serve the choice of a tile, which must not compile the candidates. Their terms are the values that a thread holds at the same time;
-the factors were fitted to compiled kernels (tests/kernels/gpu/fit_tile_time.py). tile_limits.py decides which tiles fit at all.
+the factors were fitted to compiled kernels (tests/support/fit_tile_time.py). tile_limits.py decides which tiles fit at all.
 """
 
 import math
@@ -42,10 +42,10 @@ def forward_resources(problem: TileProblem, tile: Tile) -> Resources:
     size, threads, channels = problem.element_size, WARP_SIZE * tile.num_warps, tile.block_c
     x_align, _ = run_alignments(problem, tile)
     window = halo(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.x_align))
-    tall = problem.y_last and window.rows * window.cols < 64
-    newer = takes_four_warps(problem, tile, window.m if problem.y_last and not tall else channels)
+    tall = problem.channels_last and window.rows * window.cols < 64
+    newer = takes_four_warps(problem, tile, window.m if problem.channels_last and not tall else channels)
     band, features, result = window.p * window.m, window.p * channels, window.m * channels
-    stored = _vectors(problem.y_last, result, threads, window.cols, problem.y_align)
+    stored = _vectors(problem.channels_last, result, threads, window.cols, problem.y_align)
     splits = (operand_terms(size) - 1) * (features + band) / threads
     loop = 28 + 1.1 * result / threads + 1.5 * splits + _vectors(problem.x_last, features, threads, window.width, x_align) + 3.4 * stored
     start = 33 + (4 * window.t * window.m + 0.3 * band) / threads
@@ -62,12 +62,12 @@ def logit_gradient_resources(problem: TileProblem, tile: Tile) -> Resources:
     newer = takes_four_warps(problem, tile, window.p)
     band, features, gradients = window.p * window.m, window.p * channels, window.m * channels
     loads = _vectors(problem.x_last, features, threads, window.width, x_align)
-    loads += _vectors(problem.y_last, gradients, threads, window.cols, y_align)
+    loads += _vectors(problem.channels_last, gradients, threads, window.cols, y_align)
     splits = (operand_terms(size) - 1) * (features + gradients) / threads
     loop = 28 + 1.2 * band / threads + 3 * loads + 1.3 * splits
     end = 17 + (2.8 * window.t * window.m + 2 * band) / threads
     buffered = features * _buffers(problem.x_last, size, tile, newer, window.width, x_align)
-    buffered += gradients * (_buffers(problem.y_last, size, tile, newer, window.cols, y_align) + operand_terms(size) - 1)
+    buffered += gradients * (_buffers(problem.channels_last, size, tile, newer, window.cols, y_align) + operand_terms(size) - 1)
     return _resources(max(loop, end), size * buffered)
 
 
@@ -80,10 +80,10 @@ def source_gradient_resources(problem: TileProblem, tile: Tile, blocks: SourceBl
     band, gradients, result = blocks.targets * reached.s, blocks.targets * blocks.channels, reached.s * blocks.channels
     # every warp holds the whole band as operand of its own matrix instruction
     held = 0 if newer else band * size / REGISTER_BYTES / WARP_SIZE * operand_terms(size)
-    loads = _vectors(problem.y_last, gradients, threads, reached.width, y_align)
+    loads = _vectors(problem.channels_last, gradients, threads, reached.width, y_align)
     registers = 44 + 1.4 * result / threads + 2.5 * held + 6.7 * loads + 0.5 * max(1, band / threads)
     registers += (15 + 1.4 * gradients / threads) * (operand_terms(size) - 1)
-    buffered = _buffers(problem.y_last, size, tile, newer, reached.width, y_align) * gradients + band
+    buffered = _buffers(problem.channels_last, size, tile, newer, reached.width, y_align) * gradients + band
     return _resources(registers, size * buffered + REGISTER_BYTES * blocks.targets)
 
 

@@ -18,7 +18,7 @@ from functools import cache
 from typing import NamedTuple
 
 from .residency import RESIDENCY_LIMITS, resident_blocks
-from .tile_geometry import COPIED, KernelName, Tile, TileProblem, copied_bytes
+from .tile_geometry import KernelName, Tile, TileProblem, source_bytes
 from .tile_resources import Resources, estimate_resources
 from .tile_work import Work, count_work
 
@@ -161,13 +161,10 @@ def copy_microseconds(problem: TileProblem, kernel: KernelName) -> float:
     return elements[kernel] * problem.element_size / find_device(problem.capability).copy * 1e-6
 
 
-def transposition_microseconds(kernel: KernelName, problem: TileProblem, tile: Tile) -> float:
-    """Return the microseconds of the launch that makes the copy of NCHW which a kernel reads, if it reads one: that of a copy, and more."""
-    if not tile.transposed:
-        return 0.0
+def transposition_microseconds(problem: TileProblem) -> float:
+    """Return the microseconds of the launch that copies source features in NCHW to channels_last."""
     # it reads and writes every byte
-    bytes_moved = 2 * copied_bytes(problem, COPIED[kernel])
-    return LAUNCH + bytes_moved / find_device(problem.capability).copy * 1e-6 / TRANSPOSITION_SPEED
+    return LAUNCH + 2 * source_bytes(problem) / find_device(problem.capability).copy * 1e-6 / TRANSPOSITION_SPEED
 
 
 def combine(

@@ -76,11 +76,13 @@ def count_forward(problem: TileProblem, tile: Tile) -> Work:
     window = halo(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.x_align))
     up, down, x_align = problem.spec.up, problem.spec.down, run_alignments(problem, tile)[0]
     features = _block(problem, tile, problem.x_last, _halo_seen(problem, tile, window), window.p, tile.block_c, window.width, x_align, down)
-    result = _block(problem, tile, problem.y_last, _targets_seen(problem, tile), window.m, tile.block_c, window.cols, problem.y_align, up)
+    result = _block(
+        problem, tile, problem.channels_last, _targets_seen(problem, tile), window.m, tile.block_c, window.cols, problem.y_align, up
+    )
     blocks = -(-problem.channels // tile.block_c)
     active = min(tile.split, blocks)
-    tall = problem.y_last and window.rows * window.cols < WARPGROUP_ROWS
-    newer = takes_four_warps(problem, tile, window.m if problem.y_last and not tall else tile.block_c)
+    tall = problem.channels_last and window.rows * window.cols < WARPGROUP_ROWS
+    newer = takes_four_warps(problem, tile, window.m if problem.channels_last and not tall else tile.block_c)
     band, steps = window.p * window.m, blocks / active
     issued = _issued(tile, steps)
     return Work(
@@ -107,7 +109,9 @@ def count_logit_gradient(problem: TileProblem, tile: Tile) -> Work:
     x_align, y_align = run_alignments(problem, tile)
     seen = _halo_seen(problem, tile, window)
     features = _block(problem, tile, problem.x_last, seen, window.p, tile.block_c, window.width, x_align, spec.down)
-    gradients = _block(problem, tile, problem.y_last, _targets_seen(problem, tile), window.m, tile.block_c, window.cols, y_align, spec.up)
+    gradients = _block(
+        problem, tile, problem.channels_last, _targets_seen(problem, tile), window.m, tile.block_c, window.cols, y_align, spec.up
+    )
     steps = -(-problem.channels // tile.block_c)
     issued = _issued(tile, steps)
     newer = takes_four_warps(problem, tile, window.p)
@@ -139,7 +143,7 @@ def count_source_gradient(problem: TileProblem, tile: Tile, blocks: SourceBlocks
     steps = -(-reached.height * reached.width // blocks.targets)
     targets = steps * blocks.targets
     seen = _reach_seen(problem, tile, reached)
-    gradients = _block(problem, tile, problem.y_last, seen, targets, blocks.channels, reached.width, y_align, spec.up)
+    gradients = _block(problem, tile, problem.channels_last, seen, targets, blocks.channels, reached.width, y_align, spec.up)
     seen = _sources_seen(problem, tile)
     result = _block(problem, tile, problem.x_last, seen, reached.s, blocks.channels, reached.cols, x_align, spec.down)
     all_blocks = -(-problem.channels // blocks.channels)
@@ -176,7 +180,7 @@ def count_walk(problem: TileProblem, tile: Tile) -> Work:
     rows = problem.height * spec.up / down
     products = -(-step.height * step.width // step.d)
     targets = products * step.d
-    gradients = _block(problem, tile, problem.y_last, (rows, cols), targets, channels, step.width, y_align, spec.up)
+    gradients = _block(problem, tile, problem.channels_last, (rows, cols), targets, channels, step.width, y_align, spec.up)
     sources = problem.height * spec.down / down, problem.width * spec.down / across
     # the first column of sources lies half a window before the cells
     x_align = math.gcd(x_align, radius) if radius else x_align
@@ -212,12 +216,12 @@ def find_walk(problem: TileProblem, tile: Tile) -> Walk:
 
 def run_vector(problem: TileProblem, tile: Tile, align: int) -> int:
     """Return the elements to whose multiple the extents of a tile are rounded along rows of features of this alignment."""
-    return 1 if problem.shares_pixels else min(tile.vector, align)
+    return 1 if problem.x_last else min(tile.vector, align)
 
 
 def run_alignments(problem: TileProblem, tile: Tile) -> tuple[int, int]:
     """Return the alignments of the source and of the target features that the kernels of the gradients use; forward uses the first."""
-    if problem.shares_pixels:
+    if problem.x_last:
         return problem.x_align, problem.y_align
     return min(problem.x_align, tile.vector), min(problem.y_align, tile.vector)
 

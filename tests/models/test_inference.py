@@ -15,7 +15,6 @@ triton = pytest.importorskip("triton")
 from carafepp.kernels.gpu import inference as launching  # noqa: E402
 from carafepp.kernels.gpu import launch as plans  # noqa: E402
 from carafepp.kernels.gpu.backend import forward_launches  # noqa: E402
-from carafepp.models import inference  # noqa: E402
 from carafepp.models.carafe import CARAFE  # noqa: E402
 
 INTERPRETED = launching.INTERPRETED
@@ -78,7 +77,7 @@ def inferred(monkeypatch):
     monkeypatch.setattr(launching, "runs_on", lambda *_: True)
     monkeypatch.setattr(launching, "Plan", plan)
     monkeypatch.setattr(launching.Inference, "run", note)
-    monkeypatch.setattr(inference, "plans", {})
+    monkeypatch.setattr(launching, "plans", plans.Plans(16))
     return outputs
 
 
@@ -129,7 +128,7 @@ def test_parameters_are_read_anew(place, inferred):
     with torch.no_grad():
         assert relative_error(first, deepcopy(module).double()(x.double())) < 2e-3
     assert len(inferred) == 9
-    assert len(inference.plans) == 1
+    assert len(launching.plans) == 1
 
 
 @everywhere
@@ -157,19 +156,19 @@ def test_one_plan_for_each_layout(inferred):
     for x in (draw(), draw(), draw(height=8), draw(n=1), draw()):
         infer(module, x)
     assert len(inferred) == 5
-    assert len(inference.plans) == 3
+    assert len(launching.plans) == 3
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         module(draw())
-    assert len(inference.plans) == 4
+    assert len(launching.plans) == 4
     infer(module.to(memory_format=torch.channels_last), draw())
-    assert len(inference.plans) == 5
+    assert len(launching.plans) == 5
 
 
 def test_plans_are_bounded(inferred, monkeypatch):
-    monkeypatch.setattr(inference, "MAX_PLANS", 3)
+    monkeypatch.setattr(launching, "plans", plans.Plans(3))
     for height in range(5, 10):
         infer(make(16, up=2), draw(height=height))
-    assert [planned.features_shape[1] for planned in inference.plans.values()] == [7, 8, 9]
+    assert [planned.features_shape[1] for planned in launching.plans.values()] == [7, 8, 9]
 
 
 @pytest.fixture
@@ -223,12 +222,12 @@ def test_kernels_start_with_the_addresses_of_the_call(options, made, monkeypatch
     monkeypatch.setattr(plans, "compile_for_current_device", lambda _: Compiled())
     monkeypatch.setattr(launching, "runs_on", lambda *_: True)
     monkeypatch.setattr("carafepp.models.carafe.suits_matrix_units", lambda x: x.element_size() == 2)
-    monkeypatch.setattr(inference, "plans", {})
+    monkeypatch.setattr(launching, "plans", plans.Plans(16))
     module = make(16, **options)
     for x in (draw(), draw()):
         started.clear()
         y = infer(module, x)
-        (planned,) = inference.plans.values()
+        (planned,) = launching.plans.values()
         assert y is made[-1][0]
         conv, given = module.content_encoder, [None] * 6
         if isinstance(module.channel_compressor, nn.Conv2d):
@@ -384,7 +383,7 @@ def test_a_folded_norm_leaves_its_activation(inferred):
     module.compressor_norm[0] = nn.Identity()
     infer(module, draw())
     assert inferred
-    (planned,) = inference.plans.values()
+    (planned,) = launching.plans.values()
     assert planned.layers.rectified
     assert not planned.layers.normalized
 

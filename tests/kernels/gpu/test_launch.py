@@ -91,7 +91,7 @@ def planned(monkeypatch):
     monkeypatch.setattr(launching, "compile_for_current_device", compile_nothing)
     monkeypatch.setattr(backend, "INTERPRETED", False)
     monkeypatch.setattr(backend, "check_device", lambda _: None)
-    monkeypatch.setattr(backend, "plans", {})
+    monkeypatch.setattr(backend, "plans", launching.Plans(backend.plans.most))
     return sources
 
 
@@ -119,13 +119,13 @@ def test_every_size_of_images_is_planned_once(planned):
             call(*size)
     assert len(planned) == len(backend.plans) == 2 * len(sizes)
     # those of 500 sizes
-    assert backend.MAX_PLANS >= 1000
+    assert backend.plans.most >= 1000
     # maps of all sizes whose rows have the same alignment share code, which is compiled once
     assert len(set(planned)) < 30
 
 
 def test_the_oldest_plan_makes_room(planned, monkeypatch):
-    monkeypatch.setattr(backend, "MAX_PLANS", 8)
+    monkeypatch.setattr(backend, "plans", launching.Plans(8))
     for width in range(1, 11):
         call(1, width)
         call(1, 10)

@@ -4,7 +4,7 @@ import pytest
 from carafepp.kernels.geometry import Spec
 from carafepp.kernels.gpu.tile_geometry import KERNELS, Tile, TileProblem
 from carafepp.kernels.gpu.tile_limits import fitting_tiles
-from carafepp.kernels.gpu.tile_ranking import SEPARATE, choose_backward, choose_tile, rank_tiles, rated_time
+from carafepp.kernels.gpu.tile_ranking import SEPARATE, choose_backward, choose_tile, rank_tiles, rank_wide_tiles, rated_time
 from carafepp.kernels.gpu.tile_time import estimate_time
 
 PROBLEM = TileProblem(Spec(5, up=2), 256, 25, 42, 1, 2, False, 2, 4, (8, 0))
@@ -105,11 +105,16 @@ def test_only_large_maps_in_nchw_are_copied(kernel):
     assert choose_tile("logit_gradient", large).transposed
     for problem in (small, large._replace(channels_last=True), large._replace(element_size=4)):
         assert not any(tile.transposed for tile in rank_tiles(kernel, problem))
-    # the larger map, except for the gradient to the logits, and dy
+    # the larger map, except for the gradient to the logits
     down = large._replace(spec=Spec(5, down=2))
     assert any(tile.transposed for tile in rank_tiles(kernel, down)) == (kernel == "logit_gradient")
-    assert not any(tile.transposed for problem in (large, down) for tile in rank_tiles("source_gradient", problem))
-    assert not any(tile.transposed for tile in rank_tiles("backward", large))
+    assert any(tile.transposed for tile in rank_wide_tiles(kernel, down))
+
+
+@pytest.mark.parametrize("kernel", ["source_gradient", "backward"])
+def test_other_kernels_read_no_copy(kernel):
+    large = TileProblem(Spec(5, up=2), 256, 128, 128, 1, 2, False, 8, 8, (9, 0))
+    assert not any(tile.transposed for tile in (*rank_tiles(kernel, large), *rank_wide_tiles(kernel, large)))
 
 
 def test_a_copy_must_save_more_than_its_own_time():
