@@ -85,7 +85,7 @@ def find_layouts(shape: torch.Size, strides: tuple[int, ...], options: Options) 
     return Layouts(options, spec, tuple(y.shape), y.stride(), tuple(lse.shape), cells_shape, channels, core)
 
 
-def _view_cells(logits: Tensor, layouts: Layouts) -> Tensor:
+def view_cells(logits: Tensor, layouts: Layouts) -> Tensor:
     """View logits as [N, G * K * K, up, up, Hq, Wq].
 
     Logits in encoder layout may have further channels, which are not read. Weights at output resolution that end within a cell are padded.
@@ -148,7 +148,7 @@ def compute_features(x: Tensor, logits: Tensor, layouts: Layouts, lse: Tensor | 
     if y.numel():
         core = y[..., : layouts.core[0], : layouts.core[1]] if layouts.core else y
         compute = implementation(layouts.options.backend, x.device, x.dtype).forward
-        compute(x, _view_cells(logits, layouts), core, lse, layouts.spec)
+        compute(x, view_cells(logits, layouts), core, lse, layouts.spec)
         if layouts.core:
             _repeat_last(y, *layouts.core)
     return y
@@ -163,7 +163,7 @@ def compute_gradients(
         return dx, dlogits.zero_()
     if layouts.core:
         dy = _sum_repeated(dy, *layouts.core)
-    cells, dcells = _view_cells(logits, layouts), _view_cells(dlogits, layouts) if need_dlogits else None
+    cells, dcells = view_cells(logits, layouts), view_cells(dlogits, layouts) if need_dlogits else None
     compute = implementation(layouts.options.backend, x.device, x.dtype).backward
     compute(dy, x, cells, lse, dx if need_dx else None, dcells, layouts.spec)
     if dcells is None:

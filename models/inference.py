@@ -120,13 +120,4 @@ def _plan(
         *conv.padding,
         *conv.dilation,
     )
-    return launching.Inference(
-        x,
-        parameters,
-        layers,
-        spec,
-        y_shape=layouts.y_shape,
-        y_strides=layouts.y_strides,
-        cells_shape=layouts.cells_shape,
-        lse_shape=layouts.lse_shape,
-    )
+    return launching.Inference(x, parameters, layers, layouts)

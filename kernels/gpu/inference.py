@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..geometry import Spec
+from ..execution import Layouts, view_cells
 from .backend import INTERPRETED, forward_launches
 from .encoder import Layers, Parameters, encoder_launches
 from .launch import POINTERS, Launch, Plan, Plans, on_device_of
@@ -31,37 +31,22 @@ class Inference:
     Args:
         x: [N, C, H, W] in channels_last, float16 or bfloat16.
         parameters, layers: the layers, see `encoder.encoder_launches`.
-        spec: the options of the reassembly.
-        y_shape, y_strides: of the output [N, C, Ho, Wo].
-        cells_shape: N, G * K * K, up, up, Hq, Wq of the logits that the operator reads.
-        lse_shape: of the log-sum-exp, which the operator stores.
+        layouts: those of the reassembly.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        parameters: Parameters,
-        layers: Layers,
-        spec: Spec,
-        *,
-        y_shape: tuple[int, ...],
-        y_strides: tuple[int, ...],
-        cells_shape: tuple[int, ...],
-        lse_shape: tuple[int, ...],
-    ):
-        self.layers, self.spec, self.y_shape, self.y_strides = layers, spec, y_shape, y_strides
-        self.cells_shape, self.lse_shape = cells_shape, lse_shape
+    def __init__(self, x: Tensor, parameters: Parameters, layers: Layers, layouts: Layouts):
+        self.layers, self.layouts = layers, layouts
         self.features_shape = (x.shape[0], *x.shape[2:], layers.width)
-        self.logits_shape = (x.shape[0], *cells_shape[-2:], layers.row)
+        self.logits_shape = (x.shape[0], *layouts.cells_shape[-2:], layers.row)
         # of the features, unless they are x, the copied weight, the logits and the log-sum-exp: the memory, 0 for that of y and 1 for
         # scratch memory, and the first element
         self.places: list[tuple[int, int]] = []
-        room, ends = math.prod(y_shape), [0, 0]
+        room, ends = math.prod(layouts.y_shape), [0, 0]
         sizes = (
             math.prod(self.features_shape) if layers.compressed else 0,
             layers.copied,
             math.prod(self.logits_shape),
-            2 * math.prod(lse_shape),
+            2 * math.prod(layouts.lse_shape),
         )
         for part, size in enumerate(sizes):
             memory = 0 if part < 2 and ends[0] + size <= room else 1
@@ -77,7 +62,7 @@ class Inference:
 
     def allocate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Allocate the output and the memory of everything between the launches."""
-        return x.new_empty_strided(self.y_shape, self.y_strides), x.new_empty(self.scratch)
+        return x.new_empty_strided(self.layouts.y_shape, self.layouts.y_strides), x.new_empty(self.scratch)
 
     def _view(self, x: Tensor, y: Tensor, scratch: Tensor) -> tuple[Tensor, ...]:
         """Return the features, the copied weight, the logits, the same as cells, and the log-sum-exp."""
@@ -86,15 +71,15 @@ class Inference:
         if self.layers.compressed:
             x = features[: math.prod(self.features_shape)].view(self.features_shape).permute(0, 3, 1, 2)
         logits = logits[: math.prod(self.logits_shape)].view(self.logits_shape).permute(0, 3, 1, 2)
-        cells = logits[:, : math.prod(self.cells_shape[1:4])].unflatten(1, self.cells_shape[1:4])
-        lse = lse[: 2 * math.prod(self.lse_shape)].view(torch.float32).view(self.lse_shape)
+        cells = view_cells(logits, self.layouts)
+        lse = lse[: 2 * math.prod(self.layouts.lse_shape)].view(torch.float32).view(self.layouts.lse_shape)
         return x, copy[: self.layers.copied], logits, cells, lse
 
     def _build(self, x: Tensor, y: Tensor, tensors: tuple[Tensor, ...], parameters: Parameters) -> list[Launch]:
         features, copy, logits, cells, lse = tensors
         precision = "widened" if INTERPRETED else "ieee"
         launches = encoder_launches(x, features, copy, logits, parameters, self.layers, precision=precision)
-        return launches + forward_launches(x, cells, y, lse, self.spec)
+        return launches + forward_launches(x, cells, y, lse, self.layouts.spec)
 
     def launches(self, x: Tensor, y: Tensor, scratch: Tensor, parameters: Parameters) -> list[Launch]:
         """Return the launches that fill y, with tensors from `allocate`, on any device."""

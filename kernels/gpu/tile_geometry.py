@@ -7,15 +7,15 @@ are rounded up to a power of two of at least 16.
 
 import math
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from ..geometry import Spec
 
 Direction = Literal["forward", "backward"]
-DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 # the launches that have tiles: forward, both gradients, the gradient to the logits, and the gradient to the features
 KernelName = Literal["forward", "backward", "logit_gradient", "source_gradient"]
-KERNELS: tuple[KernelName, ...] = ("forward", "backward", "logit_gradient", "source_gradient")
+KERNELS: tuple[KernelName, ...] = get_args(KernelName)
 # the kernels that may read source features in NCHW, which their tiles share, in a channels_last copy
 COPYING: tuple[KernelName, ...] = ("forward", "logit_gradient")
 # smallest axis of a matrix product in Triton

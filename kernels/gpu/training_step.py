@@ -39,15 +39,6 @@ class TrainingStep(NamedTuple):
         tensors = (self.y, self.x, self.logits, self.lse, dx, dlogits)
         return backward_launches(*tensors, self.spec, tile=tile, capability=capability)
 
-    def build_launch(self, kernel: KernelName, tile: Tile, capability: tuple[int, int] | None = None) -> Launch:
-        """Return the launch of one kernel with a given tile; the other arguments are as for `build_launches`.
-
-        Raises:
-            ValueError: the tile says that another launch copies features before the kernel.
-        """
-        (launch,) = self.build_launches(kernel, tile=tile, capability=capability)
-        return launch
-
 
 def build_training_step(
     n: int,

@@ -75,7 +75,7 @@ def test_wrong_results_are_noticed(kernel):
     step = build_training_step(1, 8, 5, 6, Spec(3, up=2), torch.float16, torch.channels_last, "cpu")
     expected = compute_results(step, kernel)
     assert set(expected) == set(RESULTS[kernel])
-    launch = step.build_launch(kernel, choose_tile(kernel, step.problem((8, 0))), (8, 0))
+    (launch,) = step.build_launches(kernel, tile=choose_tile(kernel, step.problem((8, 0))), capability=(8, 0))
     for name, right in expected.items():
         assert right.isfinite().all()
         launch.arguments[name].ptr.copy_(right)
