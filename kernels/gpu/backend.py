@@ -1,37 +1,19 @@
-"""The operator on a GPU: the launches for given tensors, and the functions that the ops call.
+"""The operator on a GPU: the functions that the ops call, which plan the launches of a call once.
 
 Forward saves one float32 log-sum-exp per window and group for backward, and nothing else. No launch uses atomics, so that both gradients
 are deterministic. In NCHW, a kernel may read a channels_last copy of a large x, which exists during the call alone.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from ..geometry import LSE_NORMALIZERS, PADDED_BORDERS, Spec, is_channels_last
-from . import taps
-from .banded_backward import banded_backward
-from .banded_forward import banded_forward
-from .banded_source_gradient import banded_source_gradient
-from .launch import Launch, Plan, Plans, on_device_of
-from .padded_taps import padded_source_gradient
-from .records import Features, Layout, Logits, Sizes, Window, offset_type
-from .tile_geometry import KernelName, Tile, TileProblem, as_read, halo, reach
-from .tile_limits import source_blocks
-from .tile_ranking import SEPARATE, TOGETHER, choose_backward, choose_tile
-from .tile_tables import measured_tile
-from .tile_work import find_walk, run_alignments, run_vector
-from .transposition import transpose, transpose_launch
-
-TAP_BLOCKS = {"BLOCK_M": 32, "BLOCK_C": 32}
-TAP_OPTIONS = {"num_warps": 4, "num_stages": 2}
-# the capability for which a launch is planned if its tensors are not on a GPU
-DEFAULT_CAPABILITY = (8, 0)
-INTERPRETED = not isinstance(banded_forward, triton.JITFunction)
+from ..geometry import LSE_NORMALIZERS, Spec
+from .launch import Launch, Plan, Plans, distinguish, on_device_of
+from .operator_launches import INTERPRETED, backward_launches, choose_precision, forward_launches
+from .transposition import transpose
 
 
 def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor | None, spec: Spec) -> None:
@@ -70,7 +52,7 @@ def _run(build: Callable[..., list[Launch]], tensors: tuple[Any, ...], spec: Spe
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     layouts = [None if t is None else (t.shape, t.stride()) for t in tensors]
     aligned = [address % 16 == 0 for address in addresses]
-    key = (build, spec, like.dtype, like.device, _precision(), *layouts, *aligned)
+    key = (build, spec, like.dtype, like.device, choose_precision(), *layouts, *aligned)
     with on_device_of(like):
         plan = plans.get(key) or _plan(key, build, tensors, spec)
         if plan.copied_bytes:
@@ -83,9 +65,10 @@ def _run(build: Callable[..., list[Launch]], tensors: tuple[Any, ...], spec: Spe
 
 def _plan(key: tuple, build: Callable[..., list[Launch]], tensors: tuple[Any, ...], spec: Spec) -> CallPlan:
     """Plan the launches of a call."""
-    launches = build(*tensors, spec)
+    given = distinguish(tensors)
+    launches = build(*given, spec)
     copies = [launch.arguments["copy"].ptr for launch in launches if launch.kernel is transpose]
-    started = [Plan(launch, (*tensors, *copies)) for launch in launches]
+    started = [Plan(launch, (*given, *copies)) for launch in launches]
     return plans.keep(key, CallPlan(started, sum(copy.numel() * copy.element_size() for copy in copies)))
 
 
@@ -93,220 +76,3 @@ def check_device(x: Tensor) -> None:
     """Raise ValueError for tensors on a CPU outside the interpreter of Triton."""
     if x.device.type == "cpu" and not INTERPRETED:
         raise ValueError("backend 'triton' takes CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1); use backend 'cpu'")
-
-
-def problem_of(x: Tensor, logits: Tensor, y: Tensor, spec: Spec, capability: tuple[int, int] | None = None) -> TileProblem:
-    """Return the properties that the choice of a tile depends on; `y` is the output or its gradient."""
-    n, c, _, _ = x.shape
-    capability = capability or (torch.cuda.get_device_capability(x.device) if x.is_cuda else DEFAULT_CAPABILITY)
-    channels, last = c // spec.groups, is_channels_last(x)
-    x_align, y_align = (_alignment(t, channels, last) for t in (x, y))
-    height, width = logits.shape[4:]
-    return TileProblem(spec, channels, height, width, n * spec.groups, x.element_size(), last, x_align, y_align, capability)
-
-
-def _device_name(x: Tensor) -> str:
-    return torch.cuda.get_device_name(x.device) if x.is_cuda else x.device.type
-
-
-def _sizes(x: Tensor, logits: Tensor, y: Tensor, spec: Spec) -> Sizes:
-    _, c, h, w = x.shape
-    return Sizes(spec.groups, c // spec.groups, h, w, *y.shape[2:], *logits.shape[4:])
-
-
-def _alignment(features: Tensor, channels: int, channels_last: bool) -> int:
-    """Return the elements, at most 16 bytes, at whose multiples every run along the fastest axis begins and ends."""
-    fastest = 1 if channels_last else 3
-    if features.stride(fastest) != 1:
-        return 1
-    steps = [step for axis, step in enumerate(features.stride()) if axis != fastest]
-    return math.gcd(*steps, channels if channels_last else features.shape[3], 16 // features.element_size())
-
-
-def _precision() -> str:
-    """Return the precision of products of float32 blocks: plain TF32 only if torch uses it for float32 matrix products."""
-    if INTERPRETED:
-        return "widened"
-    if torch.version.hip:
-        # the matrix units of AMD GPUs take float32, and Triton refuses "tf32x3" for them
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-
-
-def _layout(problem: TileProblem, x_align: int, y_align: int, *tensors: Tensor) -> Layout:
-    return Layout(0 if problem.x_last else 1, 0 if problem.channels_last else 1, x_align, y_align, offset_type(*tensors))
-
-
-def _window(spec: Spec) -> Window:
-    # without the groups, because a program works on one group and the same code serves any number of them
-    return Window(spec.kernel_size, spec.up, spec.down, spec.normalizer, spec.border, spec.normalizer in LSE_NORMALIZERS)
-
-
-def _find_tile(kernel: KernelName, problem: TileProblem, x: Tensor) -> Tile | None:
-    """Return the measured or ranked tile; None for the kernels that work tap by tap, which alone read pixels of the map outside it."""
-    if problem.spec.border in PADDED_BORDERS:
-        return None
-    return measured_tile(kernel, problem, _device_name(x)) or choose_tile(kernel, problem)
-
-
-def _tile_launch(
-    kernel: triton.JITFunction, arguments: dict[str, Any], constants: dict[str, Any], problem: TileProblem, tile: Tile, programs: int
-) -> Launch:
-    """Return a launch with a number of programs for each tile."""
-    rows, cols = triton.cdiv(problem.height, tile.cells_h), triton.cdiv(problem.width, tile.cells_w)
-    given = {name: arguments[name] for name in kernel.arg_names if name in arguments}
-    grid = (problem.batch * rows * cols * programs, 1, 1)
-    return Launch(kernel, grid, given, constants, tile.num_warps, tile.num_stages, tile.max_registers)
-
-
-def _tap_launch(kernel: triton.JITFunction, arguments: dict[str, Tensor | tuple], problem: TileProblem, locations: int) -> Launch:
-    given = {name: arguments[name] for name in kernel.arg_names if name in arguments}
-    constants = {"WINDOW": _window(problem.spec), "AXIS": 0 if problem.channels_last else 1} | TAP_BLOCKS
-    # only the first axis of a grid may exceed 65535 programs
-    grid = (problem.batch * triton.cdiv(locations, TAP_BLOCKS["BLOCK_M"]), 1, 1)
-    return Launch(kernel, grid, given, constants, **TAP_OPTIONS)
-
-
-def forward_launches(
-    x: Tensor,
-    logits: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    spec: Spec,
-    *,
-    tile: Tile | None = None,
-    capability: tuple[int, int] | None = None,
-) -> list[Launch]:
-    """Return the launches that fill y and lse; arguments as for `forward`, on any device, including "meta".
-
-    `tile` replaces the measured or chosen tile, and `capability` that of the device.
-    """
-    problem = problem_of(x, logits, y, spec, capability)
-    tile = tile or _find_tile("forward", problem, x)
-    arguments = {
-        "sizes": _sizes(x, logits, y, spec),
-        "x": Features(x, *x.stride()),
-        "logits": Logits(logits, *logits.stride()),
-        "y": Features(y, *y.stride()),
-        "lse_ptr": lse,
-    }
-    if tile is None:
-        return [_tap_launch(taps.tap_forward, arguments, problem, logits.shape[2:].numel())]
-    problem = as_read("forward", problem, tile)
-    before, arguments = _copy_source(problem, arguments)
-    x = arguments["x"].ptr
-    x_align, _ = run_alignments(problem, tile)
-    constants = {
-        "WINDOW": _window(spec),
-        "TILE": tile,
-        "HALO": halo(spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, x_align)),
-        "LAYOUT": _layout(problem, x_align, problem.y_align, x, logits, y),
-        "PRECISION": _precision(),
-        # the targets of a small tile are too few rows for the matrix units of capability 9.0 and later
-        "TALL": problem.capability >= (9, 0) and tile.cells_h * tile.cells_w * spec.up**2 < 64,
-    }
-    return [*before, _tile_launch(banded_forward, arguments, constants, problem, tile, tile.split)]
-
-
-def _copy_source(problem: TileProblem, arguments: dict[str, Any]) -> tuple[list[Launch], dict[str, Any]]:
-    """Return the launch that fills the copy of x, if the kernel reads one, and the arguments with the copy in the place of x."""
-    if not problem.copied:
-        return [], arguments
-    launch, copy = transpose_launch(arguments["x"].ptr)
-    # the gradient to the logits does not touch that to x, which has the layout of x
-    return [launch], arguments | dict.fromkeys(("x", "dx"), Features(copy, *copy.stride()))
-
-
-def backward_launches(
-    dy: Tensor,
-    x: Tensor,
-    logits: Tensor,
-    lse: Tensor,
-    dx: Tensor | None,
-    dlogits: Tensor | None,
-    spec: Spec,
-    *,
-    tile: Tile | None = None,
-    capability: tuple[int, int] | None = None,
-) -> list[Launch]:
-    """Return the launches that fill dx and dlogits, unless they are None; arguments as for `backward`, on any device, including "meta".
-
-    `tile` replaces the measured or chosen tiles, and `capability` that of the device.
-    """
-    problem = problem_of(x, logits, dy, spec, capability)
-    # a kernel does not touch a gradient that is None, so that the input can replace it
-    to_x, to_logits = x if dx is None else dx, logits if dlogits is None else dlogits
-    arguments = {
-        "sizes": _sizes(x, logits, dy, spec),
-        "x": Features(x, *x.stride()),
-        "logits": Logits(logits, *logits.stride()),
-        "lse_ptr": lse,
-        "dy": Features(dy, *dy.stride()),
-        "dx": Features(to_x, *to_x.stride()),
-        "dlogits": Logits(to_logits, *to_logits.stride()),
-    }
-    kernels: tuple[KernelName, ...] = ()
-    if dx is not None and dlogits is not None:
-        kernels = TOGETHER if tile else _find_kernels(problem, x)
-    elif dlogits is not None:
-        kernels = ("logit_gradient",)
-    elif dx is not None:
-        kernels = ("source_gradient",)
-    return [launch for kernel in kernels for launch in _kernel_launches(kernel, arguments, problem, tile)]
-
-
-def _find_kernels(problem: TileProblem, x: Tensor) -> tuple[KernelName, ...]:
-    """Return the kernels that compute both gradients: those that have measured tiles, or else the fastest by the model."""
-    if problem.spec.border not in PADDED_BORDERS:
-        for kernels in (SEPARATE, TOGETHER):
-            if all(measured_tile(kernel, problem, _device_name(x)) for kernel in kernels):
-                return kernels
-        return choose_backward(problem)
-    return SEPARATE
-
-
-def _kernel_launches(kernel: KernelName, arguments: dict[str, Any], problem: TileProblem, tile: Tile | None) -> list[Launch]:
-    """Return the launch of a kernel of backward, after that of the copy which it reads, if it reads one."""
-    x, logits = arguments["x"].ptr, arguments["logits"].ptr
-    tile = tile or _find_tile(kernel, problem, x)
-    if tile is None:
-        if kernel == "logit_gradient":
-            return [_tap_launch(taps.tap_logit_gradient, arguments, problem, logits.shape[2:].numel())]
-        gradient = padded_source_gradient if problem.spec.border in PADDED_BORDERS else taps.tap_source_gradient
-        return [_tap_launch(gradient, arguments, problem, x.shape[2:].numel())]
-    problem = as_read(kernel, problem, tile)
-    before, arguments = _copy_source(problem, arguments)
-    return [*before, _banded_launch(kernel, arguments, problem, tile)]
-
-
-def _banded_launch(kernel: KernelName, arguments: dict[str, Any], problem: TileProblem, tile: Tile) -> Launch:
-    x, logits, dy, dx, dlogits = (arguments[name].ptr for name in ("x", "logits", "dy", "dx", "dlogits"))
-    # the gradient to x may have other strides than x
-    x_align = math.gcd(problem.x_align, _alignment(dx, problem.channels, problem.x_last))
-    x_align, y_align = run_alignments(problem._replace(x_align=x_align), tile)
-    layout = _layout(problem, x_align, y_align, x, logits, dy, dx, dlogits)
-    if tile.steps > 1:
-        return _walk_launch(arguments, layout, problem, tile)
-    constants = {
-        "WINDOW": _window(problem.spec),
-        "TILE": tile,
-        "HALO": halo(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, x_align)),
-        "REACH": reach(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, y_align)),
-        "BLOCKS": source_blocks(kernel, problem, tile),
-        "LAYOUT": layout,
-        "PRECISION": _precision(),
-        "NEED_DX": kernel != "logit_gradient",
-        "NEED_DLOGITS": kernel != "source_gradient",
-    }
-    programs = constants["NEED_DLOGITS"] + constants["NEED_DX"] * tile.split
-    return _tile_launch(banded_backward, arguments, constants, problem, tile, programs)
-
-
-def _walk_launch(arguments: dict[str, Any], layout: Layout, problem: TileProblem, tile: Tile) -> Launch:
-    """Return the launch of the gradient to the features by programs that walk, one for each walk and block of channels."""
-    step, sizes, radius = find_walk(problem, tile), arguments["sizes"], problem.spec.kernel_size // 2
-    walks = triton.cdiv(sizes.h + radius, tile.steps * step.rows) * triton.cdiv(sizes.w + radius, step.cols)
-    grid = (problem.batch * walks * triton.cdiv(problem.channels, tile.block_c), 1, 1)
-    given = {name: arguments[name] for name in banded_source_gradient.arg_names if name in arguments}
-    constants = {"WINDOW": _window(problem.spec), "TILE": tile, "WALK": step, "LAYOUT": layout, "PRECISION": _precision()}
-    return Launch(banded_source_gradient, grid, given, constants, tile.num_warps, tile.num_stages, tile.max_registers)

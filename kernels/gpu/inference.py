@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..execution import Layouts, view_cells
-from .backend import INTERPRETED, forward_launches
 from .encoder import Layers, Parameters, encoder_launches
-from .launch import POINTERS, Launch, Plan, Plans, on_device_of
+from .launch import POINTERS, Launch, Plan, Plans, distinguish, on_device_of
+from .operator_launches import INTERPRETED, forward_launches
 
 # memory is divided at multiples of this many elements of 2 bytes, to which all code may be aligned
 STEP = 128
@@ -56,7 +56,7 @@ class Inference:
         self.plans: list[Plan] = []
         if not INTERPRETED:
             y, scratch = self.allocate(x)
-            tensors = self._view(x, y, scratch)
+            tensors, parameters = self._view(x, y, scratch), Parameters(*distinguish(parameters))
             with on_device_of(x):
                 self.plans = [Plan(launch, [x, y, *tensors, *parameters]) for launch in self._build(x, y, tensors, parameters)]
 

@@ -5,7 +5,7 @@ emulator also takes `launch.parameters()`. All of them compile the same source.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
@@ -94,6 +94,10 @@ class Plan:
     """A launch that starts repeatedly, with other tensors of the same layouts, in a fraction of the host time of Triton's call.
 
     The tensors must have the alignment to 16 bytes of those of the constructor, on which the code may rely.
+
+    Args:
+        launch: its arguments are among `tensors`.
+        tensors: those of a call, all of them different objects.
     """
 
     __slots__ = ("pointers", "start", "values")
@@ -117,6 +121,11 @@ class Plan:
         for at, place, strides in self.pointers:
             values[at] = (addresses[place], *strides) if strides else addresses[place]
         self.start(*values)
+
+
+def distinguish(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Return the tensors as different objects, by which a `Plan` tells them apart: the call that it is made for may pass one twice."""
+    return [None if tensor is None else tensor.detach() for tensor in tensors]
 
 
 class Plans(dict[tuple, P]):

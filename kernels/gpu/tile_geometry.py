@@ -121,6 +121,18 @@ def as_read(kernel: KernelName, problem: TileProblem, tile: Tile) -> TileProblem
     return problem._replace(copied=True, x_align=math.gcd(problem.channels, 16 // problem.element_size))
 
 
+def run_vector(problem: TileProblem, tile: Tile, align: int) -> int:
+    """Return the elements to whose multiple the extents of a tile are rounded along rows of features of this alignment."""
+    return 1 if problem.x_last else min(tile.vector, align)
+
+
+def run_alignments(problem: TileProblem, tile: Tile) -> tuple[int, int]:
+    """Return the alignments of the source and of the target features that the kernels of the gradients use; forward uses the first."""
+    if problem.x_last:
+        return problem.x_align, problem.y_align
+    return min(problem.x_align, tile.vector), min(problem.y_align, tile.vector)
+
+
 def source_bytes(problem: TileProblem) -> int:
     """Return the bytes of the source features of a call, with the last cells whole."""
     return problem.batch * problem.channels * problem.height * problem.width * problem.spec.down**2 * problem.element_size

@@ -7,9 +7,10 @@ the factors were fitted to compiled kernels (tests/support/fit_tile_time.py). ti
 import math
 from typing import NamedTuple
 
-from .tile_geometry import KernelName, Tile, TileProblem, as_read, halo, reach
+from .tile_geometry import KernelName, Tile, TileProblem, as_read, halo, reach, run_alignments, run_vector
 from .tile_limits import REGISTER_BYTES, WARP_SIZE, SourceBlocks, operand_terms, source_blocks
-from .tile_work import NARROWEST_COPY, find_walk, run_alignments, run_vector, takes_four_warps
+from .tile_memory import NARROWEST_COPY
+from .tile_work import find_walk, takes_four_warps
 
 # the limit of Launch.options
 MOST_REGISTERS = 255

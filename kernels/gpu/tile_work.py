@@ -9,24 +9,29 @@ M, P, T: targets, halo and taps of a tile, rounded up to a power of two; S, D: i
 """
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
-from .tile_geometry import Halo, KernelName, Reach, Tile, TileProblem, Walk, as_read, count_walks, halo, reach, walk
+from .tile_geometry import KernelName, Tile, TileProblem, Walk, as_read, count_walks, halo, reach, run_alignments, run_vector, walk
 from .tile_limits import REGISTER_BYTES, WARP_SIZE, SourceBlocks, operand_terms, source_blocks, walk_targets
+from .tile_memory import (
+    LINE_BYTES,
+    LOGITS_PER_GATHER,
+    cells_seen,
+    count_lines,
+    count_transfer,
+    halo_seen,
+    logit_lines,
+    reach_seen,
+    sources_seen,
+    targets_seen,
+)
 
-# bytes of a line of memory, and of shared memory that one wavefront moves (CUDA programming guide)
-LINE_BYTES = 128
-# bytes of the widest load of a thread, which are also those of a cheap asynchronous copy, and of the narrowest copy (PTX ISA, cp.async)
-WIDEST_LOAD, NARROWEST_COPY = 16, 4
 # multiply-adds in 16 bits of a multiprocessor in a cycle: by the matrix instruction of a warp, and by that of four warps from 9.0 on
 WARP_PRODUCTS, WARPGROUP_PRODUCTS = 1024, 2048
 # rows of a product of the instruction of four warps, which must all be there
 WARPGROUP_ROWS = 64
 # the time of a float32 product over that in 16 bits: three products in TF32 at half the speed
 FLOAT32_PRODUCTS = 6
-# logits in one line of memory if channels_last: those of a tile, and those that the sources of a tile gather
-LOGITS_PER_LINE, LOGITS_PER_GATHER = 4, 8
 
 
 class Work(NamedTuple):
@@ -45,15 +50,6 @@ class Work(NamedTuple):
     band: float  # weights that the gradient to the features rebuilds
     exchanges: float  # of the weights of a tile between the threads of a warp
     splits: float  # elements of float32 operands that are split into two terms
-
-
-class Block(NamedTuple):
-    """The transfer of a block of features between memory and shared memory."""
-
-    lines: float
-    instructions: float
-    copies: float
-    passes: float
 
 
 def count_work(kernel: KernelName, problem: TileProblem, tile: Tile) -> tuple[Work, ...]:
@@ -75,14 +71,15 @@ def count_forward(problem: TileProblem, tile: Tile) -> Work:
     """Return the work of the forward kernel."""
     window = halo(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.x_align))
     up, down, x_align = problem.spec.up, problem.spec.down, run_alignments(problem, tile)[0]
-    features = _block(problem, tile, problem.x_last, _halo_seen(problem, tile, window), window.p, tile.block_c, window.width, x_align, down)
-    result = _block(
-        problem, tile, problem.channels_last, _targets_seen(problem, tile), window.m, tile.block_c, window.cols, problem.y_align, up
-    )
+    last, channels = problem.channels_last, tile.block_c
+    seen = halo_seen(problem, tile, window)
+    features = count_transfer(problem, tile, problem.x_last, seen, window.p, channels, window.width, x_align, down)
+    seen = targets_seen(problem, tile)
+    result = count_transfer(problem, tile, last, seen, window.m, channels, window.cols, problem.y_align, up)
     blocks = -(-problem.channels // tile.block_c)
     active = min(tile.split, blocks)
-    tall = problem.channels_last and window.rows * window.cols < WARPGROUP_ROWS
-    newer = takes_four_warps(problem, tile, window.m if problem.channels_last and not tall else tile.block_c)
+    tall = last and window.rows * window.cols < WARPGROUP_ROWS
+    newer = takes_four_warps(problem, tile, window.m if last and not tall else channels)
     band, steps = window.p * window.m, blocks / active
     issued = _issued(tile, steps)
     return Work(
@@ -91,7 +88,7 @@ def count_forward(problem: TileProblem, tile: Tile) -> Work:
         steps=steps,
         lines=steps * (features.lines + result.lines) + logit_lines(problem, tile),
         copies=issued * features.copies,
-        passes=issued * features.passes + 2 * steps * _lines(problem, window.m * tile.block_c) + 2 * _lines(problem, band),
+        passes=issued * features.passes + 2 * steps * count_lines(problem, window.m * tile.block_c) + 2 * count_lines(problem, band),
         products=steps * _product_cycles(problem, band * tile.block_c, newer),
         loads=issued * features.instructions,
         stores=steps * result.instructions,
@@ -107,11 +104,10 @@ def count_logit_gradient(problem: TileProblem, tile: Tile) -> Work:
     spec = problem.spec
     window = halo(spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.x_align))
     x_align, y_align = run_alignments(problem, tile)
-    seen = _halo_seen(problem, tile, window)
-    features = _block(problem, tile, problem.x_last, seen, window.p, tile.block_c, window.width, x_align, spec.down)
-    gradients = _block(
-        problem, tile, problem.channels_last, _targets_seen(problem, tile), window.m, tile.block_c, window.cols, y_align, spec.up
-    )
+    seen = halo_seen(problem, tile, window)
+    features = count_transfer(problem, tile, problem.x_last, seen, window.p, tile.block_c, window.width, x_align, spec.down)
+    seen = targets_seen(problem, tile)
+    gradients = count_transfer(problem, tile, problem.channels_last, seen, window.m, tile.block_c, window.cols, y_align, spec.up)
     steps = -(-problem.channels // tile.block_c)
     issued = _issued(tile, steps)
     newer = takes_four_warps(problem, tile, window.p)
@@ -142,10 +138,10 @@ def count_source_gradient(problem: TileProblem, tile: Tile, blocks: SourceBlocks
     x_align, y_align = run_alignments(problem, tile)
     steps = -(-reached.height * reached.width // blocks.targets)
     targets = steps * blocks.targets
-    seen = _reach_seen(problem, tile, reached)
-    gradients = _block(problem, tile, problem.channels_last, seen, targets, blocks.channels, reached.width, y_align, spec.up)
-    seen = _sources_seen(problem, tile)
-    result = _block(problem, tile, problem.x_last, seen, reached.s, blocks.channels, reached.cols, x_align, spec.down)
+    seen = reach_seen(problem, tile, reached)
+    gradients = count_transfer(problem, tile, problem.channels_last, seen, targets, blocks.channels, reached.width, y_align, spec.up)
+    seen = sources_seen(problem, tile)
+    result = count_transfer(problem, tile, problem.x_last, seen, reached.s, blocks.channels, reached.cols, x_align, spec.down)
     all_blocks = -(-problem.channels // blocks.channels)
     active = min(tile.split, all_blocks)
     share = all_blocks / active
@@ -160,7 +156,7 @@ def count_source_gradient(problem: TileProblem, tile: Tile, blocks: SourceBlocks
         steps=share * steps,
         lines=share * (gradients.lines + result.lines + gathered),
         copies=issued * gradients.copies,
-        passes=issued * gradients.passes + share * (2 * _lines(problem, reached.s * blocks.channels) + band * size / LINE_BYTES),
+        passes=issued * gradients.passes + share * (2 * count_lines(problem, reached.s * blocks.channels) + band * size / LINE_BYTES),
         products=share * _product_cycles(problem, band * blocks.channels, newer),
         loads=issued * gradients.instructions,
         stores=share * result.instructions,
@@ -180,11 +176,11 @@ def count_walk(problem: TileProblem, tile: Tile) -> Work:
     rows = problem.height * spec.up / down
     products = -(-step.height * step.width // step.d)
     targets = products * step.d
-    gradients = _block(problem, tile, problem.channels_last, (rows, cols), targets, channels, step.width, y_align, spec.up)
+    gradients = count_transfer(problem, tile, problem.channels_last, (rows, cols), targets, channels, step.width, y_align, spec.up)
     sources = problem.height * spec.down / down, problem.width * spec.down / across
     # the first column of sources lies half a window before the cells
     x_align = math.gcd(x_align, radius) if radius else x_align
-    result = _block(problem, tile, problem.x_last, sources, step.s, channels, step.cols, x_align, spec.down)
+    result = count_transfer(problem, tile, problem.x_last, sources, step.s, channels, step.cols, x_align, spec.down)
     newer = takes_four_warps(problem, tile, step.s if problem.x_last else channels)
     # of the targets that the columns share, a tile reads a part of the weights
     own = problem.width * spec.up / across
@@ -198,7 +194,7 @@ def count_walk(problem: TileProblem, tile: Tile) -> Work:
         steps=visited * products,
         lines=visited * gradients.lines + built * gathered + stored * result.lines,
         copies=0,
-        passes=visited * gradients.passes + built * band * size / LINE_BYTES + stored * 2 * _lines(problem, step.s * channels),
+        passes=visited * gradients.passes + built * band * size / LINE_BYTES + stored * 2 * count_lines(problem, step.s * channels),
         products=built * _product_cycles(problem, band * channels, newer),
         loads=visited * gradients.instructions,
         stores=stored * result.instructions,
@@ -212,83 +208,6 @@ def count_walk(problem: TileProblem, tile: Tile) -> Work:
 def find_walk(problem: TileProblem, tile: Tile) -> Walk:
     """Return the extents of a step of a program that walks."""
     return walk(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.y_align), walk_targets(problem, tile))
-
-
-def run_vector(problem: TileProblem, tile: Tile, align: int) -> int:
-    """Return the elements to whose multiple the extents of a tile are rounded along rows of features of this alignment."""
-    return 1 if problem.x_last else min(tile.vector, align)
-
-
-def run_alignments(problem: TileProblem, tile: Tile) -> tuple[int, int]:
-    """Return the alignments of the source and of the target features that the kernels of the gradients use; forward uses the first."""
-    if problem.x_last:
-        return problem.x_align, problem.y_align
-    return min(problem.x_align, tile.vector), min(problem.y_align, tile.vector)
-
-
-def _block(
-    problem: TileProblem,
-    tile: Tile,
-    last: bool,
-    seen: tuple[float, float],
-    padded: int,
-    channels: int,
-    width: int,
-    align: int,
-    scale: int,
-) -> Block:
-    """Return the transfer of `channels` channels of a block of `padded` locations, `width` in a row, of which rows x cols are `seen`.
-
-    `last` says whether channels are the fastest axis. A cell of the map has `scale` locations in a row.
-    """
-    rows, cols = seen
-    size, threads = problem.element_size, WARP_SIZE * tile.num_warps
-    present = min(channels, problem.channels)
-    if last:
-        lines = _run_lines(rows * cols, present * size)
-    elif width % 2:
-        # Triton up to 3.6 lays the threads of a warp along the channels
-        lines = rows * cols * present
-    else:
-        lines = present * _plane_lines(rows, cols * size, problem.width * scale * size)
-    # the compiler knows the alignment of the first pixel of a row, and of the others by the width of the block
-    vector = align if last else math.gcd(width, align)
-    vector = max(1, min(vector, padded * channels // threads))
-    instructions = max(padded * channels / vector / WARP_SIZE, tile.num_warps)
-    small = tile.num_stages > 1 and NARROWEST_COPY <= vector * size < WIDEST_LOAD
-    # a bank of shared memory is as wide as a register: a thread that stores less leaves the rest unused
-    passes = _lines(problem, padded * channels) * max(1.0, REGISTER_BYTES / (vector * size))
-    return Block(lines, instructions, instructions if small else 0, passes)
-
-
-def _issued(tile: Tile, steps: float) -> float:
-    """Return how often a loop of this many steps issues its loads: a pipeline also issues those after its last step, which load nothing."""
-    return steps + tile.num_stages - 1
-
-
-def _run_lines(runs: float, run_bytes: float) -> float:
-    """Return the lines of memory that runs of bytes touch, at any alignment unless they are whole lines."""
-    return runs * (run_bytes / LINE_BYTES if run_bytes % LINE_BYTES == 0 else 1 + (run_bytes - 1) / LINE_BYTES)
-
-
-def _plane_lines(rows: float, row_bytes: float, pitch: float) -> float:
-    """Return the lines of memory that rows of bytes touch, which begin `pitch` bytes after each other and may share lines."""
-    return min(_run_lines(rows, row_bytes), 1 + ((rows - 1) * pitch + row_bytes - 1) / LINE_BYTES)
-
-
-def _lines(problem: TileProblem, elements: float) -> float:
-    return elements * problem.element_size / LINE_BYTES
-
-
-def logit_lines(problem: TileProblem, tile: Tile) -> float:
-    """Return the lines of the logits of a tile."""
-    spec = problem.spec
-    if problem.channels_last:
-        rows, cols = _targets_seen(problem, tile)
-        return spec.taps * rows * cols / LOGITS_PER_LINE
-    rows, cols = cells_seen(problem, tile)
-    size = problem.element_size
-    return spec.taps * spec.up**2 * _plane_lines(rows, cols * size, problem.width * size)
 
 
 def _product_cycles(problem: TileProblem, products: float, newer: bool) -> float:
@@ -309,38 +228,6 @@ def _tiles(problem: TileProblem, tile: Tile) -> int:
     return -(-problem.height // tile.cells_h) * -(-problem.width // tile.cells_w) * problem.batch
 
 
-def _halo_seen(problem: TileProblem, tile: Tile, window: Halo) -> tuple[float, float]:
-    down, radius = problem.spec.down, problem.spec.kernel_size // 2
-    rows = _mean_seen(problem.height, tile.cells_h, down, radius, window.height)
-    return rows, _mean_seen(problem.width, tile.cells_w, down, window.lead, window.width)
-
-
-def _targets_seen(problem: TileProblem, tile: Tile) -> tuple[float, float]:
-    rows, cols = cells_seen(problem, tile)
-    return rows * problem.spec.up, cols * problem.spec.up
-
-
-def _reach_seen(problem: TileProblem, tile: Tile, reached: Reach) -> tuple[float, float]:
-    up = problem.spec.up
-    rows = _mean_seen(problem.height, tile.cells_h, up, reached.before, reached.height)
-    return rows, _mean_seen(problem.width, tile.cells_w, up, reached.lead, reached.width)
-
-
-def _sources_seen(problem: TileProblem, tile: Tile) -> tuple[float, float]:
-    rows, cols = cells_seen(problem, tile)
-    return rows * problem.spec.down, cols * problem.spec.down
-
-
-def cells_seen(problem: TileProblem, tile: Tile) -> tuple[float, float]:
-    """Return the mean rows and columns of cells of a tile that lie in the map."""
-    return _mean_seen(problem.height, tile.cells_h, 1, 0, tile.cells_h), _mean_seen(problem.width, tile.cells_w, 1, 0, tile.cells_w)
-
-
-@lru_cache(maxsize=4096)
-def _mean_seen(cells: int, tile_cells: int, step: int, lead: int, extent: int) -> float:
-    """Return the mean over tiles of the part of an extent that lies in a map of `cells` cells with `step` locations each.
-
-    The extent of a tile begins `lead` locations before its first cell.
-    """
-    starts = range(-lead, cells * step - lead, tile_cells * step)
-    return sum(max(0, min(start + extent, cells * step) - max(start, 0)) for start in starts) / len(starts)
+def _issued(tile: Tile, steps: float) -> float:
+    """Return how often a loop of this many steps issues its loads: a pipeline also issues those after its last step, which load nothing."""
+    return steps + tile.num_stages - 1

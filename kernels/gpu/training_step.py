@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..geometry import Spec
-from .backend import backward_launches, forward_launches, problem_of
 from .launch import Launch
+from .operator_launches import backward_launches, forward_launches, problem_of
 from .tile_geometry import KernelName, Tile, TileProblem
 
 

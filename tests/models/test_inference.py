@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton")
 
 from carafepp.kernels.gpu import inference as launching  # noqa: E402
 from carafepp.kernels.gpu import launch as plans  # noqa: E402
-from carafepp.kernels.gpu.backend import forward_launches  # noqa: E402
+from carafepp.kernels.gpu.operator_launches import forward_launches  # noqa: E402
 from carafepp.models.carafe import CARAFE  # noqa: E402
 
 INTERPRETED = launching.INTERPRETED
@@ -224,6 +224,11 @@ def test_kernels_start_with_the_addresses_of_the_call(options, made, monkeypatch
     monkeypatch.setattr("carafepp.models.carafe.suits_matrix_units", lambda x: x.element_size() == 2)
     monkeypatch.setattr(launching, "plans", plans.Plans(16))
     module = make(16, **options)
+    if "compressor_norm" in options:
+        # the plan serves others, too
+        tied = deepcopy(module)
+        tied.compressor_norm[0].weight = tied.compressor_norm[0].bias = tied.channel_compressor.bias
+        infer(tied, draw())
     for x in (draw(), draw()):
         started.clear()
         y = infer(module, x)

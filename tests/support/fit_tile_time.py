@@ -19,6 +19,7 @@ import numpy as np
 from carafepp.kernels.geometry import Spec
 from carafepp.kernels.gpu.tile_geometry import KERNELS, Tile, TileProblem
 from carafepp.kernels.gpu.tile_limits import SourceBlocks
+from carafepp.kernels.gpu.tile_memory import cells_seen, logit_lines
 from carafepp.kernels.gpu.tile_resources import (
     Resources,
     forward_resources,
@@ -27,15 +28,7 @@ from carafepp.kernels.gpu.tile_resources import (
     walk_resources,
 )
 from carafepp.kernels.gpu.tile_time import COSTS, PRODUCTS, Costs, combine, copy_microseconds, count_slots, count_stages, find_device
-from carafepp.kernels.gpu.tile_work import (
-    Work,
-    cells_seen,
-    count_forward,
-    count_logit_gradient,
-    count_source_gradient,
-    count_walk,
-    logit_lines,
-)
+from carafepp.kernels.gpu.tile_work import Work, count_forward, count_logit_gradient, count_source_gradient, count_walk
 from scipy.optimize import least_squares
 
 DATA = Path(__file__).with_name("h200_kernels.json")

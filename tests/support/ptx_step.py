@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from carafepp.kernels.geometry import LSE_NORMALIZERS, PADDED_BORDERS, Spec
-from carafepp.kernels.gpu import backend as triton_backend
+from carafepp.kernels.gpu import operator_launches
 from carafepp.kernels.gpu.launch import Launch
 from carafepp.kernels.gpu.tile_geometry import DIRECTIONS
 from carafepp.kernels.gpu.tile_ranking import choose_backward, choose_tile
@@ -80,16 +80,16 @@ def training_step(
 
     pair = divmod(capability, 10)
     if images and spec.border not in PADDED_BORDERS:
-        many = triton_backend.problem_of(x, cells, y, spec, pair)._replace(batch=images * spec.groups)
+        many = operator_launches.problem_of(x, cells, y, spec, pair)._replace(batch=images * spec.groups)
         tiles = {kernel: choose_tile(kernel, many) for kernel in ("forward", *choose_backward(many))}
     else:
         tiles = dict.fromkeys(DIRECTIONS)
-    launches = triton_backend.forward_launches(x, cells, y, lse, spec, tile=tiles.pop("forward"), capability=pair)
+    launches = operator_launches.forward_launches(x, cells, y, lse, spec, tile=tiles.pop("forward"), capability=pair)
     forward = _run(launches, (x, logits, y), capability, run, filled=images is not None)
     launches = []
     for kernel, tile in tiles.items():
         needed = (None if kernel == "logit_gradient" else dx, None if kernel == "source_gradient" else dcells)
-        launches += triton_backend.backward_launches(dy, x, cells, lse, *needed, spec, tile=tile, capability=pair)
+        launches += operator_launches.backward_launches(dy, x, cells, lse, *needed, spec, tile=tile, capability=pair)
     backward = _run(launches, (dy, x, logits, dx, dlogits), capability, run, filled=images is not None)
     expected = differentiate(reassemble_reference, x.double(), logits.double(), dy.double(), **spec._asdict())
     errors = {name: relative_error(result, expected[name]) for name, result in {"y": y, "dx": dx, "dlogits": dlogits}.items()}

@@ -6,7 +6,7 @@ from carafepp.kernels.geometry import Spec
 
 triton = pytest.importorskip("triton")
 
-from carafepp.kernels.gpu import backend  # noqa: E402
+from carafepp.kernels.gpu import backend, operator_launches  # noqa: E402
 from carafepp.kernels.gpu import launch as launching  # noqa: E402
 from carafepp.kernels.gpu.launch import Launch, Plan  # noqa: E402
 from carafepp.kernels.gpu.tile_geometry import DIRECTIONS  # noqa: E402
@@ -110,6 +110,22 @@ def test_code_is_planned_once_for_each_alignment(planned):
         call(6, 8, offset=offset)
     # forward and backward
     assert len(planned) == len(set(planned)) == 4
+
+
+def test_a_call_with_one_tensor_in_two_places_plans_for_calls_with_two(planned, monkeypatch):
+    """As `torch.autograd.grad(y, x, x)` does, where y is as large as x."""
+    compiled, spec = Compiled(), Spec(3)
+    monkeypatch.setattr(launching, "compile_for_current_device", lambda _: compiled)
+    x, dy, dx = (torch.empty(1, 8, 4, 4) for _ in range(3))
+    logits, lse = torch.empty(1, 9, 1, 1, 4, 4), torch.empty(1, 1, 1, 1, 4, 4)
+    (launch,) = operator_launches.backward_launches(dy, x, logits, lse, dx, None, spec)
+    for gradient in (x, dy):
+        backend.backward(gradient, x, logits, lse, dx, None, spec)
+        _, values = compiled.started[-1]
+        given = dict(zip(launch.arguments, values, strict=False))
+        assert (given["dy"][0], given["dx"][0]) == (gradient.data_ptr(), dx.data_ptr())
+    assert len(compiled.started) == 2
+    assert len(backend.plans) == 1
 
 
 def test_every_size_of_images_is_planned_once(planned):

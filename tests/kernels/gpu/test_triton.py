@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 
 from carafepp.kernels import reassemble, reassemble_reference  # noqa: E402
 from carafepp.kernels.geometry import NORMALIZERS, Spec  # noqa: E402
-from carafepp.kernels.gpu.backend import backward_launches, forward_launches  # noqa: E402
+from carafepp.kernels.gpu.operator_launches import backward_launches, forward_launches  # noqa: E402
 from carafepp.kernels.gpu.tile_geometry import DIRECTIONS  # noqa: E402
 from carafepp.kernels.gpu.training_step import build_training_step  # noqa: E402
 from commands import run_line  # noqa: E402

@@ -9,7 +9,7 @@ from carafepp.kernels.geometry import LSE_NORMALIZERS, Spec
 pytest.importorskip("triton")
 
 from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
-from carafepp.kernels.gpu.backend import backward_launches
+from carafepp.kernels.gpu.operator_launches import backward_launches
 from carafepp.kernels.gpu.tile_geometry import Tile, TileProblem
 from carafepp.kernels.gpu.tile_ranking import rank_tiles
 from carafepp.kernels.gpu.training_step import build_training_step

@@ -1,0 +1,129 @@
+"""The transfer of a tile between memory and shared memory: the lines of memory, the instructions and the passes over shared memory.
+
+Every count is an average over the tiles of a map: a location outside the map costs instructions, but no memory.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+from .tile_geometry import Halo, Reach, Tile, TileProblem
+from .tile_limits import REGISTER_BYTES, WARP_SIZE
+
+# bytes of a line of memory, and of shared memory that one wavefront moves (CUDA programming guide)
+LINE_BYTES = 128
+# bytes of the widest load of a thread, which are also those of a cheap asynchronous copy, and of the narrowest copy (PTX ISA, cp.async)
+WIDEST_LOAD, NARROWEST_COPY = 16, 4
+# logits in one line of memory if channels_last: those of a tile, and those that the sources of a tile gather
+LOGITS_PER_LINE, LOGITS_PER_GATHER = 4, 8
+
+
+class Transfer(NamedTuple):
+    """The transfer of a block of features between memory and shared memory."""
+
+    lines: float
+    instructions: float
+    copies: float
+    passes: float
+
+
+def count_transfer(
+    problem: TileProblem,
+    tile: Tile,
+    last: bool,
+    seen: tuple[float, float],
+    padded: int,
+    channels: int,
+    width: int,
+    align: int,
+    scale: int,
+) -> Transfer:
+    """Return the transfer of `channels` channels of a block of `padded` locations, `width` in a row, of which rows x cols are `seen`.
+
+    `last` says whether channels are the fastest axis. A cell of the map has `scale` locations in a row.
+    """
+    rows, cols = seen
+    size, threads = problem.element_size, WARP_SIZE * tile.num_warps
+    present = min(channels, problem.channels)
+    if last:
+        lines = _run_lines(rows * cols, present * size)
+    elif width % 2:
+        # Triton up to 3.6 lays the threads of a warp along the channels
+        lines = rows * cols * present
+    else:
+        lines = present * _plane_lines(rows, cols * size, problem.width * scale * size)
+    # the compiler knows the alignment of the first pixel of a row, and of the others by the width of the block
+    vector = align if last else math.gcd(width, align)
+    vector = max(1, min(vector, padded * channels // threads))
+    instructions = max(padded * channels / vector / WARP_SIZE, tile.num_warps)
+    small = tile.num_stages > 1 and NARROWEST_COPY <= vector * size < WIDEST_LOAD
+    # a bank of shared memory is as wide as a register: a thread that stores less leaves the rest unused
+    passes = count_lines(problem, padded * channels) * max(1.0, REGISTER_BYTES / (vector * size))
+    return Transfer(lines, instructions, instructions if small else 0, passes)
+
+
+def _run_lines(runs: float, run_bytes: float) -> float:
+    """Return the lines of memory that runs of bytes touch, at any alignment unless they are whole lines."""
+    return runs * (run_bytes / LINE_BYTES if run_bytes % LINE_BYTES == 0 else 1 + (run_bytes - 1) / LINE_BYTES)
+
+
+def _plane_lines(rows: float, row_bytes: float, pitch: float) -> float:
+    """Return the lines of memory that rows of bytes touch, which begin `pitch` bytes after each other and may share lines."""
+    return min(_run_lines(rows, row_bytes), 1 + ((rows - 1) * pitch + row_bytes - 1) / LINE_BYTES)
+
+
+def count_lines(problem: TileProblem, elements: float) -> float:
+    """Return the lines that elements of features fill."""
+    return elements * problem.element_size / LINE_BYTES
+
+
+def logit_lines(problem: TileProblem, tile: Tile) -> float:
+    """Return the lines of the logits of a tile."""
+    spec = problem.spec
+    if problem.channels_last:
+        rows, cols = targets_seen(problem, tile)
+        return spec.taps * rows * cols / LOGITS_PER_LINE
+    rows, cols = cells_seen(problem, tile)
+    size = problem.element_size
+    return spec.taps * spec.up**2 * _plane_lines(rows, cols * size, problem.width * size)
+
+
+def halo_seen(problem: TileProblem, tile: Tile, window: Halo) -> tuple[float, float]:
+    """Return the mean rows and columns, in the map, of the sources that the targets of a tile read."""
+    down, radius = problem.spec.down, problem.spec.kernel_size // 2
+    rows = _mean_seen(problem.height, tile.cells_h, down, radius, window.height)
+    return rows, _mean_seen(problem.width, tile.cells_w, down, window.lead, window.width)
+
+
+def targets_seen(problem: TileProblem, tile: Tile) -> tuple[float, float]:
+    """Return the mean rows and columns, in the map, of the targets of a tile."""
+    rows, cols = cells_seen(problem, tile)
+    return rows * problem.spec.up, cols * problem.spec.up
+
+
+def reach_seen(problem: TileProblem, tile: Tile, reached: Reach) -> tuple[float, float]:
+    """Return the mean rows and columns, in the map, of the targets that read the sources of a tile."""
+    up = problem.spec.up
+    rows = _mean_seen(problem.height, tile.cells_h, up, reached.before, reached.height)
+    return rows, _mean_seen(problem.width, tile.cells_w, up, reached.lead, reached.width)
+
+
+def sources_seen(problem: TileProblem, tile: Tile) -> tuple[float, float]:
+    """Return the mean rows and columns, in the map, of the sources of a tile."""
+    rows, cols = cells_seen(problem, tile)
+    return rows * problem.spec.down, cols * problem.spec.down
+
+
+def cells_seen(problem: TileProblem, tile: Tile) -> tuple[float, float]:
+    """Return the mean rows and columns of cells of a tile that lie in the map."""
+    return _mean_seen(problem.height, tile.cells_h, 1, 0, tile.cells_h), _mean_seen(problem.width, tile.cells_w, 1, 0, tile.cells_w)
+
+
+@lru_cache(maxsize=4096)
+def _mean_seen(cells: int, tile_cells: int, step: int, lead: int, extent: int) -> float:
+    """Return the mean over tiles of the part of an extent that lies in a map of `cells` cells with `step` locations each.
+
+    The extent of a tile begins `lead` locations before its first cell.
+    """
+    starts = range(-lead, cells * step - lead, tile_cells * step)
+    return sum(max(0, min(start + extent, cells * step) - max(start, 0)) for start in starts) / len(starts)
