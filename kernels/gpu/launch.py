@@ -123,7 +123,7 @@ class Plan:
         self.start(*values)
 
 
-def distinguish(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+def distinguish(tensors: Iterable[Tensor | None]) -> list[Any]:
     """Return the tensors as different objects, by which a `Plan` tells them apart: the call that it is made for may pass one twice."""
     return [None if tensor is None else tensor.detach() for tensor in tensors]
 
