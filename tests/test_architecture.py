@@ -66,7 +66,7 @@ def test_implementations_are_loaded_by_choice_only(path):
     rooms = ("carafepp.kernels.cpu", "carafepp.kernels.gpu")
     room = ".".join(package_of(path))
     if room in rooms:
-        agreed = ("carafepp.kernels.geometry.", "carafepp.kernels.reference.")
+        agreed = ("carafepp.kernels.execution.", "carafepp.kernels.geometry.", "carafepp.kernels.reference.")
         for name in imported(path):
             assert not name.startswith("carafepp.") or name.startswith((f"{room}.", *agreed)), f"{path.relative_to(ROOT)} imports {name}"
     else:
