@@ -99,9 +99,10 @@ def find_prefix(state: Mapping[str, Tensor], paths: Iterable[str]) -> str:
         return "" if "" in prefixes else prefixes.pop()
     if prefixes:
         raise ValueError(f"prefix must be one of {', '.join(map(repr, sorted(prefixes)))}: the state dict has CARAFE under each")
+    has = f"layers of CARAFE under the prefixes {', '.join(map(repr, sorted(places)))}" if places else "no layers of CARAFE"
     raise ValueError(
-        f"the state dict has CARAFE at {', '.join(map(repr, sorted(places))) or 'no place'}, and the network at "
-        f"{', '.join(map(repr, paths))}; convert for the part of the network that these weights belong to, network.get_submodule(...)"
+        f"the state dict has {has}, and the network has them under {', '.join(map(repr, paths))}; convert "
+        "for the part of the network that these weights belong to, network.get_submodule(...)"
     )
 
 

@@ -166,7 +166,7 @@ def select_places(places: Sequence[Place], where: str | Sequence[str] | None, ta
 
     Raises:
         TypeError: `where` is neither text nor a sequence of texts.
-        ValueError: a pattern chooses nothing; the message lists the paths.
+        ValueError: a pattern matches no place; the message lists the paths of all places.
     """
     if where is None:
         return list(places)
@@ -179,7 +179,7 @@ def select_places(places: Sequence[Place], where: str | Sequence[str] | None, ta
         matching = {i for i, place in enumerate(places) if fits(pattern, [*place.paths, *place.aliases])}
         if not matching and not fits(pattern, taken):
             known = ", ".join(path for place in places for path in place.paths)
-            raise ValueError(f"where={pattern!r} chooses nothing; what resamples: {known or 'nothing'}")
+            raise ValueError(f"where={pattern!r} matches no place; the places that resample are: {known or 'none'}")
         chosen |= matching
     return [place for i, place in enumerate(places) if i in chosen]
 

@@ -49,7 +49,7 @@ def read_scale(place: Place, has_example: bool) -> tuple[Direction, int]:
     if not place.maps and None in (found.channels, found.scale):
         if has_example:
             raise Unfit("the forward of the example does not reach it")
-        raise Unfit("pass example=, an input of the model: only a forward tells its channels")
+        raise Unfit("its channels are known only from a forward; give example=, an input of the model")
     if found.channels is None and len(place.channels) > 1:
         raise Unfit(f"it gets maps of different channels: {', '.join(map(str, sorted(place.channels)))}")
     if place.maps and all(shapes.source[2:] == shapes.target[2:] for shapes in place.maps):

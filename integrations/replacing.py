@@ -69,7 +69,7 @@ def replace(
     check_model(model)
     slots = choose_samplers(up, down)
     if not slots and not dry_run:
-        raise ValueError('give up=, down= or both, a callable that takes channels or a name such as "carafe"')
+        raise ValueError('give up=, down= or both: a callable that takes channels, or a name such as "carafe"')
     forwards = [] if example is None else observe(model, example)
     taken = [path for path, module in walk(model) if is_sampler(module)]
     places = select_places(find_places(model, forwards), where, taken)

@@ -91,13 +91,13 @@ class Report:
             lines += format_table([head, *(row_of(place) for place in self.replaced), total_of(self.replaced)])
         else:
             lines.append("nothing replaced")
-        # one line for places that are left for the same reason
+        # one line for places that are not replaced for the same reason
         grouped: dict[tuple[str, str], list[str]] = {}
         for place in self.left:
             grouped.setdefault((place.what, place.reason), []).extend(path or "the model" for path in place.paths)
         for (what, reason), paths in grouped.items():
             more = [f"{len(paths) - MOST} more"] if len(paths) > MOST else []
-            text = f"left: {', '.join([*paths[:MOST], *more])}, {what}: {reason}"
+            text = f"not replaced: {', '.join([*paths[:MOST], *more])}, {what}: {reason}"
             lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ")
         for note in self.notes:
             lines += textwrap.wrap(note, WIDTH, subsequent_indent="  ")

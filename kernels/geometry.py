@@ -86,8 +86,8 @@ def check_spec(spec: Spec) -> None:
         raise ValueError(f"border must be one of {', '.join(BORDERS)}, got {spec.border!r}")
     if spec.border == "renormalize" and spec.normalizer not in LSE_NORMALIZERS:
         raise ValueError(
-            f"border 'renormalize' needs a normalizer that divides by a sum over the window, {' or '.join(LSE_NORMALIZERS)}, got "
-            f"{spec.normalizer!r}, with which the weights of a window inside the map have any sum"
+            f"border 'renormalize' needs a normalizer that divides the weights of a window by their sum, {' or '.join(LSE_NORMALIZERS)}, "
+            f"got {spec.normalizer!r}"
         )
 
 

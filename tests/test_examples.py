@@ -41,8 +41,8 @@ def test_torchvision_segmentation_resamples_with_carafe_only(script, capsys):
     backbone = [f"lraspp.backbone.{name}" for name in ("maxpool", "layer2.0.conv1.sampler", "layer2.0.downsample.0.sampler")]
     assert samplers == [*backbone, "lraspp.classifier.interpolate_0.sampler", "lraspp.interpolate_0.sampler"]
     reports = capsys.readouterr().out
-    # the only place that is left is the convolution that reads the image
-    assert "left: backbone.conv1" in reports.split("left: interpolate_0")[1]
+    # the only place that is not replaced is the convolution that reads the image
+    assert "not replaced: backbone.conv1" in reports.split("not replaced: interpolate_0")[1]
     assert network(torch.rand(2, 3, 64, 64)).shape == (2, 2, 64, 64)
 
 

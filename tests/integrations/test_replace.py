@@ -127,7 +127,7 @@ def test_one_direction():
 def test_where(where, paths):
     model = UNet()
     if paths is None:
-        with pytest.raises(ValueError, match=r"chooses nothing; what resamples: pool, down, up1, up2"):
+        with pytest.raises(ValueError, match=r"matches no place; the places that resample are: pool, down, up1, up2"):
             replace(model, up=small_up, down=small_down, where=where, example=X)
         assert isinstance(model.pool, nn.MaxPool2d)
     else:

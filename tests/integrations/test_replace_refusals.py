@@ -68,7 +68,7 @@ NO_MODULE = "up must return a torch.nn.Module for a number of channels, got int"
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, ValueError, 'give up=, down= or both, a callable that takes channels or a name such as "carafe"'),
+        ({}, ValueError, 'give up=, down= or both: a callable that takes channels, or a name such as "carafe"'),
         ({"up": "caraffe"}, ValueError, "up must be a callable or one of a2u, bilinear, .*carafe, .*got 'caraffe'"),
         ({"down": "bilinear"}, ValueError, "down must be a callable or one of .*avg_pool, .*got 'bilinear'"),
         ({"up": "published"}, ValueError, "got 'published'"),

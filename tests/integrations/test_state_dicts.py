@@ -218,12 +218,12 @@ def fuse(port: BlockPort) -> nn.Module:
         (PlainPort(6, "comp", "enc"), lambda c: CARAFE(c, up=2, compressed_channels=None), {}, r"'comp'.*compressed_channels=None"),
         (PlainPort(6, "comp", "enc"), plain(up=3), {}, r"'enc\.weight' is \[100, 4, 3, 3\].*'content_encoder\.weight' is \[225, 4, 3, 3\]"),
         (PlainPort(6, "comp", "enc"), plain(up=3), dict(sub_pixels_first=True), r"'enc\.weight' is \[100, 4, 3, 3\]"),
-        (nn.Conv2d(3, 3, 1), plain(), {}, r"has CARAFE at no place, and the network at ''.*get_submodule"),
+        (nn.Conv2d(3, 3, 1), plain(), {}, r"has no layers of CARAFE, and the network has them under ''.*get_submodule"),
         (Extra(nn.BatchNorm2d(6)), plain(), {}, r"'bn\.weight' belongs to a layer that CARAFE at '' does not have; if it is never called"),
         (Deep(), plain(), dict(activation="none"), r"'comp\.2\.weight' belongs to a layer"),
         # of other purpose: an autoencoder, linear layers
-        (nn.ModuleDict(dict(down=nn.Conv2d(6, 4, 1), encoder=nn.Conv2d(6, 100, 3))), plain(), {}, r"has CARAFE at no place"),
-        (nn.ModuleDict(dict(down=nn.Linear(6, 4), encoder=nn.Linear(4, 100))), plain(), {}, r"has CARAFE at no place"),
+        (nn.ModuleDict(dict(down=nn.Conv2d(6, 4, 1), encoder=nn.Conv2d(6, 100, 3))), plain(), {}, r"has no layers of CARAFE"),
+        (nn.ModuleDict(dict(down=nn.Linear(6, 4), encoder=nn.Linear(4, 100))), plain(), {}, r"has no layers of CARAFE"),
     ],
 )
 def test_what_cannot_be_converted_exactly_is_refused_by_name(theirs, ours, facts, message):
@@ -239,7 +239,9 @@ def test_wrong_arguments_are_named():
         convert_state_dict(PlainPort(6, "comp", "enc"), plain()(6))
     with pytest.raises(ValueError, match="network must have modules of CARAFE"):
         convert_state_dict(state, nn.Conv2d(6, 6, 1))
-    with pytest.raises(ValueError, match=r"has CARAFE at '', and the network at 'head\.ups\.0\.', 'head\.ups\.2\.'"):
+    with pytest.raises(
+        ValueError, match=r"has layers of CARAFE under the prefixes '', and the network has them under 'head\.ups\.0\.', 'head\.ups\.2\.'"
+    ):
         convert_state_dict(state, Network(plain()))
 
 
