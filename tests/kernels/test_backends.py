@@ -84,7 +84,7 @@ def test_views_are_read_in_place(backend, device):
 def test_a_tensor_whose_memory_does_not_hold_its_values(kind, place, backend, device):
     """The imaginary part of a conjugate is a note on the memory of the number, and zeros may have no memory at all."""
     spec = Spec(3, up=2)
-    inputs = list(random_inputs(1, 4, 3, 5, spec, device=device))
+    inputs = list(random_inputs(1, 2, 2, 3, spec, device=device))
     lazy = inputs[place]
     lazy = torch.complex(lazy, -lazy).conj().imag if kind == "negation" else torch._efficientzerotensor(lazy.shape, device=device)
     assert lazy.is_neg() or lazy._is_zerotensor()
@@ -123,13 +123,15 @@ def test_weights_at_output_resolution(up, down, backend, device):
         torch.testing.assert_close(actual[name], expected[name], **tolerances)
 
 
-@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize(
-    ("spec", "size"),
+    ("spec", "size", "layout"),
     [
-        *((Spec(3, up=2), size) for size in [(5, 7), (7, 9), (7, 8), (6, 9)]),
-        (Spec(3, up=3, groups=2), (7, 14)),
-        (Spec(3, up=3, down=2), (7, 4)),
+        (Spec(3, up=2), (5, 7), "contiguous"),
+        (Spec(3, up=2), (7, 9), "contiguous"),
+        (Spec(3, up=2), (7, 8), "channels_last"),
+        (Spec(3, up=2), (6, 9), "channels_last"),
+        (Spec(3, up=3, groups=2), (7, 14), "contiguous"),
+        (Spec(3, up=3, down=2), (7, 4), "channels_last"),
     ],
     ids=str,
 )
@@ -191,7 +193,7 @@ def test_output_keeps_shape_dtype_and_memory_format(up, down, size, backend, dev
 def test_gradients_keep_the_memory_format_of_their_inputs(backend, device):
     if backend == "reference":
         pytest.skip("autograd lays them out")
-    x, logits, dy = random_inputs(2, 8, 5, 6, Spec(3, up=2), layouts="channels_last", device=device)
+    x, logits, dy = random_inputs(2, 8, 3, 4, Spec(3, up=2), layouts="channels_last", device=device)
     gradients = differentiate(reassemble, x, logits, dy, kernel_size=3, up=2, backend=backend)
     assert gradients["dx"].is_contiguous(memory_format=torch.channels_last)
     assert gradients["dlogits"].is_contiguous(memory_format=torch.channels_last)
@@ -236,7 +238,7 @@ def test_extreme_logits(normalizer, backend, device):
 def test_low_logits_at_the_border(spec, normalizer, backend, device):
     """Windows whose logits are all beyond the range of exp, with taps outside the map."""
     spec = spec._replace(normalizer=normalizer)
-    x, logits, dy = random_inputs(1, 4, 3, 2, spec, device=device)
+    x, logits, dy = random_inputs(1, 4, 2, 1, spec, device=device)
     assert_matches_definition(backend, x, logits - 150, dy, spec, tolerance=1e-4)
 
 

@@ -64,7 +64,8 @@ def test_networks_train_in_one_graph(name):
 def test_inductor_trains_a_network():
     torch.compiler.reset()
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 8, 3), CARAFE(8, down=2, kernel_size=3), nn.ReLU(), CARAFE(8, up=2, kernel_size=3), nn.Sigmoid())
+    # the other networks have downsamplers; a kernel of inductor takes a second of a C++ compiler
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), CARAFE(8, up=2, kernel_size=3), nn.Sigmoid())
     arguments = draw("", 13, 10)
     compiled = torch.compile(network, fullgraph=True)
     torch.testing.assert_close(train(network, arguments, compiled), train(network, arguments, network))

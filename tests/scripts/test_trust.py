@@ -1,10 +1,12 @@
 """A checkpoint or run folder from elsewhere runs no code: it may name what conf/ names, and what the command line trusts."""
 
+import itertools
 import os
 import re
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,15 +91,21 @@ def use(command: str, folder: Path, *more: str) -> None:
     call(command, *arguments, *more)
 
 
-COMMANDS = pytest.mark.parametrize("command", ["predict", "eval", "train"])
+def list_readers(folder: Path, command: str) -> list[Callable[[], object]]:
+    """List the functions that read a run folder and a checkpoint, and a command, which calls one of them."""
+    return [lambda: read_config(folder), lambda: load_task(folder / "last.ckpt"), lambda: use(command, folder)]
 
 
-@COMMANDS
-@pytest.mark.parametrize("target", ATTACKS)
+# each with one of the commands
+COMMANDS = itertools.cycle(["predict", "eval", "train"])
+
+
+@pytest.mark.parametrize(("target", "command"), zip(ATTACKS, COMMANDS, strict=False))
 def test_an_attack_is_refused_by_name_before_anything_is_called(folder, command, target):
     poison(folder, "task.optimizer", {"_target_": target, **ATTACKS[target]})
-    with pytest.raises(ValueError, match=rf"names .*{re.escape(target)} \(task\.optimizer\._target_\)"):
-        use(command, folder)
+    for read in list_readers(folder, command):
+        with pytest.raises(ValueError, match=rf"names .*{re.escape(target)} \(task\.optimizer\._target_\)"):
+            read()
     assert not list(Path.cwd().glob(f"{OWNED}*"))
 
 
@@ -158,15 +166,13 @@ SHARDS = {"_target_": "carafepp.tasks.shards.Shards"}
 ADDRESSES = ["pipe:touch owned", "{pipe,x}:touch owned", "a.tar::pipe:touch owned", "s3://b/{0..9}.tar", "https://host/a.tar", "file:a.tar"]
 
 
-@COMMANDS
-@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize(("address", "command"), zip(ADDRESSES, COMMANDS, strict=False))
 def test_shards_from_commands_and_addresses_are_refused(folder, command, address):
-    poison(folder, "data.train", SHARDS | {"shards": address})
-    with pytest.raises(ValueError, match=r"\(data\.train\.shards\)"):
-        use(command, folder)
-    poison(folder, "data.train", SHARDS | {"_args_": [[address]], "_partial_": True})
-    with pytest.raises(ValueError, match=r"\(data\.train\._args_\.0\.0\)"):
-        use(command, folder)
+    for given, place in (({"shards": address}, "shards"), ({"_args_": [[address]], "_partial_": True}, "_args_.0.0")):
+        poison(folder, "data.train", SHARDS | given)
+        for read in list_readers(folder, command):
+            with pytest.raises(ValueError, match=re.escape(f"(data.train.{place})")):
+                read()
     assert not list(Path.cwd().glob(f"{OWNED}*"))
 
 

