@@ -169,13 +169,13 @@ def is_wrong(row: Row) -> bool:
 def main() -> int:
     """Run the matrix, print and store its table; return the exit status."""
     from tables import tabulate_matrix
-    from triton_matrix import AMD, CASES, NVIDIA
+    from triton_matrix import AMD, NVIDIA, list_cases
 
     BUILD.mkdir(parents=True, exist_ok=True)
     versions = find_versions()
     print("Triton", *versions, flush=True)
     missing = {name: problem for name in versions if (problem := install(name))}
-    jobs = [Job(name, target, tuple(CASES)) for name in versions if name not in missing for target in (*NVIDIA, *AMD)]
+    jobs = [Job(name, target, list_cases(target)) for name in versions if name not in missing for target in (*NVIDIA, *AMD)]
     try:
         rows = run_jobs(jobs, BUILD / f"rows-{digest_code()}.jsonl")
     except KeyboardInterrupt:

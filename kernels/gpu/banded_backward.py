@@ -51,8 +51,8 @@ def compute_logit_gradient(
     dw = tl.zeros([P, M], tl.float32)
     for start in range(0, sizes.c, TILE.block_c):
         c = start + tl.arange(0, TILE.block_c).to(LAYOUT.index)
-        source = load(x, i, j, inside, c, sizes.c, LAYOUT.x_axis)
-        gradient = load(dy, row, col, output, c, sizes.c, LAYOUT.y_axis)
+        source = load(x, i, j, inside, c, sizes.c, LAYOUT.x_axis, HALO.width)
+        gradient = load(dy, row, col, output, c, sizes.c, LAYOUT.y_axis, HALO.cols)
         if LAYOUT.x_axis == 1:
             source = tl.trans(source)
         if LAYOUT.y_axis == 0:
@@ -119,7 +119,7 @@ def compute_source_gradient(
             d = d0 + tl.arange(0, BLOCK_D).to(LAYOUT.index)
             row, col = q0 * UP - REACH.before + d // REACH.width, r0 * UP - REACH.lead + d % REACH.width
             reaching = (d < REACH.height * REACH.width) & (row >= 0) & (row < sizes.ho) & (col >= 0) & (col < sizes.wo)
-            gradient = load(dy, row, col, reaching, c, sizes.c, LAYOUT.y_axis)
+            gradient = load(dy, row, col, reaching, c, sizes.c, LAYOUT.y_axis, REACH.width)
             if LAYOUT.y_axis != AXIS:
                 gradient = tl.trans(gradient)
             row, col = tl.maximum(row, 0), tl.maximum(col, 0)
@@ -143,7 +143,7 @@ def compute_source_gradient(
                 block += product(tl.trans(b), gradient, PRECISION)
             else:
                 block += product(gradient, tl.trans(b), PRECISION)
-        store(dx, i, j, owned, c, sizes.c, block, AXIS)
+        store(dx, i, j, owned, c, sizes.c, block, AXIS, REACH.cols)
 
 
 @triton.jit

@@ -86,7 +86,7 @@ def banded_forward(
     output = (m < HALO.rows * HALO.cols) & (row < sizes.ho) & (col < sizes.wo)
     for start in range(part * TILE.block_c, sizes.c, TILE.split * TILE.block_c):
         c = start + tl.arange(0, TILE.block_c).to(LAYOUT.index)
-        source = load(x, i, j, inside, c, sizes.c, LAYOUT.x_axis)
+        source = load(x, i, j, inside, c, sizes.c, LAYOUT.x_axis, HALO.width)
         if LAYOUT.x_axis == 1:
             target = product(source, a, PRECISION)
         elif LAYOUT.y_axis == 1:
@@ -95,4 +95,4 @@ def banded_forward(
             target = tl.trans(product(tl.trans(source), a, PRECISION))
         else:
             target = product(tl.trans(a), source, PRECISION)
-        store(y, row, col, output, c, sizes.c, target, LAYOUT.y_axis)
+        store(y, row, col, output, c, sizes.c, target, LAYOUT.y_axis, HALO.cols)

@@ -73,7 +73,7 @@ def banded_source_gradient(
             di = d // WALK.width
             row, col = step * WALK.height + di, r0 * UP - WALK.lead + d % WALK.width
             reaching = (d < WALK.height * WALK.width) & (row < sizes.ho) & (col >= 0) & (col < sizes.wo)
-            gradient = load(dy, row, col, reaching, c, sizes.c, LAYOUT.y_axis)
+            gradient = load(dy, row, col, reaching, c, sizes.c, LAYOUT.y_axis, WALK.width)
             if LAYOUT.y_axis != AXIS:
                 gradient = tl.trans(gradient)
             col = tl.maximum(col, 0)
@@ -105,7 +105,7 @@ def banded_source_gradient(
                 moved = moved + (block,)
             blocks = moved
         i = step * WALK.rows - K // 2 + si
-        store(dx, i, j, owned & (step >= first) & (i >= 0) & (i < sizes.h), c, sizes.c, blocks[0], AXIS)
+        store(dx, i, j, owned & (step >= first) & (i >= 0) & (i < sizes.h), c, sizes.c, blocks[0], AXIS, WALK.cols)
         moved = ()
         for a in tl.static_range(1, TILES):
             moved = moved + (blocks[a],)

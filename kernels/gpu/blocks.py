@@ -58,23 +58,39 @@ def image(features: Features, n, c):
 
 
 @triton.jit
-def addresses(features: Features, row, col, c, AXIS: tl.constexpr):
-    """Return the addresses of channels c at locations (row, col)."""
-    return features.ptr + expand(row * features.stride_h + col * features.stride_w, AXIS) + expand(c * features.stride_c, 1 - AXIS)
+def along_rows(ptr, offset):
+    """Return the addresses ptr + offset [channels or taps, locations] in NCHW, where a warp should access a row of locations.
+
+    Where no addresses look contiguous, Triton up to 3.6 lays the threads of a warp along the first axis, each in its own line of memory.
+    The divisibility keeps it from accessing two addresses as one.
+    """
+    return tl.max_contiguous(tl.multiple_of(ptr + offset, [1, 1]), [1, 2])
 
 
 @triton.jit
-def load(features: Features, row, col, exists, c, channels, AXIS: tl.constexpr):
+def addresses(features: Features, row, col, c, AXIS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the addresses of channels c at locations (row, col), WIDTH of them in a row."""
+    ptr = features.ptr + expand(row * features.stride_h + col * features.stride_w, AXIS)
+    channels = expand(c * features.stride_c, 1 - AXIS)
+    # rows of an even width look contiguous
+    if AXIS == 1 and WIDTH % 2 == 1:
+        return along_rows(ptr, channels)
+    else:
+        return ptr + channels
+
+
+@triton.jit
+def load(features: Features, row, col, exists, c, channels, AXIS: tl.constexpr, WIDTH: tl.constexpr):
     """Return channels c at locations (row, col); zero where the location does not exist or c is not below `channels`."""
     mask = expand(exists, AXIS) & expand(c < channels, 1 - AXIS)
-    return tl.load(addresses(features, row, col, c, AXIS), mask=mask, other=0.0)
+    return tl.load(addresses(features, row, col, c, AXIS, WIDTH), mask=mask, other=0.0)
 
 
 @triton.jit
-def store(features: Features, row, col, exists, c, channels, block, AXIS: tl.constexpr):
+def store(features: Features, row, col, exists, c, channels, block, AXIS: tl.constexpr, WIDTH: tl.constexpr):
     """Store channels c at locations (row, col), except where the location does not exist or c is not below `channels`."""
     mask = expand(exists, AXIS) & expand(c < channels, 1 - AXIS)
-    tl.store(addresses(features, row, col, c, AXIS), block.to(features.ptr.dtype.element_ty), mask=mask)
+    tl.store(addresses(features, row, col, c, AXIS, WIDTH), block.to(features.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .records import Features, Logits, Sizes
-from .taps import clamp, split_program
+from .taps import block_addresses, clamp, split_program
 from .window import centre, group_logits, logit_offset, lse_address, split_target, weight
 
 
@@ -84,9 +84,9 @@ def padded_source_gradient(
                 logit = tl.load(logits.ptr + (ky * K + kx) * logits.stride_c + logit_offset(logits, u, v, q, r), mask=taken, other=0.0)
                 w += tl.where(taken, weight(logit.to(tl.float32), lse, WINDOW), 0.0)
             gradient = tl.load(
-                dy_ptr + row * dy.stride_h + col * dy.stride_w + c * dy.stride_c,
+                block_addresses(dy_ptr + row * dy.stride_h + col * dy.stride_w, c * dy.stride_c, AXIS),
                 mask=reads & (c < sizes.c),
                 other=0.0,
             )
             block += w * gradient.to(tl.float32)
-        tl.store(dx_ptr + c * dx.stride_c, block.to(dx.ptr.dtype.element_ty), mask=mask & (c < sizes.c))
+        tl.store(block_addresses(dx_ptr, c * dx.stride_c, AXIS), block.to(dx.ptr.dtype.element_ty), mask=mask & (c < sizes.c))

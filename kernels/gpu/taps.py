@@ -17,6 +17,7 @@ axis of the features, and [BLOCK_C, BLOCK_M] otherwise. AXIS is the axis of the 
 import triton
 import triton.language as tl
 
+from .blocks import along_rows
 from .records import Features, Logits, Sizes
 from .window import centre, group_logits, is_left_out, logit_gradient, logit_offset, lse_address, score, split_target, weight
 
@@ -59,6 +60,15 @@ def tap_source(row, col, tap, mask, sizes, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def block_addresses(ptr, channels, AXIS: tl.constexpr):
+    """Return the addresses of a block of features, given those of its locations and the offsets of its channels."""
+    if AXIS == 1:
+        return along_rows(ptr, channels)
+    else:
+        return ptr + channels
+
+
+@triton.jit
 def tap_forward(
     sizes: Sizes,
     x: Features,  # [N, G * C, H, W]
@@ -98,12 +108,16 @@ def tap_forward(
             logit = tl.load(l_ptr + tap * logits.stride_c, mask=inside, other=-float("inf") if WINDOW.normalized else 0.0)
             w = weight(logit.to(tl.float32), lse, WINDOW)
             source = tl.load(
-                x_ptr + tl.expand_dims(i * x.stride_h + j * x.stride_w, 1 - AXIS) + c * x.stride_c,
+                block_addresses(x_ptr + tl.expand_dims(i * x.stride_h + j * x.stride_w, 1 - AXIS), c * x.stride_c, AXIS),
                 mask=tl.expand_dims(inside, 1 - AXIS) & (c < sizes.c),
                 other=0.0,
             )
             target += tl.expand_dims(w, 1 - AXIS) * source.to(tl.float32)
-        tl.store(y_ptr + c * y.stride_c, target.to(y.ptr.dtype.element_ty), mask=tl.expand_dims(mask, 1 - AXIS) & (c < sizes.c))
+        tl.store(
+            block_addresses(y_ptr, c * y.stride_c, AXIS),
+            target.to(y.ptr.dtype.element_ty),
+            mask=tl.expand_dims(mask, 1 - AXIS) & (c < sizes.c),
+        )
 
 
 @triton.jit
@@ -145,8 +159,8 @@ def tap_logit_gradient(
         for start in range(0, sizes.c, BLOCK_C):
             c = tl.expand_dims(start + tl.arange(0, BLOCK_C), AXIS).to(tl.int64)
             both = tl.expand_dims(inside, 1 - AXIS) & (c < sizes.c)
-            source = tl.load(s_ptr + c * x.stride_c, mask=both, other=0.0).to(tl.float32)
-            gradient = tl.load(dy_ptr + c * dy.stride_c, mask=both, other=0.0).to(tl.float32)
+            source = tl.load(block_addresses(s_ptr, c * x.stride_c, AXIS), mask=both, other=0.0).to(tl.float32)
+            gradient = tl.load(block_addresses(dy_ptr, c * dy.stride_c, AXIS), mask=both, other=0.0).to(tl.float32)
             dw += tl.sum(source * gradient, axis=1 - AXIS)
         logit = tl.load(l_ptr + tap * logits.stride_c, mask=mask, other=0.0).to(tl.float32)
         w = weight(logit, lse, WINDOW)
@@ -202,9 +216,9 @@ def tap_source_gradient(
             logit = tl.load(logits.ptr + tap * logits.stride_c + logit_offset(logits, u, v, q, r), mask=inside, other=0.0)
             w = weight(logit.to(tl.float32), lse, WINDOW)
             gradient = tl.load(
-                dy_ptr + row * dy.stride_h + col * dy.stride_w + c * dy.stride_c,
+                block_addresses(dy_ptr + row * dy.stride_h + col * dy.stride_w, c * dy.stride_c, AXIS),
                 mask=inside & (c < sizes.c),
                 other=0.0,
             )
             block += w * gradient.to(tl.float32)
-        tl.store(dx_ptr + c * dx.stride_c, block.to(dx.ptr.dtype.element_ty), mask=mask & (c < sizes.c))
+        tl.store(block_addresses(dx_ptr, c * dx.stride_c, AXIS), block.to(dx.ptr.dtype.element_ty), mask=mask & (c < sizes.c))

@@ -48,7 +48,7 @@ def count_transfer(
     if last:
         lines = _run_lines(rows * cols, present * size)
     elif width % 2:
-        # Triton up to 3.6 lays the threads of a warp along the channels
+        # in the kernels that were timed, each thread of a warp accesses its own line: they do not have `blocks.along_rows`
         lines = rows * cols * present
     else:
         lines = present * _plane_lines(rows, cols * size, problem.width * scale * size)

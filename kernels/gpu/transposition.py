@@ -43,8 +43,8 @@ def transpose(
     pid = pid // runs
     row = (pid % sizes.h).to(INDEX)
     n = (pid // sizes.h).to(tl.int64)
-    block = load(image(source, n, 0), row, col, col < cols, c, channels, 1)
-    store(image(copy, n, 0), row, col, col < cols, c, channels, tl.trans(block), 0)
+    block = load(image(source, n, 0), row, col, col < cols, c, channels, 1, BLOCK_P)
+    store(image(copy, n, 0), row, col, col < cols, c, channels, tl.trans(block), 0, BLOCK_P)
 
 
 def transpose_launch(features: Tensor) -> tuple[Launch, Tensor]:

@@ -7,6 +7,7 @@ log-sum-exp of the scores of a window. One number per window restores all of its
 import triton
 import triton.language as tl
 
+from .blocks import along_rows
 from .records import Logits, Sizes
 
 
@@ -80,12 +81,10 @@ def logit_offset(logits: Logits, u, v, q, r):
 @triton.jit
 def logit_addresses(logits: Logits, tap, offset, AXIS: tl.constexpr):
     """Return the addresses of taps [T, 1] of windows at offsets [1, M]; AXIS is 1 where columns are the fastest axis, in NCHW."""
-    ptr = logits.ptr + offset + tap * logits.stride_c
     if AXIS == 1:
-        # Triton up to 3.6 lays the threads of a warp along the taps, each in its own line of memory, unless windows look contiguous; the
-        # divisibility keeps it from loading two of them as one
-        ptr = tl.max_contiguous(tl.multiple_of(ptr, [1, 1]), [1, 2])
-    return ptr
+        return along_rows(logits.ptr + offset, tap * logits.stride_c)
+    else:
+        return logits.ptr + offset + tap * logits.stride_c
 
 
 @triton.jit

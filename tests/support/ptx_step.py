@@ -7,8 +7,9 @@ import torch
 from carafepp.kernels.geometry import LSE_NORMALIZERS, PADDED_BORDERS, Spec
 from carafepp.kernels.gpu import operator_launches
 from carafepp.kernels.gpu.launch import Launch
-from carafepp.kernels.gpu.tile_geometry import DIRECTIONS
+from carafepp.kernels.gpu.tile_geometry import DIRECTIONS, KernelName, Tile
 from carafepp.kernels.gpu.tile_ranking import choose_backward, choose_tile
+from carafepp.kernels.gpu.transposition import transpose
 from carafepp.kernels.reference import reassemble_reference
 from operator_cases import differentiate, random_inputs, relative_error
 from ptx import GPU, dram_microseconds
@@ -57,13 +58,26 @@ def emulate(launch: Launch, capability: int = 80) -> dict:
 
 
 def training_step(
-    n, c, h, w, spec: Spec, dtype=torch.float16, memory_format=torch.contiguous_format, *, capability=80, place=None, images=None, run=None
+    n,
+    c,
+    h,
+    w,
+    spec: Spec,
+    dtype=torch.float16,
+    memory_format=torch.contiguous_format,
+    *,
+    capability=80,
+    place=None,
+    images=None,
+    tiles: dict[KernelName, Tile] | None = None,
+    run=None,
 ) -> Step:
     """Emulate forward and backward on random features [n, c, h, w] and logits, with outputs full of NaN.
 
     Args:
         capability: 80, 90 or 100, what to compile for and the GPU to count for (`ptx.bounds.GPUS`).
         images: choose the tiles, if there are any, for this many images and count as if they kept all multiprocessors busy; n if None.
+        tiles: those of forward and of the kernels of backward, in place of the chosen ones.
         place: takes the name ("x", "logits", "y", "dy", "dx", "dlogits") and the size of a tensor and returns where to keep it, or None.
         run: runs a launch for a capability and returns what it counts; `emulate` if None.
     """
@@ -79,15 +93,17 @@ def training_step(
     lse = torch.full((n, spec.groups, *cells.shape[2:]) if spec.normalizer in LSE_NORMALIZERS else (0,), math.nan)
 
     pair = divmod(capability, 10)
-    if images and spec.border not in PADDED_BORDERS:
+    if tiles:
+        chosen = dict(tiles)
+    elif images and spec.border not in PADDED_BORDERS:
         many = operator_launches.problem_of(x, cells, y, spec, pair)._replace(batch=images * spec.groups)
-        tiles = {kernel: choose_tile(kernel, many) for kernel in ("forward", *choose_backward(many))}
+        chosen = {kernel: choose_tile(kernel, many) for kernel in ("forward", *choose_backward(many))}
     else:
-        tiles = dict.fromkeys(DIRECTIONS)
-    launches = operator_launches.forward_launches(x, cells, y, lse, spec, tile=tiles.pop("forward"), capability=pair)
+        chosen = dict.fromkeys(DIRECTIONS)
+    launches = operator_launches.forward_launches(x, cells, y, lse, spec, tile=chosen.pop("forward"), capability=pair)
     forward = _run(launches, (x, logits, y), capability, run, filled=images is not None)
     launches = []
-    for kernel, tile in tiles.items():
+    for kernel, tile in chosen.items():
         needed = (None if kernel == "logit_gradient" else dx, None if kernel == "source_gradient" else dcells)
         launches += operator_launches.backward_launches(dy, x, cells, lse, *needed, spec, tile=tile, capability=pair)
     backward = _run(launches, (dy, x, logits, dx, dlogits), capability, run, filled=images is not None)
@@ -99,6 +115,8 @@ def training_step(
 def _run(launches: list[Launch], tensors, capability: int, run, *, filled: bool) -> Pass:
     stats = {}
     for launch in launches:
+        if launch.kernel is transpose:
+            launch.arguments["copy"].ptr.fill_(math.nan)
         found = (run or emulate)(launch, capability)
         if filled:
             share = min(1.0, launch.grid[0] / GPUS[capability].multiprocessors)

@@ -1,37 +1,77 @@
-"""Compile, emulate and check kernels of the operator with the installed Triton: `python -P -m triton_matrix TARGET CASE ...`.
+"""Compile, emulate and check kernels with the installed Triton: `python -P -m triton_matrix TARGET CASE ...`.
 
-A JSON line on standard output for each case says what came of it. docs/matrix.py (`make matrix`) calls this with every version of Triton.
-Code for AMD GPUs is only compiled, because no emulator is at hand.
+A case is one training step of the operator, or the module without gradients. A JSON line on standard output for each case says what came of
+it. docs/matrix.py (`make matrix`) calls this with every version of Triton. Code for AMD GPUs is only compiled, because no emulator is at
+hand.
 """
 
+import copy
 import faulthandler
 import json
+import math
 import re
 import sys
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from carafepp.kernels.geometry import Spec
+from carafepp.kernels.gpu.tile_geometry import DIRECTIONS, KernelName, Tile
 from operator_cases import TRITON_TOLERANCES
+from torch import Tensor, nn
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
-# name -> size of the features, options, dtype, layout
-CASES = {
-    "up 2, k 5, float16, channels_last": ((1, 64, 12, 16), Spec(5, up=2), torch.float16, NHWC),
-    "up 2, k 5, float16, NCHW": ((1, 64, 12, 16), Spec(5, up=2), torch.float16, NCHW),
-    "up 2, k 5, float32, channels_last": ((1, 64, 12, 16), Spec(5, up=2), torch.float32, NHWC),
-    "down 2, k 5, bfloat16, channels_last": ((1, 64, 14, 18), Spec(5, down=2), torch.bfloat16, NHWC),
-    "down 2, k 5, float32, NCHW": ((1, 64, 14, 18), Spec(5, down=2), torch.float32, NCHW),
-    "up 3, k 7, 4 groups, float16, NCHW": ((1, 128, 6, 8), Spec(7, up=3, groups=4), torch.float16, NCHW),
-    "up 3 / 2, k 3, sigmoids, renormalized, bfloat16": (
-        (1, 20, 7, 9),
-        Spec(3, up=3, down=2, normalizer="sigmoid_normalized", border="renormalize"),
-        torch.bfloat16,
-        NHWC,
+
+
+class Operator(NamedTuple):
+    """A training step of the operator."""
+
+    size: tuple[int, int, int, int]  # of the features
+    spec: Spec
+    dtype: torch.dtype
+    layout: torch.memory_format
+    tiles: dict[KernelName, Tile] | None = None  # in place of those that are chosen for many images
+    walks: bool = False  # whether the tile of the gradient to the features is the first one that walks
+
+
+class Module(NamedTuple):
+    """A call of CARAFE without gradients."""
+
+    size: tuple[int, int, int, int]
+    options: dict[str, Any]
+    dtype: torch.dtype
+    many: bool  # whether its blocks are those of many pixels
+
+
+# kernels that read channels_last copies
+COPIES: dict[KernelName, Tile] = {
+    "forward": Tile(1, 8, 1, 64, 1, 4, 2, 255, 1, 1),
+    "logit_gradient": Tile(1, 8, 1, 64, 1, 4, 2, 255, 1, 1),
+    # of the gradient of the output, which only a search by measurement tries
+    "source_gradient": Tile(2, 8, 1, 128, 1, 8, 2, 128, 4, 1),
+}
+CASES: dict[str, Operator | Module] = {
+    "up 2, k 5, float16, channels_last": Operator((1, 64, 12, 16), Spec(5, up=2), torch.float16, NHWC),
+    "up 2, k 5, float16, NCHW": Operator((1, 64, 12, 16), Spec(5, up=2), torch.float16, NCHW),
+    "up 2, k 5, float32, channels_last": Operator((1, 64, 12, 16), Spec(5, up=2), torch.float32, NHWC),
+    "down 2, k 5, bfloat16, channels_last": Operator((1, 64, 14, 18), Spec(5, down=2), torch.bfloat16, NHWC),
+    "down 2, k 5, float32, NCHW": Operator((1, 64, 14, 18), Spec(5, down=2), torch.float32, NCHW),
+    "up 3, k 7, 4 groups, float16, NCHW": Operator((1, 128, 6, 8), Spec(7, up=3, groups=4), torch.float16, NCHW),
+    "up 3 / 2, k 3, sigmoids, renormalized, bfloat16": Operator(
+        (1, 20, 7, 9), Spec(3, up=3, down=2, normalizer="sigmoid_normalized", border="renormalize"), torch.bfloat16, NHWC
     ),
     # reads pixels outside the map, tap by tap
-    "up 2, k 3, shifted windows, float32": ((1, 20, 7, 9), Spec(3, up=2, border="shift"), torch.float32, NCHW),
+    "up 2, k 3, shifted windows, float32": Operator((1, 20, 7, 9), Spec(3, up=2, border="shift"), torch.float32, NCHW),
+    # a window that is too large for a tile
+    "down 16, k 3, 2 groups, float16, NCHW": Operator((1, 20, 35, 18), Spec(3, down=16, groups=2), torch.float16, NCHW),
+    "up 2, k 5, float32, channels_last, walks": Operator((1, 256, 9, 14), Spec(5, up=2), torch.float32, NHWC, walks=True),
+    "up 2, k 5, float16, NCHW, walks": Operator((1, 256, 9, 14), Spec(5, up=2), torch.float16, NCHW, walks=True),
+    "up 2, k 5, float16, NCHW, copies": Operator((1, 64, 9, 16), Spec(5, up=2), torch.float16, NCHW, COPIES),
+    "module up 2 without gradients, float16": Module((1, 64, 12, 16), {"up": 2}, torch.float16, many=True),
+    "module down 2 with norm without gradients, bfloat16": Module(
+        (1, 64, 9, 11), {"down": 2, "compressor_norm": True}, torch.bfloat16, many=False
+    ),
 }
 # name -> capability for which PyTorch plans, lanes of a warp
 NVIDIA = {"sm_80": (80, 32), "sm_90": (90, 32), "sm_100": (100, 32)}
@@ -50,49 +90,118 @@ class Row(NamedTuple):
     registers: int | None = None  # per thread, of the kernel with the most
     spills: int | None = None  # instructions on NVIDIA GPUs, registers on AMD GPUs
     shared: int | None = None  # bytes per block, of the kernel with the most
+    sectors: int | None = None  # of 32 bytes, in all loads and stores of warps
     error: float | None = None  # of y, dx or dlogits: the largest difference from float64 over the largest value
     equal: bool | None = None  # whether the error is within the tolerance of the dtype
     problem: str = ""
 
 
-def check_nvidia(case: str, capability: int) -> Row:
+def list_cases(target: str) -> tuple[str, ...]:
+    """Return the names of the cases of a target. On AMD GPUs, the layers of the module are PyTorch's."""
+    return tuple(name for name, case in CASES.items() if target in NVIDIA or isinstance(case, Operator))
+
+
+def find_tiles(case: Operator, capability: tuple[int, int]) -> dict[KernelName, Tile] | None:
+    """Return the tiles of forward and of the kernels of backward that differ from the choice for many images, or None."""
+    from carafepp.kernels.gpu.tile_ranking import SEPARATE, rank_tiles
+    from carafepp.kernels.gpu.training_step import build_training_step
+
+    if not case.walks:
+        return case.tiles
+    problem = build_training_step(MANY, *case.size[1:], *case[1:4]).problem(capability)
+    return {
+        kernel: next(tile for tile in rank_tiles(kernel, problem) if tile.steps > 1 or kernel != "source_gradient")
+        for kernel in ("forward", *SEPARATE)
+    }
+
+
+def check_nvidia(name: str, capability: int) -> Row:
     """Compile a case for an NVIDIA GPU, read the machine code, and emulate the kernels."""
     from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
     from ptx_step import emulate, training_step
 
-    codes = []
+    codes, counts = [], []
 
     def run(launch, capability):
         codes.append(read_assembly(compile_launch(launch, capability)))
-        return emulate(launch, capability)
+        counts.append(emulate(launch, capability))
+        return counts[-1]
 
-    size, spec, dtype, layout = CASES[case]
+    case = CASES[name]
     problem, error, equal = "", None, None
     try:
-        errors = training_step(*size, spec, dtype, layout, capability=capability, images=MANY, run=run).errors
+        if isinstance(case, Module):
+            errors = {"y": run_module(case, capability, run)}
+        else:
+            tiles = find_tiles(case, divmod(capability, 10))
+            errors = training_step(*case.size, *case[1:4], capability=capability, images=MANY, tiles=tiles, run=run).errors
         # a NaN is where nothing was written
         error = max(errors.values(), key=lambda value: (value != value, value))
-        equal = error < TRITON_TOLERANCES[dtype]
+        equal = error < TRITON_TOLERANCES[case.dtype]
     except Exception as exception:
         problem = describe(exception)
     figures = ([code.registers for code in codes], [code.spills for code in codes], [code.shared for code in codes])
     registers, spills, shared = figures if codes else ((None,), (0,), (None,))
-    return Row(case, len(codes), max(registers), sum(spills) if codes else None, max(shared), error, equal, problem)
+    sectors = sum(found.get(f"global_{kind}_sectors", 0) for found in counts for kind in ("ld", "st"))
+    total = (sum(spills), max(shared), sectors) if codes else (None,) * 3
+    return Row(name, len(codes), max(registers), *total, error, equal, problem)
 
 
-def check_amd(case: str, target: str) -> Row:
+def run_module(case: Module, capability: int, run: Callable) -> float:
+    """Run the launches of a module whose maps are full of NaN, and return the error of its output."""
+    from carafepp.kernels.gpu import encoder
+    from carafepp.kernels.gpu.backend import forward_launches
+    from carafepp.models.carafe import CARAFE
+    from operator_cases import relative_error
+
+    def empty(*size: int) -> Tensor:
+        return torch.full(size, math.nan, dtype=case.dtype).contiguous(memory_format=NHWC)
+
+    torch.manual_seed(0)
+    module = CARAFE(case.size[1], **case.options).eval().requires_grad_(False)
+    # kernels that are far from a box blur, and a norm that is far from the identity
+    nn.init.normal_(module.content_encoder.weight, std=0.1)
+    nn.init.normal_(module.channel_compressor.bias)
+    statistics: list[Tensor | None] = [None] * 4
+    if norm := next((layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)), None):
+        statistics = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+        for tensor in statistics:
+            nn.init.uniform_(tensor, 0.5, 2)
+    x = torch.randn(case.size).to(case.dtype, memory_format=NHWC)
+    compressor, conv, spec = module.channel_compressor, module.content_encoder, module.spec
+    outputs, row = conv.out_channels, -(-conv.out_channels // 16) * 16
+    layers = encoder.Layers(
+        *(True, norm is not None, norm is not None, norm.eps if norm else 0.0, compressor.out_channels, outputs, row),
+        *(*conv.kernel_size, *conv.stride, *conv.padding, *conv.dilation),
+    )
+    parameters = encoder.Parameters(compressor.weight, compressor.bias, *statistics, conv.weight, conv.bias)
+    n, c, h, w = case.size
+    logits = empty(n, row, spec.cells(h), spec.cells(w))
+    features, copied = empty(n, layers.width, h, w), torch.full((layers.copied,), math.nan, dtype=case.dtype)
+    cells = logits[:, :outputs].unflatten(1, (spec.groups * spec.taps, spec.up, spec.up))
+    y, lse = empty(n, c, spec.output_size(h), spec.output_size(w)), torch.full((n, spec.groups, *cells.shape[2:]), math.nan)
+    encoder.MANY_PIXELS = 1 if case.many else math.inf
+    launches = encoder.encoder_launches(x, features, copied, logits, parameters, layers)
+    launches += forward_launches(x, cells, y, lse, spec, capability=divmod(capability, 10))
+    for launch in launches:
+        run(launch, capability)
+    return relative_error(y, copy.deepcopy(module).double()(x.double()))
+
+
+def check_amd(name: str, target: str) -> Row:
     """Compile a case for an AMD GPU."""
     import triton
-    from carafepp.kernels.gpu.tile_geometry import DIRECTIONS
     from carafepp.kernels.gpu.training_step import build_training_step
     from triton.backends.compiler import GPUTarget
 
     capability, lanes = AMD[target]
-    (_, *size), spec, dtype, layout = CASES[case]
+    case = CASES[name]
     codes, problem = [], ""
     try:
-        step = build_training_step(MANY, *size, spec, dtype, layout)
-        for launch in (launch for direction in DIRECTIONS for launch in step.build_launches(direction, capability=divmod(capability, 10))):
+        step = build_training_step(MANY, *case.size[1:], *case[1:4])
+        pair = divmod(capability, 10)
+        chosen = find_tiles(case, pair) or dict.fromkeys(DIRECTIONS)
+        for launch in (launch for kernel, tile in chosen.items() for launch in step.build_launches(kernel, tile=tile, capability=pair)):
             code = triton.compile(launch.source(), target=GPUTarget("hip", target, lanes), options=launch.options)
             codes.append((*map(count_amd(code.asm["amdgcn"]), ("vgpr_count", "vgpr_spill_count")), code.metadata.shared))
             if not code.asm["hsaco"]:
@@ -100,7 +209,7 @@ def check_amd(case: str, target: str) -> Row:
     except Exception as exception:
         problem = describe(exception)
     registers, spills, shared = zip(*codes, strict=True) if codes else ((None,), (0,), (None,))
-    return Row(case, len(codes), max(registers), sum(spills) if codes else None, max(shared), problem=problem)
+    return Row(name, len(codes), max(registers), sum(spills) if codes else None, max(shared), problem=problem)
 
 
 def count_amd(assembly: str):
