@@ -168,6 +168,7 @@ def is_wrong(row: Row) -> bool:
 
 def main() -> int:
     """Run the matrix, print and store its table; return the exit status."""
+    from measure import name_commit
     from tables import tabulate_matrix
     from triton_matrix import AMD, NVIDIA, list_cases
 
@@ -183,7 +184,7 @@ def main() -> int:
         return 130
     today = date.today().isoformat()
     about = {"kind": "cpu", "date": today, "device": "Compiled and emulated on a CPU"}
-    about |= {"torch": version("torch"), "python": platform.python_version()}
+    about |= {"torch": version("torch"), "python": platform.python_version(), "commit": name_commit()}
     write_rows(rows, ROOT / "docs" / "measurements" / f"{today}_triton", about)
     print(tabulate_matrix([{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]))
     for row in filter(is_wrong, rows):

@@ -168,16 +168,21 @@ def write_measurements(outcomes: Sequence[Outcome], target: Path, about: dict[st
         print(f"figures written to {target}")
 
 
+def name_commit() -> str:
+    """Return the commit of the files, and whether tracked files have changed since; nothing without git or a repository."""
+
+    def git(*arguments: str) -> str:
+        with contextlib.suppress(FileNotFoundError):
+            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        return ""
+
+    return git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
 def describe() -> dict[str, str]:
     """Describe this run: date, device, versions and commit."""
     import torch
     import triton
-
-    def git(*arguments: str) -> str:
-        # a copy of the files may have no repository, and a machine no git
-        with contextlib.suppress(FileNotFoundError):
-            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        return ""
 
     return {
         "kind": "gpu",
@@ -186,7 +191,7 @@ def describe() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": name_commit(),
     }
 
 

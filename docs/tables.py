@@ -24,6 +24,8 @@ Row = dict[str, str]
 OURS = ("triton", "cpu")
 # the columns of a module's parts
 PARTS = ("channel_compressor", "compressor_norm", "content_encoder", "layers", "operator")
+# sectors of memory over those with the Triton that needs the least, from which on a table names them
+EXCESS = 1.15
 # keys of about.json, as pages name them
 VERSIONS = {"torch": "PyTorch", "triton": "Triton", "python": "Python", "commit": "commit"}
 
@@ -291,15 +293,19 @@ def tabulate_attention(rows: list[Row]) -> str:
 def tabulate_matrix(rows: list[Row]) -> str:
     """Write what came of the cases of every version of Triton, a column for each target."""
     found: dict[str, dict[str, list[Row]]] = {}
+    least: dict[tuple[str, str], int] = {}
     for row in rows:
         found.setdefault(row["triton"], {}).setdefault(row["target"], []).append(row)
+        if row.get("sectors"):
+            case = row["target"], row["case"]
+            least[case] = min(least.get(case, int(row["sectors"])), int(row["sectors"]))
     targets = list(dict.fromkeys(row["target"] for row in rows))
-    lines = [[name, *(describe_cases(cells.get(target, [])) for target in targets)] for name, cells in found.items()]
+    lines = [[name, *(describe_cases(cells.get(target, []), least) for target in targets)] for name, cells in found.items()]
     return write_table(["Triton", *targets], lines)
 
 
-def describe_cases(rows: list[Row]) -> str:
-    """Say how many cases compile, equal float64 and spill registers, and what prevents the others."""
+def describe_cases(rows: list[Row], least: dict[tuple[str, str], int]) -> str:
+    """Say how many cases compile, equal float64, spill registers and access more sectors than the least, and what prevents the others."""
     if not rows:
         return ""
     compiled = [row for row in rows if row["registers"]]
@@ -308,6 +314,9 @@ def describe_cases(rows: list[Row]) -> str:
         parts.append(f"{sum(emulated)} of {len(emulated)} equal")
     spilled = sum(int(row["spills"]) > 0 for row in compiled)
     parts.append(f"spills in {spilled}" if spilled else "no spills")
+    excess = max((int(row["sectors"]) / least[row["target"], row["case"]] for row in rows if row.get("sectors")), default=1)
+    if excess >= EXCESS:
+        parts.append(f"up to {excess:.1f} x the sectors")
     return "; ".join([*parts, *dict.fromkeys(row["problem"] for row in rows if row["problem"])])
 
 

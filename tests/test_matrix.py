@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -67,19 +68,36 @@ def test_a_crash_costs_one_case_and_a_second_call_continues(tmp_path, matrix, mo
     assert len(Path("calls.txt").read_text().splitlines()) == 5
 
 
+def test_a_case_has_every_kernel(matrix):
+    """A kernel is a compiled function that no other one calls."""
+    triton = pytest.importorskip("triton")
+    cases = import_module("triton_matrix")
+    folder = ROOT / "kernels" / "gpu"
+    modules = [import_module(f"carafepp.kernels.gpu.{path.stem}") for path in folder.glob("*.py") if "@triton.jit" in path.read_text()]
+    functions = {name: value for module in modules for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
+    called = {name for name in functions for function in functions.values() if re.search(rf"(?<!def )(?<!\.)\b{name}\(", function.src)}
+    launched = {launch.kernel.__name__ for name in cases.list_cases("sm_90") for launch in cases.list_launches(name, (9, 0))}
+    assert launched == functions.keys() - called
+    assert not [name for name in cases.list_cases("gfx942") if name not in cases.list_cases("sm_80")]
+
+
 def test_the_table_says_what_came_of_every_target(matrix):
     tables = import_module("tables")
-    right = {"triton": "3.4.0", "target": "sm_80", "registers": "80", "spills": "0", "equal": "True", "problem": ""}
+    right = {"triton": "3.4.0", "target": "sm_80", "case": "a", "registers": "80", "spills": "0", "equal": "True", "problem": ""}
+    right["sectors"] = "100"
     rows = [
         right,
         right | {"spills": "3", "equal": "False"},
         right | {"registers": "", "spills": "", "equal": "", "problem": "Crash: why"},
-        right | {"target": "gfx942", "equal": "", "problem": "not linked"},
-        right | {"triton": "3.5.1"},
+        right | {"target": "gfx942", "equal": "", "sectors": "", "problem": "not linked"},
+        right | {"triton": "3.5.1", "sectors": "240"},
+        right | {"triton": "3.5.1", "case": "b", "sectors": "50"},
+        right | {"triton": "3.6.0", "case": "b", "sectors": "45"},
     ]
     assert tables.tabulate_matrix(rows).splitlines()[2:] == [
         "| 3.4.0 | 2 of 3 compiled; 1 of 2 equal; spills in 1; Crash: why | 1 of 1 compiled; no spills; not linked |",
-        "| 3.5.1 | 1 of 1 compiled; 1 of 1 equal; no spills |  |",
+        "| 3.5.1 | 2 of 2 compiled; 2 of 2 equal; no spills; up to 2.4 x the sectors |  |",
+        "| 3.6.0 | 1 of 1 compiled; 1 of 1 equal; no spills |  |",
     ]
     assert matrix.is_wrong({"target": "sm_90", "equal": False, "registers": 80, "spills": 0})
     assert not matrix.is_wrong({"target": "sm_90", "equal": True, "registers": 80, "spills": 2})

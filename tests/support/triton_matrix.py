@@ -12,13 +12,14 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from carafepp.kernels.geometry import Spec
+from carafepp.kernels.gpu.launch import Launch
 from carafepp.kernels.gpu.tile_geometry import DIRECTIONS, KernelName, Tile
-from operator_cases import TRITON_TOLERANCES
+from operator_cases import TRITON_TOLERANCES, relative_error
 from torch import Tensor, nn
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
@@ -131,7 +132,10 @@ def check_nvidia(name: str, capability: int) -> Row:
     problem, error, equal = "", None, None
     try:
         if isinstance(case, Module):
-            errors = {"y": run_module(case, capability, run)}
+            launches, y, exact = build_module(case, divmod(capability, 10))
+            for launch in launches:
+                run(launch, capability)
+            errors = {"y": relative_error(y, exact)}
         else:
             tiles = find_tiles(case, divmod(capability, 10))
             errors = training_step(*case.size, *case[1:4], capability=capability, images=MANY, tiles=tiles, run=run).errors
@@ -147,12 +151,11 @@ def check_nvidia(name: str, capability: int) -> Row:
     return Row(name, len(codes), max(registers), *total, error, equal, problem)
 
 
-def run_module(case: Module, capability: int, run: Callable) -> float:
-    """Run the launches of a module whose maps are full of NaN, and return the error of its output."""
+def build_module(case: Module, capability: tuple[int, int]) -> tuple[list[Launch], Tensor, Tensor]:
+    """Return the launches of a module, its output, which is full of NaN as all maps between the launches are, and what it should become."""
     from carafepp.kernels.gpu import encoder
     from carafepp.kernels.gpu.backend import forward_launches
     from carafepp.models.carafe import CARAFE
-    from operator_cases import relative_error
 
     def empty(*size: int) -> Tensor:
         return torch.full(size, math.nan, dtype=case.dtype).contiguous(memory_format=NHWC)
@@ -180,28 +183,33 @@ def run_module(case: Module, capability: int, run: Callable) -> float:
     features, copied = empty(n, layers.width, h, w), torch.full((layers.copied,), math.nan, dtype=case.dtype)
     cells = logits[:, :outputs].unflatten(1, (spec.groups * spec.taps, spec.up, spec.up))
     y, lse = empty(n, c, spec.output_size(h), spec.output_size(w)), torch.full((n, spec.groups, *cells.shape[2:]), math.nan)
-    encoder.MANY_PIXELS = 1 if case.many else math.inf
-    launches = encoder.encoder_launches(x, features, copied, logits, parameters, layers)
-    launches += forward_launches(x, cells, y, lse, spec, capability=divmod(capability, 10))
-    for launch in launches:
-        run(launch, capability)
-    return relative_error(y, copy.deepcopy(module).double()(x.double()))
+    with patch.object(encoder, "MANY_PIXELS", 1 if case.many else math.inf):
+        launches = encoder.encoder_launches(x, features, copied, logits, parameters, layers)
+    launches += forward_launches(x, cells, y, lse, spec, capability=capability)
+    return launches, y, copy.deepcopy(module).double()(x.double())
+
+
+def list_launches(name: str, capability: tuple[int, int]) -> list[Launch]:
+    """Return the launches of a case."""
+    from carafepp.kernels.gpu.training_step import build_training_step
+
+    case = CASES[name]
+    if isinstance(case, Module):
+        return build_module(case, capability)[0]
+    step = build_training_step(MANY, *case.size[1:], *case[1:4])
+    tiles = find_tiles(case, capability) or dict.fromkeys(DIRECTIONS)
+    return [launch for kernel, tile in tiles.items() for launch in step.build_launches(kernel, tile=tile, capability=capability)]
 
 
 def check_amd(name: str, target: str) -> Row:
     """Compile a case for an AMD GPU."""
     import triton
-    from carafepp.kernels.gpu.training_step import build_training_step
     from triton.backends.compiler import GPUTarget
 
     capability, lanes = AMD[target]
-    case = CASES[name]
     codes, problem = [], ""
     try:
-        step = build_training_step(MANY, *case.size[1:], *case[1:4])
-        pair = divmod(capability, 10)
-        chosen = find_tiles(case, pair) or dict.fromkeys(DIRECTIONS)
-        for launch in (launch for kernel, tile in chosen.items() for launch in step.build_launches(kernel, tile=tile, capability=pair)):
+        for launch in list_launches(name, divmod(capability, 10)):
             code = triton.compile(launch.source(), target=GPUTarget("hip", target, lanes), options=launch.options)
             codes.append((*map(count_amd(code.asm["amdgcn"]), ("vgpr_count", "vgpr_spill_count")), code.metadata.shared))
             if not code.asm["hsaco"]:
