@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, ParamSpec
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from ..kernels.reassembly import autocast, reassemble, reassemble_padded
 from ..kernels.reference import reassembly_kernels
 from .half_encoder import encode, suits_matrix_units
 from .inference import infer
+from .training import train
 
 P = ParamSpec("P")
 
@@ -168,7 +170,7 @@ class CARAFE(nn.Module):
             (x,) = autocast(x)
             if suits_matrix_units(x):
                 layers = self.channel_compressor, self.compressor_norm, self.content_encoder
-                y = infer(*layers, x, self.spec, size)
+                y = (train if torch.is_grad_enabled() else infer)(*layers, x, self.spec, size)
                 if y is not None:
                     return y
                 encoded = encode(*layers, x)

@@ -3,7 +3,7 @@
 import functools
 import importlib
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn as nn
@@ -22,44 +22,68 @@ def _launches() -> Any:
     return importlib.import_module("..kernels.gpu.inference", __package__)
 
 
-def read_norm(norm: nn.Module) -> tuple[Sequence[Tensor | None], float, bool] | None:
-    """Return what a norm of the compressor computes without statistics of the batch.
+class Norm(NamedTuple):
+    """What a norm of the compressor computes."""
 
-    Returns:
-        Running mean and variance, scale and shift, or None for all; the eps of the variance; whether a ReLU follows. None if only the
-        module itself can tell.
-    """
+    tensors: Sequence[Tensor | None]  # running mean and variance, scale and shift; None for all without a norm
+    eps: float  # of the variance
+    rectified: bool  # whether a ReLU follows
+    momentum: float | None = None  # of the running statistics, if the norm takes the statistics of the batch
+    batches: Tensor | None = None  # the number of batches, in that case
+
+
+def read_norm(norm: nn.Module) -> Norm | None:
+    """Return what a norm of the compressor computes, or None if only the module itself can tell."""
     if is_hooked(norm):
         return None
     if type(norm) is nn.Identity:
-        return (None,) * 4, 0.0, False
+        return Norm((None,) * 4, 0.0, False)
     layers = list(norm._modules.values()) if type(norm) is nn.Sequential else []
     if len(layers) != 2 or type(layers[1]) is not nn.ReLU or any([is_hooked(cast(nn.Module, layer)) for layer in layers]):
         return None
     affine = layers[0]
     if type(affine) is nn.Identity:
-        return (None,) * 4, 0.0, True
-    if type(affine) is not nn.BatchNorm2d or affine.training:
+        return Norm((None,) * 4, 0.0, True)
+    if type(affine) is not nn.BatchNorm2d:
         return None
-    tensors = read_tensors(affine, "running_mean", "running_var", "weight", "bias")
-    return (tensors, affine.eps, True) if all([type(tensor) in PLAIN for tensor in tensors]) else None
+    *tensors, batches = read_tensors(affine, "running_mean", "running_var", "weight", "bias", "num_batches_tracked")
+    if not all([type(tensor) in PLAIN for tensor in tensors]):
+        return None
+    if not affine.training:
+        return Norm(tensors, affine.eps, True)
+    # without a momentum, the running statistics are averages over all batches
+    return None if affine.momentum is None or type(batches) is not Tensor else Norm(tensors, affine.eps, True, affine.momentum, batches)
 
 
-def infer(compressor: nn.Module, norm: nn.Module, encoder: nn.Module, x: Tensor, spec: Spec, size: Sequence[int] | None) -> Tensor | None:
-    """Compute the module for an x [N, C, H, W] that suits matrix units; None if its layers and the operator must be called.
+class Found(NamedTuple):
+    """A call whose launches are planned."""
+
+    planned: Any
+    given: list[Tensor | None]  # the parameters, and the number of batches
+    addresses: list[int]  # theirs
+
+
+def find_plan(
+    compressor: nn.Module, norm: nn.Module, encoder: nn.Module, x: Tensor, spec: Spec, size: Sequence[int] | None, trained: bool
+) -> Found | None:
+    """Return the plan of the module for an x [N, C, H, W] that suits matrix units; None if its layers and the operator must be called.
+
+    `trained` asks for a `kernels.gpu.training.Training` in place of a `kernels.gpu.inference.Inference`.
 
     Raises:
         ValueError: `size` is wrong, or the logits of the encoder do not fit.
     """
-    if not HAS_TRITON or torch.is_grad_enabled() or is_intercepted() or not is_plain_size(size):
+    if not HAS_TRITON or is_intercepted() or not is_plain_size(size):
         return None
     parameters = find_parameters(compressor, encoder, x)
     read = read_norm(norm)
-    if parameters is None or read is None:
+    if parameters is None or read is None or (read.momentum is not None and not trained):
         return None
-    statistics, eps, rectified = read
-    given = [*(parameters if len(parameters) == 4 else (None, None, *parameters))]
-    given[2:2] = statistics
+    given = [*(parameters if len(parameters) == 4 else (None, None, *parameters)), read.batches]
+    given[2:2] = read.tensors
+    # the gradients of a norm with running statistics are not among the launches
+    if trained and read.momentum is None and any([t is not None and t.requires_grad for t in read.tensors]):
+        return None
     addresses = [0 if t is None else t.data_ptr() for t in given]
     # code may rely on this alignment
     if x.data_ptr() % 16 or any([address % 16 for address in addresses]):
@@ -70,54 +94,69 @@ def infer(compressor: nn.Module, norm: nn.Module, encoder: nn.Module, x: Tensor,
     if any([type(sides) is not tuple for sides in geometry]):
         return None
     layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in (x, *given)]
-    key = (spec, size, eps, rectified, *geometry, *layouts)
+    key = (spec, size, trained, *read[1:4], *geometry, *layouts)
     plans = _launches().plans
     planned = plans.get(key)
     if planned is None:
-        planned = plans.keep(key, _plan(x, given, eps, rectified, conv, spec, size))
-    return planned.run(x, given, addresses) if planned else None
+        planned = plans.keep(key, _plan(x, given, read, conv, spec, size, trained))
+    return Found(planned, given, addresses) if planned else None
+
+
+def infer(compressor: nn.Module, norm: nn.Module, encoder: nn.Module, x: Tensor, spec: Spec, size: Sequence[int] | None) -> Tensor | None:
+    """Compute the module without gradients; arguments, results and errors are those of `find_plan`, with the output in place of a plan."""
+    found = None if torch.is_grad_enabled() else find_plan(compressor, norm, encoder, x, spec, size, False)
+    return found and found.planned.run(x, found.given[:8], found.addresses[:8])
 
 
 def _fit(x: Tensor, given: list[Tensor | None]) -> bool:
     """Return whether the parameters are on the device of x and have the shapes that the layers need for it, vectors without gaps."""
-    compressor, weight, channels = given[0], cast(Tensor, given[-2]), x.shape[1]
+    compressor, weight, channels = given[0], cast(Tensor, given[6]), x.shape[1]
     if weight.dim() != 4 or (compressor is None and weight.shape[1] != channels):
         return False
     outputs, width = weight.shape[:2]
-    shapes = (width, channels, 1, 1), *[(width,)] * 5, weight.shape, (outputs,)
+    shapes = (width, channels, 1, 1), *[(width,)] * 5, weight.shape, (outputs,), ()
     required = [(t, shape) for t, shape in zip(given, shapes, strict=True) if t is not None]
     return all(t.device == x.device and t.shape == shape and (t.dim() > 1 or t.is_contiguous()) for t, shape in required)
 
 
 def _plan(
-    x: Tensor, given: list[Tensor | None], eps: float, rectified: bool, conv: nn.Conv2d, spec: Spec, size: tuple[int, int] | None
+    x: Tensor, given: list[Tensor | None], norm: Norm, conv: nn.Conv2d, spec: Spec, size: tuple[int, int] | None, trained: bool
 ) -> Any:
     """Plan the launches for a layout, or return False if there are none for it."""
     # a map of one pixel may be in NCHW as well, for which the operator may need a copy
     if not is_channels_last(x) or not _fit(x, given):
         return False
-    weight = cast(Tensor, given[-2])
-    outputs, width, *kernel = weight.shape
+    # PyTorch refuses the statistics of a single pixel, and gradients have the strides of parameters, which must not overlap
+    if trained and (x.numel() == x.shape[1] or any(t is not None and torch.empty_like(t).stride() != t.stride() for t in given)):
+        return False
+    *parameters, _ = given
+    outputs, width, *kernel = cast(Tensor, given[6]).shape
     sides = zip(x.shape[2:], cast(tuple[int, int], conv.padding), conv.dilation, kernel, conv.stride, strict=True)
     cells = [(side + 2 * padding - dilation * (taps - 1) - 1) // stride + 1 for side, padding, dilation, taps, stride in sides]
     shape = torch.Size((x.shape[0], outputs, *cells))
     layouts = check_layouts(x.shape, x.stride(), x.dtype, x.device, shape, spec, size, None, "logits")
     launching = _launches()
-    parameters = launching.Parameters(*given)
     # an output that repeats its last rows is filled in steps
-    if layouts is None or layouts.core or not x.numel() or not launching.runs_on(x, parameters):
+    if layouts is None or layouts.core or not x.numel() or not launching.runs_on(x, launching.Parameters(*parameters)):
         return False
     layers = launching.Layers(
         given[0] is not None,
         given[2] is not None,
-        rectified,
-        eps,
+        norm.rectified,
+        norm.eps,
         width,
         outputs,
-        padded_channels(outputs),
+        padded_channels(outputs, trained=False),
         *kernel,
         *conv.stride,
         *conv.padding,
         *conv.dilation,
+        norm.momentum is not None,
+        norm.momentum or 0.0,
+        padded_channels(outputs, trained=True) if trained else 0,
     )
-    return launching.Inference(x, parameters, layers, layouts)
+    if layers.rectified and not layers.compressed:
+        return False
+    if trained:
+        return importlib.import_module("..kernels.gpu.training", __package__).Training(x, layers, layouts)
+    return launching.Inference(x, launching.Parameters(*parameters), layers, layouts)

@@ -1,8 +1,9 @@
-"""The compressor and the content encoder of the module, for channels_last maps in half precision and without gradients, in two launches.
+"""The compressor and the content encoder of the module, for channels_last maps in half precision, in two launches.
 
 `compress` is the 1x1 convolution, with the affine map of a norm and a ReLU in its epilogue, as a matrix product. Further programs of the
-same launch copy the encoder's weight into the dtype and the order in which `encode`, the convolution that follows, multiplies it. Both read
-parameters of any dtype in place, round features and logits once, and take less host time than one call of cuDNN or cuBLAS.
+same launch copy the encoder's weight into the dtype and the order in which `encode`, the convolution that follows, multiplies it, and in
+training both weights for the backward pass. Both kernels read parameters of any dtype in place, round features and logits once, and take
+less host time than one call of cuDNN or cuBLAS.
 """
 
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ class Pixels(NamedTuple):
 
     pixels: int  # N * H * W
     c: int  # channels of x
+    kept: int  # programs that copy weights for the backward pass
 
 
 class Cells(NamedTuple):
@@ -41,7 +43,7 @@ class Layers(NamedTuple):
     """What is compiled in of the layers. A constant."""
 
     compressed: bool  # whether there is a compressor
-    normalized: bool  # whether a norm with running statistics follows it
+    normalized: bool  # whether a norm follows it
     rectified: bool  # whether a ReLU follows that
     eps: float  # of the norm
     width: int  # channels of the features
@@ -55,6 +57,9 @@ class Layers(NamedTuple):
     padding_w: int
     dilation_h: int
     dilation_w: int
+    batch: bool = False  # whether the norm takes the statistics of the batch
+    momentum: float = 0.0  # of its running statistics
+    kept_rows: int = 0  # output channels of the encoder's weight that is copied for the backward pass; 0 without one
 
     @property
     def columns(self) -> int:
@@ -66,6 +71,11 @@ class Layers(NamedTuple):
     def copied(self) -> int:
         """Elements of the copied weight [kernel, width, columns]."""
         return self.kernel_h * self.kernel_w * self.width * self.columns
+
+    @property
+    def kept(self) -> int:
+        """Elements of the encoder's weight that is copied for the backward pass."""
+        return self.kept_rows * self.kernel_h * self.kernel_w * self.width
 
 
 class Block(NamedTuple):
@@ -99,6 +109,17 @@ def _choose_block(pixels: int, outputs: int, inputs: int, deepest: int) -> Block
     return Block(rows, block_columns(outputs), max(16, min(deepest, triton.next_power_of_2(inputs))))
 
 
+def _compressor_block(pixels: int, layers: Layers, inputs: int) -> Block:
+    # few pixels in few programs wait for every step
+    return _choose_block(pixels, layers.width, inputs, 64 if pixels >= MANY_PIXELS else 128)
+
+
+def feature_blocks(pixels: int) -> tuple[int, int]:
+    """Return the number of blocks of pixels whose statistics `compress` stores, and the pixels of a block."""
+    rows = _choose_block(pixels, 1, 1, 1).m
+    return triton.cdiv(pixels, rows), rows
+
+
 @triton.jit
 def _copy_weight(start, weight: Features, copy_ptr, LAYERS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr):
     """Copy COPY_BLOCK elements of weight [OUTPUTS, WIDTH, *kernel] to [*kernel, WIDTH, COLUMNS], with zeros after the outputs."""
@@ -113,7 +134,29 @@ def _copy_weight(start, weight: Features, copy_ptr, LAYERS: tl.constexpr, COLUMN
 
 
 @triton.jit
-def _load_channels(ptr, n, WIDTH: tl.constexpr):
+def _keep_weights(start, encoder: Features, weight: Features, kept_ptr, c, LAYERS: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr):
+    """Copy SIZE elements of the weights to [KEPT_ROWS, *kernel, WIDTH], with zeros after the outputs, followed by [WIDTH, C]."""
+    TAPS: tl.constexpr = LAYERS.kernel_h * LAYERS.kernel_w
+    to = start + tl.arange(0, SIZE)
+    column, rest = to % LAYERS.width, to // LAYERS.width
+    tap, o = rest % TAPS, rest // TAPS
+    offset = o * encoder.stride_n + column * encoder.stride_c
+    offset += tap // LAYERS.kernel_w * encoder.stride_h + tap % LAYERS.kernel_w * encoder.stride_w
+    values = tl.load(encoder.ptr + offset, mask=o < LAYERS.outputs, other=0.0).to(kept_ptr.dtype.element_ty)
+    exists = to < KEPT
+    if LAYERS.compressed:
+        at = to - KEPT
+        row = at // c
+        inside = (at >= 0) & (row < LAYERS.width)
+        others = tl.load(weight.ptr + row * weight.stride_n + at % c * weight.stride_c, mask=inside, other=0.0)
+        values = tl.where(exists, values, others.to(kept_ptr.dtype.element_ty))
+        exists = exists | inside
+    tl.store(kept_ptr + to, values, mask=exists)
+
+
+@triton.jit
+def load_channels(ptr, n, WIDTH: tl.constexpr):
+    """Return values of the channels n in float32, zero from WIDTH on."""
     return tl.load(ptr + n, mask=n < WIDTH, other=0.0).to(tl.float32)
 
 
@@ -130,9 +173,12 @@ def compress(
     features_ptr,  # [PIXELS, WIDTH]
     encoder: Features,  # [OUTPUTS, WIDTH, *kernel]
     copy_ptr,  # [*kernel, WIDTH, COLUMNS]
+    kept_ptr,  # [KEPT_ROWS, *kernel, WIDTH], then [WIDTH, C]
+    partials_ptr,  # [2, WIDTH, blocks of pixels], means and sums of squared differences
     LAYERS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    KEPT: tl.constexpr,  # elements of the encoder's weight that are kept
     COPIED: tl.constexpr,  # programs that copy the encoder's weight, before the others
     SIZE: tl.constexpr,  # elements that each of them copies
     INDEX: tl.constexpr,
@@ -145,8 +191,11 @@ def compress(
     pid = tl.program_id(0)
     if pid < COPIED:
         _copy_weight(pid * SIZE, encoder, copy_ptr, LAYERS, COLUMNS, SIZE)
+    elif pid < COPIED + sizes.kept:
+        if KEPT:
+            _keep_weights((pid - COPIED) * SIZE, encoder, weight, kept_ptr, sizes.c, LAYERS, KEPT, SIZE)
     elif LAYERS.compressed:
-        pid -= COPIED
+        pid -= COPIED + sizes.kept
         PARTS: tl.constexpr = (LAYERS.width + N - 1) // N
         m = (pid // PARTS).to(INDEX) * M + tl.arange(0, M)
         n = pid % PARTS * N + tl.arange(0, N)
@@ -160,17 +209,26 @@ def compress(
             a = tl.load(x_rows + c[None, :], mask=exists[:, None] & (c < sizes.c)[None, :], other=0.0)
             w = tl.load(weight_rows + (c * weight.stride_c)[:, None], mask=(n < LAYERS.width)[None, :] & (c < sizes.c)[:, None], other=0.0)
             sums += product(a, w.to(a.dtype), PRECISION)
-        shift = _load_channels(bias_ptr, n, LAYERS.width)
-        if LAYERS.normalized:
-            scale = tl.rsqrt(_load_channels(variance_ptr, n, LAYERS.width) + LAYERS.eps) * _load_channels(scale_ptr, n, LAYERS.width)
-            shift = (shift - _load_channels(mean_ptr, n, LAYERS.width)) * scale + _load_channels(shift_ptr, n, LAYERS.width)
+        shift = load_channels(bias_ptr, n, LAYERS.width)
+        if LAYERS.normalized and not LAYERS.batch:
+            scale = tl.rsqrt(load_channels(variance_ptr, n, LAYERS.width) + LAYERS.eps) * load_channels(scale_ptr, n, LAYERS.width)
+            shift = (shift - load_channels(mean_ptr, n, LAYERS.width)) * scale + load_channels(shift_ptr, n, LAYERS.width)
             sums *= scale[None, :]
         sums += shift[None, :]
-        if LAYERS.rectified:
+        if LAYERS.rectified and not LAYERS.batch:
             # NaN stays NaN
             sums = tl.where(sums < 0, 0.0, sums)
-        to = features_ptr + m[:, None] * LAYERS.width + n[None, :]
-        tl.store(to, sums.to(features_ptr.dtype.element_ty), mask=exists[:, None] & (n < LAYERS.width)[None, :])
+        values = sums.to(features_ptr.dtype.element_ty)
+        tl.store(features_ptr + m[:, None] * LAYERS.width + n[None, :], values, mask=exists[:, None] & (n < LAYERS.width)[None, :])
+        if LAYERS.batch:
+            # the statistics are those of the rounded features, which the norm reads
+            sums = values.to(tl.float32)
+            blocks, block = tl.cdiv(sizes.pixels, M), pid // PARTS
+            mean = tl.sum(tl.where(exists[:, None], sums, 0.0), axis=0) / tl.minimum(sizes.pixels - block * M, M)
+            difference = tl.where(exists[:, None], sums - mean[None, :], 0.0)
+            to = partials_ptr + n * blocks + block
+            tl.store(to, mean, mask=n < LAYERS.width)
+            tl.store(to + LAYERS.width * blocks, tl.sum(difference * difference, axis=0), mask=n < LAYERS.width)
 
 
 @triton.jit
@@ -212,39 +270,44 @@ def encode(
         a = tl.load(pixels + (di * sizes.w + dj) * WIDTH + c[None, :], mask=inside[:, None] & (c < WIDTH)[None, :], other=0.0)
         w = tl.load(copy_ptr + (tap * WIDTH + c)[:, None] * COLUMNS + n[None, :], mask=(c < WIDTH)[:, None], other=0.0)
         sums += product(a, w, PRECISION)
-    sums += _load_channels(bias_ptr, n, LAYERS.outputs)[None, :]
+    sums += load_channels(bias_ptr, n, LAYERS.outputs)[None, :]
     to = logits_ptr + m[:, None] * LAYERS.row + n[None, :]
     tl.store(to, sums.to(logits_ptr.dtype.element_ty), mask=exists[:, None] & (n < LAYERS.row)[None, :])
 
 
-def encoder_launches(
-    x: Tensor, features: Tensor, copy: Tensor, logits: Tensor, parameters: Parameters, layers: Layers, *, precision: str = "ieee"
-) -> list[Launch]:
-    """Return the launches that encode x into logits, on any device, including "meta".
+def compress_launch(
+    x: Tensor,
+    features: Tensor,
+    copy: Tensor,
+    parameters: Parameters,
+    layers: Layers,
+    kept: Tensor | None = None,
+    partials: Tensor | None = None,
+    *,
+    precision: str = "ieee",
+) -> Launch:
+    """Return the launch that compresses x and copies weights, on any device, including "meta".
 
     Args:
         x: [N, C, H, W] in channels_last.
-        features: [N, width, H, W] in channels_last, filled on the way; x itself without a compressor.
-        copy: `layers.copied` elements of the dtype of x, filled on the way.
-        logits: [N, row, HQ, WQ] in channels_last.
+        features: [N, width, H, W] in channels_last, filled; x itself without a compressor.
+        copy: `layers.copied` elements of the dtype of x, filled.
         parameters, layers: the parameters on the same device, and what is compiled in of the layers.
+        kept: `layers.kept` elements and those of the compressor's weight, of the dtype of x, filled; None in inference.
+        partials: [2, width, `feature_blocks`] in float32, filled if the norm takes the statistics of the batch.
         precision: "widened" in the interpreter, see `blocks.product`.
     """
     n, c, h, w = x.shape
-    hq, wq = logits.shape[2:]
     weight, bias, *statistics, encoder_weight, encoder_bias = parameters
-    index = tl.int64 if max(x.numel(), features.numel(), logits.numel()) > INT32_MAX else tl.int32
-    shared = {"LAYERS": layers, "COLUMNS": layers.columns, "INDEX": index, "PRECISION": precision}
-
     encoder = Features(encoder_weight, *encoder_weight.stride())
     copied = triton.cdiv(layers.copied, COPY_BLOCK)
-    # few pixels in few programs wait for every step
-    block = _choose_block(n * h * w, layers.width, c, 64 if n * h * w >= MANY_PIXELS else 128)
-    # the kernel reads no parameter of an absent layer
+    kept_programs = 0 if kept is None else triton.cdiv(kept.numel(), COPY_BLOCK)
+    block = _compressor_block(n * h * w, layers, c)
+    # the kernel neither reads a parameter of an absent layer nor fills what is not given
     bias = encoder_bias if bias is None else bias
     given = [bias if tensor is None else tensor for tensor in statistics]
     arguments: dict[str, Any] = {
-        "sizes": Pixels(n * h * w, c),
+        "sizes": Pixels(n * h * w, c, kept_programs),
         "x_ptr": x,
         "weight": encoder if weight is None else Features(weight, *weight.stride()),
         "bias_ptr": bias,
@@ -252,26 +315,53 @@ def encoder_launches(
         "features_ptr": features,
         "encoder": encoder,
         "copy_ptr": copy,
+        "kept_ptr": bias if kept is None else kept,
+        "partials_ptr": bias if partials is None else partials,
     }
     programs = triton.cdiv(n * h * w, block.m) * triton.cdiv(layers.width, block.n) if layers.compressed else 0
-    constants = _order(compress, shared | {"BLOCK": block, "COPIED": copied, "SIZE": COPY_BLOCK})
+    constants = {"BLOCK": block, "COPIED": copied, "SIZE": COPY_BLOCK, "KEPT": layers.kept}
+    constants |= _shared_constants(layers, precision, x, features)
     warps = 8 if block.n > 32 else 4
     # Loads are not staged in shared memory, where the threads that cast the weight would all read one bank. The limits of registers let
     # enough programs onto a multiprocessor to hide their latency.
-    launches = [Launch(compress, (copied + programs, 1, 1), arguments, constants, warps, 1, 128 if warps == 8 else 168)]
+    grid = (copied + kept_programs + programs, 1, 1)
+    return Launch(compress, grid, arguments, order_constants(compress, constants), warps, 1, 128 if warps == 8 else 168)
 
+
+def encode_launch(
+    features: Tensor, copy: Tensor, logits: Tensor, parameters: Parameters, layers: Layers, *, precision: str = "ieee"
+) -> Launch:
+    """Return the launch that encodes features with the weight that `compress_launch` copies, on any device, including "meta".
+
+    Args:
+        features: [N, width, H, W] in channels_last.
+        copy, parameters, layers, precision: as for `compress_launch`.
+        logits: [N, row, HQ, WQ] in channels_last, filled.
+    """
+    n, _, h, w = features.shape
+    hq, wq = logits.shape[2:]
     block = _choose_block(n * hq * wq, layers.outputs, layers.width, 64)
     arguments = {
         "sizes": Cells(n * hq * wq, h, w, hq, wq),
         "features_ptr": features,
         "copy_ptr": copy,
-        "bias_ptr": encoder_bias,
+        "bias_ptr": parameters[-1],
         "logits_ptr": logits,
     }
     programs = triton.cdiv(n * hq * wq, block.m) * (layers.columns // block.n)
-    launches.append(Launch(encode, (programs, 1, 1), arguments, _order(encode, shared | {"BLOCK": block}), 8 if block.n > 64 else 4, 3))
-    return launches
+    constants = _shared_constants(layers, precision, features, logits) | {"BLOCK": block}
+    return Launch(encode, (programs, 1, 1), arguments, order_constants(encode, constants), 8 if block.n > 64 else 4, 3)
 
 
-def _order(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
+def _shared_constants(layers: Layers, precision: str, *maps: Tensor) -> dict[str, Any]:
+    return {"LAYERS": layers, "COLUMNS": layers.columns, "INDEX": index_type(*maps), "PRECISION": precision}
+
+
+def index_type(*maps: Tensor) -> tl.dtype:
+    """Return the type of offsets in maps."""
+    return tl.int64 if max(t.numel() for t in maps) > INT32_MAX else tl.int32
+
+
+def order_constants(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    """Return the constants of a kernel in the order of its parameters."""
     return {name: constants[name] for name in kernel.arg_names if name in constants}

@@ -4,13 +4,13 @@ Features and the copied weight lie in the memory of the output, as far as they f
 """
 
 import math
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..execution import Layouts, view_cells
-from .encoder import Layers, Parameters, encoder_launches
+from .encoder import Layers, Parameters, compress_launch, encode_launch
 from .launch import POINTERS, Launch, Plan, Plans, distinguish, on_device_of
 from .operator_launches import INTERPRETED, forward_launches
 
@@ -30,7 +30,7 @@ class Inference:
 
     Args:
         x: [N, C, H, W] in channels_last, float16 or bfloat16.
-        parameters, layers: the layers, see `encoder.encoder_launches`.
+        parameters, layers: the layers, see `encoder.compress_launch`.
         layouts: those of the reassembly.
     """
 
@@ -78,8 +78,11 @@ class Inference:
     def _build(self, x: Tensor, y: Tensor, tensors: tuple[Tensor, ...], parameters: Parameters) -> list[Launch]:
         features, copy, logits, cells, lse = tensors
         precision = "widened" if INTERPRETED else "ieee"
-        launches = encoder_launches(x, features, copy, logits, parameters, self.layers, precision=precision)
-        return launches + forward_launches(x, cells, y, lse, self.layouts.spec)
+        return [
+            compress_launch(x, features, copy, parameters, self.layers, precision=precision),
+            encode_launch(features, copy, logits, parameters, self.layers, precision=precision),
+            *forward_launches(x, cells, y, lse, self.layouts.spec),
+        ]
 
     def launches(self, x: Tensor, y: Tensor, scratch: Tensor, parameters: Parameters) -> list[Launch]:
         """Return the launches that fill y, with tensors from `allocate`, on any device."""
@@ -101,5 +104,6 @@ class Inference:
         return y
 
 
-# False where the layers must be called. A detector that meets 500 sizes of images at ten sites has 5,000 layouts, of some 10 KB each.
-plans: Plans[Inference | Literal[False]] = Plans(8192)
+# Inference, Training, or False where the layers must be called. A detector that meets 500 sizes of images at ten sites has 5,000 layouts,
+# of some 10 KB each.
+plans: Plans[Any] = Plans(8192)

@@ -16,6 +16,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 INT32_MAX = 2**31 - 1
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+TYPES = POINTERS | {torch.int64: "*i64"}
 # The same code serves maps of any size and any alignment, because the alignment of rows is among the constants.
 # A value of 1 is compiled in as a constant, except in these fields.
 SIZES_OF_MAPS = ("h", "w", "ho", "wo", "hq", "wq")
@@ -178,7 +179,7 @@ def _types(name: str, argument: Any) -> str | tuple:
 
 def _type(name: str, value: Tensor | int) -> str:
     if isinstance(value, Tensor):
-        return POINTERS[value.dtype]
+        return TYPES[value.dtype]
     if value == 1 and name not in SIZES_OF_MAPS:
         return "constexpr"
     return "i32" if -INT32_MAX <= value <= INT32_MAX else "i64"

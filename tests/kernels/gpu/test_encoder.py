@@ -9,7 +9,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
-from carafepp.kernels.gpu.encoder import Layers, Parameters, encoder_launches
+from carafepp.kernels.gpu.encoder import Layers, Parameters, compress_launch, encode_launch
 from ptx_step import emulate
 
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -37,7 +37,8 @@ def build(n, c, h, w, *, width=None, outputs=25, kernel=3, stride=1, dilation=1,
     features = empty(n, width, h, w) if width else x
     logits = empty(n, layers.row, -(-h // stride), -(-w // stride))
     copy = torch.full((layers.copied,), math.nan, dtype=dtype, device=device)
-    return x, features, logits, parameters, layers, encoder_launches(x, features, copy, logits, parameters, layers)
+    launches = [compress_launch(x, features, copy, parameters, layers), encode_launch(features, copy, logits, parameters, layers)]
+    return x, features, logits, parameters, layers, launches
 
 
 def define(x, parameters, layers):

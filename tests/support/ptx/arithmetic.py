@@ -193,24 +193,31 @@ COMPARISONS = {
 }
 
 
+def _compare(name: str, a: np.ndarray, b: np.ndarray, unordered: np.ndarray) -> np.ndarray:
+    if name in ("num", "nan"):
+        return unordered if name == "nan" else ~unordered
+    if name in COMPARISONS:
+        return COMPARISONS[name](a, b) & ~unordered
+    # equ, ltu, ...: true as well where either is NaN
+    return COMPARISONS[name[:-1]](a, b) | unordered
+
+
 @instruction("setp")
 def compare(machine: Machine, x: Instruction, mask):
     kind, name = x.modifiers[-1], x.modifiers[0]
-    a, b = machine.values(x.operands[1], kind), machine.values(x.operands[2], kind)
-    unordered = np.isnan(a) | np.isnan(b) if is_float(kind) else np.zeros(1, bool)
-    if name in ("num", "nan"):
-        result = unordered if name == "nan" else ~unordered
-    elif name in COMPARISONS:
-        result = COMPARISONS[name](a, b) & ~unordered
+    first, second = x.operands[0] if isinstance(x.operands[0], Pair) else (x.operands[0], "_")
+    if kind in ("f16x2", "bf16x2"):
+        # the second destination takes the result of the high halves
+        a, b = ([half_to_float(part, kind) for part in halves(machine.bits(operand, 4))] for operand in x.operands[1:3])
+        result, complement = (_compare(name, p, q, np.isnan(p) | np.isnan(q)) for p, q in zip(a, b, strict=True))
     else:
-        # equ, ltu, ...: true as well where either is NaN
-        result = COMPARISONS[name[:-1]](a, b) | unordered
-    complement = ~result
+        a, b = machine.values(x.operands[1], kind), machine.values(x.operands[2], kind)
+        result = _compare(name, a, b, np.isnan(a) | np.isnan(b) if is_float(kind) else np.zeros(1, bool))
+        complement = ~result
     combination = next((m for m in x.modifiers[1:] if m in LOGIC), None)
     if combination:
         other = machine.predicate(x.operands[3])
         result, complement = LOGIC[combination](result, other), LOGIC[combination](complement, other)
-    first, second = x.operands[0] if isinstance(x.operands[0], Pair) else (x.operands[0], "_")
     machine.write(first, result, mask)
     machine.write(second, complement, mask)
 

@@ -1,0 +1,78 @@
+"""CARAFE in half precision on a GPU with gradients: its layers and the operator as one node of the graph, planned once for each layout."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction
+
+from ..kernels.geometry import Spec
+from ..kernels.observers import is_intercepted
+from ..kernels.reassembly import reassemble
+from .inference import find_plan
+
+
+def compute_layers(planned: Any, x: Tensor, given: Sequence[Tensor | None]) -> Tensor:
+    """Compute the output with PyTorch's functions, for derivatives of higher order, and without changing running statistics."""
+    layers, spec = planned.layers, planned.spec
+    weight, bias, mean, variance, scale, shift, encoder_weight, encoder_bias = given
+    features = x
+    if weight is not None:
+        features = F.conv2d(x, weight.to(x.dtype), cast(Tensor, bias).to(x.dtype))
+    if layers.batch:
+        mean = variance = None
+    if layers.normalized:
+        features = F.batch_norm(features, mean, variance, scale, shift, layers.batch, 0.0, layers.eps)
+    if layers.rectified:
+        features = features.relu()
+    geometry = [(getattr(layers, f"{name}_h"), getattr(layers, f"{name}_w")) for name in ("stride", "padding", "dilation")]
+    logits = F.conv2d(features, cast(Tensor, encoder_weight).to(x.dtype), cast(Tensor, encoder_bias).to(x.dtype), *geometry)
+    return reassemble(x, logits, **spec._asdict(), size=planned.y_shape[2:])
+
+
+class Train(_SingleLevelFunction):
+    """The module as one differentiable call that only autograd sees."""
+
+    @staticmethod
+    def forward(ctx: Any, found: Any, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        """Return the output; the parameters are those of `kernels.gpu.training.Gradients`."""
+        ctx.planned = found.planned
+        y, kept = found.planned.forward(x, found.given, found.addresses)
+        ctx.save_for_backward(kept, x, *found.given[:8])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and of the parameters."""
+        kept, x, *given = ctx.saved_tensors
+        _, *needs = ctx.needs_input_grad
+        if torch.is_grad_enabled() or is_intercepted() or type(dy) is not Tensor or dy.is_neg() or dy._is_zerotensor():
+            return None, *differentiate(ctx.planned, dy, x, given, needs)
+        return None, *ctx.planned.backward(dy, x, kept, given, needs)
+
+
+def differentiate(planned: Any, dy: Tensor, x: Tensor, given: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Compute the gradients with PyTorch's functions, and record this if gradients are recorded."""
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        # of views, because x may be the result of another call with the same parameters
+        x, weight, bias, scale, shift, *encoder = [
+            t.view_as(t) if t is not None and need else t for t, need in zip((x, *given[:2], *given[4:]), needs, strict=True)
+        ]
+        inputs = x, weight, bias, scale, shift, *encoder
+        y = compute_layers(planned, cast(Tensor, x), (weight, bias, *given[2:4], scale, shift, *encoder))
+    needed = [cast(Tensor, t) for t, need in zip(inputs, needs, strict=True) if need]
+    gradients = iter(torch.autograd.grad(y, needed, dy, create_graph=recorded))
+    return [next(gradients) if need else None for need in needs]
+
+
+def train(compressor: nn.Module, norm: nn.Module, encoder: nn.Module, x: Tensor, spec: Spec, size: Sequence[int] | None) -> Tensor | None:
+    """Compute the module with gradients; arguments, results and errors are those of `find_plan`, with the output in place of a plan."""
+    found = find_plan(compressor, norm, encoder, x, spec, size, True)
+    if found is None:
+        return None
+    weight, bias, _, _, *parameters = found.given[:8]
+    return Train.apply(found, x, weight, bias, *parameters)  # pyright: ignore[reportAttributeAccessIssue]
