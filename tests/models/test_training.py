@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import run_line
+from launches import LaunchCounter, count_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -387,3 +388,58 @@ def test_plans_of_layouts(trained):
     with torch.no_grad():
         run_autocast(module, draw(n=0))
     assert len(inference.plans) == 4
+
+
+class Counted:
+    """A plan that is only counted, with the bytes of its tensors. Like others, it keeps none of them alive."""
+
+    def __init__(self, launch, _):
+        tensors = {id(t): t for t in launch.parameters() if isinstance(t, torch.Tensor)}
+        # `differentiate` reads and writes a gradient
+        self.name, self.bytes = launch.kernel.__name__, count_bytes(*tensors.values(), launch.arguments.get("gradient_ptr"))
+
+    def run(self, _):
+        COUNTS.append((self.name, self.bytes))
+
+
+COUNTS = []
+OPERATOR = {"banded_forward", "banded_backward", "banded_source_gradient"}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Count planned launches, which do nothing, and those of PyTorch: a list of names, and the bytes of all except the operator."""
+    COUNTS.clear()
+    monkeypatch.setattr("carafepp.models.carafe.suits_matrix_units", lambda x: x.element_size() == 2)
+    monkeypatch.setattr(launching, "runs_on", lambda *_: True)
+    monkeypatch.setattr(kernels, "Plan", Counted)
+    monkeypatch.setattr(inference, "plans", {})
+    for module in (inference, training):
+        monkeypatch.setattr(module, "is_intercepted", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "launches", "megabytes"),
+    [
+        ((1, 256, 100, 168), {"up": 2}, (3, 8), 68.6),
+        ((4, 256, 25, 42), {"up": 2}, (3, 8), 18.4),
+        ((1, 64, 112, 112), {"down": 2, "compressor_norm": True}, (5, 9), 14.1),
+        ((4, 512, 28, 28), {"down": 2, "compressor_norm": True}, (5, 9), 15.0),
+    ],
+)
+def test_launches_and_bytes(shape, options, launches, megabytes, counted):
+    """docs/performance.md gives these counts."""
+    n, c, height, width = shape
+    module = make(c, **options).to(memory_format=torch.channels_last)
+    x = draw(c, n=n, height=height, width=width, dtype=torch.bfloat16).requires_grad_()
+    totals = []
+    with LaunchCounter() as forward, torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    totals.append(forward.total + len(COUNTS))
+    dy = torch.ones_like(y)
+    with LaunchCounter() as backward:
+        y.backward(dy)
+    totals.append(backward.total + len(COUNTS) - totals[0])
+    assert tuple(totals) == launches
+    ours = sum(moved for name, moved in COUNTS if name not in OPERATOR)
+    assert round((ours + forward.bytes + backward.bytes) / 1e6, 1) == megabytes
