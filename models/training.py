@@ -17,7 +17,7 @@ from .inference import find_plan
 
 def compute_layers(planned: Any, x: Tensor, given: Sequence[Tensor | None]) -> Tensor:
     """Compute the output with PyTorch's functions, for derivatives of higher order, and without changing running statistics."""
-    layers, spec = planned.layers, planned.spec
+    layers, layouts = planned.layers, planned.layouts
     weight, bias, mean, variance, scale, shift, encoder_weight, encoder_bias = given
     features = x
     if weight is not None:
@@ -30,7 +30,7 @@ def compute_layers(planned: Any, x: Tensor, given: Sequence[Tensor | None]) -> T
         features = features.relu()
     geometry = [(getattr(layers, f"{name}_h"), getattr(layers, f"{name}_w")) for name in ("stride", "padding", "dilation")]
     logits = F.conv2d(features, cast(Tensor, encoder_weight).to(x.dtype), cast(Tensor, encoder_bias).to(x.dtype), *geometry)
-    return reassemble(x, logits, **spec._asdict(), size=planned.y_shape[2:])
+    return reassemble(x, logits, **layouts.spec._asdict(), size=layouts.y_shape[2:])
 
 
 class Train(_SingleLevelFunction):

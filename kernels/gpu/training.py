@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..geometry import Spec
-from .backend import INTERPRETED, backward_launches, forward_launches
+from ..execution import Layouts, view_cells
 from .batch_norm import combine_launch, differentiate_launch, normalize_launch
 from .encoder import Layers, Parameters, compress_launch, encode_launch, feature_blocks
-from .launch import Launch, Plan, on_device_of
+from .launch import Launch, Plan, distinguish, on_device_of
 from .memory import place
+from .operator_launches import INTERPRETED, backward_launches, forward_launches
 from .sums import Summed, find_tiles, finish_launch, sum_launch
 
 # tensors, and the launches that work on them
@@ -46,26 +46,13 @@ class Training:
     Args:
         x: [N, C, H, W] in channels_last, float16 or bfloat16.
         layers: what is compiled in of the layers; `kept_rows` channels have the gradients of the logits.
-        spec: the options of the reassembly.
-        y_shape, y_strides: of the output [N, C, Ho, Wo].
-        cells_shape: N, G * K * K, up, up, Hq, Wq of the logits that the operator reads.
-        lse_shape: of the log-sum-exp, which the operator stores.
+        layouts: those of the reassembly.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        layers: Layers,
-        spec: Spec,
-        *,
-        y_shape: tuple[int, ...],
-        y_strides: tuple[int, ...],
-        cells_shape: tuple[int, ...],
-        lse_shape: tuple[int, ...],
-    ):
-        self.layers, self.spec, self.y_shape, self.y_strides, self.cells_shape = layers, spec, y_shape, y_strides, cells_shape
+    def __init__(self, x: Tensor, layers: Layers, layouts: Layouts):
+        self.layers, self.layouts = layers, layouts
         n, c, h, w = x.shape
-        self.pixels, cells = n * h * w, (n, *cells_shape[-2:])
+        self.pixels, cells = n * h * w, (n, *layouts.cells_shape[-2:])
         features = (n, h, w, layers.width)
         none = (0,)
         # features, those after a norm with statistics of the batch, weights for backward, logits, log-sum-exp, statistics; and, until the
@@ -76,12 +63,12 @@ class Training:
                 (features if layers.batch else none, False, False),
                 ((layers.kept + layers.compressed * layers.width * c,), False, False),
                 ((*cells, layers.row), False, False),
-                (lse_shape, True, False),
+                (layouts.lse_shape, True, False),
                 ((2, layers.width) if layers.batch else none, True, False),
                 ((layers.copied,), False, True),
                 ((2, layers.width, feature_blocks(self.pixels)[0]) if layers.batch else none, True, True),
             ),
-            math.prod(y_shape),
+            math.prod(layouts.y_shape),
         )
         self.logits_summed = Summed(layers.kept_rows, layers.outputs, False, False, False, 0.0)
         scaled = layers.normalized and not layers.batch
@@ -108,11 +95,7 @@ class Training:
         views = [piece.view(memories) if y is not None or piece.memory else x for piece in self.pieces]
         if not self.layers.compressed:
             views[0] = x
-        return [*views, self._cells(views[3])]
-
-    def _cells(self, logits: Tensor) -> Tensor:
-        sides = self.cells_shape[1:4]
-        return logits[:, : math.prod(sides)].unflatten(1, sides)
+        return [*views, view_cells(views[3], self.layouts)]
 
     def _forward(
         self,
@@ -141,7 +124,7 @@ class Training:
             launches.append(normalize_launch(features, statistics, scale, shift, normalized, layers))
             features = normalized
         launches.append(encode_launch(features, copy, logits, parameters, layers, precision=precision))
-        return launches + forward_launches(x, cells, y, lse, self.spec)
+        return launches + forward_launches(x, cells, y, lse, self.layouts.spec)
 
     def _run(self, key: Any, like: Tensor, addresses: Sequence[int], build: Callable[[], Built]) -> None:
         """Run launches on tensors at `addresses`, which `build` returns with the tensors."""
@@ -168,11 +151,11 @@ class Training:
         Returns:
             The output, and the memory that backward needs.
         """
-        y, kept = x.new_empty_strided(self.y_shape, self.y_strides), x.new_empty(self.kept)
+        y, kept = x.new_empty_strided(self.layouts.y_shape, self.layouts.y_strides), x.new_empty(self.kept)
         at = x.data_ptr(), y.data_ptr(), *self._addresses(x, y, kept), *addresses
 
         def build() -> Built:
-            tensors = [x, y, *self._view(x, y, kept), *given]
+            tensors = [x, y, *self._view(x, y, kept), *distinguish(given)]
             return tensors, self._forward(*tensors)  # pyright: ignore[reportArgumentType]
 
         self._run("forward", x, at, build)
@@ -204,12 +187,12 @@ class Training:
 
         def view_scratch() -> list[Tensor]:
             views = [piece.view((scratch, scratch)) for piece in self.scratch_pieces]
-            return [*views, self._cells(views[0])]
+            return [*views, view_cells(views[0], self.layouts)]
 
         def build_operator() -> Built:
             *_, lse, _, _, _, cells = self._view(x, None, kept)
             dlogits, partials, _, _, dcells = view_scratch()
-            launches = backward_launches(dy, x, cells, lse, dx, dcells, self.spec)
+            launches = backward_launches(dy, x, cells, lse, dx, dcells, self.layouts.spec)
             launches.append(sum_launch(dlogits, partials, self.logits_summed))
             return [dy, x, dx, cells, lse, dlogits, dcells, partials], launches
 
@@ -285,12 +268,11 @@ class Training:
     ) -> None:
         """Replace the gradient of what the encoder reads by that of what the compressor computes, and its partial sums at `partials`."""
         layers = self.layers
-        variance, scale = given[3:5]
         pieces = self._addresses(x, None, kept)
 
         def build() -> Built:
             features, normalized, *_, statistics, _, _, _ = self._view(x, None, kept)
-            partials = view_scratch()[2]
+            partials, (variance, scale) = view_scratch()[2], distinguish(given[3:5])
             tensors = [gradient, features, normalized, statistics, variance, scale, partials]
             if not layers.batch:
                 return tensors, [sum_launch(gradient, partials, self.features_summed, rectified=features, variance=variance, scale=scale)]
@@ -301,5 +283,5 @@ class Training:
                 differentiate_launch(gradient, normalized, features, statistics, affine, partials, layers),
             ]
 
-        ends = [0 if t is None else t.data_ptr() for t in (variance, scale)]
+        ends = [0 if t is None else t.data_ptr() for t in given[3:5]]
         self._run("features", x, (gradient.data_ptr(), *pieces[:2], pieces[5], *ends, partials), build)

@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton")
 from carafepp.kernels.cpu import backend as cpu  # noqa: E402
 from carafepp.kernels.gpu import inference as launching  # noqa: E402
 from carafepp.kernels.gpu import training as kernels  # noqa: E402
+from carafepp.kernels.gpu.launch import Plans  # noqa: E402
 from carafepp.models import inference, training  # noqa: E402
 from carafepp.models.carafe import CARAFE  # noqa: E402
 
@@ -127,7 +128,7 @@ def trained(monkeypatch):
     monkeypatch.setattr(launching, "runs_on", lambda *_: True)
     monkeypatch.setattr(kernels.Training, "forward", note_forward)
     monkeypatch.setattr(kernels.Training, "backward", note_backward)
-    monkeypatch.setattr(inference, "plans", {})
+    monkeypatch.setattr(launching, "plans", Plans(16))
     return calls
 
 
@@ -244,7 +245,7 @@ def test_it_is_one_node(trained):
     y = run_autocast(make(**NORM), draw().requires_grad_())
     nodes = {name for node, _ in y.grad_fn.next_functions if node is not None for name in [type(node).__name__]}
     assert nodes == {"AccumulateGrad"}
-    assert len(inference.plans) == 1
+    assert len(launching.plans) == 1
 
 
 def test_second_derivatives(trained):
@@ -383,11 +384,11 @@ def test_plans_of_layouts(trained):
     module = make(**NORM)
     for x in (draw(), draw(), draw(height=9)):
         run(module, x)
-    assert len(inference.plans) == 2
+    assert len(launching.plans) == 2
     run_autocast(module.eval().requires_grad_(False), draw())
     with torch.no_grad():
         run_autocast(module, draw(n=0))
-    assert len(inference.plans) == 4
+    assert len(launching.plans) == 4
 
 
 class Counted:
@@ -413,7 +414,7 @@ def counted(monkeypatch):
     monkeypatch.setattr("carafepp.models.carafe.suits_matrix_units", lambda x: x.element_size() == 2)
     monkeypatch.setattr(launching, "runs_on", lambda *_: True)
     monkeypatch.setattr(kernels, "Plan", Counted)
-    monkeypatch.setattr(inference, "plans", {})
+    monkeypatch.setattr(launching, "plans", Plans(16))
     for module in (inference, training):
         monkeypatch.setattr(module, "is_intercepted", lambda: False)
 
