@@ -183,7 +183,8 @@ def build_module(case: Module, capability: tuple[int, int]) -> tuple[list[Launch
     cells = logits[:, :outputs].unflatten(1, (spec.groups * spec.taps, spec.up, spec.up))
     y, lse = empty(n, c, spec.output_size(h), spec.output_size(w)), torch.full((n, spec.groups, *cells.shape[2:]), math.nan)
     with patch.object(encoder, "MANY_PIXELS", 1 if case.many else math.inf):
-        launches = encoder.encoder_launches(x, features, copied, logits, parameters, layers)
+        launches = [encoder.compress_launch(x, features, copied, parameters, layers)]
+        launches.append(encoder.encode_launch(features, copied, logits, parameters, layers))
     launches += forward_launches(x, cells, y, lse, spec, capability=capability)
     return launches, y, copy.deepcopy(module).double()(x.double())
 
