@@ -126,7 +126,7 @@ class Training:
         launches.append(encode_launch(features, copy, logits, parameters, layers, precision=precision))
         return launches + forward_launches(x, cells, y, lse, self.layouts.spec)
 
-    def _run(self, key: Any, like: Tensor, addresses: Sequence[int], build: Callable[[], Built]) -> None:
+    def start(self, key: Any, like: Tensor, addresses: Sequence[int], build: Callable[[], Built]) -> None:
         """Run launches on tensors at `addresses`, which `build` returns with the tensors."""
         if INTERPRETED:
             for launch in build()[1]:
@@ -158,7 +158,7 @@ class Training:
             tensors = [x, y, *self._view(x, y, kept), *distinguish(given)]
             return tensors, self._forward(*tensors)  # pyright: ignore[reportArgumentType]
 
-        self._run("forward", x, at, build)
+        self.start("forward", x, at, build)
         return y, kept
 
     def _addresses(self, x: Tensor, y: Tensor | None, kept: Tensor) -> list[int]:
@@ -197,7 +197,7 @@ class Training:
             return [dy, x, dx, cells, lse, dlogits, dcells, partials], launches
 
         at = dy.data_ptr(), x.data_ptr(), 0 if dx is None else dx.data_ptr(), pieces[3], pieces[4], dlogits, dlogits, partials
-        self._run(("operator", needs.x, dy.stride(), at[0] % 16 == 0), x, at, build_operator)
+        self.start(("operator", needs.x, dy.stride(), at[0] % 16 == 0), x, at, build_operator)
 
         encoded = 1 if layers.batch else 0
         size, strides = (n, layers.width, h, w), (h * w * layers.width, 1, w * layers.width, layers.width)
@@ -254,7 +254,7 @@ class Training:
 
         ends = [0 if t is None else t.data_ptr() for t in gradients]
         at = *ends, dweight.data_ptr() if needs.encoder_weight else 0, dcompressor, partials, feature_partials
-        self._run(("finish", summed, needs.weight, needs.encoder_weight), x, at, build_finish)
+        self.start(("finish", summed, needs.weight, needs.encoder_weight), x, at, build_finish)
         return [dx, *(t if needed else None for t, needed in zip(gradients, needs[1:], strict=True))]
 
     def _differentiate_features(
@@ -284,4 +284,4 @@ class Training:
             ]
 
         ends = [0 if t is None else t.data_ptr() for t in given[3:5]]
-        self._run("features", x, (gradient.data_ptr(), *pieces[:2], pieces[5], *ends, partials), build)
+        self.start("features", x, (gradient.data_ptr(), *pieces[:2], pieces[5], *ends, partials), build)

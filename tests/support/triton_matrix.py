@@ -1,8 +1,8 @@
 """Compile, emulate and check kernels with the installed Triton: `python -P -m triton_matrix TARGET CASE ...`.
 
-A case is one training step of the operator, or the module without gradients. A JSON line on standard output for each case says what came of
-it. docs/matrix.py (`make matrix`) calls this with every version of Triton. Code for AMD GPUs is only compiled, because no emulator is at
-hand.
+A case is one training step of the operator or the module, or the module without gradients. A JSON line on standard output for each case
+says what came of it. docs/matrix.py (`make matrix`) calls this with every version of Triton. Code for AMD GPUs is only compiled, because no
+emulator is at hand.
 """
 
 import copy
@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -37,12 +38,13 @@ class Operator(NamedTuple):
 
 
 class Module(NamedTuple):
-    """A call of CARAFE without gradients."""
+    """A call of CARAFE."""
 
     size: tuple[int, int, int, int]
     options: dict[str, Any]
     dtype: torch.dtype
     many: bool  # whether its blocks are those of many pixels
+    trained: bool = False  # whether gradients are computed as well
 
 
 # kernels that read a channels_last copy of the features
@@ -71,6 +73,9 @@ CASES: dict[str, Operator | Module] = {
     "module up 2 without gradients, float16": Module((1, 64, 12, 16), {"up": 2}, torch.float16, many=True),
     "module down 2 with norm without gradients, bfloat16": Module(
         (1, 64, 9, 11), {"down": 2, "compressor_norm": True}, torch.bfloat16, many=False
+    ),
+    "module down 2 with norm, float16": Module(
+        (1, 64, 9, 11), {"down": 2, "compressor_norm": True}, torch.float16, many=False, trained=True
     ),
 }
 # name -> capability for which PyTorch plans, lanes of a warp
@@ -130,7 +135,9 @@ def check_nvidia(name: str, capability: int) -> Row:
     case = CASES[name]
     problem, error, equal = "", None, None
     try:
-        if isinstance(case, Module):
+        if isinstance(case, Module) and case.trained:
+            errors = train_module(case, lambda launch: run(launch, capability))
+        elif isinstance(case, Module):
             launches, y, exact = build_module(case, divmod(capability, 10))
             for launch in launches:
                 run(launch, capability)
@@ -148,6 +155,35 @@ def check_nvidia(name: str, capability: int) -> Row:
     sectors = sum(found.get(f"global_{kind}_sectors", 0) for found in counts for kind in ("ld", "st"))
     total = (sum(spills), max(shared), sectors) if codes else (None,) * 3
     return Row(name, len(codes), max(registers), *total, error, equal, problem)
+
+
+def train_module(case: Module, run: Callable[[Launch], Any]) -> dict[str, float]:
+    """Run every launch of a training step of a module, and return the errors of the output and of all gradients."""
+    from carafepp.kernels.gpu import inference
+    from carafepp.models.carafe import CARAFE
+    from carafepp.models.inference import find_plan
+
+    def start(key: object, like: Tensor, addresses: object, build: Callable[[], tuple[Any, list[Launch]]]) -> None:
+        for launch in build()[1]:
+            run(launch)
+
+    torch.manual_seed(0)
+    module = CARAFE(case.size[1], **case.options)
+    nn.init.normal_(module.content_encoder.weight, std=0.1)
+    x = torch.randn(case.size).to(case.dtype, memory_format=NHWC)
+    layers = module.channel_compressor, module.compressor_norm, module.content_encoder
+    exact, source = copy.deepcopy(module).double(), x.double().requires_grad_()
+    with torch.autocast("cpu", case.dtype), patch.object(inference, "runs_on", lambda *_: True):
+        planned, given, addresses = find_plan(*layers, x, module.spec, None, trained=True)
+    with patch.object(planned, "start", start):
+        y, kept = planned.forward(x, given, addresses)
+        dy = torch.randn(y.shape).to(y)
+        values = [y, *planned.backward(dy, x, kept, given[:8], [True] * 7)]
+    expected = exact(source)
+    names = ["y", "x", *(name for name, _ in module.named_parameters())]
+    exacts = [expected, *torch.autograd.grad(expected, [source, *exact.parameters()], dy.double())]
+    # the gradient of the bias before the norm is 0
+    return {name: relative_error(a, b) for name, a, b in zip(names, values, exacts, strict=True) if name != "channel_compressor.bias"}
 
 
 def build_module(case: Module, capability: tuple[int, int]) -> tuple[list[Launch], Tensor, Tensor]:
@@ -194,6 +230,10 @@ def list_launches(name: str, capability: tuple[int, int]) -> list[Launch]:
     from carafepp.kernels.gpu.training_step import build_training_step
 
     case = CASES[name]
+    if isinstance(case, Module) and case.trained:
+        launches: list[Launch] = []
+        train_module(case, launches.append)
+        return launches
     if isinstance(case, Module):
         return build_module(case, capability)[0]
     step = build_training_step(MANY, *case.size[1:], *case[1:4])
