@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 # types of tensors without a dispatch of their own
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -13,11 +14,17 @@ def is_intercepted() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+        or _may_replace_calls()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
+
+
+def _may_replace_calls() -> bool:
+    """Return whether a mode may replace calls of functions; that of `torch.set_default_device` leaves those with a device as they are."""
+    depth = torch._C._len_torch_function_stack()
+    return depth > 0 and any([type(torch._C._get_function_stack_at(level)) is not DeviceContext for level in range(depth)])
 
 
 def is_observed(*tensors: Tensor) -> bool:

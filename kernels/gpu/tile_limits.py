@@ -182,9 +182,8 @@ def _candidates(kernel: KernelName, problem: TileProblem, vectors: tuple[int, ..
     if kernel == "forward":
         # wider vectors widen the halo by more than they save
         vectors = tuple(vector for vector in vectors if vector <= FORWARD_VECTOR)
+    if kernel in ("forward", "backward"):
         # a product of the newer matrix units has 64 rows, which may be the channels
-        channels = (64,) if newer else (64, 32) if half else (32, 16)
-    elif kernel == "backward":
         channels = (64,) if newer else (64, 32) if half else (32, 16)
     elif kernel == "logit_gradient":
         channels = (64, 32) if half else (64, 32, 16)

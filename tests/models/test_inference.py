@@ -9,6 +9,7 @@ from carafepp.kernels.geometry import Spec
 from commands import run_line
 from launches import LaunchCounter
 from torch import nn
+from torch.overrides import BaseTorchFunctionMode
 
 triton = pytest.importorskip("triton")
 
@@ -404,6 +405,16 @@ def test_observers_see_operations(inferred, monkeypatch):
         module(x)
         module.requires_grad_()(x).sum().backward()
     assert not inferred
+
+
+def test_modes_that_replace_functions_see_operations(inferred):
+    module, x = make(16, up=2), draw()
+    with torch.device("cpu"):
+        infer(module, x)
+    assert len(inferred) == 1
+    with BaseTorchFunctionMode(), torch.device("cpu"):
+        infer(module, x)
+    assert len(inferred) == 1
 
 
 def test_sizes(inferred):
