@@ -129,12 +129,16 @@ def forward_launches(
     problem = as_read("forward", problem, tile)
     before, arguments = _copy_source(problem, arguments)
     x = arguments["x"].ptr
-    x_align, _ = run_alignments(problem, tile)
+    x_align, y_align = run_alignments(problem, tile)[0], problem.y_align
+    window = halo(spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, x_align))
+    if not problem.x_last and window.p == window.m:
+        # the compiler lays out blocks of one shape alike: with the wider vectors of y, a warp would load x in pieces that lie apart
+        y_align = min(x_align, y_align)
     constants = {
         "WINDOW": _window(spec),
         "TILE": tile,
-        "HALO": halo(spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, x_align)),
-        "LAYOUT": _layout(problem, x_align, problem.y_align, x, logits, y),
+        "HALO": window,
+        "LAYOUT": _layout(problem, x_align, y_align, x, logits, y),
         "PRECISION": choose_precision(),
         # the targets of a small tile are too few rows for the matrix units of capability 9.0 and later
         "TALL": problem.capability >= (9, 0) and tile.cells_h * tile.cells_w * spec.up**2 < 64,
