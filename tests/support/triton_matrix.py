@@ -175,7 +175,12 @@ def train_module(case: Module, run: Callable[[Launch], Any]) -> dict[str, float]
     exact, source = copy.deepcopy(module).double(), x.double().requires_grad_()
     with torch.autocast("cpu", case.dtype), patch.object(inference, "runs_on", lambda *_: True):
         planned, given, addresses = find_plan(*layers, x, module.spec, None, trained=True)
-    with patch.object(planned, "start", start):
+
+    def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *arguments, **options: allocate(*arguments, **options).fill_(math.nan)
+
+    allocated = [patch.object(Tensor, name, poison(getattr(Tensor, name))) for name in ("new_empty", "new_empty_strided")]
+    with patch.object(planned, "start", start), allocated[0], allocated[1]:
         y, kept = planned.forward(x, given, addresses)
         dy = torch.randn(y.shape).to(y)
         values = [y, *planned.backward(dy, x, kept, given[:8], [True] * 7)]
