@@ -42,6 +42,7 @@ class Train(_SingleLevelFunction):
         ctx.planned = found.planned
         y, kept = found.planned.forward(x, found.given, found.addresses)
         ctx.save_for_backward(kept, x, *found.given[:8])
+        ctx.strides = read_strides(x, *found.given[:8])
         return y
 
     @staticmethod
@@ -49,9 +50,16 @@ class Train(_SingleLevelFunction):
         """Return the gradients of x and of the parameters."""
         kept, x, *given = ctx.saved_tensors
         _, *needs = ctx.needs_input_grad
-        if torch.is_grad_enabled() or is_intercepted() or type(dy) is not Tensor or dy.is_neg() or dy._is_zerotensor():
+        # hooks of saved tensors may store them in other layouts, as `torch.autograd.graph.save_on_cpu(pin_memory=True)` does
+        moved = read_strides(x, *given) != ctx.strides
+        if moved or torch.is_grad_enabled() or is_intercepted() or type(dy) is not Tensor or dy.is_neg() or dy._is_zerotensor():
             return None, *differentiate(ctx.planned, dy, x, given, needs)
         return None, *ctx.planned.backward(dy, x, kept, given, needs)
+
+
+def read_strides(*tensors: Tensor | None) -> list[tuple[int, ...] | None]:
+    """Return the strides of tensors."""
+    return [None if tensor is None else tensor.stride() for tensor in tensors]
 
 
 def differentiate(planned: Any, dy: Tensor, x: Tensor, given: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:

@@ -192,9 +192,10 @@ class Training:
         def build_operator() -> Built:
             *_, lse, _, _, _, cells = self._view(x, None, kept)
             dlogits, partials, _, _, dcells = view_scratch()
-            launches = backward_launches(dy, x, cells, lse, dx, dcells, self.layouts.spec)
+            gradient, source = distinguish((dy, x))
+            launches = backward_launches(gradient, source, cells, lse, dx, dcells, self.layouts.spec)
             launches.append(sum_launch(dlogits, partials, self.logits_summed))
-            return [dy, x, dx, cells, lse, dlogits, dcells, partials], launches
+            return [gradient, source, dx, cells, lse, dlogits, dcells, partials], launches
 
         at = dy.data_ptr(), x.data_ptr(), 0 if dx is None else dx.data_ptr(), pieces[3], pieces[4], dlogits, dlogits, partials
         self.start(("operator", needs.x, dy.stride(), at[0] % 16 == 0), x, at, build_operator)

@@ -314,6 +314,51 @@ def test_checkpoints(reentrant, calls, trained):
     assert trained == ["forward", "backward", *calls]
 
 
+def test_saved_tensors_may_come_back_in_other_layouts(trained):
+    """As after `torch.autograd.graph.save_on_cpu(pin_memory=True)`."""
+    module, x = make(**NORM), draw()
+
+    def call(x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+            return module(x)
+
+    expected = run(call_layers(module), x)
+    # without the running statistics, which no launch updates here
+    own = len(expected) - len([*module.buffers()])
+    for value, layers in zip(run(module, x, function=call)[:own], expected[:own], strict=True):
+        assert relative_error(value, layers) < 0.02
+    assert trained == ["forward"]
+
+
+class Compiled:
+    """Code that only notes with which values it is started."""
+
+    def __init__(self, started):
+        self.started = started
+
+    def __getitem__(self, grid):
+        return lambda *values: self.started.append(values)
+
+
+def test_the_gradient_of_the_output_may_be_the_input(monkeypatch):
+    """A plan that is made for such a call serves others."""
+    started = []
+    monkeypatch.setattr("carafepp.kernels.gpu.launch.compile_for_current_device", lambda _: Compiled(started))
+    monkeypatch.setattr("carafepp.models.carafe.suits_matrix_units", lambda x: x.element_size() == 2)
+    monkeypatch.setattr(launching, "runs_on", lambda *_: True)
+    monkeypatch.setattr(launching, "plans", Plans(2))
+    module, x = make(kernel_size=3, compressed_channels=6), draw().requires_grad_()
+    for dy in (x, draw()):
+        with torch.autocast("cpu", torch.float16):
+            y = module(x)
+        started.clear()
+        torch.autograd.grad(y, x, dy)
+        # the first launch is that of the gradient to the logits, or of both
+        addresses = [value[0] for value in started[0] if isinstance(value, tuple) and len(value) == 5]
+        assert dy.data_ptr() in addresses
+        assert x.data_ptr() in addresses
+
+
 def test_changed_parameters_are_reported(trained):
     module, x = make(**NORM), draw().requires_grad_()
     y = run_autocast(module, x)
