@@ -28,7 +28,7 @@ def compute_layers(planned: Any, x: Tensor, given: Sequence[Tensor | None]) -> T
         features = F.batch_norm(features, mean, variance, scale, shift, layers.batch, 0.0, layers.eps)
     if layers.rectified:
         features = features.relu()
-    geometry = [(getattr(layers, f"{name}_h"), getattr(layers, f"{name}_w")) for name in ("stride", "padding", "dilation")]
+    geometry: Any = [(getattr(layers, f"{name}_h"), getattr(layers, f"{name}_w")) for name in ("stride", "padding", "dilation")]
     logits = F.conv2d(features, cast(Tensor, encoder_weight).to(x.dtype), cast(Tensor, encoder_bias).to(x.dtype), *geometry)
     return reassemble(x, logits, **layouts.spec._asdict(), size=layouts.y_shape[2:])
 
@@ -67,11 +67,9 @@ def differentiate(planned: Any, dy: Tensor, x: Tensor, given: Sequence[Tensor | 
     recorded = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         # of views, because x may be the result of another call with the same parameters
-        x, weight, bias, scale, shift, *encoder = [
-            t.view_as(t) if t is not None and need else t for t, need in zip((x, *given[:2], *given[4:]), needs, strict=True)
-        ]
-        inputs = x, weight, bias, scale, shift, *encoder
-        y = compute_layers(planned, cast(Tensor, x), (weight, bias, *given[2:4], scale, shift, *encoder))
+        inputs = [t.view_as(t) if t is not None and need else t for t, need in zip((x, *given[:2], *given[4:]), needs, strict=True)]
+        source, weight, bias, scale, shift, *encoder = inputs
+        y = compute_layers(planned, cast(Tensor, source), (weight, bias, *given[2:4], scale, shift, *encoder))
     needed = [cast(Tensor, t) for t, need in zip(inputs, needs, strict=True) if need]
     gradients = iter(torch.autograd.grad(y, needed, dy, create_graph=recorded))
     return [next(gradients) if need else None for need in needs]
