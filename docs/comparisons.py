@@ -60,6 +60,10 @@ def find_setting(table: str, row: str, study: bool = False) -> Setting | None:
         protocol["setting"] = f"{read_task(table)}_study"
         if read_pretraining(table, row, "small"):
             protocol["backbone.weights"] = "FILE"
+    if row.startswith("successors/"):
+        # of an experiment without a table of the paper, whose overrides are all options
+        found = [setting for setting in read_settings() if setting.options.get("row") == row]
+        return next((setting for setting in found if setting.options.get("setting", "").endswith("_study") == study), None)
     name, options = ("", {"row": row}) if "/" in row else (row, {})
     return SettingFinder(read_settings()).find(table, name, protocol, options)
 

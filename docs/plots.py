@@ -44,7 +44,7 @@ SUBJECTS = {
 # metrics of which less is better
 ERRORS = ("L1_percent",)
 # rows without CARAFE++ in tables whose other rows have it
-CONTROLS = ("same_flops", "same_parameters", "no_finest_level", "shorter_training")
+CONTROLS = ("same_flops", "same_parameters", "no_finest_level", "no_finest_level_carafe", "shorter_training")
 # the rows of Tables III and IV that have another name as samplers
 SAMPLERS = {"conv": "strided_conv"}
 

@@ -6,7 +6,6 @@ A page says where a table goes, and `python docs/results.py` writes what stands 
     <!-- end -->
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -44,24 +43,38 @@ NETWORKS = {
 # those that the others are compared with
 COMPARED = {"published": "as published", "same_flops": "wider, FLOPs", "same_parameters": "wider, parameters"}
 
+# scores by the size of objects
+SIZES = {"APs": "small objects", "APm": "medium objects", "APl": "large objects"}
 # table, row, baseline and task of comparisons by the size of objects
 SIZED = (
     ("table4", "carafe", "nearest", "bbox"),
     ("table4", "carafe", "deconv", "bbox"),
     ("table3", "carafe", "conv", "bbox"),
-    ("table7", "fpn", "published", "bbox"),
-    ("table7", "fpn_mask_head", "published", "segm"),
+    ("table7", "fpn_mask_head_backbone", "published", "bbox"),
+    ("table7", "fpn_mask_head_backbone", "published", "segm"),
 )
+# the stride of the finest level that the box head reads, the upsamplers above it, and the rows with CARAFE++ and with nearest neighbour
+DEPTHS = (
+    (4, 3, "carafe", "nearest"),
+    (8, 2, "control/no_finest_level_carafe", "control/no_finest_level"),
+)
+# upsamplers of the pyramid by name: rows of Table IV, and those of later papers
+PYRAMIDS = {
+    "nearest neighbour": "nearest",
+    "deconvolution": "deconv",
+    "CARAFE++": "carafe",
+    "DySample": "successors/fpn_dysample",
+}
 
 
 def tabulate_claims() -> str:
-    """Tabulate the claims: the rows that test them, the difference in the paper, and what the earlier runs and the study show of it."""
+    """Tabulate the claims: the rows that test them, the difference in the paper, and what the study and the earlier runs show of it."""
     tables = read_paper()[0]
-    lines = ["| claim | rows | paper | earlier runs | they show | study | it shows |", f"|{' --- |' * 7}"]
+    lines = ["| claim | rows | paper | study | verdict | earlier runs | verdict |", f"|{' --- |' * 7}"]
     for claim in CLAIMS:
         found = {row["row"]: row for row in list_rows(tables, claim.table) if row["task"] == claim.task}
         cells = [claim.words, claim.rows, f"{found[claim.row][claim.column] - found[claim.baseline][claim.column]:+.2f}"]
-        for study in (False, True):
+        for study in (True, False):
             difference = claim.difference(study)
             seeds = f", {difference.seeds} seeds" if difference else ""
             cells += [f"{format_difference(difference, 2, 0)}{seeds}", judge(difference)]
@@ -70,14 +83,14 @@ def tabulate_claims() -> str:
 
 
 def tabulate_costs() -> str:
-    """Tabulate UperNet at equal cost: scores of each network, and its paired differences from the published and the wider ones."""
-    settings = {row: find_setting("table9", row) for row in NETWORKS}
-    scores = {row: find_values("table9", row, "segmentation", "mIoU") for row in NETWORKS}
+    """Tabulate UperNet at equal cost in the study: scores of each network, and its paired differences from the published and wider ones."""
+    settings = {row: find_setting("table9", row, study=True) for row in NETWORKS}
+    scores = {row: find_values("table9", row, "segmentation", "mIoU", study=True) for row in NETWORKS}
     heads = ["network", "parameters", "GFLOPs", "seeds", "mIoU, %", *(f"minus {name}" for name in COMPARED.values())]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for row, setting in settings.items():
         if setting is None:
-            raise FileNotFoundError(f"docs/results has no run of table9/{row}")
+            raise FileNotFoundError(f"docs/results/study has no run of table9/{row}")
         run, values = next(iter(setting.runs.values())), scores[row]
         # each pair once
         against = [other for other in COMPARED if list(NETWORKS).index(other) < list(NETWORKS).index(row)]
@@ -89,13 +102,12 @@ def tabulate_costs() -> str:
 
 def tabulate_sizes() -> str:
     """Tabulate the differences in AP of objects of each size: of the paper, the earlier runs, and the study where it has them."""
-    names = {"APs": "small objects", "APm": "medium objects", "APl": "large objects"}
-    heads = [f"{name}, {whose}" for name in names.values() for whose in ("paper", "here")]
+    heads = [f"{name}, {whose}" for name in SIZES.values() for whose in ("paper", "here")]
     lines = [f"| rows | runs | {' | '.join(heads)} |", f"|{' --- |' * (2 + len(heads))}"]
     for table, row, baseline, task in SIZED:
         found = {figures["row"]: figures for figures in list_rows(read_paper()[0], table) if figures["task"] == task}
         for study in (False, True):
-            differences = {column: Comparison("", table, row, baseline, task, column).difference(study) for column in names}
+            differences = {column: Comparison("", table, row, baseline, task, column).difference(study) for column in SIZES}
             if not all(differences.values()):
                 continue
             cells = [f"{table}: `{row}` - `{baseline}`, {'masks' if task == 'segm' else 'boxes'}", "study" if study else "earlier"]
@@ -106,16 +118,48 @@ def tabulate_sizes() -> str:
 
 
 def tabulate_boundaries() -> str:
-    """Tabulate mIoU and boundary IoU of the networks of equal cost, for the runs whose checkpoint carafepp-eval has scored (eval.json)."""
-    lines = ["| network | seeds | mIoU, % | boundary IoU, % | boundary IoU / mIoU |", f"|{' --- |' * 5}"]
+    """Tabulate mIoU and boundary IoU of the networks of equal cost in the study, and the paired differences of their ratio."""
+    heads = ["network", "seeds", "mIoU, %", "boundary IoU, %", "boundary IoU / mIoU", f"minus {COMPARED['published']}"]
+    lines, ratios = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"], {}
     for row, name in NETWORKS.items():
-        found = {path.parent.name.rpartition("_")[2]: path for path in sorted(DOCS.glob(f"results/table9/{row}_[0-9]/eval.json"))}
-        scores = {int(seed): json.loads(path.read_text())["metrics"] for seed, path in found.items()}
-        if scores:
-            regions, boundaries = ({seed: 100 * found[f"val/{key}"] for seed, found in scores.items()} for key in ("mIoU", "boundary_IoU"))
-            ratios = summarize({seed: boundaries[seed] / region for seed, region in regions.items()})
-            columns = [format_scores(summarize(regions), 1), format_scores(summarize(boundaries), 1), format_scores(ratios, 3)]
-            lines.append(f"| {' | '.join([name, ', '.join(map(str, scores)), *columns])} |")
+        setting = find_setting("table9", row, study=True)
+        if setting is None:
+            raise FileNotFoundError(f"docs/results/study has no run of table9/{row}")
+        regions, boundaries = ({s: 100 * score for s, score in setting.values(f"val/{key}").items()} for key in ("mIoU", "boundary_IoU"))
+        ratios[row] = {seed: boundaries[seed] / region for seed, region in regions.items()}
+        scores = [*(format_scores(summarize(found), 1) for found in (regions, boundaries)), format_scores(summarize(ratios[row]), 3)]
+        difference = "" if row == "published" else format_difference(compare_paired(ratios[row], ratios["published"]), 3, 0)
+        lines.append(f"| {' | '.join([name, str(len(regions)), *scores, difference])} |")
+    return "\n".join(lines)
+
+
+def tabulate_depths() -> str:
+    """Tabulate the gain of CARAFE++ over nearest neighbour in the study, by the number of upsamplers that the box head's features pass."""
+    heads = ["the box head reads from stride", "upsamplers", "seeds", *(f"gain in {name}" for name in ("AP", *SIZES.values()))]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for stride, upsamplers, row, baseline in DEPTHS:
+        pairs = [Comparison("", "table4", row, baseline, "bbox", column).difference(study=True) for column in ("AP", *SIZES)]
+        if pairs[0] is None:
+            raise FileNotFoundError(f"docs/results/study has no pairs of table4/{row} and {baseline}")
+        cells = [str(stride), str(upsamplers), str(pairs[0].seeds), *(format_difference(pair, 1, 0) for pair in pairs)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tabulate_samplers() -> str:
+    """Tabulate upsamplers of the pyramid in the study: their cost, their scores, and CARAFE++'s paired difference from them."""
+    heads = ["upsampler", "parameters", "GFLOPs", "seeds", "AP", "minus nearest", "CARAFE++ minus it"]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    (nearest, ours) = (find_values("table4", row, "bbox", "AP", study=True) for row in ("nearest", "carafe"))
+    for name, row in PYRAMIDS.items():
+        setting, values = find_setting("table4", row, study=True), find_values("table4", row, "bbox", "AP", study=True)
+        if setting is None:
+            continue
+        run = next(iter(setting.runs.values()))
+        differences = ["" if row in ("nearest",) else format_difference(compare_paired(values, nearest), 1, 0)]
+        differences.append("" if row in ("carafe",) else format_difference(compare_paired(ours, values), 1, 0))
+        cells = [name, f"{run.parameters:,}", f"{run.flops / 1e9:.4f}", str(len(values)), format_scores(summarize(values), 1)]
+        lines.append(f"| {' | '.join([*cells, *differences])} |")
     return "\n".join(lines)
 
 
@@ -130,6 +174,8 @@ TABLES = {
     "costs": tabulate_costs,
     "sizes": tabulate_sizes,
     "boundaries": tabulate_boundaries,
+    "depths": tabulate_depths,
+    "samplers": tabulate_samplers,
     "widths": tabulate_widths,
     "controls": tabulate_controls,
     "plan": tabulate_plan,

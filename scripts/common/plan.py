@@ -13,8 +13,12 @@ from .paper import list_equal_rows, read_paper, read_pretraining
 from .results import is_finished
 
 SCALE = "small"
-# rows that the paper does not have, by the table whose baseline they are compared with: positive controls, and wider networks of equal cost
-ADDED = {"table4": ("control/no_finest_level", "control/shorter_training"), "table9": ("table9/same_flops", "table9/same_parameters")}
+# rows that the paper does not have, by the table whose baseline they are compared with: positive controls, one of them also with CARAFE++,
+# and wider networks of equal cost
+ADDED = {
+    "table4": ("control/no_finest_level", "control/no_finest_level_carafe", "control/shorter_training"),
+    "table9": ("table9/same_flops", "table9/same_parameters"),
+}
 
 
 class Sweep(NamedTuple):

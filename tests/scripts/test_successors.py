@@ -7,20 +7,29 @@ from configurations import CONF, choices, compose_config
 from hydra.utils import instantiate
 from torch.utils.data import default_collate
 
+# the classifiers with a downsampler; backbones with another start from none
+CLASSIFIERS = {
+    "carafe": "table2/resnet50_carafe",
+    **{name: f"pretraining/resnet50_{name}" for name in ("avg_pool", "dpp", "max_pool")},
+}
 UPSAMPLERS = [name for name in choices("upsampler") if name != "shared"]
 DETECTION = [{"override /task": "detection"}, {"override /model": "faster_rcnn"}]
-# the defaults of every row: Tables IV, III and IX with one sampler; the backbone without one is that of fpn_published
+# every row: Tables IV, III and IX with one sampler; the backbone without one is that of fpn_published
 ROWS = {
-    **{f"fpn_{name}": [*DETECTION, {"override /upsampler": name}] for name in UPSAMPLERS},
-    **{f"backbone_{name}": [*DETECTION, {"override /downsampler": name}] for name in choices("downsampler") if name != "published"},
-    **{f"upernet_{name}": [{"override /upsampler": name}] for name in UPSAMPLERS},
+    **{f"fpn_{name}": {"defaults": [*DETECTION, {"override /upsampler": name}]} for name in UPSAMPLERS},
+    **{
+        f"backbone_{name}": {"defaults": [*DETECTION, {"override /downsampler": name}], "pretraining": CLASSIFIERS.get(name)}
+        for name in choices("downsampler")
+        if name != "published"
+    },
+    **{f"upernet_{name}": {"defaults": [{"override /upsampler": name}]} for name in UPSAMPLERS},
 }
 
 
 def test_rows_are_every_sampler_in_every_setting():
     """Every file of conf/upsampler and conf/downsampler has its rows: a new sampler needs conf/row/successors/SETTING_SAMPLER.yaml."""
     files = {path.stem: yaml.safe_load(path.read_text()) for path in (CONF / "row" / "successors").glob("*.yaml")}
-    assert files == {row: {"defaults": defaults} for row, defaults in ROWS.items()}
+    assert files == ROWS
     swept = yaml.safe_load((CONF / "experiment" / "successors.yaml").read_text())["hydra"]["sweeper"]["params"]["row"].split(",")
     assert sorted(swept) == sorted(f"successors/{row}" for row in ROWS)
     # the report compares with the first row of each kind
