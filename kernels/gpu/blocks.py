@@ -9,6 +9,8 @@ import triton.language as tl
 
 from .records import Features, Sizes
 
+LAYS_WARPS_ALONG_CHANNELS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
+
 
 @triton.jit
 def expand(values, AXIS: tl.constexpr):
@@ -62,9 +64,13 @@ def along_rows(ptr, offset):
     """Return the addresses ptr + offset [channels or taps, locations] in NCHW, where a warp should access a row of locations.
 
     Where no addresses look contiguous, Triton up to 3.6 lays the threads of a warp along the first axis, each in its own line of memory.
-    The divisibility keeps it from accessing two addresses as one.
+    There, addresses that are not contiguous are said to be, and the divisibility keeps that compiler from accessing two as one. It does not
+    keep Triton 3.9 from it, and Triton from 3.7 on needs no such hint.
     """
-    return tl.max_contiguous(tl.multiple_of(ptr + offset, [1, 1]), [1, 2])
+    if LAYS_WARPS_ALONG_CHANNELS:
+        return tl.max_contiguous(tl.multiple_of(ptr + offset, [1, 1]), [1, 2])
+    else:
+        return ptr + offset
 
 
 @triton.jit
