@@ -48,7 +48,7 @@ def read_table(path: Path) -> Table:
         for tiles in table.values():
             for tile in tiles.values():
                 *sizes, transposed = Tile(*tile)
-                if not all(type(value) is int and value >= 1 for value in sizes) or transposed not in (0, 1):
+                if not all(type(value) is int and value >= 1 for value in sizes) or type(transposed) is not int or transposed not in (0, 1):
                     raise TypeError(f"a tile is made of integers of at least 1, and of 0 or 1 as the last of ten, got {tile}")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a table of tiles ({error}); delete it or run carafepp-tune again") from error

@@ -376,7 +376,10 @@ def tiles(rng: np.random.Generator, folder: Path) -> None:
     with refusing(path):
         found = read_table(path)
     for values in (value for each in found.values() for value in each.values()):
-        assert all(type(value) is int and value >= 1 for value in Tile(*values))
+        *sizes, transposed = Tile(*values)
+        assert all(type(value) is int and value >= 1 for value in sizes)
+        assert type(transposed) is int
+        assert transposed in (0, 1)
 
 
 def names_of_classes(rng: np.random.Generator, folder: Path) -> None:
