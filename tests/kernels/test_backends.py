@@ -40,8 +40,8 @@ def test_matches_the_definition_at_every_border(case, backend, device):
     assert_matches_definition(backend, *inputs, spec)
 
 
-@pytest.mark.parametrize(("i", "normalizer"), enumerate(NORMALIZERS), ids=NORMALIZERS)
-@pytest.mark.parametrize(("j", "dtype"), enumerate(DTYPES), ids=map(str, DTYPES))
+@pytest.mark.parametrize(("i", "normalizer"), list(enumerate(NORMALIZERS)), ids=NORMALIZERS)
+@pytest.mark.parametrize(("j", "dtype"), list(enumerate(DTYPES)), ids=map(str, DTYPES))
 def test_every_normalizer_dtype_and_memory_format(i, normalizer, j, dtype, backend, device):
     """Every two of a normalizer, a dtype, a memory format and a scale meet, as does every dtype, format and scale."""
     layout, scale = FORMATS[(i + j) % 2], ({"up": 2}, {"down": 2})[(i // 2 + j) % 2]

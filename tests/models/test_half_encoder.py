@@ -1,8 +1,6 @@
 """CARAFE in half precision on a GPU: its padded encoder gives the logits of the layers, and only where nobody observes them."""
 
-import re
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -364,47 +362,6 @@ def test_gpu_steps_without_waiting(options):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def read_graph_recipe():
-    """Return the code of docs/performance.md that records a CUDA graph."""
-    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
-    (recipe,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "torch.cuda.graph" in block)
-    return recipe
-
-
-def test_graph_recipe_has_seven_lines():
-    recipe = read_graph_recipe()
-    compile(recipe, "docs/performance.md", "exec")
-    assert len(recipe.splitlines()) == 7
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_gpu_graph_recipe():
-    network = nn.Sequential(make(16, dtype=torch.float32, down=2, compressor_norm=True), make(16, dtype=torch.float32, up=2)).cuda().eval()
-    images = draw(2, 16, 24, 20, dtype=torch.float32).cuda()
-    names = {"torch": torch, "network": network, "images": images}
-    exec(read_graph_recipe(), names)
-    for scale in (1, 2):
-        names["x"].copy_(scale * images)
-        names["graph"].replay()
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            torch.testing.assert_close(names["y"], network(scale * images))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_gpu_compiles_into_graphs():
-    torch.compiler.reset()
-    module, x = make(16, dtype=torch.float32, up=2).cuda(), draw(2, 16, 24, 20, dtype=torch.float32).cuda()
-    compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-        expected = module(x)
-        # the first calls compile and record
-        for _ in range(3):
-            y = compiled(x).clone()
-    assert relative_error([y], [expected.double()]) < 0.01
 
 
 def test_norm_folds_into_the_compressor():
