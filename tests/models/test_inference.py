@@ -1,12 +1,11 @@
 """CARAFE without gradients, in half precision on a GPU: three launches give what the layers give, and only where nobody observes them."""
 
-import sys
 from copy import deepcopy
 
 import pytest
 import torch
 from carafepp.kernels.geometry import Spec
-from commands import run_line
+from commands import run_in_interpreter
 from launches import LaunchCounter
 from torch import nn
 from torch.overrides import BaseTorchFunctionMode
@@ -83,11 +82,7 @@ def inferred(monkeypatch):
 
 
 def test_inference_in_the_interpreter():
-    """Run the tests of results in Triton's interpreter, which is chosen when Triton is imported."""
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "interpreter and not in_the", __file__]
-    run = run_line(command, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert f"{len(OPTIONS) + 3} passed" in run.stdout
+    assert f"{len(OPTIONS) + 3} passed" in run_in_interpreter(__file__, "interpreter and not in_the")
 
 
 PLACES = [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["interpreter"] if INTERPRETED else []

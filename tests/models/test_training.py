@@ -1,7 +1,6 @@
 """CARAFE with gradients, in half precision on a GPU: planned launches give what the layers give, and only where nobody observes them."""
 
 import functools
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from typing import NamedTuple
@@ -9,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import run_line
+from commands import run_in_interpreter
 from launches import LaunchCounter, count_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -150,11 +149,7 @@ def quick_operator(monkeypatch):
 
 
 def test_training_in_the_interpreter():
-    """Run the tests of results in Triton's interpreter, which is chosen when Triton is imported."""
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "interpreter and not in_the", __file__]
-    result = run_line(command, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert f"{len(OPTIONS) + 4} passed" in result.stdout
+    assert f"{len(OPTIONS) + 4} passed" in run_in_interpreter(__file__, "interpreter and not in_the")
 
 
 PLACES = [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["interpreter"] if INTERPRETED else []

@@ -43,6 +43,18 @@ def run_line(line: list[str], cwd: Path | None = None, **environment: str) -> su
     return subprocess.run(line, capture_output=True, text=True, cwd=cwd, timeout=600, env=os.environ | environment)
 
 
+def run_in_interpreter(path: str, chosen: str) -> str:
+    """Run the tests of a file whose names `chosen` selects in Triton's interpreter, which is chosen when Triton is imported.
+
+    Returns:
+        What pytest printed; a failure is an AssertionError.
+    """
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, path]
+    run = run_line(command, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
 def run_command(name: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run `carafepp-NAME` in a process of its own to its end, and keep what it prints."""
     return run_line(command_line(name, *arguments), cwd)

@@ -1,7 +1,6 @@
 """Kernels that read a channels_last copy of features in NCHW: the copy, results on the emulator, the choice, and the memory of a call."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from carafepp.kernels.gpu.training_step import build_training_step
 from carafepp.kernels.gpu.transposition import transpose_launch
 from carafepp.kernels.reassembly import reassemble
 from carafepp.kernels.reference import reassemble_reference
-from commands import run_line
+from commands import run_in_interpreter
 from operator_cases import TRITON_TOLERANCES, arrange, differentiate, random_inputs, relative_error
 from ptx_step import emulate
 
@@ -89,10 +88,7 @@ def test_results_match_float64(size, spec, dtype, layout, tiles, capability):
 # minutes of compiled code, step by step
 @pytest.mark.slow
 def test_results_in_the_interpreter():
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "test_results_match_float64", __file__]
-    run = run_line(command, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "6 passed" in run.stdout
+    assert "6 passed" in run_in_interpreter(__file__, "test_results_match_float64")
 
 
 class Compiled:

@@ -1,7 +1,6 @@
 """The Triton backend: in the interpreter, compiled offline, and on a GPU if there is one."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from carafepp.kernels.geometry import NORMALIZERS, Spec  # noqa: E402
 from carafepp.kernels.gpu.operator_launches import backward_launches, forward_launches  # noqa: E402
 from carafepp.kernels.gpu.tile_geometry import DIRECTIONS  # noqa: E402
 from carafepp.kernels.gpu.training_step import build_training_step  # noqa: E402
-from commands import run_line  # noqa: E402
+from commands import run_in_interpreter  # noqa: E402
 from operator_cases import AWKWARD, TRITON_TOLERANCES, assert_matches_definition, describe, random_inputs  # noqa: E402
 
 LAYOUTS = ("contiguous", "channels_last")
@@ -28,11 +27,9 @@ LAYOUTS = ("contiguous", "channels_last")
 def test_kernels_in_the_interpreter(selection, least):
     """Run the tests that every backend has to pass in Triton's interpreter, which is chosen when Triton is imported."""
     tests = Path(__file__).parents[1] / "test_backends.py"
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"triton and ({selection})", str(tests)]
-    run = run_line(command, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= least
-    assert "skipped" not in run.stdout
+    printed = run_in_interpreter(str(tests), f"triton and ({selection})")
+    assert int(re.search(r"(\d+) passed", printed)[1]) >= least
+    assert "skipped" not in printed
 
 
 def test_cpu_tensors_need_the_interpreter():
