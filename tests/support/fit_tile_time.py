@@ -1,17 +1,22 @@
 """Fit the model of time (kernels/gpu/tile_time.py) to measured kernels, and print its costs and how well it predicts unseen problems.
 
-Call: python tests/support/fit_tile_time.py
+Call: python tests/support/fit_tile_time.py [count]
 
 h200_kernels.json holds kernels that were measured on an H200 with cold caches and Triton 3.6: {"problems": {name: fields}, "kernels":
-[[problem, origin, kernel, tile, blocks or null, registers, spills, shared bytes, microseconds]]}. "search" kernels are those of a blind
-search of tiles at one problem; "operator" kernels are those that the operator ran; both are older than the option `border`, and the
+[[problem, origin, kernel, tile, blocks or null, registers, spills, shared bytes, microseconds, works]]}. "search" kernels are those of a
+blind search of tiles at one problem; "operator" kernels are those that the operator ran; both are older than the option `border`, and the
 registers of operator kernels are those of Triton 3.8. "tiles" kernels are the first tiles of the wide search at five problems, with
 commit 3cfb41d. "rows" kernels are later ones, which access logits in NCHW along the rows of cells.
+
+`works` is the work of each kind of program of a kernel: the fields of tile_work.Work, as tile_work.py counted them for the code that was
+measured. The kernels and their counts may therefore change later. A newly measured kernel is added without `works`; the argument `count`
+counts its work with the code present, and stores it.
 
 The fit leaves out kernels that spill registers more than MAX_SPILLS times. The choice leaves out kernels that spill at all.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +24,6 @@ import numpy as np
 from carafepp.kernels.geometry import Spec
 from carafepp.kernels.gpu.tile_geometry import KERNELS, Tile, TileProblem
 from carafepp.kernels.gpu.tile_limits import SourceBlocks
-from carafepp.kernels.gpu.tile_memory import cells_seen, logit_lines
 from carafepp.kernels.gpu.tile_resources import (
     Resources,
     forward_resources,
@@ -28,14 +32,18 @@ from carafepp.kernels.gpu.tile_resources import (
     walk_resources,
 )
 from carafepp.kernels.gpu.tile_time import COSTS, PRODUCTS, Costs, combine, copy_microseconds, count_slots, count_stages, find_device
-from carafepp.kernels.gpu.tile_work import Work, count_forward, count_logit_gradient, count_source_gradient, count_walk
+from carafepp.kernels.gpu.tile_work import Work, count_work
 from scipy.optimize import least_squares
 
 DATA = Path(__file__).with_name("h200_kernels.json")
 MAX_SPILLS = 32
 # the kernels of one name at one problem count as if they were at most this many
 MOST_ALIKE = 20
-# the kinds of programs of a kernel
+SPEC_FIELDS = ("kernel_size", "up", "down", "groups")
+# fields of a kernel in the file after its tile, except its counts
+FIGURES = 5
+# the kinds of programs, and those of each kernel
+PROGRAMS = ("forward", "logit_gradient", "source_gradient")
 KERNELS_OF = {name: (name,) for name in KERNELS} | {"backward": ("logit_gradient", "source_gradient")}
 # a kernel without programs
 NOTHING = Work(*[0.0] * len(Work._fields))._replace(warps=1.0)
@@ -53,51 +61,42 @@ class Kernel(NamedTuple):
     spills: int
     shared: int
     microseconds: float
-    scattered: bool  # whether logits in NCHW were accessed along the taps
+    counted: list[list[float]]  # the work of each kind of program that the launch has
 
     def works(self) -> list[Work]:
-        """Return the work of every kernel in the launch; those that it lacks have no programs."""
-        count = {
-            "forward": lambda: count_forward(self.problem, self.tile),
-            "logit_gradient": lambda: count_logit_gradient(self.problem, self.tile),
-            "source_gradient": self.count_source_gradient,
-        }
-        works = {name: build() if name in KERNELS_OF[self.name] else NOTHING for name, build in count.items()}
-        # the gradient to the logits reads logits and writes their gradient
-        for name, times in (("forward", 1), ("logit_gradient", 2)):
-            if works[name].programs:
-                works[name] = works[name]._replace(lines=works[name].lines + times * self.count_scattered_lines())
-        return list(works.values())
-
-    def count_source_gradient(self) -> Work:
-        """Return the work of the gradient to the features."""
-        if self.tile.steps > 1:
-            return count_walk(self.problem, self.tile)
-        return count_source_gradient(self.problem, self.tile, self.blocks)
-
-    def count_scattered_lines(self) -> float:
-        """Return the lines of logits that a program touched beyond those of `logit_lines`, if it accessed them along the taps.
-
-        Every thread of a warp had a line of its own, unless the logits of a row of the tile were contiguous.
-        """
-        spec, tile = self.problem.spec, self.tile
-        if not self.scattered or self.problem.channels_last or (spec.up == 1 and tile.cells_w % 2 == 0):
-            return 0.0
-        rows, cols = cells_seen(self.problem, tile)
-        return spec.taps * spec.up**2 * rows * cols - logit_lines(self.problem, tile)
+        """Return the work of every kind of program; those that the launch lacks have no programs."""
+        counted = dict(zip(KERNELS_OF[self.name], self.counted, strict=True))
+        return [Work(*counted[name]) if name in counted else NOTHING for name in PROGRAMS]
 
 
 def read_kernels() -> list[Kernel]:
     """Return the measured kernels that the model describes."""
     data = json.loads(DATA.read_text())
     kernels = []
-    for site, origin, name, tile, blocks, *figures in data["kernels"]:
-        fields = data["problems"][site].copy()
-        spec = Spec(fields.pop("kernel_size"), fields.pop("up"), fields.pop("down"), fields.pop("groups"))
-        problem, tile = TileProblem(spec, **fields, capability=(9, 0)), Tile(*tile)
+    for site, _, name, tile, blocks, *figures in data["kernels"]:
+        problem, tile = read_problem(data["problems"][site]), Tile(*tile)
         extents = SourceBlocks(*blocks) if blocks else SourceBlocks(0, 0)
-        kernels.append(Kernel(site.split()[0], problem, name, tile, extents, *figures, origin != "rows"))
+        kernels.append(Kernel(site.split()[0], problem, name, tile, extents, *figures))
     return [kernel for kernel in kernels if kernel.spills <= MAX_SPILLS]
+
+
+def read_problem(fields: dict[str, int]) -> TileProblem:
+    """Return a problem of the file."""
+    spec = Spec(*(fields[name] for name in SPEC_FIELDS))
+    return TileProblem(spec, **{name: value for name, value in fields.items() if name not in SPEC_FIELDS}, capability=(9, 0))
+
+
+def count_new() -> None:
+    """Add counts to the kernels in the file that have none."""
+    data = json.loads(DATA.read_text())
+    for kernel in data["kernels"]:
+        site, _, name, tile, *rest = kernel
+        if len(rest) == FIGURES:
+            works = count_work(name, read_problem(data["problems"][site]), Tile(*tile))
+            kernel.append([[float(f"{value:.6g}") for value in work] for work in works])
+    problems = ",\n".join(f"  {json.dumps(site)}: {json.dumps(fields)}" for site, fields in data["problems"].items())
+    kernels = ",\n".join(f"  {json.dumps(kernel, separators=(',', ':'))}" for kernel in data["kernels"])
+    DATA.write_text(f'{{\n "problems": {{\n{problems}\n }},\n "kernels": [\n{kernels}\n ]\n}}\n')
 
 
 def estimate_of(kernel: Kernel) -> Resources:
@@ -226,4 +225,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["count"]:
+        count_new()
+    else:
+        main()

@@ -1,15 +1,18 @@
 """The model of time against the kernels that were measured on an H200, each site predicted by a fit to the others."""
 
+import json
+
 import numpy as np
 import pytest
 from carafepp.kernels.geometry import Spec
 from carafepp.kernels.gpu.tile_geometry import KERNELS, Tile, TileProblem
 from carafepp.kernels.gpu.tile_resources import Resources
 from carafepp.kernels.gpu.tile_time import COSTS, copy_microseconds, count_slots, estimate_time, find_device
+from carafepp.kernels.gpu.tile_work import Work, count_work
 
 pytest.importorskip("scipy")
 
-from fit_tile_time import PRIOR, Fit, estimate_of, predict_unseen, rate, read_kernels
+from fit_tile_time import DATA, PRIOR, Fit, count_new, estimate_of, predict_unseen, rate, read_kernels
 
 PROBLEM = TileProblem(Spec(5, up=2), 256, 25, 42, 1, 2, False, 2, 4, (9, 0))
 TILE = Tile(2, 8, 2, 64, 1, 4, 2)
@@ -23,6 +26,20 @@ def data():
 def test_the_costs_are_those_of_the_fit_to_all_kernels(data):
     costs = data.fit(np.ones(len(data.kernels), bool), PRIOR)
     assert costs == pytest.approx(COSTS, rel=0.02)
+
+
+def test_counts_are_added_to_kernels_without_and_kept_in_the_others(tmp_path, monkeypatch):
+    data = json.loads(DATA.read_text())
+    site, kernels = "fpn_P4 float16 nchw", [kernel for kernel in data["kernels"] if kernel[0] == "fpn_P4 float16 nchw"][:2]
+    kernels[0][-1] = [[1.0] * len(Work._fields)]
+    kernels[1].pop()
+    path = tmp_path / "kernels.json"
+    path.write_text(json.dumps({"problems": {site: data["problems"][site]}, "kernels": kernels}))
+    monkeypatch.setattr("fit_tile_time.DATA", path)
+    count_new()
+    kept, counted = read_kernels()
+    assert kept.works()[0] == Work(*[1.0] * len(Work._fields))
+    assert counted.works()[1:] == [pytest.approx(work, rel=1e-5) for work in count_work("backward", counted.problem, counted.tile)]
 
 
 def test_unseen_sites_are_predicted(data):
