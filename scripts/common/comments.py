@@ -18,7 +18,8 @@ def read_text(name: str) -> str:
 def read_comments(name: str, package: str = "") -> dict[str, str]:
     """Read the comments above the keys of a file of conf/, by key ("data.epochs").
 
-    Comments in the list of defaults belong to their group ("defaults.row"), and a blank line ends the comment at the top of a file.
+    Comments in the list of defaults belong to their group ("defaults.row") or to the key that a group fills ("ppm" for
+    "/upsampler@ppm"). A blank line ends the comment at the top of a file.
 
     Args:
         name: see `read_text`.
@@ -34,8 +35,11 @@ def read_comments(name: str, package: str = "") -> dict[str, str]:
             depth = len(key[1])
             parents = [(indent, parent) for indent, parent in parents if indent < depth]
             parents.append((depth, key[2]))
+            path = [parent for _, parent in parents]
+            if key[2].startswith("/") and "@" in key[2]:
+                path = [key[2].partition("@")[2]]
             if lines:
-                found[".".join([*([package] if package else []), *(parent for _, parent in parents)])] = " ".join(lines)
+                found[".".join([*([package] if package else []), *path])] = " ".join(lines)
         lines = []
     return found
 
@@ -54,14 +58,21 @@ def read_all_comments(name: str, choices: Mapping[str, str | None]) -> dict[str,
             package = ""
         elif not package:
             package = folder.replace("/", ".")
-        comments |= read_comments(f"{folder}/{choice}", package)
+        # a file that extends another of its group names it in its defaults
+        extended = [entry for entry in read_defaults(f"{folder}/{choice}") if isinstance(entry, str) and entry != "_self_"]
+        for file in [*extended, choice]:
+            comments |= read_comments(f"{folder}/{file}", package)
     return comments
+
+
+def read_defaults(name: str) -> list[str | dict[str, str]]:
+    """Read the list of defaults of a file of conf/."""
+    return (yaml.safe_load(read_text(name)) or {}).get("defaults", [])
 
 
 def list_groups(name: str) -> list[str]:
     """List the groups in the defaults of a file of conf/, such as "upsampler"."""
-    defaults = yaml.safe_load(read_text(name)).get("defaults", [])
-    entries = [key.partition("@")[0] for entry in defaults if isinstance(entry, dict) for key in entry]
+    entries = [key.partition("@")[0] for entry in read_defaults(name) if isinstance(entry, dict) for key in entry]
     return [entry for entry in entries if not entry.startswith(("override ", "optional "))]
 
 

@@ -41,11 +41,14 @@ def format_help(config_name: str, arguments: Sequence[str]) -> str:
         told = read_header(config_name)
     own = yaml.safe_load(read_text(config_name))
     groups = {group: listed for group in list_groups(config_name) if len(listed := list_choices(group)) > 1}
-    lines = [format_entry(f"{group}={choices.get(group) or 'null'}", ", ".join(listed), width) for group, listed in groups.items()]
+    lines = [
+        format_entry(f"{group}={choices.get(group) or 'null'}", [comments.get(f"defaults.{group}", ""), ", ".join(listed)], width)
+        for group, listed in groups.items()
+    ]
     # the command's own keys come before those of its groups
     ordered = dict(sorted(plain.items(), key=lambda item: item[0] not in own))
-    keys = [format_entry(f"{key}={value}", comments.get(key, ""), width) for key, value in list_keys(ordered) if is_worth(value)]
-    parts = [told, "", *(["groups and their choices:", *lines, ""] if lines else []), "keys, their values and what they mean:", *keys, ""]
+    keys = [format_entry(f"{key}={value}", [comments.get(key, "")], width) for key, value in list_keys(ordered) if is_worth(value)]
+    parts = [told, "", *(["groups, what they choose, and their choices:", *lines, ""] if lines else []), "keys, their values and what they mean:", *keys, ""]
     return "\n".join([*parts, textwrap.fill(" ".join(FOOTER.split()), width)])
 
 
@@ -88,12 +91,11 @@ def format_value(value: Any) -> str:
     return "..." if value == "???" else str(value)
 
 
-def format_entry(entry: str, comment: str, width: int) -> str:
-    """Format an entry of the left column and its comment in the right one, which starts below a long entry."""
+def format_entry(entry: str, texts: Sequence[str], width: int) -> str:
+    """Format an entry of the left column, and the texts beside it, each of which starts a line; below an entry that is too long."""
     first = f"  {entry}"
-    if not comment:
-        return first
-    indent = " " * KEYS
-    lines = textwrap.wrap(comment, max(width - KEYS, 30), break_long_words=False, break_on_hyphens=False)
-    start = [first.ljust(KEYS) + lines[0]] if len(first) < KEYS else [first, indent + lines[0]]
-    return "\n".join([*start, *(indent + line for line in lines[1:])])
+    room = max(width - KEYS, 30)
+    lines = [line for text in texts for line in textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)]
+    if lines and len(first) < KEYS:
+        first = first.ljust(KEYS) + lines.pop(0)
+    return "\n".join([first, *(" " * KEYS + line for line in lines)])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from carafepp.models.carafe import CARAFE
 from carafepp.models.samplers import Bilinear
+from carafepp.scripts.common.comments import list_groups, read_comments
 from carafepp.scripts.common.hints import find_hints
 from commands import call, run_code
 from configurations import choices, compose_config
@@ -82,12 +83,19 @@ def test_help_says_what_a_command_does_and_what_its_keys_mean(command, capsys):
     assert len(text) < 9000
 
 
+@pytest.mark.parametrize("name", ["train", "bench", "bench_module"])
+def test_every_group_that_help_shows_has_a_comment(name):
+    comments = read_comments(name)
+    assert [group for group in list_groups(name) if len(choices(group)) > 1 and f"defaults.{group}" not in comments] == []
+
+
 def test_help_shows_the_choices_and_the_keys_with_their_comments(capsys):
     text = ask_for_help(capsys, "train")
     for group in ("upsampler", "downsampler", "backbone", "scale"):
         assert set(choices(group)) <= {*text.replace(",", "").split()}
     # the groups of other commands do not matter, and neither do 150 names of classes
     assert "op=" not in text
+    assert "downsampler=published the sampler in every slot that halves features a2u_pool, avg_pool" in text
     assert "class_names=[wall,building,sky,...] (150 values)" in text
     assert "data.batch_size=16 two images on each of eight GPUs" in text
     assert "resume=... a run folder to continue" in text

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from carafepp.scripts.common import failures
-from carafepp.scripts.common.comments import list_choices, list_groups, read_comments
+from carafepp.scripts.common.comments import list_choices, list_groups, read_all_comments, read_comments
 from carafepp.scripts.common.hints import find_hints
 from commands import call, run_command
 from configurations import CONF
@@ -196,8 +196,12 @@ def test_comments_belong_to_the_key_below_them():
     comments = read_comments("train")
     assert comments["defaults.row"].startswith("one row of an experiment's table")
     assert comments["channels_last"].startswith("whether tensors have")
-    assert "seed" not in comments
+    assert "checkpoint_every_n_steps" not in comments
     assert read_comments("trainer/default")["max_epochs"].startswith("the whole training is one Lightning epoch")
+    # the comment above a group in a list of defaults is that of the key which the group fills, also from a file that is extended
+    assert read_comments("model/upernet", "model")["model.fpn"].startswith("the sampler of the feature pyramid")
+    assert read_comments("model/pspnet")["model.ppm"].startswith("the sampler of the pyramid pooling module")
+    assert {"model.fpn", "model.mask_head", "model.min_size"} < {*read_all_comments("train", {"model": "mask_rcnn"})}
 
 
 def test_groups_and_choices_are_those_of_the_files():
