@@ -14,6 +14,7 @@ from ..kernels.reassembly import autocast, reassemble, reassemble_padded
 from ..kernels.reference import reassembly_kernels
 from .half_encoder import encode, suits_matrix_units
 from .inference import infer
+from .slot_checks import check_features
 from .training import train
 
 P = ParamSpec("P")
@@ -151,7 +152,17 @@ class CARAFE(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Encode the content of x [N, C, H, W] into logits [N, groups * K * K * up**2, ceil(H / down), ceil(W / down)]."""
-        return self.content_encoder(self.compressor_norm(self.channel_compressor(x)))
+        try:
+            return self.content_encoder(self.compressor_norm(self.channel_compressor(x)))
+        except (RuntimeError, TypeError):
+            # the message of PyTorch names no argument; a check in advance would slow down small maps
+            self._check(x)
+            raise
+
+    def _check(self, x: Tensor) -> Tensor:
+        """Check that x has the channels of the first layer, which need not be the one that this class has built."""
+        first = self.content_encoder if isinstance(self.channel_compressor, nn.Identity) else self.channel_compressor
+        return check_features(x, getattr(first, "in_channels", None))
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Resample x [N, C, H, W] to [N, C, ceil(H * up / down), ceil(W * up / down)], or to [N, C, *size].
@@ -173,7 +184,7 @@ class CARAFE(nn.Module):
                 y = (train if torch.is_grad_enabled() else infer)(*layers, x, self.spec, size)
                 if y is not None:
                     return y
-                encoded = encode(*layers, x)
+                encoded = encode(*layers, self._check(x))
                 # with other channels, the operator names those that are right
                 if encoded is not None and self.content_encoder.out_channels == self.spec.groups * self.spec.taps * self.spec.up**2:
                     return reassemble_padded(*encoded, self.spec, size)
@@ -181,7 +192,7 @@ class CARAFE(nn.Module):
 
     def kernels(self, x: Tensor) -> Tensor:
         """Compute the normalised kernels [N, groups, K, K, Ho, Wo] of x [N, C, H, W], for analysis and figures."""
-        kernels = reassembly_kernels(self.logits(x), self.spec, *x.shape[2:])
+        kernels = reassembly_kernels(self.logits(self._check(x)), self.spec, *x.shape[2:])
         return kernels.unflatten(2, (self.spec.kernel_size,) * 2)
 
     def __prepare_scriptable__(self) -> nn.Module:

@@ -9,7 +9,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from .samplers import Sampler, check_fit, fit, make_sampler
+from .slot_checks import check_features
 
+torch.fx.wrap("check_features")
 torch.fx.wrap("check_fit")
 torch.fx.wrap("fit")
 
@@ -88,8 +90,10 @@ class GlobalLocal(nn.Module):
             Images [N, 3, H, W] in [-1, 1]. The network also predicts the known pixels.
 
         Raises:
-            ValueError: the upsamplers do not undo the ratio of the downsamplers.
+            TypeError, ValueError: the images or the masks have another type or shape, or the upsamplers do not undo the ratio of the
+                downsamplers.
         """
+        images, masks = check_features(images, 3, "images"), check_features(masks, 1, "masks")
         y = torch.cat([images * (1 - masks), masks], dim=1)
         sizes = []
         for layer, layers in zip(LAYERS, self.stages, strict=True):

@@ -14,7 +14,9 @@ from ..kernels import reassemble
 from .carafe import CARAFE
 from .global_local import LAYERS, Layer, Norm
 from .samplers import AvgPool, Bilinear, Nearest, Sampler, check_fit, fit
+from .slot_checks import check_features
 
+torch.fx.wrap("check_features")
 torch.fx.wrap("check_fit")
 torch.fx.wrap("fit")
 
@@ -167,9 +169,10 @@ class PartialGlobalLocal(nn.Module):
             Images [N, 3, H, W] in [-1, 1]. The network also predicts the known pixels.
 
         Raises:
-            ValueError: the upsamplers do not undo the ratio of the downsamplers.
+            TypeError, ValueError: the images or the masks have another type or shape, or the upsamplers do not undo the ratio of the
+                downsamplers.
         """
-        y, known = images, 1 - masks
+        y, known = check_features(images, 3, "images"), 1 - check_features(masks, 1, "masks")
         sizes = []
         for layer, partial_stage in zip(LAYERS, self.stages, strict=True):
             if layer.resize == "down":

@@ -7,12 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch.fx
 import torch.nn as nn
 from torch import Tensor
 
 from .deform import DeformConv
 from .samplers import Sampler, halve, make_sampler
+from .slot_checks import check_features
 from .weights import load_weights
+
+torch.fx.wrap("check_features")
 
 Norm = Callable[[int], nn.Module]
 
@@ -186,8 +190,11 @@ class ResNet(nn.Module):
         """Compute C2 to C5 of images x [N, 3, H, W].
 
         Level i is [N, out_channels[i], ceil(H / s), ceil(W / s)] with s = min(2**(i + 2), output_stride).
+
+        Raises:
+            TypeError, ValueError: x is not a tensor of images.
         """
-        x = self.apply_stem(x)
+        x = self.apply_stem(check_features(x, getattr(self.conv1, "in_channels", None)))
         levels = []
         for i in range(len(self.out_channels)):
             x = getattr(self, f"layer{i + 1}")(x)

@@ -1,6 +1,6 @@
-"""Checks of the samplers that users put into slots: how they are made, how they are called, and what they return.
+"""Checks of the samplers that users put into slots (how they are made, how they are called, and what they return), and of inputs.
 
-Each error names the class of the sampler, what it does, and what a slot needs. `samplers.py` defines the slot.
+Each error about a sampler names its class, what it does, and what a slot needs. `samplers.py` defines the slot.
 """
 
 import inspect
@@ -85,3 +85,25 @@ def check_half(y: Tensor, x: Tensor, name: str) -> Tensor:
         (height, width), (rows, columns) = x.shape[2:], y.shape[2:]
         raise ValueError(f"the downsampler {name} must turn {height} x {width} pixels into {half[0]} x {half[1]}, got {rows} x {columns}")
     return y
+
+
+def check_features(x: Tensor, channels: int | None, name: str = "x") -> Tensor:
+    """Check that the input of a module is a tensor [N, channels, H, W], and return it.
+
+    Args:
+        x: the input.
+        channels: those that the first layer takes; None if it does not say.
+        name: the name of the argument.
+
+    Raises:
+        TypeError: the input is not a tensor.
+        ValueError: it has other channels, or not four axes.
+    """
+    # a compiler or tracer sees the check that the first layer makes itself
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return x
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor [N, {channels or 'C'}, H, W], got an object of type {type(x).__name__}")
+    if x.dim() != 4 or (channels is not None and x.shape[1] != channels):
+        raise ValueError(f"{name} must have the shape [N, {channels or 'C'}, H, W], got {tuple(x.shape)}")
+    return x

@@ -48,8 +48,10 @@ def format_help(config_name: str, arguments: Sequence[str]) -> str:
     # the command's own keys come before those of its groups
     ordered = dict(sorted(plain.items(), key=lambda item: item[0] not in own))
     keys = [format_entry(f"{key}={value}", [comments.get(key, "")], width) for key, value in list_keys(ordered) if is_worth(value)]
-    parts = [told, "", *(["groups, what they choose, and their choices:", *lines, ""] if lines else []), "keys, their values and what they mean:", *keys, ""]
-    return "\n".join([*parts, textwrap.fill(" ".join(FOOTER.split()), width)])
+    chosen = ["groups, what they choose, and their choices:", *lines, ""] if lines else []
+    return "\n".join(
+        [told, "", *chosen, "keys, their values and what they mean:", *keys, "", textwrap.fill(" ".join(FOOTER.split()), width)]
+    )
 
 
 def read_header(config_name: str) -> str:

@@ -2,10 +2,12 @@
 
 import itertools
 import pickle
+import re
 from functools import partial
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from carafepp.models.carafe import CARAFE
 from hypothesis import given, settings
@@ -111,6 +113,26 @@ def test_carafe_kernels_are_the_weights_it_sums_under():
 def test_carafe_names_a_wrong_argument(options, error, message):
     with pytest.raises(error, match=message):
         CARAFE(8, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"compressed_channels": None}], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 5, 7), (8, 5, 7), (1, 8, 2, 5, 7)], ids=str)
+def test_carafe_names_features_of_another_shape(options, shape):
+    module = CARAFE(8, up=2, **options)
+    with pytest.raises(ValueError, match=re.escape(f"x must have the shape [N, 8, H, W], got {shape}")):
+        module.kernels(torch.rand(shape))
+    with pytest.raises(ValueError, match=rf"x must have .*, got .*{re.escape(str(shape))}"):
+        module(torch.rand(shape))
+    with pytest.raises(TypeError, match=r"x must be a tensor \[N, 8, H, W\], got an object of type list"):
+        module([1.0])
+
+
+def test_carafe_takes_the_channels_of_a_layer_that_replaces_its_own():
+    module = CARAFE(8, up=2)
+    module.channel_compressor = nn.Conv2d(6, 64, 1)
+    assert module(torch.rand(1, 6, 5, 7)).shape == (1, 6, 10, 14)
+    module.channel_compressor = nn.Sequential(module.channel_compressor, nn.ReLU())
+    assert module(torch.rand(1, 6, 5, 7)).shape == (1, 6, 10, 14)
 
 
 @pytest.mark.parametrize("options", [{"up": 2}, {"down": 2, "compressor_norm": True}, {"up": 3, "down": 2, "groups": 2}], ids=str)

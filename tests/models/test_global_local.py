@@ -31,6 +31,18 @@ def test_generator_has_the_published_layers():
     assert convolutions[0].in_channels == 4
 
 
+@pytest.mark.parametrize("generator", [GlobalLocal, PartialGlobalLocal])
+def test_generator_names_images_and_masks_of_another_shape(generator):
+    model = generator(8).eval()
+    images, masks = torch.rand(3, 3, 16, 16), torch.zeros(3, 1, 16, 16)
+    with pytest.raises(ValueError, match=r"images must have the shape \[N, 3, H, W\], got \(3, 1, 16, 16\)"):
+        model(masks, masks)
+    # both would broadcast to the images
+    for wrong in (masks[:, 0], images):
+        with pytest.raises(ValueError, match=r"masks must have the shape \[N, 1, H, W\]"):
+            model(images, wrong)
+
+
 def test_carafe_takes_the_place_of_every_stride():
     for generator in (GlobalLocal, PartialGlobalLocal):
         model = generator(8, downsample=DOWN, upsample=UP)

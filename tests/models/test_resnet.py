@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn as nn
 import torchvision
 from carafepp.models.carafe import CARAFE
 from carafepp.models.resnet import ResNet, resnet50, resnet101, tiny
@@ -20,6 +21,15 @@ def test_resnet50_is_torchvisions():
     x = torch.randn(1, 3, 65, 47)
     torch.testing.assert_close(ours(x), theirs(x))
     assert resnet101(num_classes=10).state_dict().keys() == torchvision.models.resnet101(num_classes=10).state_dict().keys()
+
+
+def test_resnet_names_images_of_another_shape():
+    network = tiny()
+    for shape in ((2, 1, 64, 64), (3, 64, 64)):
+        with pytest.raises(ValueError, match=rf"x must have the shape \[N, 3, H, W\], got \({shape[0]}, "):
+            network(torch.rand(shape))
+    network.conv1 = nn.Conv2d(4, 16, 7, 2, padding=3)
+    assert len(network(torch.rand(2, 4, 64, 64))) == 4
 
 
 def test_resnet_initialises_as_torchvision_does():
