@@ -1,13 +1,12 @@
-"""Batch normalisation with statistics of the batch, and the ReLU that follows, for channels_last maps [PIXELS, WIDTH] in half precision.
+"""Batch normalisation with statistics of the batch, for channels_last maps [PIXELS, WIDTH] in half precision.
 
 The kernel that computes the features stores the mean of each of its blocks of pixels, and the sum of squared differences from it. `combine`
-merges these, so that no large numbers are subtracted, and updates the running statistics. `normalize` applies them. In the backward pass,
-`sum_pixels` sums the gradient of each channel and its products with the normalised features, and `differentiate` fills the gradient of the
-features.
+merges these, so that no large numbers are subtracted, and updates the running statistics. The encoder applies them to the features that it
+reads. In the backward pass, its gradient sums what the norm needs of each channel, and `differentiate` fills the gradient of the features.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -30,7 +29,7 @@ class Blocks(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """The size of the partial sums that `sum_pixels` stores."""
+    """The size of the partial sums of a gradient."""
 
     parts: int
     columns: int
@@ -77,40 +76,9 @@ def combine(
 
 
 @triton.jit
-def normalize(
-    tiles: Tiles,
-    features_ptr,  # [PIXELS, WIDTH]
-    statistics_ptr,  # [2, WIDTH]
-    scale_ptr,  # [WIDTH]
-    shift_ptr,  # [WIDTH]
-    normalized_ptr,  # [PIXELS, WIDTH]
-    LAYERS: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """Fill the normalised features after the ReLU."""
-    BLOCKS: tl.constexpr = COLUMNS // N
-    pid = tl.program_id(0)
-    m = (pid // BLOCKS).to(INDEX) * M + tl.arange(0, M)
-    n = pid % BLOCKS * N + tl.arange(0, N)
-    at = m[:, None] * LAYERS.width + n[None, :]
-    mask = (m < tiles.pixels)[:, None] & (n < LAYERS.width)[None, :]
-    values = tl.load(features_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    mean, rate = load_channels(statistics_ptr, n, LAYERS.width), load_channels(statistics_ptr + LAYERS.width, n, LAYERS.width)
-    factor = rate * load_channels(scale_ptr, n, LAYERS.width)
-    values = (values - mean[None, :]) * factor[None, :] + load_channels(shift_ptr, n, LAYERS.width)[None, :]
-    # NaN stays NaN
-    values = tl.where(values < 0, 0.0, values)
-    tl.store(normalized_ptr + at, values.to(normalized_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def differentiate(
     tiles: Tiles,
-    gradient_ptr,  # [PIXELS, WIDTH], of the normalised features, replaced by that of the features
-    normalized_ptr,  # [PIXELS, WIDTH]
+    gradient_ptr,  # [PIXELS, WIDTH], of the norm's result, replaced by that of the features
     features_ptr,  # [PIXELS, WIDTH]
     statistics_ptr,  # [2, WIDTH]
     scale_ptr,  # [WIDTH]
@@ -122,7 +90,7 @@ def differentiate(
     COLUMNS: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Replace the gradient of the normalised features by that of the features."""
+    """Replace the gradient of the norm's result by that of the features."""
     BLOCKS: tl.constexpr = COLUMNS // N
     pid = tl.program_id(0)
     part, n = pid // BLOCKS, pid % BLOCKS * N + tl.arange(0, N)
@@ -136,7 +104,6 @@ def differentiate(
         at = m[:, None] * LAYERS.width + n[None, :]
         mask = (m < tiles.pixels)[:, None] & (n < LAYERS.width)[None, :]
         values = tl.load(gradient_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        values = tl.where(tl.load(normalized_ptr + at, mask=mask, other=0.0) <= 0, 0.0, values)
         features = tl.load(features_ptr + at, mask=mask, other=0.0).to(tl.float32)
         values = (values - average[None, :] - (features - mean[None, :]) * slope[None, :]) * factor[None, :]
         tl.store(gradient_ptr + at, values.to(gradient_ptr.dtype.element_ty), mask=mask)
@@ -159,35 +126,26 @@ def combine_launch(pixels: int, partials: Tensor, statistics: Tensor, running: S
     return Launch(combine, (layers.width, 1, 1), arguments, constants, 4, 1)
 
 
-def _tiled_launch(kernel: Any, tiles: Tiles, arguments: dict[str, Any], features: Tensor, layers: Layers) -> Launch:
-    width = block_width(layers.width)
-    blocks = triton.cdiv(layers.width, width)
-    constants = {"LAYERS": layers, "M": TILE // width, "N": width, "COLUMNS": width * blocks, "INDEX": index_type(features)}
-    return Launch(kernel, (tiles.parts * blocks, 1, 1), {"tiles": tiles} | arguments, constants, 8, 1)
+def differentiate_launch(gradient: Tensor, features: Tensor, statistics: Tensor, scale: Tensor, partials: Tensor, layers: Layers) -> Launch:
+    """Return the launch that replaces the gradient of the norm's result by that of the features, on any device, including "meta".
 
-
-def normalize_launch(features: Tensor, statistics: Tensor, scale: Tensor, shift: Tensor, normalized: Tensor, layers: Layers) -> Launch:
-    """Return the launch that fills normalised features [N, width, H, W] in channels_last, on any device, including "meta"."""
-    pixels = features.numel() // layers.width
-    arguments = dict(features_ptr=features, statistics_ptr=statistics, scale_ptr=scale, shift_ptr=shift, normalized_ptr=normalized)
-    return _tiled_launch(normalize, divide(pixels, block_width(layers.width), pixels), arguments, features, layers)
-
-
-def differentiate_launch(
-    gradient: Tensor, normalized: Tensor, features: Tensor, statistics: Tensor, scale: Tensor, partials: Tensor, layers: Layers
-) -> Launch:
-    """Return the launch that replaces the gradient of the normalised features by that of the features, on any device, including "meta".
-
-    `partials` [2, parts, columns] are from `sum_pixels`; the other arguments are those of `normalize_launch`.
+    Args:
+        gradient, features: [N, width, H, W] in channels_last.
+        statistics: [2, width], from `combine_launch`.
+        scale: of the norm [width].
+        partials: [2, parts, columns], the sums of the gradient and of its products with the normalised features.
+        layers: what is compiled in of the layers.
     """
-    pixels = features.numel() // layers.width
+    pixels, width = features.numel() // layers.width, block_width(layers.width)
+    blocks, tiles = triton.cdiv(layers.width, width), divide(pixels, TILE // width, MAX_PROGRAMS)
     arguments = {
+        "tiles": tiles,
         "gradient_ptr": gradient,
-        "normalized_ptr": normalized,
         "features_ptr": features,
         "statistics_ptr": statistics,
         "scale_ptr": scale,
         "partials_ptr": partials,
         "sums": Sums(*partials.shape[1:]),
     }
-    return _tiled_launch(differentiate, divide(pixels, block_width(layers.width), MAX_PROGRAMS), arguments, features, layers)
+    constants = {"LAYERS": layers, "M": TILE // width, "N": width, "COLUMNS": width * blocks, "INDEX": index_type(features)}
+    return Launch(differentiate, (tiles.parts * blocks, 1, 1), arguments, constants, 8, 1)

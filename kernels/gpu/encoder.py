@@ -3,7 +3,7 @@
 `compress` is the 1x1 convolution, with the affine map of a norm and a ReLU in its epilogue, as a matrix product. Further programs of the
 same launch copy the encoder's weight into the dtype and the order in which `encode`, the convolution that follows, multiplies it, and in
 training both weights for the backward pass. Both kernels read parameters of any dtype in place, round features and logits once, and take
-less host time than one call of cuDNN or cuBLAS.
+less host time than one call of cuDNN or cuBLAS. `encode` applies a norm with statistics of the batch to the features that it reads.
 """
 
 from typing import Any, NamedTuple
@@ -104,19 +104,20 @@ def block_columns(channels: int) -> int:
     return max(16, min(128, triton.next_power_of_2(channels)))
 
 
-def _choose_block(pixels: int, outputs: int, inputs: int, deepest: int) -> Block:
+def choose_block(pixels: int, outputs: int, inputs: int, deepest: int) -> Block:
+    """Return the block of a product of this many pixels, output channels and input channels, at most `deepest` of these."""
     rows = 128 if pixels >= MANY_PIXELS else 64
     return Block(rows, block_columns(outputs), max(16, min(deepest, triton.next_power_of_2(inputs))))
 
 
 def _compressor_block(pixels: int, layers: Layers, inputs: int) -> Block:
     # few pixels in few programs wait for every step
-    return _choose_block(pixels, layers.width, inputs, 64 if pixels >= MANY_PIXELS else 128)
+    return choose_block(pixels, layers.width, inputs, 64 if pixels >= MANY_PIXELS else 128)
 
 
 def feature_blocks(pixels: int) -> tuple[int, int]:
     """Return the number of blocks of pixels whose statistics `compress` stores, and the pixels of a block."""
-    rows = _choose_block(pixels, 1, 1, 1).m
+    rows = choose_block(pixels, 1, 1, 1).m
     return triton.cdiv(pixels, rows), rows
 
 
@@ -158,6 +159,16 @@ def _keep_weights(start, encoder: Features, weight: Features, kept_ptr, c, LAYER
 def load_channels(ptr, n, WIDTH: tl.constexpr):
     """Return values of the channels n in float32, zero from WIDTH on."""
     return tl.load(ptr + n, mask=n < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def normalize(values, n, statistics_ptr, scale_ptr, shift_ptr, WIDTH: tl.constexpr):
+    """Return what a norm with the statistics of the batch, and the ReLU that follows, make of features [..., channels n] in float32."""
+    mean, rate = load_channels(statistics_ptr, n, WIDTH), load_channels(statistics_ptr + WIDTH, n, WIDTH)
+    factor = rate * load_channels(scale_ptr, n, WIDTH)
+    values = (values - mean[None, :]) * factor[None, :] + load_channels(shift_ptr, n, WIDTH)[None, :]
+    # NaN stays NaN
+    return tl.where(values < 0, 0.0, values)
 
 
 @triton.jit
@@ -238,6 +249,9 @@ def encode(
     copy_ptr,  # [*kernel, WIDTH, COLUMNS]
     bias_ptr,  # [OUTPUTS]
     logits_ptr,  # [N, HQ, WQ, ROW]
+    statistics_ptr,  # [2, WIDTH], mean and 1 / deviation of the batch
+    scale_ptr,  # [WIDTH]
+    shift_ptr,  # [WIDTH]
     LAYERS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -266,8 +280,12 @@ def encode(
         tap, c = step // STEPS, step % STEPS * K + k
         di, dj = tap // LAYERS.kernel_w * LAYERS.dilation_h, tap % LAYERS.kernel_w * LAYERS.dilation_w
         i, j = i0 + di, j0 + dj
-        inside = exists & (i >= 0) & (i < sizes.h) & (j >= 0) & (j < sizes.w)
-        a = tl.load(pixels + (di * sizes.w + dj) * WIDTH + c[None, :], mask=inside[:, None] & (c < WIDTH)[None, :], other=0.0)
+        inside = (exists & (i >= 0) & (i < sizes.h) & (j >= 0) & (j < sizes.w))[:, None] & (c < WIDTH)[None, :]
+        a = tl.load(pixels + (di * sizes.w + dj) * WIDTH + c[None, :], mask=inside, other=0.0)
+        if LAYERS.batch:
+            values = normalize(a.to(tl.float32), c, statistics_ptr, scale_ptr, shift_ptr, WIDTH)
+            # the padding is of the normalised features
+            a = tl.where(inside, values, 0.0).to(a.dtype)
         w = tl.load(copy_ptr + (tap * WIDTH + c)[:, None] * COLUMNS + n[None, :], mask=(c < WIDTH)[:, None], other=0.0)
         sums += product(a, w, PRECISION)
     sums += load_channels(bias_ptr, n, LAYERS.outputs)[None, :]
@@ -329,7 +347,14 @@ def compress_launch(
 
 
 def encode_launch(
-    features: Tensor, copy: Tensor, logits: Tensor, parameters: Parameters, layers: Layers, *, precision: str = "ieee"
+    features: Tensor,
+    copy: Tensor,
+    logits: Tensor,
+    parameters: Parameters,
+    layers: Layers,
+    statistics: Tensor | None = None,
+    *,
+    precision: str = "ieee",
 ) -> Launch:
     """Return the launch that encodes features with the weight that `compress_launch` copies, on any device, including "meta".
 
@@ -337,16 +362,21 @@ def encode_launch(
         features: [N, width, H, W] in channels_last.
         copy, parameters, layers, precision: as for `compress_launch`.
         logits: [N, row, HQ, WQ] in channels_last, filled.
+        statistics: mean and 1 / deviation of the features [2, width] in float32, if the norm takes the statistics of the batch.
     """
     n, _, h, w = features.shape
     hq, wq = logits.shape[2:]
-    block = _choose_block(n * hq * wq, layers.outputs, layers.width, 64)
+    *_, scale, shift, _, bias = parameters
+    # the kernel does not touch what is not given
+    norm = (bias,) * 3 if statistics is None else (statistics, scale, shift)
+    block = choose_block(n * hq * wq, layers.outputs, layers.width, 64)
     arguments = {
         "sizes": Cells(n * hq * wq, h, w, hq, wq),
         "features_ptr": features,
         "copy_ptr": copy,
-        "bias_ptr": parameters[-1],
+        "bias_ptr": bias,
         "logits_ptr": logits,
+        **dict(zip(("statistics_ptr", "scale_ptr", "shift_ptr"), norm, strict=True)),
     }
     programs = triton.cdiv(n * hq * wq, block.m) * (layers.columns // block.n)
     constants = _shared_constants(layers, precision, features, logits) | {"BLOCK": block}

@@ -1,7 +1,7 @@
 """Sums over the pixels of channels_last maps, in float32 and without atomics: the gradients of biases and of a norm.
 
-`sum_pixels` adds tiles of the map in a few hundred programs, each of which stores one partial sum for every channel. `finish` adds these
-for all parameters of the module, and casts the gradients of its weights, in one launch.
+Programs add tiles of a map, and each stores one partial sum for every channel. `finish` adds these for all parameters of the module, and
+casts the gradients of its weights, in one launch.
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .encoder import Layers, index_type, load_channels
+from .encoder import Layers
 from .launch import Launch
 from .records import Features
 
-# elements of a map that a program reads at once, and the most programs, which are all resident on a large GPU
+# elements of a map that a program reads at once
 TILE = 4096
-MAX_PARTS = 512
-# with three maps to read, fewer programs keep as many bytes in flight
-MAX_PARTS_OF_NORM = 256
 # elements of a load of 16 bytes
 VECTOR = 8
 COPY_BLOCK = 1024
@@ -35,34 +32,15 @@ class Tiles(NamedTuple):
 
 
 class Summed(NamedTuple):
-    """A map and what is summed of it. A constant."""
+    """The map [PIXELS, ROW] that `sum_pixels` sums, in tiles. A constant."""
 
     row: int  # elements from one pixel to the next
     channels: int  # those that are summed; the others are filled with zeros
-    rectified: bool  # whether a gradient is 0 where the result of a ReLU is
-    scaled: bool  # whether a norm with running statistics scales it
-    centred: bool  # whether the products with the normalised features of a batch are summed as well
-    eps: float  # of the running variance
-
-    @property
-    def width(self) -> int:
-        """Columns of a tile."""
-        return block_width(self.row)
-
-    @property
-    def columns(self) -> int:
-        """Columns of the partial sums."""
-        return -(-self.row // self.width) * self.width
-
-    @property
-    def loaded(self) -> int:
-        """Channels that are loaded, in runs of 16 bytes."""
-        return min(self.row, -(-self.channels // VECTOR) * VECTOR)
-
-    @property
-    def cleared(self) -> int:
-        """The first channel of the runs that are stored where others follow the summed channels; the row if none does."""
-        return self.channels // VECTOR * VECTOR if self.channels < self.row else self.row
+    height: int  # pixels of a tile
+    width: int  # channels of a tile
+    columns: int  # those of all tiles side by side, and of the partial sums
+    loaded: int  # channels that are loaded, in runs of 16 bytes
+    cleared: int  # the first channel of the runs that are stored where others follow the summed channels; the row if none does
 
 
 class Finished(NamedTuple):
@@ -83,67 +61,39 @@ def block_width(row: int) -> int:
     return max(16, min(128, triton.next_power_of_2(row)))
 
 
-def divide(pixels: int, width: int, most: int) -> Tiles:
-    """Divide a map among at most this many programs for each block of columns."""
-    tiles = triton.cdiv(pixels, TILE // width)
+def divide(pixels: int, rows: int, most: int) -> Tiles:
+    """Divide a map into tiles of this many pixels, among at most this many programs for each block of columns."""
+    tiles = triton.cdiv(pixels, rows)
     steps = triton.cdiv(tiles, most)
     return Tiles(pixels, triton.cdiv(tiles, steps), steps)
 
 
+def plan_sum(row: int, channels: int) -> Summed:
+    """Return how the first channels of maps with rows of this many elements are summed."""
+    width = block_width(row)
+    cleared = channels // VECTOR * VECTOR if channels < row else row
+    return Summed(row, channels, TILE // width, width, -(-row // width) * width, min(row, -(-channels // VECTOR) * VECTOR), cleared)
+
+
 @triton.jit
-def sum_pixels(
-    tiles: Tiles,
-    map_ptr,  # [PIXELS, ROW]
-    rectified_ptr,  # [PIXELS, ROW], the result of the ReLU
-    features_ptr,  # [PIXELS, ROW], the input of the norm
-    statistics_ptr,  # [2, ROW], mean and 1 / deviation of the features
-    variance_ptr,  # [ROW], of a norm with running statistics
-    scale_ptr,  # [ROW]
-    partials_ptr,  # [1 or 2, PARTS, COLUMNS]
-    MAP: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LOADED: tl.constexpr,
-    CLEARED: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """Fill the partial sums of a gradient, and write back what a ReLU and a norm with running statistics make of it."""
-    BLOCKS: tl.constexpr = COLUMNS // N
-    pid = tl.program_id(0)
+def sum_pixels(pid, tiles: Tiles, map_ptr, partials_ptr, MAP: tl.constexpr, INDEX: tl.constexpr):
+    """Fill the partial sums [PARTS, COLUMNS] of a map [PIXELS, ROW], and the channels after those that are summed with zeros."""
+    M: tl.constexpr = MAP.height
+    N: tl.constexpr = MAP.width
+    BLOCKS: tl.constexpr = MAP.columns // N
     part, n = pid // BLOCKS, pid % BLOCKS * N + tl.arange(0, N)
-    if MAP.scaled:
-        factor = tl.rsqrt(load_channels(variance_ptr, n, MAP.channels) + MAP.eps) * load_channels(scale_ptr, n, MAP.channels)
-    if MAP.centred:
-        mean, rate = load_channels(statistics_ptr, n, MAP.channels), load_channels(statistics_ptr + MAP.channels, n, MAP.channels)
     sums = tl.zeros((M, N), tl.float32)
-    products = tl.zeros((M, N), tl.float32)
     for step in range(tiles.steps):
         m = (step * tiles.parts + part).to(INDEX) * M + tl.arange(0, M)
         at = m[:, None] * MAP.row + n[None, :]
         exists = (m < tiles.pixels)[:, None]
-        mask = exists & (n < LOADED)[None, :]
-        loaded = tl.load(map_ptr + at, mask=mask, other=0.0)
-        if MAP.channels < LOADED:
-            loaded = tl.where((n < MAP.channels)[None, :], loaded, 0.0)
-        values = loaded.to(tl.float32)
-        if MAP.rectified:
-            # NaN passes, as it does in PyTorch
-            values = tl.where(tl.load(rectified_ptr + at, mask=mask, other=0.0) <= 0, 0.0, values)
-        if MAP.scaled:
-            values *= factor[None, :]
-        if MAP.centred:
-            features = tl.load(features_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            products += values * ((features - mean[None, :]) * rate[None, :])
-        elif MAP.rectified:
-            tl.store(map_ptr + at, values.to(map_ptr.dtype.element_ty), mask=mask)
-        elif MAP.row > CLEARED:
-            tl.store(map_ptr + at, loaded, mask=exists & (n >= CLEARED)[None, :] & (n < MAP.row)[None, :])
-        sums += values
-    to = partials_ptr + part * COLUMNS + n
-    tl.store(to, tl.sum(sums, axis=0))
-    if MAP.centred:
-        tl.store(to + tiles.parts * COLUMNS, tl.sum(products, axis=0))
+        values = tl.load(map_ptr + at, mask=exists & (n < MAP.loaded)[None, :], other=0.0)
+        if MAP.channels < MAP.loaded:
+            values = tl.where((n < MAP.channels)[None, :], values, 0.0)
+        if MAP.row > MAP.cleared:
+            tl.store(map_ptr + at, values, mask=exists & (n >= MAP.cleared)[None, :] & (n < MAP.row)[None, :])
+        sums += values.to(tl.float32)
+    tl.store(partials_ptr + part * MAP.columns + n, tl.sum(sums, axis=0))
 
 
 @triton.jit
@@ -210,49 +160,6 @@ def finish(
             # exact, because the norm subtracts the bias with the mean of the batch
             sums = tl.zeros_like(sums)
         _store_channels(bias_ptr, n, sums, LAYERS.width)
-
-
-def find_tiles(pixels: int, summed: Summed) -> Tiles:
-    """Divide a map of this many pixels among the programs of `sum_pixels`."""
-    return divide(pixels, summed.width, MAX_PARTS_OF_NORM if summed.centred else MAX_PARTS)
-
-
-def sum_launch(
-    gradient: Tensor,
-    partials: Tensor,
-    summed: Summed,
-    *,
-    rectified: Tensor | None = None,
-    features: Tensor | None = None,
-    statistics: Tensor | None = None,
-    variance: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> Launch:
-    """Return the launch that sums a gradient over its pixels, on any device, including "meta".
-
-    Args:
-        gradient: [N, row, H, W] in channels_last; channels that are not summed are filled with zeros. It is multiplied in place with the
-            derivatives of a ReLU, and of a norm with running statistics, unless the norm takes the statistics of the batch.
-        partials: [2 if centred else 1, parts, columns] in float32, filled, see `find_tiles`.
-        summed: what is summed.
-        rectified: the result of the ReLU, of the size of the gradient.
-        features, statistics: the input of the norm, of the size of the gradient, and its mean and 1 / deviation [2, row] in float32.
-        variance, scale: of a norm with running statistics [row].
-    """
-    pixels = gradient.numel() // summed.row
-    maps = {"rectified_ptr": rectified, "features_ptr": features}
-    channels = {"statistics_ptr": statistics, "variance_ptr": variance, "scale_ptr": scale}
-    arguments: dict[str, Any] = {
-        "tiles": find_tiles(pixels, summed),
-        "map_ptr": gradient,
-        # the kernel does not touch what is not given
-        **{name: partials if t is None else t for name, t in (maps | channels).items()},
-        "partials_ptr": partials,
-    }
-    sides = {"M": TILE // summed.width, "N": summed.width, "COLUMNS": summed.columns}
-    constants = {"MAP": summed, **sides, "LOADED": summed.loaded, "CLEARED": summed.cleared, "INDEX": index_type(gradient)}
-    grid = (arguments["tiles"].parts * (summed.columns // summed.width), 1, 1)
-    return Launch(sum_pixels, grid, arguments, constants, 8, 1)
 
 
 def finish_launch(
