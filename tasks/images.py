@@ -140,10 +140,13 @@ def read_converted(
 
     `check` sees the file before it is decoded, and may raise a ValueError.
     """
+    size = "its pixels"
     try:
         with lift_size_limit(reading.get("allow_huge", False)), Image.open(path) as image:
+            size = f"{image.width} x {image.height} pixels"
             if check is not None:
                 check(image)
+            _check_strips(image)
             # without a name, Pillow does not map a file into memory: a mapped TIFF on its side would be scrambled
             image.filename = ""
             if reading.get("ignore_orientation"):
@@ -153,10 +156,26 @@ def read_converted(
     except FileNotFoundError:
         raise FileNotFoundError(f"{kind} {path} does not exist") from None
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{kind} {path} is larger than Pillow allows ({error}); allow_huge=true reads it nonetheless") from None
+        told = str(error).partition(", ")[0]
+        raise ValueError(f"{kind} {path} is larger than Pillow allows ({told}); allow_huge=true reads it nonetheless") from None
+    except MemoryError:
+        raise ValueError(f"{kind} {path} cannot be read: there is not enough memory for {size}") from None
     # what Pillow raises for damaged files depends on the decoder
     except Exception as error:
-        raise ValueError(f"{kind} {path} cannot be read: {error}") from error
+        raise ValueError(f"{kind} {path} cannot be read: {error or type(error).__name__}") from error
+
+
+def _check_strips(image: ImageFile) -> None:
+    """Check that the strips or tiles of a TIFF reach its last row and column, because Pillow leaves the rest black without a warning.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if image.format == "TIFF" and image.tile:
+        # each has left, top, right and bottom; the size of the image may be that after its orientation, with sides exchanged
+        columns, rows = (max(part[1][side] for part in image.tile) for side in (2, 3))
+        if columns * rows < image.width * image.height:
+            raise ValueError(f"the file holds {columns} x {rows} of its {image.width} x {image.height} pixels")
 
 
 def _convert(image: Image.Image) -> Image.Image:

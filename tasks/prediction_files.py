@@ -26,14 +26,30 @@ class PredictionFiles(Protocol):
         ...
 
 
-def name_file(folder: Path, name: str) -> Path:
-    """Return the PNG for the image file `name` in a folder, which is made: a.png for a.jpg, and a.jpg.png if another image has a.png."""
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{Path(name).stem}.png"
-    return folder / f"{name}.png" if path.exists() else path
+class PNGFolder:
+    """A folder with a PNG for each image: a.png for a.jpg, and a.webp.png for a.webp, if it comes after a.jpg.
+
+    Files of an earlier prediction in the folder are replaced.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.names: set[str] = set()
+
+    def name_file(self, name: str) -> Path:
+        """Return the PNG for the image file `name`; the folder is made."""
+        self.folder.mkdir(exist_ok=True)
+        file = f"{Path(name).stem}.png"
+        file = f"{name}.png" if file in self.names else file
+        self.names.add(file)
+        return self.folder / file
+
+    def finish(self) -> Path:
+        """Return the folder."""
+        return self.folder
 
 
-class LabelMapFiles:
+class LabelMapFiles(PNGFolder):
     """A folder labels/ with a PNG for each image, whose 8-bit grey values are the classes, and classes.txt with a name a line.
 
     Args:
@@ -42,18 +58,19 @@ class LabelMapFiles:
     """
 
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
-        self.folder, self.class_names = folder / "labels", list(class_names)
+        super().__init__(folder / "labels")
+        self.class_names = list(class_names)
 
     def add(self, name: str, size: tuple[int, int], prediction: Tensor) -> None:
         """Write labels [h, w], enlarged to the size of the image by nearest neighbour, as labels/a.png for a.jpg."""
         labels = F.interpolate(prediction[None, None].float(), size, mode="nearest-exact")[0, 0].to(torch.uint8)
-        with replace_file(name_file(self.folder, name), "wb") as file:
+        with replace_file(self.name_file(name), "wb") as file:
             Image.fromarray(labels.numpy()).save(file, "PNG")
 
     def finish(self) -> Path:
         """Write classes.txt."""
         write_atomically(self.folder / "classes.txt", "".join(f"{name}\n" for name in self.class_names))
-        return self.folder
+        return super().finish()
 
 
 class DetectionFile:
@@ -119,7 +136,7 @@ class ClassTable:
         return self.path
 
 
-class FilledImages:
+class FilledImages(PNGFolder):
     """A folder filled/ with the photographs whose holes are filled, as PNG.
 
     Args:
@@ -127,13 +144,9 @@ class FilledImages:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / "filled"
+        super().__init__(folder / "filled")
 
     def add(self, name: str, size: tuple[int, int], prediction: Tensor) -> None:
         """Write a photograph [3, H, W] in [0, 1] as filled/a.png for a.jpg."""
-        with replace_file(name_file(self.folder, name), "wb") as file:
+        with replace_file(self.name_file(name), "wb") as file:
             save_image(prediction, file, format="png")
-
-    def finish(self) -> Path:
-        """Return the folder."""
-        return self.folder

@@ -47,11 +47,16 @@ def format_time_taken(tables: Sequence[Table]) -> str:
     runs = {run.folder: run for table in tables for line in table.lines if line.setting for run in line.setting.runs.values()}.values()
     cpu = [run.cpu_seconds for run in runs if run.cpu_seconds is not None]
     clock = [run.seconds for run in runs if run.cpu_seconds is None]
-    parts = [f"{math.fsum(cpu) / 3600:.2f} hours of CPU time"] if cpu else []
+    parts = [f"{format_duration(math.fsum(cpu))} of CPU time"] if cpu else []
     if clock:
         without = f" for the {len(clock)} without CPU time" if cpu else ""
-        parts.append(f"{math.fsum(clock) / 3600:.2f} hours of wall-clock time{without}")
+        parts.append(f"{format_duration(math.fsum(clock))} of wall-clock time{without}")
     return f"{len(runs)} run{'s' * (len(runs) > 1)}: {' and '.join(parts)}"
+
+
+def format_duration(seconds: float) -> str:
+    """State a duration in hours, or in seconds if it is less than a hundredth of an hour."""
+    return f"{seconds / 3600:.2f} hours" if seconds >= 36 else f"{seconds:.0f} seconds"
 
 
 def count_decimals(figures: Iterable[float | None]) -> int:

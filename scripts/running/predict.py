@@ -170,7 +170,7 @@ def predict(cfg: DictConfig) -> None:
     if cfg.masks is not None:
         options |= {"invert": cfg.invert_masks, "threshold": cfg.mask_threshold}
     files = {} if cfg.regions is not None else make_files(tasks, folder, name_folders(list_checkpoints(cfg)))
-    skipped, rows = [], {}
+    skipped, rows = [], []
     columns = [*(["image"] if masks[0] is None else ["photograph", "hole"]), *(tasks if len(tasks) > 1 else ["prediction"])]
     for path, mask in tqdm(list(zip(paths, masks, strict=True)), unit="image"):
         try:
@@ -192,10 +192,10 @@ def predict(cfg: DictConfig) -> None:
             row = draw(tasks, inputs, predictions)
             figure = row[-1] if len(tasks) == 1 and not caption else arrange([row], columns=columns, note=caption)
             if len(rows) < FIGURE_ROWS:
-                rows[path.stem] = row
+                rows.append(row)
         save_image(figure, folder / f"{path.name}.png")
     if len(rows) > 1:
-        save_image(arrange(list(rows.values()), columns=columns, note=caption), folder / "figure.png")
+        save_image(arrange(rows, columns=columns, note=caption), folder / "figure.png")
     summary = "\n".join([*skipped, f"{len(paths) - len(skipped)} of {len(paths)} images predicted, pictures in {folder}"])
     if len(skipped) == len(paths):
         raise ValueError(summary)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from carafepp.tasks.cityscapes import Cityscapes
 from carafepp.tasks.imagenet import SORT, ImageNet
-from carafepp.tasks.images import read_image
+from carafepp.tasks.images import read_converted, read_image
 from carafepp.tasks.places import Places
 from PIL import Image
 
@@ -134,6 +134,27 @@ def test_file_without_content_is_named(tmp_path):
     for index, name in ((1, "1.jpg"), (2, "2.jpg")):
         with pytest.raises(ValueError, match=f"image .*{name} cannot be read"):
             data[index]
+
+
+def test_tiff_without_its_last_strips_is_named(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(BYTES).save(path)
+    content = path.read_bytes()
+    # the entry of the height: tag 257, one integer
+    entry = content.index(b"\x01\x01\x04\x00\x01\x00\x00\x00")
+    path.write_bytes(content[: entry + 8] + (24).to_bytes(4, "little") + content[entry + 12 :])
+    with pytest.raises(ValueError, match=r"a.tif cannot be read: the file holds 16 x 16 of its 16 x 24 pixels"):
+        read_image(path)
+
+
+def test_image_that_does_not_fit_into_memory_is_named(tmp_path):
+    Image.fromarray(BYTES).save(tmp_path / "a.png")
+
+    def convert(image):
+        raise MemoryError
+
+    with pytest.raises(ValueError, match=r"mask .*a.png cannot be read: there is not enough memory for 16 x 16 pixels"):
+        read_converted(tmp_path / "a.png", "mask", convert)
 
 
 def test_hidden_folders_hold_no_photographs(tmp_path):

@@ -18,6 +18,10 @@ def test_label_maps_have_the_size_of_the_image(tmp_path):
     assert image.mode == "L"
     assert np.array(image).tolist() == [[0, 0, 1, 1, 2, 2]] * 2 + [[2, 2, 2, 2, 255, 255]] * 2
     assert np.array(Image.open(tmp_path / "labels" / "a.png.png")).tolist() == [[1, 1, 1]] * 2
+    # a second prediction into the folder replaces these files
+    files = LabelMapFiles(tmp_path, ["background", "crack", "stain"])
+    files.add("a.jpg", (2, 3), torch.zeros(2, 3, dtype=torch.int64))
+    assert not np.array(Image.open(tmp_path / "labels" / "a.png")).any()
     assert files.finish() == tmp_path / "labels"
     assert (tmp_path / "labels" / "classes.txt").read_text() == "background\ncrack\nstain\n"
 
