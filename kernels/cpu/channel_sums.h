@@ -29,20 +29,20 @@ template <class S, class T> struct Terms {
     }
 };
 
-// The same for the pixels of a rectangle.
+// The same for the pixels of a rectangle. A row's end is reached by counting down, so that few values are live beside the sums: compilers
+// keep the others in vector registers, from where an address is known only after the sums before it.
 template <class S, class T> struct Rectangle {
     const S* pixel;
-    Index rows, columns, row_stride, column_stride;
     const T* weights;
-    Index row_step, step;  // values from the weights of a row, or of a pixel, to those of the next
+    Index rows, columns;
+    Index step, skip;                // values from a pixel to the next, and from the end of a row to the next row
+    Index weight_step, weight_skip;  // the same for their weights
 
     template <class F> void visit(Index c, F&& f) const {
-        // few values, so that they and the sums stay in registers
-        const Index row_skip = row_stride - columns * column_stride, weight_skip = row_step - columns * step;
         const S* from = pixel + c;
         const T* weight = weights;
-        for (Index i = 0; i < rows; ++i, from += row_skip, weight += weight_skip)
-            for (Index j = 0; j < columns; ++j, from += column_stride, weight += step) f(from, weight);
+        for (Index i = rows; i > 0; --i, from += skip, weight += weight_skip)
+            for (Index j = columns; j > 0; --j, from += step, weight += weight_step) f(from, weight);
     }
 };
 
@@ -65,14 +65,15 @@ template <class S> Writing choose_writing(const Problem& problem, const PixelMap
     return {bytes > prefetched ? output.factor * output.column_stride : 0, false};
 }
 
-// result[s][c] = sum over terms of weight[term][s] * pixel[term][c], for N results and V vectors of channels from c.
-template <int N, int V, class T, class Sum, class S>
-inline void sum_terms(const Sum& terms, Index c, S* const* results, const Writing& writing) {
-    if (writing.ahead)
+// result[s][c] = sum over terms of weight[term][s] * pixel[term][c], for N results and V vectors of channels from c. Prefetches results at a
+// distance of `ahead`, unless it is 0.
+template <int N, int V, bool STREAM, class T, class Sum, class S>
+NOINLINE void sum_terms(const Sum& terms, Index c, S* const* results, Index ahead) {
+    if (ahead)
 #pragma GCC unroll 8
         for (int s = 0; s < N; ++s)
 #pragma GCC unroll 8
-            for (int i = 0; i < V; ++i) __builtin_prefetch(results[s] + writing.ahead + c + i * LANES<T>, 1);
+            for (int i = 0; i < V; ++i) __builtin_prefetch(results[s] + ahead + c + i * LANES<T>, 1);
     Vector<T> total[N][V] = {};
     terms.visit(c, [&](const S* pixel, const T* weight) {
         Vector<T> v[V];
@@ -87,26 +88,26 @@ inline void sum_terms(const Sum& terms, Index c, S* const* results, const Writin
     for (int s = 0; s < N; ++s)
 #pragma GCC unroll 8
         for (int i = 0; i < V; ++i)
-            if (STREAMS && writing.streams) stream<T>(results[s] + c + i * LANES<T>, total[s][i]);
+            if (STREAM) stream<T>(results[s] + c + i * LANES<T>, total[s][i]);
             else store(results[s] + c + i * LANES<T>, total[s][i]);
 }
 
 // The same for all channels; the last vector may repeat channels of the one before it.
-template <int N, class T, class Sum, class S>
-inline void sum_all_channels(const Sum& terms, Index channels, S* const* results, const Writing& writing = {}) {
+template <int N, bool STREAM, class T, class Sum, class S>
+inline void sum_all_channels(const Sum& terms, Index channels, S* const* results, Index ahead = 0) {
     constexpr Index block = CHANNEL_VECTORS * LANES<T>;
     Index c = 0;
-    for (; c + block <= channels; c += block) sum_terms<N, CHANNEL_VECTORS, T>(terms, c, results, writing);
-    for (; c + LANES<T> <= channels; c += LANES<T>) sum_terms<N, 1, T>(terms, c, results, writing);
-    if (c < channels) sum_terms<N, 1, T>(terms, channels - LANES<T>, results, writing);
+    for (; c + block <= channels; c += block) sum_terms<N, CHANNEL_VECTORS, STREAM, T>(terms, c, results, ahead);
+    for (; c + LANES<T> <= channels; c += LANES<T>) sum_terms<N, 1, STREAM, T>(terms, c, results, ahead);
+    if (c < channels) sum_terms<N, 1, STREAM, T>(terms, channels - LANES<T>, results, ahead);
 }
 
 // The same for consecutive cells of a row; the terms and results are those of the first.
-template <int N, class T, class S>
-NOINLINE void sum_cells(Rectangle<S, T> terms, Index source_step, Index weight_step, Index channels, std::array<S*, SUBS> results,
-                        Index result_step, const Writing& writing, Index cells) {
+template <int N, bool STREAM, class T, class S>
+void sum_cells(Rectangle<S, T> terms, Index source_step, Index weight_step, Index channels, std::array<S*, SUBS> results, Index result_step,
+               Index ahead, Index cells) {
     for (Index j = 0; j < cells; ++j) {
-        sum_all_channels<N, T>(terms, channels, results.data(), writing);
+        sum_all_channels<N, STREAM, T>(terms, channels, results.data(), ahead);
         terms.pixel += source_step, terms.weights += weight_step;
         for (int s = 0; s < N; ++s) results[s] += result_step;
     }

@@ -97,20 +97,24 @@ template <class S, class Weights> void channels_last_forward(const Task& task, W
         const Index cells = several ? std::min(end, last) - column : 1;
         std::array<S*, SUBS> outputs;
         run.find(output, row, column, unused.data(), outputs.data());
-        const Writing how = complete ? writing : Writing{};
+        // results past the caches are whole vectors of outputs that exist
+        const bool streams = STREAMS && writing.streams && complete;
+        const Index ahead = complete ? writing.ahead : 0;
         with_count(run.run.count, [&](auto count) {
             constexpr int N = decltype(count)::value;
             if (in_rectangle) {
                 const S* pixel = map.data + (top + above) * map.row_stride + (left + before) * map.column_stride;
                 const Index row_step = kernel * weights.tap_step;
-                const Rectangle<S, T> terms{pixel, rows, columns, map.row_stride, map.column_stride,
-                                            first_weights + above * row_step + before * weights.tap_step, row_step, weights.tap_step};
-                return sum_cells<N>(terms, down * map.column_stride, weights.cell_step, channels, outputs, output.factor * output.column_stride,
-                                    how, cells);
+                const Rectangle<S, T> terms{pixel, first_weights + above * row_step + before * weights.tap_step, rows, columns,
+                                            map.column_stride, map.row_stride - columns * map.column_stride,
+                                            weights.tap_step, row_step - columns * weights.tap_step};
+                const auto sum = streams ? sum_cells<N, true, T, S> : sum_cells<N, false, T, S>;
+                return sum(terms, down * map.column_stride, weights.cell_step, channels, outputs, output.factor * output.column_stride, ahead,
+                           cells);
             }
             source.find(top, left);
             const Terms<S, T> terms{source.pixels.data(), Index(source.pixels.size()), first_weights, weights.tap_step};
-            sum_all_channels<N, T>(terms, channels, outputs.data(), how);
+            sum_all_channels<N, false, T>(terms, channels, outputs.data(), ahead);
         });
         return column + cells;
     };
@@ -170,7 +174,7 @@ template <class S, class T> void channels_last_dx(const Task& task, const Scratc
                     sources[k] = source.pixel(row * problem.down + phase / problem.down, (column + k) * problem.down + phase % problem.down);
                     if (!sources[k] || j + k >= tile.columns) sources[k] = unused.data();
                 }
-                sum_all_channels<NEIGHBOURS, T>(Terms<S, T>{pixels.data(), Index(pixels.size()), factors.data(), NEIGHBOURS}, channels, sources);
+                sum_all_channels<NEIGHBOURS, false, T>(Terms<S, T>{pixels.data(), Index(pixels.size()), factors.data(), NEIGHBOURS}, channels, sources);
             }
     }
     // pixels that are also read at places outside the map: all of their terms again, so that the result is rounded once
@@ -185,7 +189,7 @@ template <class S, class T> void channels_last_dx(const Task& task, const Scratc
                     factors.push_back(weights.at(from.tap, from.sub)[(i - tile.row) * pitch + j - tile.column]);
                 });
         S* pixel = source.pixel(row, column);
-        sum_all_channels<1, T>(Terms<S, T>{pixels.data(), Index(pixels.size()), factors.data(), 1}, channels, &pixel);
+        sum_all_channels<1, false, T>(Terms<S, T>{pixels.data(), Index(pixels.size()), factors.data(), 1}, channels, &pixel);
     });
 }
 
