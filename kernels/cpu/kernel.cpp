@@ -63,7 +63,7 @@ template <class S> void forward(const Call& call) {
     const Windows windows(problem, false);
     const Index most = channels_last ? WEIGHT_BYTES : FORWARD_BYTES;
     const Grid grid = Grid::make<T>(problem, windows, layout, threads, tile_bytes<S>(problem, threads, most, FORWARD_SHARE, 1));
-    const PlanarTables tables(problem, windows, layout, grid);
+    const PlanarTables tables = channels_last ? PlanarTables{} : PlanarTables(problem, windows, layout, grid);
     run_tasks<T>(Task::count(problem, grid), threads, Scratch<T>::size(layout, grid), call.parallel, [&](Index number, T* memory) {
         const Task task(call, windows, layout, grid, number);
         if (channels_last && fills_lanes<T>(problem, call.logits)) return channels_last_forward<S>(task, CellWeights<S, T>(task));
@@ -85,7 +85,7 @@ template <class S> void backward(const Call& call) {
     const Layout layout = Layout::backward(call, held_channels(problem, channels_last));
     const Windows windows(problem, bool(call.dx));
     const Grid grid = Grid::make<T>(problem, windows, layout, threads, tile_bytes<S>(problem, threads, BACKWARD_BYTES, BACKWARD_SHARE, 2));
-    const PlanarTables tables(problem, windows, layout, grid);
+    const PlanarTables tables = channels_last ? PlanarTables{} : PlanarTables(problem, windows, layout, grid);
     run_tasks<T>(Task::count(problem, grid), threads, Scratch<T>::size(layout, grid), call.parallel, [&](Index number, T* memory) {
         const Task task(call, windows, layout, grid, number);
         const Scratch<T> scratch(layout, grid, memory);

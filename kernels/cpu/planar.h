@@ -32,6 +32,7 @@ struct PlanarTables {
     std::vector<Index> shifts;               // [sub][tap], into the planes of a channel's source
     std::vector<std::vector<Visit>> visits;  // [phase]
 
+    PlanarTables() = default;
     PlanarTables(const Problem& problem, const Windows& windows, const Layout& layout, const Grid& grid) : visits(problem.phases()) {
         const Index plane = grid.plane(layout.weights.halo);
         for (const TapSource& source : windows.sources) {

@@ -38,16 +38,20 @@ struct Windows {
     // `scattered` windows are also found from the pixels that they read
     Windows(const Problem& problem, bool scattered) : taps(problem.taps()) {
         const Index radius = problem.kernel / 2, up = problem.up, down = problem.down;
-        sources.reserve(problem.windows());
+        sources.resize(problem.windows());
+        TapSource* next = sources.data();
         for (Index sub = 0; sub < problem.subs(); ++sub) {
             const Index sub_row = sub / up, sub_column = sub % up;
             const Index first_row = sub_row * down / up - radius, first_column = sub_column * down / up - radius;
-            for (Index tap = 0; tap < taps; ++tap) {
-                const Index row = first_row + tap / problem.kernel, column = first_column + tap % problem.kernel;
-                const Index move_rows = floor_div(row, down), move_columns = floor_div(column, down);
-                const Index phase = (row - move_rows * down) * down + column - move_columns * down;
-                sources.push_back({tap, sub, sub_row, sub_column, phase, move_rows, move_columns});
-                halo = std::max({halo, std::abs(move_rows), std::abs(move_columns)});
+            for (Index i = 0, tap = 0; i < problem.kernel; ++i) {
+                const Index row = first_row + i, move_rows = floor_div(row, down);
+                halo = std::max(halo, std::abs(move_rows));
+                for (Index j = 0; j < problem.kernel; ++j, ++tap) {
+                    const Index column = first_column + j, move_columns = floor_div(column, down);
+                    const Index phase = (row - move_rows * down) * down + column - move_columns * down;
+                    *next++ = {tap, sub, sub_row, sub_column, phase, move_rows, move_columns};
+                    halo = std::max(halo, std::abs(move_columns));
+                }
             }
         }
         // a window that moves into the map reaches from its centre to the other end of the window
