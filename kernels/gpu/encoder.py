@@ -110,6 +110,14 @@ def choose_block(pixels: int, outputs: int, inputs: int, deepest: int) -> Block:
     return Block(rows, block_columns(outputs), max(16, min(deepest, triton.next_power_of_2(inputs))))
 
 
+def count_warps(block: Block, columns: int) -> int:
+    """Return the warps of a product whose left block is computed in registers: 8 with more than this many columns, if they share rows.
+
+    Where they share columns, Triton 3.4 multiplies a block that is in registers wrongly for sm_90.
+    """
+    return 8 if block.n > columns and block.m >= 128 else 4
+
+
 def _compressor_block(pixels: int, layers: Layers, inputs: int) -> Block:
     # few pixels in few programs wait for every step
     return choose_block(pixels, layers.width, inputs, 64 if pixels >= MANY_PIXELS else 128)
@@ -380,7 +388,8 @@ def encode_launch(
     }
     programs = triton.cdiv(n * hq * wq, block.m) * (layers.columns // block.n)
     constants = _shared_constants(layers, precision, features, logits) | {"BLOCK": block}
-    return Launch(encode, (programs, 1, 1), arguments, order_constants(encode, constants), 8 if block.n > 64 else 4, 3)
+    warps = count_warps(block, 64) if layers.batch else 8 if block.n > 64 else 4
+    return Launch(encode, (programs, 1, 1), arguments, order_constants(encode, constants), warps, 3)
 
 
 def _shared_constants(layers: Layers, precision: str, *maps: Tensor) -> dict[str, Any]:

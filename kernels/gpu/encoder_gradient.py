@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import product
-from .encoder import Cells, Layers, choose_block, index_type, load_channels, normalize, order_constants
+from .encoder import Cells, Layers, choose_block, count_warps, index_type, load_channels, normalize, order_constants
 from .launch import Launch
 from .sums import Summed, Tiles, divide, plan_sum, sum_pixels
 
@@ -216,6 +216,6 @@ def encoder_gradient_launch(
     constants |= {"INDEX": index_type(dlogits, features), "PRECISION": precision}
     programs = division.logit_tiles.parts * sums + (0 if gradient is None else division.tiles.parts * division.blocks)
     grid = (programs, 1, 1)
-    warps = 8 if division.block.n > 32 else 4
+    warps = count_warps(division.block, 32)
     # with this limit of registers, a multiprocessor holds one third more programs, and nothing spills
     return Launch(differentiate_encoder, grid, arguments, order_constants(differentiate_encoder, constants), warps, 3, 128)

@@ -124,14 +124,16 @@ def test_sums_without_the_gradient():
 
 
 # more pixels than a block of the compressor and than a tile of the sums; features far from zero; two blocks of channels
-@pytest.mark.parametrize(("n", "width", "stride", "capability"), [(2, 16, 2, 90), (3, 6, 1, 80), (1, 136, 1, 80)])
-def test_batch_norm(n, width, stride, capability):
-    c, h, w, layers = 24, *((23, 19) if width < 100 else (9, 7)), make_layers(width, 9, stride=stride, batch=True)
+@pytest.mark.parametrize(
+    ("n", "width", "outputs", "stride", "capability"), [(2, 16, 9, 2, 90), (3, 6, 9, 1, 80), (1, 136, 9, 1, 80), (1, 16, 100, 1, 90)]
+)
+def test_batch_norm(n, width, outputs, stride, capability):
+    c, h, w, layers = 24, *((23, 19) if width < 100 > outputs else (9, 7)), make_layers(width, outputs, stride=stride, batch=True)
     x, pixels = draw(n, c, h, w, offset=2.0), n * h * w
     x[:, :, ::7] *= 8
     weight, bias = 0.2 * draw(width, c, 1, 1, dtype=FLOAT), draw(width, dtype=FLOAT, offset=20.0)
     scale, shift = draw(width, dtype=FLOAT), draw(width)
-    encoder, encoder_bias = draw(9, width, 3, 3, dtype=FLOAT), draw(9, dtype=FLOAT)
+    encoder, encoder_bias = draw(outputs, width, 3, 3, dtype=FLOAT), draw(outputs, dtype=FLOAT)
     mean, variance, batches = draw(width, dtype=FLOAT), draw(width, dtype=FLOAT).abs(), torch.tensor(41)
     parameters = Parameters(weight, bias, mean, variance, scale, shift, encoder, encoder_bias)
     features, normalized, gradient = (empty_map(n, width, h, w) for _ in range(3))
@@ -142,7 +144,7 @@ def test_batch_norm(n, width, stride, capability):
 
     emulate(compress_launch(x, features, copy, parameters, layers, kept, partials), capability)
     assert_near(features, F.conv2d(x.double(), weight.double(), bias.double()), 2e-3)
-    rows = torch.cat([encoder, torch.zeros(layers.kept_rows - 9, width, 3, 3)])
+    rows = torch.cat([encoder, torch.zeros(layers.kept_rows - outputs, width, 3, 3)])
     assert torch.equal(kept, torch.cat([rows.permute(0, 2, 3, 1).flatten(), weight.flatten()]).half())
     given = features.double().requires_grad_()
     exact = norm(given).relu()
@@ -152,7 +154,7 @@ def test_batch_norm(n, width, stride, capability):
     assert batches == 42
     logits = empty_map(n, layers.row, -(-h // stride), -(-w // stride))
     emulate(encode_launch(features, copy, logits, parameters, layers, statistics), capability)
-    assert_near(logits[:, :9], F.conv2d(exact, encoder.double(), encoder_bias.double(), stride, 1), 3e-3)
+    assert_near(logits[:, :outputs], F.conv2d(exact, encoder.double(), encoder_bias.double(), stride, 1), 3e-3)
 
     dlogits = draw(n, layers.kept_rows, *logits.shape[2:], offset=0.5)
     logit_partials, partials = partials_of((n, h, w), layers)
