@@ -16,7 +16,7 @@ fewer registers. The axes m, p, s and t (taps of a window) are rounded up to a p
 import triton
 import triton.language as tl
 
-from .blocks import align_sizes, align_strides, expand, image, load, product, store
+from .blocks import add_product, align_sizes, align_strides, expand, image, load, product, store
 from .records import Features, Logits, Sizes
 from .window import centre, group_logits, is_left_out, logit_addresses, logit_gradient, logit_offset, lse_address, split_target, weight
 
@@ -92,9 +92,13 @@ def compute_source_gradient(
     lse_ptr,
     dy: Features,
     dx: Features,
+    map_ptr,
+    matrix_ptr,
+    n,
     q0,
     r0,
     part,
+    WIDTH: tl.constexpr,
     WINDOW: tl.constexpr,
     TILE: tl.constexpr,
     REACH: tl.constexpr,
@@ -143,6 +147,8 @@ def compute_source_gradient(
                 block += product(tl.trans(b), gradient, PRECISION)
             else:
                 block += product(gradient, tl.trans(b), PRECISION)
+        if WIDTH:
+            block = add_product(block, map_ptr, matrix_ptr, n, i, j, owned, c, sizes.c, sizes, WIDTH, PRECISION)
         store(dx, i, j, owned, c, sizes.c, block, AXIS, REACH.cols)
 
 
@@ -155,6 +161,9 @@ def banded_backward(
     dy: Features,  # [N, G * C, HO, WO]
     dx: Features,  # [N, G * C, H, W]
     dlogits: Logits,  # [N, G * K * K, UP, UP, HQ, WQ]
+    map_ptr,  # [N, H, W, WIDTH], whose product with the matrix is added to dx; None without one
+    matrix_ptr,  # [WIDTH, G * C]
+    WIDTH: tl.constexpr,
     WINDOW: tl.constexpr,
     TILE: tl.constexpr,
     HALO: tl.constexpr,
@@ -190,4 +199,9 @@ def banded_backward(
             sizes, x, logits, lse_ptr, dy, group_logits(dlogits, n, g, WINDOW), q0, r0, WINDOW, TILE, HALO, LAYOUT, PRECISION
         )
     elif NEED_DX:
-        compute_source_gradient(sizes, logits, lse_ptr, dy, image(dx, n, c), q0, r0, role, WINDOW, TILE, REACH, BLOCKS, LAYOUT, PRECISION)
+        if WIDTH:
+            matrix_ptr += c
+        dx = image(dx, n, c)
+        compute_source_gradient(
+            sizes, logits, lse_ptr, dy, dx, map_ptr, matrix_ptr, n, q0, r0, role, WIDTH, WINDOW, TILE, REACH, BLOCKS, LAYOUT, PRECISION
+        )

@@ -13,7 +13,7 @@ because no two programs store the same sources.
 import triton
 import triton.language as tl
 
-from .blocks import align_sizes, align_strides, image, load, product, store
+from .blocks import add_product, align_sizes, align_strides, image, load, product, store
 from .records import Features, Logits, Sizes
 from .window import centre, group_logits, logit_offset, lse_address, split_target, weight
 
@@ -25,6 +25,9 @@ def banded_source_gradient(
     lse_ptr,  # [N, G, UP, UP, HQ, WQ]
     dy: Features,  # [N, G * C, HO, WO]
     dx: Features,  # [N, G * C, H, W]
+    map_ptr,  # [N, H, W, WIDTH], whose product with the matrix is added to dx; None without one
+    matrix_ptr,  # [WIDTH, G * C]
+    WIDTH: tl.constexpr,
     WINDOW: tl.constexpr,
     TILE: tl.constexpr,
     WALK: tl.constexpr,
@@ -105,7 +108,11 @@ def banded_source_gradient(
                 moved = moved + (block,)
             blocks = moved
         i = step * WALK.rows - K // 2 + si
-        store(dx, i, j, owned & (step >= first) & (i >= 0) & (i < sizes.h), c, sizes.c, blocks[0], AXIS, WALK.cols)
+        complete = owned & (step >= first) & (i >= 0) & (i < sizes.h)
+        block = blocks[0]
+        if WIDTH:
+            block = add_product(block, map_ptr, matrix_ptr + g * sizes.c, n, i, j, complete, c, sizes.c, sizes, WIDTH, PRECISION)
+        store(dx, i, j, complete, c, sizes.c, block, AXIS, WALK.cols)
         moved = ()
         for a in tl.static_range(1, TILES):
             moved = moved + (blocks[a],)

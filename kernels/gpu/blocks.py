@@ -100,6 +100,23 @@ def store(features: Features, row, col, exists, c, channels, block, AXIS: tl.con
 
 
 @triton.jit
+def add_product(block, map_ptr, matrix_ptr, n, row, col, exists, c, channels, sizes: Sizes, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """Add the product of a map [N, H, W, WIDTH] and a matrix [WIDTH, G * C] to a block [locations, channels c] of features.
+
+    `map_ptr` is that of image 0, and `matrix_ptr` that of the channels of the group.
+    """
+    K: tl.constexpr = 16 if WIDTH <= 16 else 32 if WIDTH <= 32 else 64
+    pixels = map_ptr + n * sizes.h * sizes.w * WIDTH + (row * sizes.w + col)[:, None] * WIDTH
+    for start in range(0, WIDTH, K):
+        k = start + tl.arange(0, K)
+        a = tl.load(pixels + k[None, :], mask=exists[:, None] & (k < WIDTH)[None, :], other=0.0)
+        rows = matrix_ptr + (k * sizes.groups * sizes.c)[:, None]
+        b = tl.load(rows + c[None, :], mask=(k < WIDTH)[:, None] & (c < channels)[None, :], other=0.0)
+        block += product(a, b, PRECISION)
+    return block
+
+
+@triton.jit
 def product(a, b, PRECISION: tl.constexpr):
     """Return the matrix product of two blocks, accumulated in float32."""
     if PRECISION == "widened":

@@ -166,10 +166,12 @@ def backward_launches(
     *,
     tile: Tile | None = None,
     capability: tuple[int, int] | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> list[Launch]:
     """Return the launches that fill dx and dlogits, unless they are None; arguments as for `backward`, on any device, including "meta".
 
-    `tile` replaces the measured or chosen tiles, and `capability` that of the device.
+    `tile` replaces the measured or chosen tiles, and `capability` that of the device. The product of `factors`, a map [N, width, H, W] in
+    channels_last and a matrix [width, C], is added to dx, if `adds_product` and `dlogits` is None.
     """
     problem = problem_of(x, logits, dy, spec, capability)
     # a kernel does not touch a gradient that is None, so that the input can replace it
@@ -190,7 +192,18 @@ def backward_launches(
         kernels = ("logit_gradient",)
     elif dx is not None:
         kernels = ("source_gradient",)
-    return [launch for kernel in kernels for launch in _kernel_launches(kernel, arguments, problem, tile)]
+    return [launch for kernel in kernels for launch in _kernel_launches(kernel, arguments, problem, tile, factors)]
+
+
+def adds_product(dy: Tensor, x: Tensor, logits: Tensor, spec: Spec) -> bool:
+    """Return whether the gradient to x has a launch of its own that should add a product, which another launch would add to it.
+
+    That costs a second launch that reads dy where one launch could compute both gradients.
+    """
+    problem = problem_of(x, logits, dy, spec)
+    if not problem.x_last or _find_tile("source_gradient", problem, x) is None:
+        return False
+    return dy.numel() < x.numel() or _find_kernels(problem, x) == SEPARATE
 
 
 def _find_kernels(problem: TileProblem, x: Tensor) -> tuple[KernelName, ...]:
@@ -203,7 +216,9 @@ def _find_kernels(problem: TileProblem, x: Tensor) -> tuple[KernelName, ...]:
     return SEPARATE
 
 
-def _kernel_launches(kernel: KernelName, arguments: dict[str, Any], problem: TileProblem, tile: Tile | None) -> list[Launch]:
+def _kernel_launches(
+    kernel: KernelName, arguments: dict[str, Any], problem: TileProblem, tile: Tile | None, factors: tuple[Tensor, Tensor] | None
+) -> list[Launch]:
     """Return the launch of a kernel of backward, after that of the copy which it reads, if it reads one."""
     x, logits = arguments["x"].ptr, arguments["logits"].ptr
     tile = tile or _find_tile(kernel, problem, x)
@@ -214,18 +229,24 @@ def _kernel_launches(kernel: KernelName, arguments: dict[str, Any], problem: Til
         return [_tap_launch(gradient, arguments, problem, x.shape[2:].numel())]
     problem = as_read(kernel, problem, tile)
     before, arguments = _copy_source(problem, arguments)
-    return [*before, _banded_launch(kernel, arguments, problem, tile)]
+    return [*before, _banded_launch(kernel, arguments, problem, tile, factors)]
 
 
-def _banded_launch(kernel: KernelName, arguments: dict[str, Any], problem: TileProblem, tile: Tile) -> Launch:
+def _banded_launch(
+    kernel: KernelName, arguments: dict[str, Any], problem: TileProblem, tile: Tile, factors: tuple[Tensor, Tensor] | None
+) -> Launch:
     x, logits, dy, dx, dlogits = (arguments[name].ptr for name in ("x", "logits", "dy", "dx", "dlogits"))
     # the gradient to x may have other strides than x
     x_align = math.gcd(problem.x_align, _alignment(dx, problem.channels, problem.x_last))
     x_align, y_align = run_alignments(problem._replace(x_align=x_align), tile)
-    layout = _layout(problem, x_align, y_align, x, logits, dy, dx, dlogits)
+    layout = _layout(problem, x_align, y_align, x, logits, dy, dx, dlogits, *(factors or ())[:1])
+    added: dict[str, Any] = {"map_ptr": None, "matrix_ptr": None, "WIDTH": 0}
+    if factors is not None:
+        arguments = arguments | dict(zip(("map_ptr", "matrix_ptr"), factors, strict=True))
+        added = {"WIDTH": factors[0].shape[1]}
     if tile.steps > 1:
-        return _walk_launch(arguments, layout, problem, tile)
-    constants = {
+        return _walk_launch(arguments, added, layout, problem, tile)
+    constants = added | {
         "WINDOW": _window(problem.spec),
         "TILE": tile,
         "HALO": halo(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, x_align)),
@@ -240,11 +261,11 @@ def _banded_launch(kernel: KernelName, arguments: dict[str, Any], problem: TileP
     return _tile_launch(banded_backward, arguments, constants, problem, tile, programs)
 
 
-def _walk_launch(arguments: dict[str, Any], layout: Layout, problem: TileProblem, tile: Tile) -> Launch:
+def _walk_launch(arguments: dict[str, Any], added: dict[str, Any], layout: Layout, problem: TileProblem, tile: Tile) -> Launch:
     """Return the launch of the gradient to the features by programs that walk, one for each walk and block of channels."""
     step, sizes, radius = find_walk(problem, tile), arguments["sizes"], problem.spec.kernel_size // 2
     walks = triton.cdiv(sizes.h + radius, tile.steps * step.rows) * triton.cdiv(sizes.w + radius, step.cols)
     grid = (problem.batch * walks * triton.cdiv(problem.channels, tile.block_c), 1, 1)
     given = {name: arguments[name] for name in banded_source_gradient.arg_names if name in arguments}
-    constants = {"WINDOW": _window(problem.spec), "TILE": tile, "WALK": step, "LAYOUT": layout, "PRECISION": choose_precision()}
+    constants = added | {"WINDOW": _window(problem.spec), "TILE": tile, "WALK": step, "LAYOUT": layout, "PRECISION": choose_precision()}
     return Launch(banded_source_gradient, grid, given, constants, tile.num_warps, tile.num_stages, tile.max_registers)

@@ -17,7 +17,7 @@ from .encoder import Layers, Parameters, compress_launch, encode_launch, feature
 from .encoder_gradient import Division, Norm, encoder_gradient_launch
 from .launch import Launch, Plan, distinguish, on_device_of
 from .memory import place
-from .operator_launches import INTERPRETED, backward_launches, forward_launches
+from .operator_launches import INTERPRETED, adds_product, backward_launches, forward_launches
 from .sums import finish_launch
 
 PRECISION = "widened" if INTERPRETED else "ieee"
@@ -86,6 +86,7 @@ class Training:
             0,
         )
         self.plans: dict[Any, list[Plan]] = {}
+        self.adding: dict[Any, bool] = {}
 
     def _view(self, x: Tensor, y: Tensor | None, kept: Tensor) -> list[Tensor]:
         """Return the pieces; the features are x without a compressor, and the logits are also viewed as cells at the end."""
@@ -181,6 +182,9 @@ class Training:
         base = scratch.data_ptr()
         places = [base + 2 * piece.first for piece in self.scratch_pieces]
 
+        layout = dy.stride(), dy.data_ptr() % 16 == 0
+        added = layers.compressed and needs.x and self._adds_product(layout, dy, x, kept)
+
         def view_scratch() -> list[Tensor]:
             views = [piece.view((scratch, scratch)) for piece in self.scratch_pieces]
             return [*views, view_cells(views[0], self.layouts)]
@@ -190,8 +194,10 @@ class Training:
             dlogits, dfeatures, normalized, logit_partials, partials, _, dcells = view_scratch()
             gradient, source, variance, scale, shift = distinguish((dy, x, *given[3:6]))
             features = features if layers.compressed else source
+            matrix = weights[layers.kept :].view(layers.width if layers.compressed else 0, c)
             target = dfeatures if layers.compressed else dx
-            launches = backward_launches(gradient, source, cells, lse, dx, dcells, self.layouts.spec)
+            spec = self.layouts.spec
+            launches = backward_launches(gradient, source, cells, lse, None if added else dx, dcells, spec)
             launches.append(
                 encoder_gradient_launch(
                     dlogits,
@@ -208,9 +214,11 @@ class Training:
             )
             if layers.batch and needs.features:
                 launches.append(differentiate_launch(dfeatures, features, statistics, scale, partials, layers))
+            if added:
+                launches += backward_launches(gradient, source, cells, lse, dx, None, spec, factors=(dfeatures, matrix))
             maps = gradient, source, dx, cells, dlogits, dcells
             own = lse, weights, statistics, dfeatures, normalized, logit_partials, partials
-            return [*maps, *own, variance, scale, shift, features], launches
+            return [*maps, *own, variance, scale, shift, features, matrix], launches
 
         dlogits, dfeatures, normalized, logit_partials, partials, dcompressor = places
         features, weights, cells, lse, statistics = pieces[:5]
@@ -218,10 +226,9 @@ class Training:
             *(dy.data_ptr(), x.data_ptr(), 0 if dx is None else dx.data_ptr(), cells, dlogits, dlogits),
             *(lse, weights, statistics, dfeatures, normalized, logit_partials, partials),
             *[0 if t is None else t.data_ptr() for t in given[3:6]],
-            features,
+            *(features, weights + 2 * layers.kept),
         )
-        key = "gradients", needs.x, needs.features, differentiated, dy.stride(), at[0] % 16 == 0
-        self.start(key, x, at, build_gradients)
+        self.start(("gradients", needs.x, needs.features, differentiated, *layout), x, at, build_gradients)
 
         dweight = self._differentiate_weight(x, kept, scratch) if needs.encoder_weight else None
         if layers.compressed and needs.features:
@@ -230,7 +237,7 @@ class Training:
                 # autocast does not change the dtype of a product with a given output
                 rows = x.as_strided((self.pixels, c), (c, 1))
                 torch.mm(flat.t(), rows, out=scratch.as_strided((layers.width, c), (c, 1), self.scratch_pieces[5].first))
-            if dx is not None:
+            if dx is not None and not added:
                 compressor = kept.as_strided((layers.width, c), (c, 1), self.pieces[1].first + layers.kept)
                 dx.as_strided((self.pixels, c), (c, 1)).addmm_(flat, compressor)
         if not any(needs[1:]):
@@ -249,6 +256,12 @@ class Training:
         at = *ends, 0 if dweight is None else dweight.data_ptr(), dcompressor, logit_partials, partials
         self.start(("finish", summed, needs.weight, needs.encoder_weight), x, at, build_finish)
         return [dx, *(t if needed else None for t, needed in zip(gradients, needs[1:], strict=True))]
+
+    def _adds_product(self, layout: Any, dy: Tensor, x: Tensor, kept: Tensor) -> bool:
+        """Return whether the operator's gradient to x adds that of the compressor, for a `dy` of this layout."""
+        if layout not in self.adding:
+            self.adding[layout] = adds_product(dy, x, self._view(x, None, kept)[-1], self.layouts.spec)
+        return self.adding[layout]
 
     def _differentiate_weight(self, x: Tensor, kept: Tensor, scratch: Tensor) -> Tensor:
         """Return the gradient of the encoder's weight [kept_rows, width, *kernel] in channels_last."""
