@@ -25,20 +25,22 @@ constexpr int BACKWARD_CHANNELS = 8, BACKWARD_TAPS = 5;
 
 // The places of the factors of the sums, relative to the cell in the first lane.
 struct PlanarTables {
-    // from a weight of a cell to the output gradient that it multiplies, for dsource
+    // from a weight of a cell to the output gradient that it multiplies
     struct Visit {
         Index weight, doutput;
     };
     std::vector<Index> shifts;               // [sub][tap], into the planes of a channel's source
-    std::vector<std::vector<Visit>> visits;  // [phase]
+    std::vector<std::vector<Visit>> visits;  // [phase], for dsource only
 
     PlanarTables() = default;
     PlanarTables(const Problem& problem, const Windows& windows, const Layout& layout, const Grid& grid) : visits(problem.phases()) {
         const Index plane = grid.plane(layout.weights.halo);
+        shifts.reserve(windows.sources.size());
         for (const TapSource& source : windows.sources) {
             const Index shift = grid.shift(source);
             shifts.push_back(source.phase * grid.haloed_plane + shift);
-            visits[source.phase].push_back({(source.tap * problem.subs() + source.sub) * plane - shift, source.sub * plane - shift});
+            const Index weight = (source.tap * problem.subs() + source.sub) * plane;
+            if (layout.dsource.sets) visits[source.phase].push_back({weight - shift, source.sub * plane - shift});
         }
     }
 };
