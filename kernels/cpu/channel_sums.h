@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <type_traits>
 
 #include "call.h"
 #include "index.h"
@@ -69,6 +70,8 @@ template <class S> Writing choose_writing(const Problem& problem, const PixelMap
 // distance of `ahead`, unless it is 0.
 template <int N, int V, bool STREAM, class T, class Sum, class S>
 NOINLINE void sum_terms(const Sum& terms, Index c, S* const* results, Index ahead) {
+    // vectors that are loaded and stored together
+    constexpr int PAIR = std::is_same_v<S, BFloat16> && V % 2 == 0 ? 2 : 1;
     if (ahead)
 #pragma GCC unroll 8
         for (int s = 0; s < N; ++s)
@@ -78,7 +81,9 @@ NOINLINE void sum_terms(const Sum& terms, Index c, S* const* results, Index ahea
     terms.visit(c, [&](const S* pixel, const T* weight) {
         Vector<T> v[V];
 #pragma GCC unroll 8
-        for (int i = 0; i < V; ++i) v[i] = load_once(pixel + i * LANES<T>);
+        for (int i = 0; i < V; i += PAIR)
+            if constexpr (PAIR == 2) load_pair(pixel + i * LANES<T>, &v[i]);
+            else v[i] = load_once(pixel + i * LANES<T>);
 #pragma GCC unroll 8
         for (int s = 0; s < N; ++s)
 #pragma GCC unroll 8
@@ -87,9 +92,11 @@ NOINLINE void sum_terms(const Sum& terms, Index c, S* const* results, Index ahea
 #pragma GCC unroll 8
     for (int s = 0; s < N; ++s)
 #pragma GCC unroll 8
-        for (int i = 0; i < V; ++i)
-            if (STREAM) stream<T>(results[s] + c + i * LANES<T>, total[s][i]);
-            else store(results[s] + c + i * LANES<T>, total[s][i]);
+        for (int i = 0; i < V; i += PAIR) {
+            S* to = results[s] + c + i * LANES<T>;
+            if constexpr (PAIR == 2) STREAM ? stream_pair(to, &total[s][i]) : store_pair(to, &total[s][i]);
+            else STREAM ? stream<T>(to, total[s][i]) : store(to, total[s][i]);
+        }
 }
 
 // The same for all channels; the last vector may repeat channels of the one before it.

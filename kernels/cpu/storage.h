@@ -19,10 +19,12 @@ struct Float16 { std::uint16_t bits; };
 
 // The conversions work on scalars and on vectors: Float is float or Vector<float>, Word the unsigned integer type of the same size.
 template <class Float, class Word> inline Float widen_bfloat16(Word half) { return bits<Float>(half << 16); }
-template <class Float, class Word> inline Word narrow_bfloat16(Float value) {
+// The upper half of the result is the bfloat16.
+template <class Float, class Word> inline Word round_bfloat16(Float value) {
     Word word = bits<Word>(value);
-    return value != value ? (word | 0x00400000u) >> 16 : (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+    return value != value ? word | 0x00400000u : word + 0x7fffu + ((word >> 16) & 1u);
 }
+template <class Float, class Word> inline Word narrow_bfloat16(Float value) { return round_bfloat16<Float, Word>(value) >> 16; }
 template <class Float, class Word> inline Float widen_float16(Word half) {
     Float magnitude = bits<Float>((half & 0x7fffu) << 13) * 0x1p112f;
     Word word = bits<Word>(magnitude);
@@ -62,6 +64,20 @@ inline void store_halves(void* to, Words words) {
 }
 inline Vector<float> load(const BFloat16* from) { return widen_bfloat16<Vector<float>>(load_halves(from)); }
 inline void store(BFloat16* to, Vector<float> v) { store_halves(to, narrow_bfloat16<Vector<float>, Words>(v)); }
+// Two vectors of adjacent values: those of even places in the first, those of odd places in the second. They are the halves of 32-bit words,
+// which need not be taken apart.
+inline void load_pair(const BFloat16* from, Vector<float>* v) {
+    Words words;
+    std::memcpy(&words, from, sizeof(words));
+    v[0] = bits<Vector<float>>(words << 16), v[1] = bits<Vector<float>>(words & 0xffff0000u);
+}
+inline Words merge_pair(const Vector<float>* v) {
+    return round_bfloat16<Vector<float>, Words>(v[0]) >> 16 | (round_bfloat16<Vector<float>, Words>(v[1]) & 0xffff0000u);
+}
+inline void store_pair(BFloat16* to, const Vector<float>* v) {
+    const Words words = merge_pair(v);
+    std::memcpy(to, &words, sizeof(words));
+}
 #if defined(__AVX512F__)
 // the processor's own conversions give the same values
 inline Vector<float> load(const Float16* from) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
@@ -83,10 +99,17 @@ template <class T, class S> inline void stream(S* to, Vector<T> v) {
     if constexpr (sizeof(lanes) == 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits<__m512i>(lanes));
     else _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits<__m256i>(lanes));
 }
+// each half by itself, because only that is a store of `stream`
+inline void stream_pair(BFloat16* to, const Vector<float>* v) {
+    const __m512i words = bits<__m512i>(merge_pair(v));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(words));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + LANES<float>), _mm512_extracti64x4_epi64(words, 1));
+}
 inline void end_streams() { _mm_sfence(); }
 #else
 constexpr bool STREAMS = false;
 template <class T, class S> inline void stream(S* to, Vector<T> v) { store(to, v); }
+inline void stream_pair(BFloat16* to, const Vector<float>* v) { store_pair(to, v); }
 inline void end_streams() {}
 #endif
 
