@@ -15,6 +15,8 @@ from ..tasks.writing import write_atomically
 from .common import sweep_folder
 from .common.app import app, dispatch
 from .common.arguments import NULLABLE, parse_override
+from .common.bounds import check_bounds
+from .common.comments import read_defaults
 from .common.jobs import check_interruption, interruptible_sweep, is_job, read_repeated_job, shares_process, train_in_subprocess
 from .common.options import read_options
 from .common.own_data import make_paths_absolute, read_own_data
@@ -38,7 +40,8 @@ def start_run(cfg: DictConfig, folder: Path) -> DictConfig:
 
     Raises:
         RuntimeError: the folder already holds a run.
-        ValueError: a mandatory key has no value, or the row is not one of the experiment.
+        ValueError: a mandatory key has no value, the row is not one of the experiment, the experiment is one of another task, or a number
+            is out of its bounds.
     """
     first = is_first_process()
     if first and (folder / "config.yaml").exists():
@@ -54,8 +57,10 @@ def start_run(cfg: DictConfig, folder: Path) -> DictConfig:
         choices = {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra/")}
         choices |= {group: None for group in NULLABLE if choices.get(group) == "none"}
         check_row(choices.get("experiment"), choices.get("row"))
+        check_task(choices.get("experiment"), choices.get("task"))
         cfg.run = {"choices": choices, "overrides": list(HydraConfig.get().overrides.task)}
         OmegaConf.resolve(cfg)
+        check_bounds(cfg)
         make_paths_absolute(cfg)
         if first:
             write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg))
@@ -71,6 +76,17 @@ def check_row(experiment: str | None, row: str | None) -> None:
     table, tables = (row or "").partition("/")[0], read_paper()[0]
     if table in tables and experiment != table and (experiment is None or experiment in tables):
         raise ValueError(f"row={row} needs experiment={table}, got experiment={experiment or 'null'}")
+
+
+def check_task(experiment: str | None, task: str | None) -> None:
+    """Check that the task is that of the experiment, whose table would otherwise get a run without its scores.
+
+    Raises:
+        ValueError: another task is given.
+    """
+    chosen = [entry["override /task"] for entry in read_defaults(f"experiment/{experiment}") if "override /task" in entry]
+    if chosen and task != chosen[0]:
+        raise ValueError(f"experiment={experiment} has task={chosen[0]}, got task={task}")
 
 
 def check_resume(arguments: Sequence[str]) -> None:

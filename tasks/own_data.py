@@ -3,7 +3,7 @@
 import copy
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,15 +170,25 @@ def describe_label_maps(root: str | Path) -> dict[str, Any]:
     return {"class_names": names, "data": {part: folders | copy.deepcopy(more) for part, folders in found.items()}}
 
 
-def read_classes(root: Path, folders: Iterable[tuple[Path, Path]]) -> tuple[list[str], dict[int, int]]:
+def read_classes(root: Path, folders: Sequence[tuple[Path, Path]]) -> tuple[list[str], dict[int, int]]:
     """Read the names of the classes, and the class of each label, from folders of images and maps (see `describe_label_maps`).
+
+    The first folders are those of the training part. A label that only other maps have is a class, and a warning names it.
 
     Raises:
         FileNotFoundError: a map is missing.
-        ValueError: a map cannot be read, or classes.txt does not name all classes.
+        ValueError: a map cannot be read, there are fewer than two labels or none in a part, or classes.txt does not name all classes.
     """
-    values = {value for images, maps in folders for value in find_labels(maps / f"{path.stem}.png" for path in list_images(images))}
+    parts = [find_labels(maps / f"{path.stem}.png" for path in list_images(images)) for images, maps in folders]
+    values = set.union(*map(set, parts))
     ignored, labels = {IGNORED}, sorted(values if values <= {0, IGNORED} else values - {IGNORED})
+    if len(labels) < 2:
+        raise ValueError(f"the label maps of {root} must hold two labels or more, besides {IGNORED} for pixels to ignore, got {labels}")
+    for (_, maps), found in zip(folders, parts, strict=True):
+        if not found.intersection(labels):
+            raise ValueError(f"the label maps in {maps} hold only {IGNORED}, for pixels to ignore")
+    if untrained := [str(label) for label in labels if label not in parts[0]]:
+        logger.warning("no training map in %s has the labels %s, which other maps have", folders[0][1], ", ".join(untrained))
     names = [str(label) for label in labels]
     if (root / "objectInfo150.txt").is_file():
         names, ignored = ade20k.class_names(root), {0, IGNORED}
@@ -189,6 +199,8 @@ def read_classes(root: Path, folders: Iterable[tuple[Path, Path]]) -> tuple[list
             labels = list(range(len(names)))
         elif len(labels) != len(names):
             raise ValueError(f"{file} must name the classes of labels {', '.join(map(str, labels))}, got {len(names)} names")
+        if len({*names}) < len(names):
+            raise ValueError(f"{file} must name each class once, got {max(names, key=names.count)} {max(map(names.count, names))} times")
     return names, dict.fromkeys(ignored, IGNORED) | {label: number for number, label in enumerate(labels)}
 
 

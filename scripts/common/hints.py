@@ -137,8 +137,12 @@ def explain_type(override: Override, config: dict[str, Any]) -> list[str]:
 
 
 def explain_choice(override: Override) -> list[str]:
-    """Say that one choice of a group is possible if an override gives a list of them."""
+    """Say what is wrong with a choice of a group: a list of them, or `shared` for all slots."""
     value = override.value()
+    if override.key_or_group == "upsampler" and value == "shared":
+        return [
+            f"{override.input_line}: the slot upsampler@model.NAME=shared takes that of upsampler=, which cannot refer to itself"
+        ]
     if not isinstance(value, list):
         return []
     several = f"{override.key_or_group}={','.join(map(str, value))}"

@@ -300,8 +300,27 @@ def test_folders_that_do_not_fit_are_answered(tmp_path):
     Image.new("RGB", (3, 1)).save(tmp_path / "masks" / "val" / "a.png")
     with pytest.raises(ValueError, match=r"a.png must be an 8-bit grey or indexed PNG, got mode RGB"):
         describe_label_maps(tmp_path)
+    (tmp_path / "classes.txt").write_text("a\nb\nb\n")
+    write_maps(tmp_path, "images/val", "masks/val", [0, 1, 9])
+    with pytest.raises(ValueError, match=r"classes.txt must name each class once, got b 2 times"):
+        describe_label_maps(tmp_path)
+    write_maps(tmp_path, "images/val", "masks/val", [255])
+    with pytest.raises(ValueError, match=r"the label maps in .*masks/val hold only 255, for pixels to ignore"):
+        describe_label_maps(tmp_path)
+    for part in ("train", "val"):
+        write_maps(tmp_path, f"images/{part}", f"masks/{part}", [0, 0])
+    with pytest.raises(ValueError, match=r"must hold two labels or more, besides 255 for pixels to ignore, got \[0\]"):
+        describe_label_maps(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"should hold train/ and val/, each with a folder for each class"):
         describe_class_folders(tmp_path)
+
+
+def test_a_label_that_is_never_trained_is_named(tmp_path, caplog):
+    write_maps(tmp_path, "images/train", "masks/train", [0, 1, 4])
+    write_maps(tmp_path, "images/val", "masks/val", [0, 3])
+    assert describe_label_maps(tmp_path)["class_names"] == ["0", "1", "3", "4"]
+    (record,) = caplog.records
+    assert record.getMessage() == f"no training map in {tmp_path}/masks/train has the labels 3, which other maps have"
 
 
 def test_what_is_given_is_kept():

@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from carafepp.tasks.runs import RunRecord
 from commands import call, command_line, run_command, wait_for_rows
 from PIL import Image
 from training import ON_CPU, read_result
@@ -132,3 +134,11 @@ def test_predict_takes_any_photographs(whole_run, tmp_path, capsys):
     heights = {"odd.jpg.png": 6 * 61, "grey.png.png": 6 * 61, "rgba.png.png": 6 * 61, "pixel.png.png": 320, "turned.jpeg.png": 6 * 47}
     assert all(sizes[name][1] >= height for name, height in heights.items())
     assert any(sizes[name][1] > height for name, height in heights.items())
+
+
+def test_a_loss_that_is_not_a_number_is_named(tmp_path, caplog):
+    losses = {"train/loss": torch.tensor(float("nan")), "train/loss_box_reg": torch.tensor(1.0)}
+    record = RunRecord(tmp_path, 1, {})
+    record._add(SimpleNamespace(callback_metrics=losses, global_step=20, is_global_zero=True), "train/", {})
+    (warning,) = [each for each in caplog.records if each.levelname == "WARNING"]
+    assert warning.getMessage().startswith("step 20: train/loss is NaN; if it stays so, the training has diverged")
