@@ -140,9 +140,7 @@ def explain_choice(override: Override) -> list[str]:
     """Say what is wrong with a choice of a group: a list of them, or `shared` for all slots."""
     value = override.value()
     if override.key_or_group == "upsampler" and value == "shared":
-        return [
-            f"{override.input_line}: the slot upsampler@model.NAME=shared takes that of upsampler=, which cannot refer to itself"
-        ]
+        return [f"{override.input_line}: the slot upsampler@model.NAME=shared takes that of upsampler=, which cannot refer to itself"]
     if not isinstance(value, list):
         return []
     several = f"{override.key_or_group}={','.join(map(str, value))}"
