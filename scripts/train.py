@@ -84,9 +84,9 @@ def check_task(experiment: str | None, task: str | None) -> None:
     Raises:
         ValueError: another task is given.
     """
-    chosen = [entry["override /task"] for entry in read_defaults(f"experiment/{experiment}") if "override /task" in entry]
-    if chosen and task != chosen[0]:
-        raise ValueError(f"experiment={experiment} has task={chosen[0]}, got task={task}")
+    for entry in read_defaults(f"experiment/{experiment}"):
+        if isinstance(entry, dict) and entry.get("override /task", task) != task:
+            raise ValueError(f"experiment={experiment} has task={entry['override /task']}, got task={task}")
 
 
 def check_resume(arguments: Sequence[str]) -> None:
