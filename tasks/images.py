@@ -173,7 +173,7 @@ def _check_strips(image: ImageFile) -> None:
     """
     if image.format == "TIFF" and image.tile:
         # each has left, top, right and bottom; the size of the image may be that after its orientation, with sides exchanged
-        boxes = [part[1] for part in image.tile if part[1]]
+        boxes = [box for part in image.tile if (box := part[1])]
         columns, rows = (max((box[side] for box in boxes), default=0) for side in (2, 3))
         if columns * rows < image.width * image.height:
             raise ValueError(f"the file holds {columns} x {rows} of its {image.width} x {image.height} pixels")
