@@ -102,26 +102,26 @@ def write_table(columns: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line[i] for i in kept) + " |" for line in cells)
 
 
+def write_tables(tables: dict[str, str]) -> str:
+    """Write tables below each other, each with its title, so that a cell holds one number."""
+    return "\n\n".join(f"**{title}**\n\n{table}" for title, table in tables.items())
+
+
 def tabulate_operator(rows: list[Row]) -> str:
-    """Write the operator's times, their ratio to a copy, and the times of other implementations relative to it."""
+    """Write the operator's times, their ratio to a copy, and the times of other implementations relative to it, a table for each pass."""
     cases: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
     for row in rows:
         cases.setdefault((name_map(row), layout_name(row)), {})[row["provider"], row["mode"]] = row
     rivals = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] not in (*OURS, "copy")))
-    lines = []
-    for (name, layout), found in cases.items():
-        ours = {mode: row for (provider, mode), row in found.items() if provider in OURS}
-        line = [name, layout]
-        for mode in ("forward", "backward"):
-            row = ours.get(mode, {})
-            line += [number(row.get("ms", ""), factor=1e3), number(row.get("copies", ""), 2)]
-        for rival in rivals:
-            ratios = [number(found.get((rival, mode), {}).get("relative", ""), 2) for mode in ("forward", "backward")]
-            line.append(" / ".join(ratios) if any(ratios) else "")
-        lines.append(line)
-    return write_table(
-        ["features", "type", "forward, us", "x copy", "backward, us", "x copy", *(r.replace("_", " ") for r in rivals)], lines
-    )
+    tables = {}
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        lines = []
+        for key, found in cases.items():
+            ours: Row = next((row for (provider, of), row in found.items() if provider in OURS and of == mode), {})
+            ratios = (number(found.get((rival, mode), {}).get("relative", ""), 2) for rival in rivals)
+            lines.append([*key, number(ours.get("ms", ""), factor=1e3), number(ours.get("copies", ""), 2), *ratios])
+        tables[mode.capitalize()] = write_table(["features", "type", "us", "x copy", *(r.replace("_", " ") for r in rivals)], lines)
+    return write_tables(tables)
 
 
 # the maps of the summary, its columns, and the implementations of its rows
@@ -137,34 +137,36 @@ SUMMARY_NAMES = {
 
 
 def tabulate_copies(rows: list[Row]) -> str:
-    """Write the times of forward and backward over that of a copy, a row for each map and implementation."""
+    """Write the times over that of a copy, a table for each pass with a row for each map and implementation."""
     found: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
     for row in rows:
         if row["provider"] in SUMMARY_NAMES and row["shape"] in SUMMARY_SHAPES:
             found.setdefault((name_map(row), row["provider"]), {}).setdefault(layout_name(row), {})[row["mode"]] = number(row["copies"], 2)
-    lines = []
-    for name in dict.fromkeys(name for name, _ in found):
-        for provider in SUMMARY_NAMES:
-            cells = [found.get((name, provider), {}).get(kind, {}) for kind in SUMMARY_TYPES]
-            if any(cells):
-                ratios = (f"{cell['forward']} / {cell['backward']}" if cell else "" for cell in cells)
-                lines.append([name, SUMMARY_NAMES[provider], *ratios])
-    return write_table(["features", "implementation", *SUMMARY_TYPES], lines)
+    tables = {}
+    for mode in ("forward", "backward"):
+        lines = []
+        for name in dict.fromkeys(name for name, _ in found):
+            for provider in SUMMARY_NAMES:
+                cells = [found.get((name, provider), {}).get(kind, {}).get(mode, "") for kind in SUMMARY_TYPES]
+                lines += [[name, SUMMARY_NAMES[provider], *cells]] if any(cells) else []
+        tables[mode.capitalize()] = write_table(["features", "implementation", *SUMMARY_TYPES], lines)
+    return write_tables(tables)
 
 
 def tabulate_rivals(rows: list[Row]) -> str:
-    """Write the times of other implementations over the operator's, for forward, and for forward and backward together."""
+    """Write the times of other implementations over the operator's: a table for forward, and one for forward and backward together."""
     rivals = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != "triton"))
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         found.setdefault((name_map(row), layout_name(row)), {})[row["provider"]] = row
-    lines = []
-    for key, times in found.items():
-        ratios = (times.get(rival) for rival in rivals)
-        cells = (f"{row['forward_relative']} / {row['step_relative']}" if row else "" for row in ratios)
-        lines.append([*key, times["triton"]["forward_us"], times["triton"]["backward_us"], *cells])
-    columns = ["features", "type", "forward, us", "backward, us"]
-    return write_table([*columns, *(rival.replace("_", " ") for rival in rivals)], lines)
+    tables = {}
+    for title, mode, parts in (("Forward", "forward", ["forward"]), ("Forward and backward", "step", ["forward", "backward"])):
+        lines = []
+        for key, times in found.items():
+            taken = sum(float(times["triton"][f"{part}_us"]) for part in parts)
+            lines.append([*key, f"{taken:,.0f}", *(times.get(rival, {}).get(f"{mode}_relative", "") for rival in rivals)])
+        tables[title] = write_table(["features", "type", "operator, us", *(rival.replace("_", " ") for rival in rivals)], lines)
+    return write_tables(tables)
 
 
 def tabulate_modules(rows: list[Row]) -> str:
@@ -198,25 +200,27 @@ def format_ratio(row: Row, mode: str) -> str:
 
 
 def tabulate_networks(rows: list[Row]) -> str:
-    """Write parameters, FLOPs, times, ratios to the baseline, memory and shares of networks."""
-    columns = ["row", "size, batch", "parameters", "GFLOPs"]
-    modes = {"inference": "inference", "compiled": "compiled", "graph": "CUDA graph", "step": "training step"}
-    lines = []
-    for row in rows:
-        batches = " / ".join(row[name] if row.get(f"{mode}_ms") else "-" for name, mode in (("batch", "inference"), ("step_batch", "step")))
-        line = [f"{row['table']}/{row['row']}", f"{sides(row['size'])}, {batches}"]
-        line += [f"{int(row['parameters']):,}" if row["parameters"] else "", number(row["flops"], 4, 1e-9)]
-        for mode in modes:
-            share = [row.get(f"{mode}_{name}_share", "") for name in ("operator", "rest")]
-            line += [number(row.get(f"{mode}_ms", "")), format_ratio(row, mode)]
-            if mode in ("inference", "step"):
-                shares = [percent(float(value), 1) for value in share if value]
-                line.append(" + ".join(shares) if any(map(float, filter(None, share))) else "")
-                line.append(number(row.get(f"{mode}_peak_mb", "")))
-        lines.append(line)
-    for mode, name in modes.items():
-        columns += [f"{name}, ms", "/ baseline"] + (["operator + its rest", "peak MB"] if mode in ("inference", "step") else [])
-    return write_table(columns, lines)
+    """Write parameters and FLOPs of networks, and for each mode a table of times, ratios to the baseline, shares and memory."""
+    modes = {"inference": "Inference", "compiled": "Compiled", "graph": "CUDA graph", "step": "Training step"}
+    named = [(f"{row['table']}/{row['row']}", row) for row in rows]
+    counts = [
+        [name, sides(row["size"]), f"{int(row['parameters']):,}" if row["parameters"] else "", number(row["flops"], 4, 1e-9)]
+        for name, row in named
+    ]
+    tables = {"Parameters and FLOPs": write_table(["row", "size", "parameters", "GFLOPs"], counts)}
+    for mode, title in modes.items():
+        lines = []
+        for name, row in named:
+            if not row.get(f"{mode}_ms"):
+                continue
+            line = [name, row["step_batch" if mode == "step" else "batch"], number(row[f"{mode}_ms"]), format_ratio(row, mode)]
+            shares = [row.get(f"{mode}_{part}_share", "") for part in ("operator", "rest")]
+            # those of a network without CARAFE++ are 0
+            line += [percent(float(share), 1) if share and float(share) else "" for share in shares]
+            lines.append([*line, number(row.get(f"{mode}_peak_mb", ""))])
+        if lines:
+            tables[title] = write_table(["row", "batch", "ms", "time / baseline", "operator", "its rest", "peak MB"], lines)
+    return write_tables(tables)
 
 
 def tabulate_fps(rows: list[Row]) -> str:
@@ -272,14 +276,15 @@ def tabulate_times(rows: list[Row], group: str) -> str:
 
 
 def tabulate_sites(rows: list[Row], group: str) -> str:
-    """Write the times of forward, and of forward and backward, at every site of a group."""
+    """Write the times at every site of a group: a table for forward, and one for forward and backward together."""
     found = {(row["sampler"], row["shape"]): row for row in rows if row["group"] == group}
     shapes = list(dict.fromkeys(shape for _, shape in found))
-    lines = []
-    for name in read_sources(group):
-        cells = (found[name, shape] for shape in shapes)
-        lines.append([f"`{name}`", *(f"{number(row['forward_ms'])}; {number(row['step_ms'])}" for row in cells)])
-    return write_table([group, *(sides(shape).partition(" x ")[2] for shape in shapes)], lines)
+    columns = [group, *(sides(shape).partition(" x ")[2] for shape in shapes)]
+    tables = {}
+    for title, mode in (("Forward", "forward"), ("Forward and backward", "step")):
+        lines = [[f"`{name}`", *(number(found[name, shape][f"{mode}_ms"]) for shape in shapes)] for name in read_sources(group)]
+        tables[title] = write_table(columns, lines)
+    return write_tables(tables)
 
 
 def tabulate_attention(rows: list[Row]) -> str:
