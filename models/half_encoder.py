@@ -133,10 +133,17 @@ class Prepare(torch.autograd.Function):
         return dx, None, *cast_gradients([*dcompressor, *dencoder], ctx.parameters)
 
 
+# the methods of layers that may be replaced, unless a patch of a class replaces one of these
+FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Sequential, nn.Identity)}
+CALL, CONVOLVE = nn.Module.__call__, nn.Conv2d._conv_forward
+
+
 def is_hooked(layer: nn.Module) -> bool:
-    """Return whether a hook or a replaced method observes or changes a layer."""
+    """Return whether a hook or a replaced method observes or changes a layer, or its class is not one of those of PyTorch."""
+    kind = type(layer)
     return bool(
-        layer._forward_hooks
+        kind.forward is not FORWARDS.get(kind)
+        or layer._forward_hooks
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
@@ -163,7 +170,7 @@ def find_parameters(compressor: nn.Module, encoder: nn.Module, x: Tensor) -> lis
     """
     if torch.compiler.is_exporting() or is_traced() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None
-    if _has_any_global_hook():
+    if _has_any_global_hook() or nn.Module.__call__ is not CALL or nn.Conv2d._conv_forward is not CONVOLVE:
         return None
     if is_hooked(compressor) or is_hooked(encoder):
         return None

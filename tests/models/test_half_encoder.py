@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 
+import layer_changes
 import pytest
 import torch
 from carafepp.integrations.signatures import YoloCARAFE
@@ -10,7 +11,6 @@ from carafepp.models import half_encoder
 from carafepp.models.carafe import CARAFE
 from launches import LaunchCounter
 from torch import nn
-from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from carafepp import reassemble
@@ -243,28 +243,20 @@ def test_torch_func(encoded):
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(y).tangent, tangent)
 
 
-def parametrize(module):
-    torch.nn.utils.parametrizations.weight_norm(module.content_encoder)
-
-
-def leave_out_weights(module):
-    prune.random_unstructured(module.content_encoder, "weight", 0.5)
-
-
-def replace_compressor(module):
-    module.channel_compressor = nn.Conv2d(4, 6, 3, padding=1)
-
-
-def replace_encoder(module):
-    module.content_encoder = nn.Sequential(nn.Conv2d(6, 100, 1), nn.Tanh())
-
-
-@pytest.mark.parametrize("change", [parametrize, leave_out_weights, replace_compressor, replace_encoder])
+@pytest.mark.parametrize("change", layer_changes.CHANGES, ids=lambda change: change.__name__)
 def test_changed_layers_are_called(change, encoded):
-    module = make(up=2, dtype=torch.float32)
+    module, x = make(dtype=torch.float32, **layer_changes.OPTIONS).eval(), draw(dtype=torch.float32)
     change(module)
-    x = draw(dtype=torch.float32)
     torch.testing.assert_close(module(x), carafe_of_logits(module, x))
+    assert not encoded
+
+
+@pytest.mark.parametrize(("owner", "name"), layer_changes.METHODS)
+def test_patched_classes_are_called(owner, name, encoded):
+    module, x = make(dtype=torch.float32, **layer_changes.OPTIONS).eval(), draw(dtype=torch.float32)
+    with layer_changes.patched(owner, name) as seen:
+        module(x)
+    assert seen
     assert not encoded
 
 
@@ -310,7 +302,7 @@ def test_wrong_inputs_have_the_errors_of_the_layers(encoded):
     module = make(up=2, dtype=torch.float32)
     with pytest.raises(RuntimeError, match=r"dtype|type"):
         module(draw(dtype=torch.float64))
-    with pytest.raises(RuntimeError, match="channels"):
+    with pytest.raises(ValueError, match=r"x must have the shape \[N, 4, H, W\]"):
         module(draw(channels=5, dtype=torch.float32))
     with pytest.raises(ValueError, match="size must be at least 1"):
         module(draw(dtype=torch.float32), size=(100, 100))

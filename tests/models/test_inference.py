@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 
+import layer_changes
 import pytest
 import torch
 from carafepp.kernels.geometry import Spec
@@ -16,6 +17,8 @@ from carafepp.kernels.gpu import inference as launching  # noqa: E402
 from carafepp.kernels.gpu import launch as plans  # noqa: E402
 from carafepp.kernels.gpu.operator_launches import forward_launches  # noqa: E402
 from carafepp.models.carafe import CARAFE  # noqa: E402
+
+from carafepp import reassemble  # noqa: E402
 
 INTERPRETED = launching.INTERPRETED
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -252,73 +255,30 @@ def test_kernels_start_with_the_addresses_of_the_call(options, made, monkeypatch
                     assert value == argument
 
 
-def hook(layer):
-    layer.register_forward_hook(lambda *_: None)
-
-
-def hook_before(layer):
-    layer.register_forward_pre_hook(lambda *_: None)
-
-
-def replace_forward(layer):
-    layer.forward = layer.forward
-
-
-def replace_convolution(layer):
-    layer._conv_forward = nn.Conv2d._conv_forward.__get__(layer)
-
-
-def replace_class(layer):
-    layer.__class__ = type("Own", (type(layer),), {})
-
-
-@pytest.mark.parametrize("change", [hook, hook_before, replace_forward, replace_convolution, replace_class])
-@pytest.mark.parametrize("name", ["channel_compressor", "compressor_norm", "compressor_norm.0", "compressor_norm.1", "content_encoder"])
-def test_observed_layers_are_called(change, name, inferred):
-    module, x = make(16, **NORM), draw()
-    change(module.get_submodule(name))
-    infer(module, x)
-    assert not inferred
-
-
 def train_norm(module):
     module.compressor_norm.train()
 
 
-def forget_statistics(module):
-    module.compressor_norm[0] = nn.BatchNorm2d(6, track_running_stats=False).eval()
-
-
-def leave_out_affine_map(module):
-    module.compressor_norm[0] = nn.BatchNorm2d(6, affine=False).eval()
-
-
-def replace_norm(module):
-    module.compressor_norm = nn.GroupNorm(2, 6)
-
-
-def leave_out_bias(module):
-    module.content_encoder = nn.Conv2d(6, 25, 3, 2, 1, bias=False)
-
-
-def parametrize(module):
-    torch.nn.utils.parametrizations.weight_norm(module.content_encoder)
-
-
-def pad_by_name(module):
-    module.content_encoder = nn.Conv2d(6, 25, 3, 2, (1, 1), padding_mode="reflect")
-
-
-@pytest.mark.parametrize(
-    "change", [train_norm, forget_statistics, leave_out_affine_map, replace_norm, leave_out_bias, parametrize, pad_by_name]
-)
+@pytest.mark.parametrize("change", [*layer_changes.CHANGES, *layer_changes.CHANGES_OF_NORM, train_norm], ids=lambda change: change.__name__)
 def test_other_layers_are_called(change, inferred):
-    module, x = make(16, **NORM), draw()
+    module, x = make(16, **layer_changes.OPTIONS), draw()
     change(module)
     y = infer(module, x)
     assert not inferred
-    with torch.no_grad():
-        torch.testing.assert_close(y.double(), deepcopy(module).double()(x.double()), rtol=0.02, atol=0.02)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        expected = reassemble(x, module.logits(x), **module.spec._asdict())
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(("owner", "name"), [*layer_changes.METHODS, *layer_changes.METHODS_OF_NORM])
+def test_patched_classes_are_called(owner, name, inferred):
+    module, x = make(16, **layer_changes.OPTIONS), draw()
+    with layer_changes.patched(owner, name) as seen:
+        infer(module, x)
+    assert seen
+    assert not inferred
+    infer(module, x)
+    assert inferred
 
 
 def narrow_compressor(module):
@@ -455,7 +415,7 @@ def test_tensors_that_are_not_aligned(inferred):
 
 def infer_layers(module, x):
     observed = deepcopy(module)
-    hook(observed.content_encoder)
+    layer_changes.hook(observed.content_encoder)
     return infer(observed, x)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import NamedTuple
 
+import layer_changes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from carafepp.kernels.gpu import training as kernels  # noqa: E402
 from carafepp.kernels.gpu.launch import Plans  # noqa: E402
 from carafepp.models import inference, training  # noqa: E402
 from carafepp.models.carafe import CARAFE  # noqa: E402
+
+from carafepp import reassemble  # noqa: E402
 
 INTERPRETED = launching.INTERPRETED
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -376,37 +379,35 @@ def train_a_frozen_norm(module):
     module.compressor_norm.eval()
 
 
-def forget_statistics(module):
-    module.compressor_norm[0] = nn.BatchNorm2d(6, track_running_stats=False)
-
-
 def synchronise(module):
     module.compressor_norm[0] = nn.SyncBatchNorm(6)
 
 
-def leave_out_affine_map(module):
-    module.compressor_norm[0] = nn.BatchNorm2d(6, affine=False)
-
-
-def hook(module):
-    module.compressor_norm[1].register_forward_hook(lambda *_: None)
-
-
-def leave_out_bias(module):
-    module.channel_compressor = nn.Conv2d(8, 6, 1, bias=False)
-
-
 @pytest.mark.parametrize(
-    "change", [average_all_batches, train_a_frozen_norm, forget_statistics, leave_out_affine_map, hook, leave_out_bias]
+    "change",
+    [*layer_changes.CHANGES, *layer_changes.CHANGES_OF_NORM, average_all_batches, train_a_frozen_norm, synchronise],
+    ids=lambda change: change.__name__,
 )
 def test_other_layers_are_called(change, trained):
-    module, x = make(**NORM), draw()
+    module, x = make(**layer_changes.OPTIONS), draw()
     change(module)
-    exact = run(deepcopy(module).double(), x.double())
-    results = run(module, x)
+    y = run_autocast(module, x)
+    mean_of_squares(y).backward()
     assert not trained
-    for value, expected in zip(results, exact, strict=True):
-        assert relative_error(value, expected) < 0.02
+    # a copy of the module would share layers whose methods are replaced
+    expected = reassemble(x, run_autocast(module.logits, x), **module.spec._asdict())
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(("owner", "name"), [*layer_changes.METHODS, *layer_changes.METHODS_OF_NORM])
+def test_patched_classes_are_called(owner, name, trained):
+    module, x = make(**layer_changes.OPTIONS), draw()
+    with layer_changes.patched(owner, name) as seen:
+        run_autocast(module, x)
+    assert seen
+    assert not trained
+    run_autocast(module, x)
+    assert trained == ["forward"]
 
 
 def test_statistics_of_one_pixel_are_refused(trained):
