@@ -35,11 +35,19 @@ def is_observed(*tensors: Tensor) -> bool:
     if is_intercepted() or torch.autograd._profiler_enabled():  # pyright: ignore[reportPrivateImportUsage]
         return True
     for tensor in tensors:
-        if type(tensor) not in PLAIN or not (tensor.is_cpu or tensor.is_cuda):
+        if is_indirect(tensor) or not (tensor.is_cpu or tensor.is_cuda):
             return True
         if tensor.layout is not torch.strided or tensor.is_nested:
             return True
-        # the dispatcher writes the values of tensors whose memory holds their negation, or nothing
-        if tensor.is_neg() or tensor._is_zerotensor():
-            return True
     return False
+
+
+def is_indirect(tensor: Tensor) -> bool:
+    """Return whether only the dispatcher knows the values of a tensor.
+
+    The memory of some tensors holds the negation of their values, or nothing. That of several gradients that
+    `torch.autograd.grad(is_grads_batched=True)` stacks is hidden.
+    """
+    return (
+        type(tensor) not in PLAIN or tensor.is_neg() or tensor._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+    )

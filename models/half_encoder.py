@@ -134,7 +134,7 @@ class Prepare(torch.autograd.Function):
 
 
 # the methods of layers that may be replaced, unless a patch of a class replaces one of these
-FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Sequential, nn.Identity)}
+FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Sequential, nn.Identity)}
 CALL, CONVOLVE = nn.Module.__call__, nn.Conv2d._conv_forward
 
 

@@ -61,6 +61,7 @@ class Found(NamedTuple):
     planned: Any
     given: list[Tensor | None]  # the parameters, and the number of batches
     addresses: list[int]  # theirs
+    trained: bool  # whether the plan is a `kernels.gpu.training.Training`, not a `kernels.gpu.inference.Inference`
 
 
 def find_plan(
@@ -68,7 +69,7 @@ def find_plan(
 ) -> Found | None:
     """Return the plan of the module for an x [N, C, H, W] that suits matrix units; None if its layers and the operator must be called.
 
-    `trained` asks for a `kernels.gpu.training.Training` in place of a `kernels.gpu.inference.Inference`.
+    `trained` asks for a `kernels.gpu.training.Training` in place of a `kernels.gpu.inference.Inference`, unless nothing needs a gradient.
 
     Raises:
         ValueError: `size` is wrong, or the logits of the encoder do not fit.
@@ -81,6 +82,7 @@ def find_plan(
         return None
     given = [*(parameters if len(parameters) == 4 else (None, None, *parameters)), read.batches]
     given[2:2] = read.tensors
+    trained = trained and (read.momentum is not None or x.requires_grad or any([t is not None and t.requires_grad for t in given]))
     # the gradients of a norm with running statistics are not among the launches
     if trained and read.momentum is None and any([t is not None and t.requires_grad for t in read.tensors]):
         return None
@@ -99,7 +101,7 @@ def find_plan(
     planned = plans.get(key)
     if planned is None:
         planned = plans.keep(key, _plan(x, given, read, conv, spec, size, trained))
-    return Found(planned, given, addresses) if planned else None
+    return Found(planned, given, addresses, trained) if planned else None
 
 
 def infer(compressor: nn.Module, norm: nn.Module, encoder: nn.Module, x: Tensor, spec: Spec, size: Sequence[int] | None) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
 from ..kernels.geometry import Spec
-from ..kernels.observers import is_intercepted
+from ..kernels.observers import is_indirect, is_intercepted
 from ..kernels.reassembly import reassemble
 from .inference import find_plan
 
@@ -52,7 +52,7 @@ class Train(_SingleLevelFunction):
         _, *needs = ctx.needs_input_grad
         # hooks of saved tensors may store them in other layouts, as `torch.autograd.graph.save_on_cpu(pin_memory=True)` does
         moved = read_strides(x, *given) != ctx.strides
-        if moved or torch.is_grad_enabled() or is_intercepted() or type(dy) is not Tensor or dy.is_neg() or dy._is_zerotensor():
+        if moved or torch.is_grad_enabled() or is_intercepted() or is_indirect(dy):
             return None, *differentiate(ctx.planned, dy, x, given, needs)
         return None, *ctx.planned.backward(dy, x, kept, given, needs)
 
@@ -80,5 +80,7 @@ def train(compressor: nn.Module, norm: nn.Module, encoder: nn.Module, x: Tensor,
     found = find_plan(compressor, norm, encoder, x, spec, size, True)
     if found is None:
         return None
+    if not found.trained:
+        return found.planned.run(x, found.given[:8], found.addresses[:8])
     weight, bias, _, _, *parameters = found.given[:8]
     return Train.apply(found, x, weight, bias, *parameters)  # pyright: ignore[reportAttributeAccessIssue]

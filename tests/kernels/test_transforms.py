@@ -83,3 +83,15 @@ def test_transforms_give_what_they_give_for_the_definition(transform, spec, back
         warnings.filterwarnings("error", message=".*performance drop")
         actual = TRANSFORMS[transform](functools.partial(reassemble, backend=backend, **spec._asdict()), *draw_stacks(spec))
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("spec", SPECS[:2], ids=str)
+def test_jacobians_of_stacked_gradients(spec):
+    """`is_grads_batched` hides the gradients of the output in one tensor, whose memory no kernel can read."""
+    x, logits, _ = random_inputs(1, 4, 3, 2, spec, torch.float64)
+    options = spec._asdict() | {"backend": "torch"}
+    result, expected = (
+        torch.autograd.functional.jacobian(lambda x, logits: reassemble(x, logits, **options), (x, logits), vectorize=vectorize)
+        for vectorize in (True, False)
+    )
+    torch.testing.assert_close(result, expected)

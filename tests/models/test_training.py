@@ -371,6 +371,41 @@ def test_changed_parameters_are_reported(trained):
         mean_of_squares(y).backward()
 
 
+def test_several_gradients_at_a_time(trained):
+    module, x = make(kernel_size=3, compressed_channels=6), draw().requires_grad_()
+    y = run_autocast(module, x)
+    stacked = torch.stack([torch.ones_like(y), y.detach()])
+    together = torch.autograd.grad(y, [x, *module.parameters()], stacked, retain_graph=True, is_grads_batched=True)
+    assert trained == ["forward"]
+    for number, dy in enumerate(stacked):
+        for value, expected in zip(together, torch.autograd.grad(y, [x, *module.parameters()], dy, retain_graph=True), strict=True):
+            assert relative_error(value[number], expected) < 0.02
+
+
+def test_the_mode_of_the_norm_is_that_of_the_forward_pass(trained):
+    gradients = []
+    for changed in (False, True):
+        module, x = make(**NORM), draw()
+        y = run_autocast(module, x)
+        module.train(not changed)
+        gradients.append(torch.autograd.grad(mean_of_squares(y), list(module.parameters())))
+    assert trained == 2 * ["forward", "backward"]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_nothing_is_kept_where_nothing_needs_a_gradient(inference, trained, monkeypatch):
+    inferred = []
+    monkeypatch.setattr(launching.Inference, "run", lambda self, x, *_: inferred.append(self) or x.new_zeros(self.layouts.y_shape))
+    monkeypatch.setattr(launching, "Plan", lambda *_: None)
+    module = make(**NORM).requires_grad_(False).eval()
+    with torch.inference_mode(inference):
+        x = draw()
+    assert not run_autocast(module, x).requires_grad
+    assert inferred
+    assert not trained
+
+
 def average_all_batches(module):
     module.compressor_norm[0].momentum = None
 
@@ -431,7 +466,7 @@ def test_plans_of_layouts(trained):
     for x in (draw(), draw(), draw(height=9)):
         run(module, x)
     assert len(launching.plans) == 2
-    run_autocast(module.eval().requires_grad_(False), draw())
+    run_autocast(module.eval().requires_grad_(False), draw().requires_grad_())
     with torch.no_grad():
         run_autocast(module, draw(n=0))
     assert len(launching.plans) == 4
