@@ -164,9 +164,13 @@ def tabulate_samplers() -> str:
 
 
 def tabulate_all() -> str:
-    """Render every table as `carafepp-report runs=docs/results format=markdown` prints it."""
+    """Render every table as `carafepp-report runs=docs/results format=markdown` prints it, without the rows that have no run."""
     options = OmegaConf.load(DOCS.parent / "conf" / "report.yaml")
-    return render_tables(tabulate_paper(read_settings(), options.metrics, options.digits, options.baseline), "markdown")
+    tables = tabulate_paper(read_settings(), options.metrics, options.digits, options.baseline)
+    for table in tables:
+        table.lines = [line for line in table.lines if line.setting]
+    # they are parts of a section of the page
+    return render_tables(tables, "markdown").replace("## ", "### ")
 
 
 TABLES = {
