@@ -26,6 +26,8 @@ OURS = ("triton", "cpu")
 PARTS = ("channel_compressor", "compressor_norm", "content_encoder", "layers", "operator")
 # sectors of memory over those with the Triton that needs the least, from which on a table names them
 EXCESS = 1.15
+# a table of a run without its columns
+MISSING = "Not measured yet."
 # keys of about.json, as pages name them
 VERSIONS = {"torch": "PyTorch", "triton": "Triton", "python": "Python", "commit": "commit"}
 
@@ -219,7 +221,7 @@ def tabulate_networks(rows: list[Row]) -> str:
             line += [percent(float(share), 1) if share and float(share) else "" for share in shares]
             lines.append([*line, number(row.get(f"{mode}_peak_mb", ""))])
         if lines:
-            tables[title] = write_table(["row", "batch", "ms", "time / baseline", "operator", "its rest", "peak MB"], lines)
+            tables[title] = write_table(["row", "batch", "ms", "time / baseline", "operator", "rest of the modules", "peak MB"], lines)
     return write_tables(tables)
 
 
@@ -232,7 +234,7 @@ def tabulate_fps(rows: list[Row]) -> str:
             ratio = number(row["paper_relative"]) and f"{float(row['paper_relative']):.2f}"
             lines.append([name, size, number(row["inference_fps"]), format_ratio(row, "inference"), row["paper_fps"], ratio])
     if not lines:
-        return "Not measured yet."
+        return MISSING
     return write_table(["row", "size", "fps", "time / baseline", "paper: fps", "paper: time / baseline"], lines)
 
 
@@ -356,8 +358,10 @@ def fill_page(text: str, folder: Path = DOCS / "measurements") -> str:
         name, tabulate = TABLES[table]
         rows, about = read_run(kind, name, folder)
         versions = ", ".join(f"{label} {about[key]}" for key, label in VERSIONS.items() if about.get(key))
+        if (written := tabulate(rows)) == MISSING:
+            return f"{start}{MISSING}\n\n{end}"
         note = "\n" + about[f"note_{table}"] if f"note_{table}" in about else ""
-        return f"{start}*{about['device']}, {about['date']}, {versions}.*{note}\n\n{tabulate(rows)}\n\n{end}"
+        return f"{start}*{about['device']}, {about['date']}, {versions}.*{note}\n\n{written}\n\n{end}"
 
     return PLACE.sub(fill, text)
 
