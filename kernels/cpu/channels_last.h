@@ -155,20 +155,24 @@ template <class S, class T> void channels_last_dx(const Task& task, const Scratc
     const std::vector<S> zeros(channels);
     std::vector<S> unused(channels);
     std::vector<const S*> pixels;
+    std::vector<Index> planes;
     std::vector<T> factors;
     for (Index phase = 0; phase < problem.phases(); ++phase) {
         Steps steps;
-        for (const auto& [place, planes] : shared[phase]) steps.add(output, place.first, place.second);
+        planes.clear();
+        for (const auto& [place, of_neighbours] : shared[phase]) {
+            steps.add(output, place.first, place.second);
+            planes.insert(planes.end(), of_neighbours.begin(), of_neighbours.end());
+        }
         pixels.resize(steps.offsets.size());
-        factors.resize(pixels.size() * NEIGHBOURS);
+        factors.resize(planes.size());
         for (Index i = 0; i < tile.rows; ++i)
             for (Index j = 0; j < tile.columns; j += NEIGHBOURS) {
                 const Index row = tile.row + i, column = tile.column + j;
                 const bool inside = output.inside(row, column, halo) && output.inside(row, column + NEIGHBOURS - 1, halo);
                 steps.find(output, row, column, inside, zeros.data(), pixels);
                 T* to = factors.data();
-                for (const auto& [place, planes] : shared[phase])
-                    for (Index plane : planes) *to++ = plane == ABSENT ? T(0) : weights.data[plane + i * pitch + j];
+                for (Index plane : planes) *to++ = plane == ABSENT ? T(0) : weights.data[plane + i * pitch + j];
                 S* sources[NEIGHBOURS];
                 for (int k = 0; k < NEIGHBOURS; ++k) {
                     sources[k] = source.pixel(row * problem.down + phase / problem.down, (column + k) * problem.down + phase % problem.down);
