@@ -178,7 +178,8 @@ template <class S, class T> void channels_last_dx(const Task& task, const Scratc
                     sources[k] = source.pixel(row * problem.down + phase / problem.down, (column + k) * problem.down + phase % problem.down);
                     if (!sources[k] || j + k >= tile.columns) sources[k] = unused.data();
                 }
-                sum_all_channels<NEIGHBOURS, false, T>(Terms<S, T>{pixels.data(), Index(pixels.size()), factors.data(), NEIGHBOURS}, channels, sources);
+                const Terms<S, T> terms{pixels.data(), Index(pixels.size()), factors.data(), NEIGHBOURS};
+                sum_all_channels<NEIGHBOURS, false, T>(terms, channels, sources);
             }
     }
     // pixels that are also read at places outside the map: all of their terms again, so that the result is rounded once
@@ -199,21 +200,26 @@ template <class S, class T> void channels_last_dx(const Task& task, const Scratc
 
 template <class S, class T> void channels_last_dweights(const Task& task, const Scratch<T>& scratch) {
     const Tile& tile = task.tile;
+    const Problem& problem = task.problem;
     const Planes<T>& dweights = scratch.dweights;
-    const Index taps = task.problem.taps(), channels = task.problem.group_channels(), down = task.problem.down, pitch = task.grid.pitch;
+    const Index taps = problem.taps(), subs = problem.subs(), windows = problem.windows(), channels = problem.group_channels();
+    const Index down = problem.down, pitch = task.grid.pitch;
     const PixelMap<const S> output = output_pixels<const S>(task, task.call.dy);
     const std::vector<RunPixels<const S>> runs = output_runs(task, output);
     WindowPixels<S> source(task);
     std::vector<Vector<T>> sums(taps * SUBS + LANES<T>);
+    // the gradients of the last cells, because those of one cell lie far apart in the planes
+    std::vector<T> strip(LANES<T> * windows);  // [cell][tap][sub]
     for (Index i = 0; i < tile.rows; ++i)
-        for (Index j = 0; j < tile.columns; ++j)
+        for (Index j = 0; j < tile.columns; ++j) {
+            const Index cell = j % LANES<T>;
             for (const RunPixels<const S>& run : runs) {
                 const Index row = tile.row + i, column = tile.column + j;
                 source.find(row * down + run.window_row, column * down + run.window_column);
                 const S* outputs[SUBS];
                 run.find(output, row, column, source.zeros.data(), outputs);
-                with_count(run.run.count, [&](auto subs) {
-                    constexpr int N = decltype(subs)::value;
+                with_count(run.run.count, [&](auto count) {
+                    constexpr int N = decltype(count)::value;
                     Index tap = 0;
                     for (; tap + GRADIENT_TAPS <= taps; tap += GRADIENT_TAPS)
                         multiply_channels<N, GRADIENT_TAPS, S, T>(outputs, &source.pixels[tap], channels, &sums[tap * N]);
@@ -222,10 +228,13 @@ template <class S, class T> void channels_last_dweights(const Task& task, const 
                         T lanes[LANES<T>];
                         store(lanes, lane_sums<T>(&sums[first]));
                         for (Index k = first; k < std::min<Index>(first + LANES<T>, taps * N); ++k)
-                            dweights.at(k / N, run.run.first + k % N)[i * pitch + j] = lanes[k - first];
+                            strip[cell * windows + k / N * subs + run.run.first + k % N] = lanes[k - first];
                     }
                 });
             }
+            if (cell + 1 == LANES<T> || j + 1 == tile.columns)
+                transpose_matrix<T>(strip.data(), windows, cell + 1, windows, dweights.data + i * pitch + j - cell, dweights.plane);
+        }
 }
 
 }  // namespace carafepp
