@@ -1,7 +1,8 @@
 """The operator on a GPU: the functions that the ops call, which plan the launches of a call once.
 
 Forward saves one float32 log-sum-exp per window and group for backward, and nothing else. No launch uses atomics, so that both gradients
-are deterministic. In NCHW, a kernel may read a channels_last copy of a large x, which exists during the call alone.
+are deterministic. In NCHW, a kernel may read a channels_last copy of a large x, and the gradient to x reads weights in the order of the
+output. Both exist during the call alone.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from torch import Tensor
 from ..geometry import LSE_NORMALIZERS, Spec
 from .launch import Launch, Plan, Plans, distinguish, on_device_of
 from .operator_launches import INTERPRETED, backward_launches, choose_precision, forward_launches
-from .transposition import transpose
 
 
 def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor | None, spec: Spec) -> None:
@@ -36,7 +36,8 @@ class CallPlan(NamedTuple):
     """The launches of a call, and the memory that they need while they run."""
 
     launches: list[Plan]
-    copied_bytes: int  # of the copy of x, 0 without one
+    own_bytes: int  # that the launches fill and read themselves
+    owned: int  # tensors in this memory, one after the other: none is read after the next is filled
 
 
 # A detector that meets 500 sizes of images at ten sites has 10,000 calls, of some 5 KB each.
@@ -55,10 +56,10 @@ def _run(build: Callable[..., list[Launch]], tensors: tuple[Any, ...], spec: Spe
     key = (build, spec, like.dtype, like.device, choose_precision(), *layouts, *aligned)
     with on_device_of(like):
         plan = plans.get(key) or _plan(key, build, tensors, spec)
-        if plan.copied_bytes:
+        if plan.owned:
             # the allocator gives this memory to later launches of the same stream alone
-            memory = torch.empty(plan.copied_bytes, dtype=torch.uint8, device=like.device)
-            addresses.append(memory.data_ptr())
+            memory = torch.empty(plan.own_bytes, dtype=torch.uint8, device=like.device)
+            addresses += [memory.data_ptr()] * plan.owned
         for launch in plan.launches:
             launch.run(addresses)
 
@@ -67,9 +68,13 @@ def _plan(key: tuple, build: Callable[..., list[Launch]], tensors: tuple[Any, ..
     """Plan the launches of a call."""
     given = distinguish(tensors)
     launches = build(*given, spec)
-    copies = [launch.arguments["copy"].ptr for launch in launches if launch.kernel is transpose]
-    started = [Plan(launch, (*given, *copies)) for launch in launches]
-    return plans.keep(key, CallPlan(started, sum(copy.numel() * copy.element_size() for copy in copies)))
+    known = {id(tensor) for tensor in given}
+    owned = {
+        id(value): value for launch in launches for value in launch.parameters() if isinstance(value, Tensor) and id(value) not in known
+    }
+    started = [Plan(launch, (*given, *owned.values())) for launch in launches]
+    own_bytes = max((tensor.numel() * tensor.element_size() for tensor in owned.values()), default=0)
+    return plans.keep(key, CallPlan(started, own_bytes, len(owned)))
 
 
 def check_device(x: Tensor) -> None:

@@ -18,7 +18,18 @@ import triton.language as tl
 
 from .blocks import add_product, align_sizes, align_strides, expand, image, load, product, store
 from .records import Features, Logits, Sizes
-from .window import centre, group_logits, is_left_out, logit_addresses, logit_gradient, logit_offset, lse_address, split_target, weight
+from .window import (
+    centre,
+    group_logits,
+    is_left_out,
+    logit_addresses,
+    logit_gradient,
+    logit_offset,
+    lse_address,
+    split_target,
+    weight,
+    window_offset,
+)
 
 
 @triton.jit
@@ -127,17 +138,17 @@ def compute_source_gradient(
             if LAYOUT.y_axis != AXIS:
                 gradient = tl.trans(gradient)
             row, col = tl.maximum(row, 0), tl.maximum(col, 0)
-            u, v, q, r = split_target(row, col, WINDOW)
             ky = expand(i + K // 2, 1 - AXIS) - expand(centre(row, WINDOW), AXIS)
             kx = expand(j + K // 2, 1 - AXIS) - expand(centre(col, WINDOW), AXIS)
             band = (ky.to(tl.uint32) < K) & (kx.to(tl.uint32) < K) & expand(reaching, AXIS)
             l = tl.load(
-                logits.ptr + expand(logit_offset(logits, u, v, q, r), AXIS) + (ky * K + kx) * logits.stride_c,
+                logits.ptr + expand(window_offset(logits, row, col, WINDOW), AXIS) + (ky * K + kx) * logits.stride_c,
                 mask=band,
                 other=-float("inf") if WINDOW.normalized else 0.0,
             ).to(tl.float32)
             lse = tl.zeros([BLOCK_D], tl.float32)
             if WINDOW.normalized:
+                u, v, q, r = split_target(row, col, WINDOW)
                 lse = tl.load(lse_address(lse_ptr, sizes, 0, u, v, q, r, WINDOW), mask=reaching, other=0.0)
             b = weight(l, expand(lse, AXIS), WINDOW)
             if WINDOW.normalizer == "sigmoid":

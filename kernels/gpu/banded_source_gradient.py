@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .blocks import add_product, align_sizes, align_strides, image, load, product, store
 from .records import Features, Logits, Sizes
-from .window import centre, group_logits, logit_offset, lse_address, split_target, weight
+from .window import centre, group_logits, lse_address, split_target, weight, window_offset
 
 
 @triton.jit
@@ -80,14 +80,14 @@ def banded_source_gradient(
             if LAYOUT.y_axis != AXIS:
                 gradient = tl.trans(gradient)
             col = tl.maximum(col, 0)
-            u, v, q, r = split_target(row, col, WINDOW)
             lse = tl.zeros([BLOCK_D], tl.float32)
             if WINDOW.normalized:
+                u, v, q, r = split_target(row, col, WINDOW)
                 lse = tl.load(lse_address(lse_ptr, sizes, 0, u, v, q, r, WINDOW), mask=reaching, other=0.0)
             ky = si[:, None] - centre(di, WINDOW)[None, :]
             kx = (j + K // 2)[:, None] - centre(col, WINDOW)[None, :]
             near = (kx.to(tl.uint32) < K) & reaching[None, :]
-            offset = logit_offset(logits, u, v, q, r)[None, :] + (ky * K + kx) * logits.stride_c
+            offset = window_offset(logits, row, col, WINDOW)[None, :] + (ky * K + kx) * logits.stride_c
             # the loads of all tiles are under way before the first product; a tile above the walk takes none
             read = ()
             bands = ()

@@ -21,6 +21,7 @@ from .tile_ranking import SEPARATE, TOGETHER, choose_backward, choose_tile
 from .tile_tables import measured_tile
 from .tile_work import find_walk
 from .transposition import transpose_launch
+from .weighing import weigh_launch
 
 TAP_BLOCKS = {"BLOCK_M": 32, "BLOCK_C": 32}
 TAP_OPTIONS = {"num_warps": 4, "num_stages": 2}
@@ -73,7 +74,7 @@ def _layout(problem: TileProblem, x_align: int, y_align: int, *tensors: Tensor) 
 
 def _window(spec: Spec) -> Window:
     # without the groups, because a program works on one group and the same code serves any number of them
-    return Window(spec.kernel_size, spec.up, spec.down, spec.normalizer, spec.border, spec.normalizer in LSE_NORMALIZERS)
+    return Window(spec.kernel_size, spec.up, spec.down, spec.normalizer, spec.border, spec.normalizer in LSE_NORMALIZERS, weighed=False)
 
 
 def _find_tile(kernel: KernelName, problem: TileProblem, x: Tensor) -> Tile | None:
@@ -219,7 +220,7 @@ def _find_kernels(problem: TileProblem, x: Tensor) -> tuple[KernelName, ...]:
 def _kernel_launches(
     kernel: KernelName, arguments: dict[str, Any], problem: TileProblem, tile: Tile | None, factors: tuple[Tensor, Tensor] | None
 ) -> list[Launch]:
-    """Return the launch of a kernel of backward, after that of the copy which it reads, if it reads one."""
+    """Return the launch of a kernel of backward, after that of the copy or of the weights that it reads, if it reads any."""
     x, logits = arguments["x"].ptr, arguments["logits"].ptr
     tile = tile or _find_tile(kernel, problem, x)
     if tile is None:
@@ -229,25 +230,33 @@ def _kernel_launches(
         return [_tap_launch(gradient, arguments, problem, x.shape[2:].numel())]
     problem = as_read(kernel, problem, tile)
     before, arguments = _copy_source(problem, arguments)
-    return [*before, _banded_launch(kernel, arguments, problem, tile, factors)]
+    window = _window(problem.spec)
+    if problem.weighed:
+        launch, weights, window = weigh_launch(arguments["sizes"], arguments["logits"], arguments["lse_ptr"], window, x.dtype)
+        before, arguments = [launch], arguments | {"logits": weights}
+    return [*before, _banded_launch(kernel, arguments, window, problem, tile, factors)]
 
 
 def _banded_launch(
-    kernel: KernelName, arguments: dict[str, Any], problem: TileProblem, tile: Tile, factors: tuple[Tensor, Tensor] | None
+    kernel: KernelName,
+    arguments: dict[str, Any],
+    window: Window,
+    problem: TileProblem,
+    tile: Tile,
+    factors: tuple[Tensor, Tensor] | None,
 ) -> Launch:
     x, logits, dy, dx, dlogits = (arguments[name].ptr for name in ("x", "logits", "dy", "dx", "dlogits"))
     # the gradient to x may have other strides than x
     x_align = math.gcd(problem.x_align, _alignment(dx, problem.channels, problem.x_last))
     x_align, y_align = run_alignments(problem._replace(x_align=x_align), tile)
     layout = _layout(problem, x_align, y_align, x, logits, dy, dx, dlogits, *(factors or ())[:1])
-    added: dict[str, Any] = {"map_ptr": None, "matrix_ptr": None, "WIDTH": 0}
+    added: dict[str, Any] = {"map_ptr": None, "matrix_ptr": None, "WIDTH": 0, "WINDOW": window}
     if factors is not None:
         arguments = arguments | dict(zip(("map_ptr", "matrix_ptr"), factors, strict=True))
-        added = {"WIDTH": factors[0].shape[1]}
+        added = {"WIDTH": factors[0].shape[1], "WINDOW": window}
     if tile.steps > 1:
         return _walk_launch(arguments, added, layout, problem, tile)
     constants = added | {
-        "WINDOW": _window(problem.spec),
         "TILE": tile,
         "HALO": halo(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, x_align)),
         "REACH": reach(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, y_align)),
@@ -267,5 +276,5 @@ def _walk_launch(arguments: dict[str, Any], added: dict[str, Any], layout: Layou
     walks = triton.cdiv(sizes.h + radius, tile.steps * step.rows) * triton.cdiv(sizes.w + radius, step.cols)
     grid = (problem.batch * walks * triton.cdiv(problem.channels, tile.block_c), 1, 1)
     given = {name: arguments[name] for name in banded_source_gradient.arg_names if name in arguments}
-    constants = added | {"WINDOW": _window(problem.spec), "TILE": tile, "WALK": step, "LAYOUT": layout, "PRECISION": choose_precision()}
+    constants = added | {"TILE": tile, "WALK": step, "LAYOUT": layout, "PRECISION": choose_precision()}
     return Launch(banded_source_gradient, grid, given, constants, tile.num_warps, tile.num_stages, tile.max_registers)

@@ -65,6 +65,7 @@ class Window(NamedTuple):
     normalizer: str
     border: str
     normalized: bool  # whether the weights of a window are divided by their sum
+    weighed: bool  # whether weights at the resolution of the output are in the place of logits (weighing.py)
 
 
 class Layout(NamedTuple):

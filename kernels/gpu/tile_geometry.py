@@ -55,6 +55,7 @@ class TileProblem(NamedTuple):
     y_align: int  # the same for target features
     capability: tuple[int, int]
     copied: bool = False  # whether the kernel reads the source features in a channels_last copy
+    weighed: bool = False  # whether the kernel reads weights in the place of logits (weighing.py)
 
     @property
     def x_last(self) -> bool:
@@ -116,6 +117,8 @@ class Walks(NamedTuple):
 
 def as_read(kernel: KernelName, problem: TileProblem, tile: Tile) -> TileProblem:
     """Return the problem with the memory format and the alignments of the features that a kernel reads with this tile."""
+    if kernel == "source_gradient":
+        return problem._replace(weighed=not problem.channels_last)
     if not tile.transposed or problem.channels_last or kernel not in COPYING:
         return problem
     return problem._replace(copied=True, x_align=math.gcd(problem.channels, 16 // problem.element_size))

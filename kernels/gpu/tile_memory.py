@@ -16,6 +16,8 @@ LINE_BYTES = 128
 WIDEST_LOAD, NARROWEST_COPY = 16, 4
 # logits in one line of memory if channels_last: those of a tile, and those that the sources of a tile gather
 LOGITS_PER_LINE, LOGITS_PER_GATHER = 4, 8
+# weights in one line of memory that the sources of a tile gather, by the emulator
+WEIGHTS_PER_GATHER = 12
 
 
 class Transfer(NamedTuple):

@@ -6,10 +6,10 @@ The tiles that fit (tile_limits.py) are ranked by their predicted time (tile_tim
 import math
 from functools import lru_cache
 
-from .tile_geometry import KernelName, Tile, TileProblem
+from .tile_geometry import KernelName, Tile, TileProblem, as_read
 from .tile_limits import fitting_tiles, wide_tiles
 from .tile_resources import MOST_REGISTERS, Resources, estimate_resources
-from .tile_time import count_slots, estimate_time, transposition_microseconds
+from .tile_time import count_slots, estimate_time, transposition_microseconds, weighing_microseconds
 
 # the kernels of a backward pass: one for both gradients, or one for each
 TOGETHER: tuple[KernelName, ...] = ("backward",)
@@ -28,8 +28,10 @@ def rank_tiles(kernel: KernelName, problem: TileProblem) -> tuple[Tile, ...]:
 
 
 def rated_time(kernel: KernelName, problem: TileProblem, tile: Tile, resources: Resources | None = None) -> float:
-    """Return the predicted time of a kernel in microseconds; with the copy that it reads, if it reads one, and more for its memory."""
+    """Return the predicted microseconds of a kernel and of the launch before it, and more for the memory of a copy of the features."""
     time = estimate_time(kernel, problem, tile, resources).total
+    if as_read(kernel, problem, tile).weighed:
+        time += weighing_microseconds(problem)
     return (time + transposition_microseconds(problem)) * LEAST_ADVANTAGE if tile.transposed else time
 
 

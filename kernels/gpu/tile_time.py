@@ -167,6 +167,13 @@ def transposition_microseconds(problem: TileProblem) -> float:
     return LAUNCH + 2 * source_bytes(problem) / find_device(problem.capability).copy * 1e-6 / TRANSPOSITION_SPEED
 
 
+def weighing_microseconds(problem: TileProblem) -> float:
+    """Return the microseconds of the launch that computes weights in the place of logits."""
+    logits = problem.batch * problem.height * problem.width * problem.spec.taps * problem.spec.up**2 * problem.element_size
+    # it reads the logits and writes as many weights, in another order
+    return LAUNCH + 2 * logits / find_device(problem.capability).copy * 1e-6 / TRANSPOSITION_SPEED
+
+
 def combine(
     costs: Costs,
     works: tuple[Work, ...],

@@ -16,6 +16,7 @@ from .tile_limits import REGISTER_BYTES, WARP_SIZE, SourceBlocks, operand_terms,
 from .tile_memory import (
     LINE_BYTES,
     LOGITS_PER_GATHER,
+    WEIGHTS_PER_GATHER,
     cells_seen,
     count_lines,
     count_transfer,
@@ -148,7 +149,7 @@ def count_source_gradient(problem: TileProblem, tile: Tile, blocks: SourceBlocks
     issued = share * _issued(tile, steps) / steps
     newer = takes_four_warps(problem, tile, reached.s if problem.x_last else blocks.channels)
     rows, cols = cells_seen(problem, tile)
-    gathered = spec.taps * rows * cols * spec.up**2 / (LOGITS_PER_GATHER if problem.channels_last else 1)
+    gathered = spec.taps * rows * cols * spec.up**2 / _weights_per_line(problem)
     band = targets * reached.s
     return Work(
         programs=_tiles(problem, tile) * active,
@@ -184,7 +185,7 @@ def count_walk(problem: TileProblem, tile: Tile) -> Work:
     newer = takes_four_warps(problem, tile, step.s if problem.x_last else channels)
     # of the targets that the columns share, a tile reads a part of the weights
     own = problem.width * spec.up / across
-    gathered = spec.taps * rows * own / (LOGITS_PER_GATHER if problem.channels_last else 1)
+    gathered = spec.taps * rows * own / _weights_per_line(problem)
     band = step.tiles * targets * step.s
     # a step above its walk builds the bands of those tiles alone that lie in the walk, half of them on average
     visited, built, stored = (steps / walks for steps in (visited, (visited + down) / 2, down))
@@ -217,6 +218,13 @@ def _product_cycles(problem: TileProblem, products: float, newer: bool) -> float
 
 def _splits(problem: TileProblem, elements: float) -> float:
     return elements / WARP_SIZE * (operand_terms(problem.element_size) - 1)
+
+
+def _weights_per_line(problem: TileProblem) -> int:
+    """Return how many weights the sources of a tile gather from one line of memory."""
+    if problem.weighed:
+        return WEIGHTS_PER_GATHER
+    return LOGITS_PER_GATHER if problem.channels_last else 1
 
 
 def takes_four_warps(problem: TileProblem, tile: Tile, rows: int) -> bool:

@@ -79,6 +79,16 @@ def logit_offset(logits: Logits, u, v, q, r):
 
 
 @triton.jit
+def window_offset(logits: Logits, row, col, WINDOW: tl.constexpr):
+    """Return the offset of the first tap of the window of an output location."""
+    if WINDOW.weighed:
+        return row * logits.stride_u + col * logits.stride_v
+    else:
+        u, v, q, r = split_target(row, col, WINDOW)
+        return logit_offset(logits, u, v, q, r)
+
+
+@triton.jit
 def logit_addresses(logits: Logits, tap, offset, AXIS: tl.constexpr):
     """Return the addresses of taps [T, 1] of windows at offsets [1, M]; AXIS is 1 where columns are the fastest axis, in NCHW."""
     if AXIS == 1:

@@ -9,7 +9,6 @@ from carafepp.kernels.gpu import operator_launches
 from carafepp.kernels.gpu.launch import Launch
 from carafepp.kernels.gpu.tile_geometry import DIRECTIONS, KernelName, Tile
 from carafepp.kernels.gpu.tile_ranking import choose_backward, choose_tile
-from carafepp.kernels.gpu.transposition import transpose
 from carafepp.kernels.reference import reassemble_reference
 from operator_cases import differentiate, random_inputs, relative_error
 from ptx import GPU, dram_microseconds
@@ -115,8 +114,9 @@ def training_step(
 def _run(launches: list[Launch], tensors, capability: int, run, *, filled: bool) -> Pass:
     stats = {}
     for launch in launches:
-        if launch.kernel is transpose:
-            launch.arguments["copy"].ptr.fill_(math.nan)
+        # what a launch fills for the next one
+        for name in {"copy", "weights"} & launch.arguments.keys():
+            launch.arguments[name].ptr.fill_(math.nan)
         found = (run or emulate)(launch, capability)
         if filled:
             share = min(1.0, launch.grid[0] / GPUS[capability].multiprocessors)

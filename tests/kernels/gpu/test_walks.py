@@ -41,9 +41,12 @@ def test_results_match_float64(size, spec, dtype, layout, tile, capability):
     lse = torch.logsumexp(cells.unflatten(1, (spec.groups, spec.taps)).float(), 2) if spec.normalizer in LSE_NORMALIZERS else torch.empty(0)
     # what is not written stays NaN
     dx = arrange(torch.full(x.shape, math.nan, dtype=dtype), layout)
-    (launch,) = backward_launches(dy, x, cells, lse, dx, None, spec, tile=tile, capability=divmod(capability, 10))
-    assert launch.kernel.__name__ == "banded_source_gradient"
-    emulate(launch, capability)
+    launches = backward_launches(dy, x, cells, lse, dx, None, spec, tile=tile, capability=divmod(capability, 10))
+    assert launches[-1].kernel.__name__ == "banded_source_gradient"
+    for launch in launches:
+        if "weights" in launch.arguments:
+            launch.arguments["weights"].ptr.fill_(math.nan)
+        emulate(launch, capability)
     expected = differentiate(reassemble_reference, x.double(), logits.double(), dy.double(), **spec._asdict())["dx"]
     assert relative_error(dx, expected) < TRITON_TOLERANCES[dtype]
 
@@ -72,8 +75,8 @@ def test_the_chosen_walk_of_rois_spills_nothing_at_a_quarter_of_the_warps(capabi
     step = build_training_step(512, 256, 14, 14, ROIS.spec, dtype, layout)
     pair = divmod(capability, 10)
     tile = next(tile for tile in rank_tiles("source_gradient", step.problem(pair)) if tile.steps > 1)
-    (launch,) = step.build_launches("source_gradient", tile=tile, capability=pair)
-    assembly = read_assembly(compile_launch(launch, capability))
-    assert assembly.spills == 0
-    assert assembly.registers <= 128
-    assert assembly.occupancy >= 0.25
+    for launch in step.build_launches("source_gradient", tile=tile, capability=pair):
+        assembly = read_assembly(compile_launch(launch, capability))
+        assert assembly.spills == 0
+        assert assembly.registers <= 128
+        assert assembly.occupancy >= 0.25
