@@ -20,7 +20,7 @@ SHARED_BYTES = 96 * 1024
 
 # the cells of a tile; few, because each is a separate compilation. Seven columns divide the maps of images of 224 and 800 x 1333 pixels
 CELLS = ((1, 1), (1, 2), (1, 4), (1, 8), (1, 14), (1, 16), (2, 2), (2, 4), (2, 7), (2, 8), (3, 4), (4, 4))
-LARGEST_CELLS = 16
+SMALL_CELLS, LARGEST_CELLS = 4, 16
 VECTORS = (1, 2, 4)
 # the widest of forward
 FORWARD_VECTOR = 2
@@ -201,11 +201,10 @@ def _candidates(kernel: KernelName, problem: TileProblem, vectors: tuple[int, ..
         stages = (1, 3)
     for cells, vector, split, block_c, num_warps, num_stages in product(CELLS, vectors, splits, channels, warps, stages):
         # eight warps have room for the largest tiles, and too little work in the others
-        large = cells[0] * cells[1] >= LARGEST_CELLS
-        if num_warps == 8 and not large:
+        if num_warps == 8 and cells[0] * cells[1] < LARGEST_CELLS:
             continue
-        # both gradients together spill in large tiles with narrow vectors
-        if kernel == "backward" and large and vector == 1 < vectors[-1]:
+        # both gradients together spill with narrow vectors, except in small tiles
+        if kernel == "backward" and cells[0] * cells[1] > SMALL_CELLS and vector < vectors[-1]:
             continue
         if split == 1 or block_c * split <= problem.channels:
             yield Tile(*cells, vector, block_c, split, num_warps, num_stages)

@@ -12,6 +12,8 @@ from .tile_limits import REGISTER_BYTES, WARP_SIZE
 
 # bytes of a line of memory, and of shared memory that one wavefront moves (CUDA programming guide)
 LINE_BYTES = 128
+# bytes of a sector, the part of a line that memory reads and writes as a whole
+SECTOR_BYTES = 32
 # bytes of the widest load of a thread, which are also those of a cheap asynchronous copy, and of the narrowest copy (PTX ISA, cp.async)
 WIDEST_LOAD, NARROWEST_COPY = 16, 4
 # logits in one line of memory if channels_last: those of a tile, and those that the sources of a tile gather
@@ -49,9 +51,6 @@ def count_transfer(
     present = min(channels, problem.channels)
     if last:
         lines = _run_lines(rows * cols, present * size)
-    elif width % 2:
-        # in the kernels that were timed, each thread of a warp accesses its own line: they do not have `blocks.along_rows`
-        lines = rows * cols * present
     else:
         lines = present * _plane_lines(rows, cols * size, problem.width * scale * size)
     # the compiler knows the alignment of the first pixel of a row, and of the others by the width of the block
@@ -72,6 +71,45 @@ def _run_lines(runs: float, run_bytes: float) -> float:
 def _plane_lines(rows: float, row_bytes: float, pitch: float) -> float:
     """Return the lines of memory that rows of bytes touch, which begin `pitch` bytes after each other and may share lines."""
     return min(_run_lines(rows, row_bytes), 1 + ((rows - 1) * pitch + row_bytes - 1) / LINE_BYTES)
+
+
+def stored_partials(
+    problem: TileProblem, last: bool, seen: tuple[float, float], channels: int, scale: int, step: int, lead: int = 0
+) -> float:
+    """Return the sectors that a block of features fills in part, where it is stored.
+
+    The arguments are those of `count_transfer`. The first columns of neighbouring tiles are `step` locations apart, and lie `lead`
+    locations before their cells.
+    """
+    rows, cols = seen
+    size, present = problem.element_size, min(channels, problem.channels)
+    if last:
+        return _partial_sectors(rows * cols, present * size, math.gcd(channels, problem.channels) * size)
+    return present * _plane_partials(rows, cols * size, problem.width * scale * size, math.gcd(step, lead) * size)
+
+
+def logit_partials(problem: TileProblem, tile: Tile) -> float:
+    """Return the sectors that the gradient to the logits of a tile fills in part."""
+    spec, size = problem.spec, problem.element_size
+    if problem.channels_last:
+        # the taps of a target are apart
+        return logit_lines(problem, tile)
+    rows, cols = cells_seen(problem, tile)
+    return spec.taps * spec.up**2 * _plane_partials(rows, cols * size, problem.width * size, tile.cells_w * size)
+
+
+def _plane_partials(rows: float, row_bytes: float, pitch: int, step: int) -> float:
+    """Return the sectors that rows of bytes fill in part, which begin `pitch` bytes after each other; tiles are `step` bytes apart."""
+    if row_bytes == pitch:
+        return _partial_sectors(1, rows * pitch, pitch)
+    return _partial_sectors(rows, row_bytes, math.gcd(pitch, step))
+
+
+def _partial_sectors(runs: float, run_bytes: float, starts: int) -> float:
+    """Return the sectors that runs of bytes fill in part; a run begins at any multiple of `starts` bytes."""
+    aligned = math.gcd(starts, SECTOR_BYTES)
+    # both ends of a run may lie inside a sector, and a short run lies in one or two
+    return runs * min(2 * (1 - aligned / SECTOR_BYTES), 1 + max(0.0, run_bytes - aligned) / SECTOR_BYTES)
 
 
 def count_lines(problem: TileProblem, elements: float) -> float:

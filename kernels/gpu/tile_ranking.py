@@ -9,7 +9,7 @@ from functools import lru_cache
 from .tile_geometry import KernelName, Tile, TileProblem, as_read
 from .tile_limits import fitting_tiles, wide_tiles
 from .tile_resources import MOST_REGISTERS, Resources, estimate_resources
-from .tile_time import count_slots, estimate_time, transposition_microseconds, weighing_microseconds
+from .tile_time import count_resident, estimate_time, transposition_microseconds, weighing_microseconds
 
 # the kernels of a backward pass: one for both gradients, or one for each
 TOGETHER: tuple[KernelName, ...] = ("backward",)
@@ -65,6 +65,6 @@ def rank_wide_tiles(kernel: KernelName, problem: TileProblem) -> list[Tile]:
         if registers >= MOST_REGISTERS or (limited and not tile.max_registers < registers <= MOST_OVER_LIMIT * tile.max_registers):
             continue
         resources = Resources(min(registers, tile.max_registers), shared)
-        if count_slots(problem.capability, *resources, tile.num_warps, 1e9):
+        if count_resident(problem.capability, *resources, tile.num_warps):
             times[tile] = rated_time(kernel, problem, tile, resources)
     return sorted(times, key=lambda tile: (times[tile], tile))

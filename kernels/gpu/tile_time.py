@@ -1,15 +1,20 @@
 """A model of the time of a kernel: counted work, times fitted costs, on the programs that a multiprocessor holds.
 
-    time = sqrt(alone² + busy² + copy²) + first + tail + launch
+A multiprocessor with n programs, of which it holds r at a time, runs them in waves of r, and the rest in a last one:
 
-- *alone*: every program takes the time that it would take alone: the latency of its loops and of the instructions of its warps. The
-  programs that are resident at the same time share this time.
-- *busy*: the multiprocessors issue all instructions and serve all memory operations.
+    wave(r) = norm(alone, r * busy)
+    time = norm(wave(r) * (n // r) + wave(n % r), copy) + first + launch        wave(0) = 0
+
+- *alone*: the time of a program alone: the latency of its loops, the instructions of its warps, and its memory operations. Programs that
+  are resident at the same time share this time.
+- *busy*: the time in which the multiprocessor can do the work of a program. Its units work at the same time: those that access memory and
+  shared memory, issue instructions, and multiply matrices.
 - *copy*: the memory moves the least bytes at the speed of a copy.
 - *first*: the first programs meet cold caches.
-- *tail*: the last programs run while the rest of the device is idle. There is none if all programs run at the same time.
 
-The costs are fitted to kernels measured on one H200 (tests/support/fit_tile_time.py). docs/performance_kernels.md says how well the model
+`norm` joins times that overlap in part: it is at least the longest and at most the sum.
+
+The costs are fitted to kernels measured on H200s (tests/support/fit_tile_time.py). docs/performance_kernels.md says how well the model
 predicts problems that the fit has not seen. On other devices, the same cycles are spread over their multiprocessors at their clock; no
 measurement supports this. The model does not describe float32 products in plain TF32, kernels that work tap by tap, and spilled registers.
 """
@@ -28,6 +33,8 @@ LAUNCH = 1.5
 TRANSPOSITION_SPEED = 0.85
 # instructions that a multiprocessor issues in a cycle
 ISSUE = 4
+# exponents of the norms that join the times of parts, and of the units of a multiprocessor
+PARTS, UNITS = 1.5, 2
 # products of a step, one after the other, by element size: float32 has three of split operands
 PRODUCTS = {2: 1, 4: 3}
 
@@ -55,6 +62,7 @@ class Costs(NamedTuple):
     """The cost of a unit of each kind of work: cycles of a multiprocessor, or instructions of a warp."""
 
     line: float  # cycles
+    partial: float
     copy: float
     shared_pass: float
     load: float  # instructions
@@ -62,33 +70,30 @@ class Costs(NamedTuple):
     logit: float
     band: float
     exchange: float
-    split: float
     start: float  # of each warp
     instruction: float  # cycles until a warp issues the next one
     step: float  # latency of the loads of a step of a loop, in cycles
     stage: float  # share of this latency that every further stage of the pipeline hides, over the share that remains
     product: float  # latency of a product, with the synchronisation around it
-    first: float  # of the mean time of a program alone
-    tail: float
+    first: float  # of the time of a program alone
 
 
 COSTS = Costs(
-    line=0.939,
-    copy=2.89,
-    shared_pass=0.708,
-    load=0.395,
-    store=6.82,
-    logit=5.05,
-    band=17.1,
-    exchange=12.3,
-    split=0.826,
-    start=312,
-    instruction=5.72,
-    step=290,
-    stage=0.481,
-    product=421,
-    first=0.627,
-    tail=1.08,
+    line=1.2,
+    partial=0.868,
+    copy=1.97,
+    shared_pass=0.905,
+    load=0.495,
+    store=7.37,
+    logit=9.71,
+    band=28.4,
+    exchange=23,
+    start=438,
+    instruction=2.75,
+    step=155,
+    stage=0.832,
+    product=428,
+    first=0.424,
 )
 
 
@@ -111,7 +116,6 @@ def estimate_time(kernel: KernelName, problem: TileProblem, tile: Tile, resource
         resources: those of the compiled kernel; without them they are estimated.
     """
     works = count_work(kernel, problem, tile)
-    programs = sum(work.programs for work in works)
     registers, shared = resources or estimate_resources(kernel, problem, tile)
     device = find_device(problem.capability)
     return combine(
@@ -120,8 +124,8 @@ def estimate_time(kernel: KernelName, problem: TileProblem, tile: Tile, resource
         stages=count_stages(tile),
         products=PRODUCTS[problem.element_size],
         # a program that does not fit has no time; the limits of tiles exclude it
-        slots=max(1.0, count_slots(problem.capability, registers, shared, tile.num_warps, programs)),
-        multiprocessors=min(device.multiprocessors, programs),
+        resident=max(1, count_resident(problem.capability, registers, shared, tile.num_warps)),
+        multiprocessors=device.multiprocessors,
         clock=device.clock,
         copy=copy_microseconds(problem, kernel),
     )
@@ -138,11 +142,10 @@ def find_device(capability: tuple[int, int]) -> Device:
     return DEVICES[max((known for known in DEVICES if known <= capability), default=min(DEVICES))]
 
 
-def count_slots(capability: tuple[int, int], registers: int, shared: int, warps: int, programs: float) -> float:
-    """Return how many of the programs run at the same time, 0 if a multiprocessor has no room for one."""
+def count_resident(capability: tuple[int, int], registers: int, shared: int, warps: int) -> int:
+    """Return how many programs a multiprocessor holds at the same time, 0 if it has no room for one."""
     limits = max((known for known in RESIDENCY_LIMITS if known <= 10 * capability[0] + capability[1]), default=min(RESIDENCY_LIMITS))
-    resident, _ = resident_blocks(limits, registers, shared, warps)
-    return min(programs, resident * find_device(capability).multiprocessors)
+    return resident_blocks(limits, registers, shared, warps)[0]
 
 
 def copy_microseconds(problem: TileProblem, kernel: KernelName) -> float:
@@ -180,7 +183,7 @@ def combine(
     *,
     stages: float,
     products: float,
-    slots: float,
+    resident: float,
     multiprocessors: float,
     clock: float,
     copy: float,
@@ -192,21 +195,32 @@ def combine(
         works: the work of each kind of program.
         stages: of the pipelines of the kernel.
         products: of a step.
-        slots: programs that run at the same time.
-        multiprocessors: that have a program.
+        resident: programs that a multiprocessor holds at the same time.
+        multiprocessors: of the device.
         clock: GHz.
         copy: microseconds for a copy of the least bytes.
     """
     alone = busy = programs = 0.0
     latency = costs.step / (1 + costs.stage * (stages - 1)) + costs.product * products
     for work in works:
-        memory = costs.line * work.lines + costs.copy * work.copies + costs.shared_pass * work.passes + work.products
+        memory = costs.line * work.lines + costs.partial * work.partials + costs.copy * work.copies
+        shared = costs.shared_pass * work.passes
         instructions = costs.load * work.loads + costs.store * work.stores + costs.logit * work.logits + costs.band * work.band
-        instructions = instructions + costs.exchange * work.exchanges + costs.split * work.splits + costs.start * work.warps
-        alone = alone + work.programs * (latency * work.steps + costs.instruction * instructions / work.warps + memory)
-        busy = busy + work.programs * (memory + instructions / ISSUE)
+        instructions = instructions + costs.exchange * work.exchanges + costs.start * work.warps
+        used = latency * work.steps + costs.instruction * instructions / work.warps + memory + shared + work.products
+        alone = alone + work.programs * used
+        busy = busy + work.programs * _norm(UNITS, memory, shared, instructions / ISSUE, work.products)
         programs = programs + work.programs
-    cycle = 1e-3 / clock
-    parts = (alone * cycle / slots, busy * cycle / multiprocessors, copy)
-    ends = (costs.first + costs.tail * (1 - slots / programs)) * alone / programs * cycle
-    return Estimate(sum(part**2 for part in parts) ** 0.5 + ends + LAUNCH, *parts)
+    # of a program, in microseconds
+    alone, busy = (cycles * 1e-3 / clock / programs for cycles in (alone, busy))
+    held = -(-programs // multiprocessors)
+    # the fewer of both, of numbers and of arrays
+    wave = held + (resident - held) * (resident < held)
+    waves, rest = held // wave, held % wave
+    computed = waves * _norm(PARTS, alone, wave * busy) + (rest > 0) * _norm(PARTS, alone, rest * busy)
+    total = _norm(PARTS, computed, copy) + costs.first * alone + LAUNCH
+    return Estimate(total, alone * (waves + (rest > 0)), busy * held, copy)
+
+
+def _norm(exponent: float, *times: float) -> float:
+    return sum(time**exponent for time in times) ** (1 / exponent)

@@ -22,8 +22,10 @@ from .tile_memory import (
     count_transfer,
     halo_seen,
     logit_lines,
+    logit_partials,
     reach_seen,
     sources_seen,
+    stored_partials,
     targets_seen,
 )
 
@@ -33,6 +35,10 @@ WARP_PRODUCTS, WARPGROUP_PRODUCTS = 1024, 2048
 WARPGROUP_ROWS = 64
 # the time of a float32 product over that in 16 bits: three products in TF32 at half the speed
 FLOAT32_PRODUCTS = 6
+# rows that the older matrix instruction computes
+WARP_ROWS = 16
+# passes for each line of a float32 operand that must be turned in shared memory, by the emulator: its stores conflict
+TURNED_PASSES = 12
 
 
 class Work(NamedTuple):
@@ -42,15 +48,15 @@ class Work(NamedTuple):
     warps: float
     steps: float  # iterations of the loops of a program
     lines: float  # lines of memory that are loaded or stored
+    partials: float  # sectors of memory that are stored in part
     copies: float  # asynchronous copies of fewer than 16 bytes per thread
-    passes: float  # passes over shared memory, except those that read the operands of products
+    passes: float  # passes over shared memory by the instructions of warps
     products: float  # cycles of the matrix units
     loads: float  # instructions that load features
     stores: float
     logits: float  # logits that are normalised, or turned into their gradient
     band: float  # weights that the gradient to the features rebuilds
     exchanges: float  # of the weights of a tile between the threads of a warp
-    splits: float  # elements of float32 operands that are split into two terms
 
 
 def count_work(kernel: KernelName, problem: TileProblem, tile: Tile) -> tuple[Work, ...]:
@@ -79,24 +85,29 @@ def count_forward(problem: TileProblem, tile: Tile) -> Work:
     result = count_transfer(problem, tile, last, seen, window.m, channels, window.cols, problem.y_align, up)
     blocks = -(-problem.channels // tile.block_c)
     active = min(tile.split, blocks)
-    tall = last and window.rows * window.cols < WARPGROUP_ROWS
-    newer = takes_four_warps(problem, tile, window.m if last and not tall else channels)
+    # a product with the targets as rows takes the features along another axis than they are loaded
+    wide = last and window.rows * window.cols >= WARPGROUP_ROWS
+    rows, columns = (window.m, channels) if wide else (channels, window.m)
+    turned = window.p * channels if problem.x_last and (wide or tile.num_stages > 1) else 0
     band, steps = window.p * window.m, blocks / active
     issued = _issued(tile, steps)
+    operands = _operand_passes(problem, tile, rows, columns, window.p) + _turned_passes(problem, turned)
     return Work(
         programs=_tiles(problem, tile) * active,
         warps=tile.num_warps,
         steps=steps,
         lines=steps * (features.lines + result.lines) + logit_lines(problem, tile),
+        partials=steps * stored_partials(problem, last, seen, channels, up, tile.cells_w * up),
         copies=issued * features.copies,
-        passes=issued * features.passes + 2 * steps * count_lines(problem, window.m * tile.block_c) + 2 * count_lines(problem, band),
-        products=steps * _product_cycles(problem, band * tile.block_c, newer),
+        passes=issued * features.passes
+        + steps * (2 * count_lines(problem, window.m * channels) + operands)
+        + 2 * count_lines(problem, band),
+        products=steps * _product_cycles(problem, band * channels, takes_four_warps(problem, tile, rows)),
         loads=issued * features.instructions,
         stores=steps * result.instructions,
         logits=window.t * window.m / WARP_SIZE,
         band=0,
         exchanges=window.t * band / WARP_SIZE**2,
-        splits=steps * _splits(problem, window.p * tile.block_c + band),
     )
 
 
@@ -113,22 +124,25 @@ def count_logit_gradient(problem: TileProblem, tile: Tile) -> Work:
     issued = _issued(tile, steps)
     newer = takes_four_warps(problem, tile, window.p)
     logits = window.t * window.m / WARP_SIZE
+    # a pipeline keeps rows of pixels in shared memory as they are loaded, and the product takes channels
+    turned = (window.p * (not problem.x_last) + window.m * (not problem.channels_last)) * tile.block_c if tile.num_stages > 1 else 0
+    operands = _operand_passes(problem, tile, window.p, window.m, tile.block_c) + _turned_passes(problem, turned)
     return Work(
         programs=_tiles(problem, tile),
         warps=tile.num_warps,
         steps=steps,
         # logits are read, and their gradient is written
         lines=steps * (features.lines + gradients.lines) + 2 * logit_lines(problem, tile),
+        partials=logit_partials(problem, tile),
         copies=issued * (features.copies + gradients.copies),
         # the gradient of the band is float32
-        passes=issued * (features.passes + gradients.passes) + 2 * window.p * window.m * REGISTER_BYTES / LINE_BYTES,
+        passes=issued * (features.passes + gradients.passes) + steps * operands + 2 * window.p * window.m * REGISTER_BYTES / LINE_BYTES,
         products=steps * _product_cycles(problem, window.p * window.m * tile.block_c, newer),
         loads=issued * (features.instructions + gradients.instructions),
         stores=0,
         logits=logits,
         band=0,
         exchanges=window.t * window.p * window.m / WARP_SIZE**2,
-        splits=steps * _splits(problem, (window.p + window.m) * tile.block_c),
     )
 
 
@@ -147,7 +161,10 @@ def count_source_gradient(problem: TileProblem, tile: Tile, blocks: SourceBlocks
     active = min(tile.split, all_blocks)
     share = all_blocks / active
     issued = share * _issued(tile, steps) / steps
-    newer = takes_four_warps(problem, tile, reached.s if problem.x_last else blocks.channels)
+    rows, columns = (reached.s, blocks.channels) if problem.x_last else (blocks.channels, reached.s)
+    newer = takes_four_warps(problem, tile, rows)
+    partials = stored_partials(problem, problem.x_last, seen, blocks.channels, spec.down, tile.cells_w * spec.down)
+    operands = _operand_passes(problem, tile, rows, columns, blocks.targets, bands=1)
     rows, cols = cells_seen(problem, tile)
     gathered = spec.taps * rows * cols * spec.up**2 / _weights_per_line(problem)
     band = targets * reached.s
@@ -156,15 +173,16 @@ def count_source_gradient(problem: TileProblem, tile: Tile, blocks: SourceBlocks
         warps=tile.num_warps,
         steps=share * steps,
         lines=share * (gradients.lines + result.lines + gathered),
+        partials=share * partials,
         copies=issued * gradients.copies,
-        passes=issued * gradients.passes + share * (2 * count_lines(problem, reached.s * blocks.channels) + band * size / LINE_BYTES),
+        passes=issued * gradients.passes
+        + share * (2 * count_lines(problem, reached.s * blocks.channels) + band * size / LINE_BYTES + steps * operands),
         products=share * _product_cycles(problem, band * blocks.channels, newer),
         loads=issued * gradients.instructions,
         stores=share * result.instructions,
         logits=0,
         band=share * band / WARP_SIZE,
         exchanges=0,
-        splits=share * _splits(problem, targets * blocks.channels + band),
     )
 
 
@@ -174,18 +192,21 @@ def count_walk(problem: TileProblem, tile: Tile) -> Work:
     step, radius = find_walk(problem, tile), spec.kernel_size // 2
     walks, across, down, visited, cols = count_walks(problem, tile, step)
     x_align, y_align = run_alignments(problem, tile)
-    rows = problem.height * spec.up / down
+    height = problem.height * spec.up / down
     products = -(-step.height * step.width // step.d)
     targets = products * step.d
-    gradients = count_transfer(problem, tile, problem.channels_last, (rows, cols), targets, channels, step.width, y_align, spec.up)
+    gradients = count_transfer(problem, tile, problem.channels_last, (height, cols), targets, channels, step.width, y_align, spec.up)
     sources = problem.height * spec.down / down, problem.width * spec.down / across
     # the first column of sources lies half a window before the cells
     x_align = math.gcd(x_align, radius) if radius else x_align
     result = count_transfer(problem, tile, problem.x_last, sources, step.s, channels, step.cols, x_align, spec.down)
-    newer = takes_four_warps(problem, tile, step.s if problem.x_last else channels)
+    partials = stored_partials(problem, problem.x_last, sources, channels, spec.down, tile.cells_w * spec.down, radius)
+    rows, columns = (step.s, channels) if problem.x_last else (channels, step.s)
+    newer = takes_four_warps(problem, tile, rows)
+    operands = _operand_passes(problem, tile, rows, columns, step.d, bands=step.tiles)
     # of the targets that the columns share, a tile reads a part of the weights
     own = problem.width * spec.up / across
-    gathered = spec.taps * rows * own / _weights_per_line(problem)
+    gathered = spec.taps * height * own / _weights_per_line(problem)
     band = step.tiles * targets * step.s
     # a step above its walk builds the bands of those tiles alone that lie in the walk, half of them on average
     visited, built, stored = (steps / walks for steps in (visited, (visited + down) / 2, down))
@@ -194,15 +215,17 @@ def count_walk(problem: TileProblem, tile: Tile) -> Work:
         warps=tile.num_warps,
         steps=visited * products,
         lines=visited * gradients.lines + built * gathered + stored * result.lines,
+        partials=stored * partials,
         copies=0,
-        passes=visited * gradients.passes + built * band * size / LINE_BYTES + stored * 2 * count_lines(problem, step.s * channels),
+        passes=visited * gradients.passes
+        + built * (band * size / LINE_BYTES + products * operands)
+        + stored * 2 * count_lines(problem, step.s * channels),
         products=built * _product_cycles(problem, band * channels, newer),
         loads=visited * gradients.instructions,
         stores=stored * result.instructions,
         logits=0,
         band=built * band / WARP_SIZE,
         exchanges=0,
-        splits=built * _splits(problem, targets * channels + band),
     )
 
 
@@ -216,8 +239,39 @@ def _product_cycles(problem: TileProblem, products: float, newer: bool) -> float
     return factor * products / (WARPGROUP_PRODUCTS if newer else WARP_PRODUCTS)
 
 
-def _splits(problem: TileProblem, elements: float) -> float:
-    return elements / WARP_SIZE * (operand_terms(problem.element_size) - 1)
+def _operand_passes(problem: TileProblem, tile: Tile, rows: int, columns: int, inner: int, *, bands: int = 0) -> float:
+    """Return the passes over shared memory for the operands of a product [rows, inner] x [inner, columns], or of one with each of `bands`.
+
+    The matrix instruction of four warps reads its operands itself, and a float32 operand is stored once more for its second term. For the
+    older one, every warp reads the rows and the columns of its part of the result; a band has both terms in shared memory, and the features
+    that bands multiply are read once.
+    """
+    terms = operand_terms(problem.element_size)
+    if takes_four_warps(problem, tile, rows):
+        along_rows, along_columns, times = 1, 1, terms - 1
+    else:
+        along_rows, along_columns, times = *_warps(rows, columns, tile.num_warps), terms
+    first, second = rows * inner * along_columns, columns * inner * along_rows
+    if not bands:
+        return count_lines(problem, (first + second) * times)
+    band, features = (first, second) if problem.x_last else (second, first)
+    return count_lines(problem, bands * band * times + features * min(times, 1))
+
+
+def _warps(rows: int, columns: int, num_warps: int) -> tuple[int, int]:
+    """Return the warps along both axes of a product by the older matrix instruction, as Triton places them."""
+    along_rows = along_columns = 1
+    while along_rows * along_columns < num_warps:
+        if along_rows * WARP_ROWS < rows and rows * along_columns >= columns * along_rows:
+            along_rows *= 2
+        else:
+            along_columns *= 2
+    return along_rows, along_columns
+
+
+def _turned_passes(problem: TileProblem, elements: int) -> float:
+    """Return the passes that turn float32 operands; products of 16 bits take both orders."""
+    return TURNED_PASSES * count_lines(problem, elements) if problem.element_size == 4 else 0
 
 
 def _weights_per_line(problem: TileProblem) -> int:

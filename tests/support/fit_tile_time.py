@@ -31,7 +31,7 @@ from carafepp.kernels.gpu.tile_resources import (
     source_gradient_resources,
     walk_resources,
 )
-from carafepp.kernels.gpu.tile_time import COSTS, PRODUCTS, Costs, combine, copy_microseconds, count_slots, count_stages, find_device
+from carafepp.kernels.gpu.tile_time import COSTS, PRODUCTS, Costs, combine, copy_microseconds, count_resident, count_stages, find_device
 from carafepp.kernels.gpu.tile_work import Work, count_work
 from scipy.optimize import least_squares
 
@@ -122,16 +122,13 @@ class Fit:
         self.names = np.array([kernel.name for kernel in kernels])
         self.microseconds = np.array([kernel.microseconds for kernel in kernels])
         self.works = [Work(*np.array(works, float).T) for works in zip(*(kernel.works() for kernel in kernels), strict=True)]
-        programs = sum(work.programs for work in self.works)
         device = find_device((9, 0))
-        resident = [
-            count_slots(k.problem.capability, k.registers, k.shared, k.tile.num_warps, n) for k, n in zip(kernels, programs, strict=True)
-        ]
+        resident = [count_resident(k.problem.capability, k.registers, k.shared, k.tile.num_warps) for k in kernels]
         self.machine = {
             "stages": np.array([count_stages(kernel.tile) for kernel in kernels], float),
             "products": np.array([PRODUCTS[kernel.problem.element_size] for kernel in kernels], float),
-            "slots": np.array(resident, float),
-            "multiprocessors": np.minimum(device.multiprocessors, programs),
+            "resident": np.array(resident, float),
+            "multiprocessors": device.multiprocessors,
             "clock": device.clock,
             "copy": np.array([copy_microseconds(kernel.problem, kernel.name) for kernel in kernels]),
         }
@@ -156,8 +153,8 @@ class Fit:
 
 # what one would guess before a measurement
 PRIOR = Costs(
-    line=1, copy=1, shared_pass=1, load=6, store=6, logit=16, band=30, exchange=4, split=2, start=150, instruction=5, step=800, stage=0.3,
-    product=300, first=0.5, tail=0.5,
+    line=1, partial=0.5, copy=1, shared_pass=1, load=6, store=6, logit=16, band=30, exchange=4, start=150, instruction=5, step=800,
+    stage=0.3, product=300, first=0.5,
 )  # fmt: skip
 
 
@@ -166,6 +163,8 @@ class Quality(NamedTuple):
 
     kernels: int
     rank_correlation: float
+    # of two kernels of a problem whose times differ by more than a tenth, the share that is predicted in their order
+    ordered: float
     median_error: float
     within: float  # share of the predictions within 20 % of the measurement
     # of the kernels of a problem that do not spill, the time of the one with the least predicted time, over the least time: the mean and
@@ -177,6 +176,13 @@ class Quality(NamedTuple):
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Return Spearman's rank correlation; values that are equal count in their order."""
     return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
+
+
+def count_ordered(predicted: np.ndarray, measured: np.ndarray) -> tuple[int, int]:
+    """Return how many pairs are predicted in their order, and how many pairs there are whose times differ by more than a tenth."""
+    apart = np.triu(np.abs(np.subtract.outer(np.log(measured), np.log(measured))) > np.log(1.1))
+    same = np.sign(np.subtract.outer(predicted, predicted)) == np.sign(np.subtract.outer(measured, measured))
+    return int((same & apart).sum()), int(apart.sum())
 
 
 def predict_unseen(data: Fit) -> np.ndarray:
@@ -197,15 +203,18 @@ def rate(data: Fit, predicted: np.ndarray, least: int = 4) -> dict[tuple[str, st
         these = (data.sites == site) & (data.names == name)
         if these.sum() < least:
             continue
-        ratios = []
+        ratios, pairs = [], np.zeros(2)
         for problem in dict.fromkeys(data.alike[these]):
-            times = data.microseconds[(data.alike == problem) & whole]
+            alike = data.alike == problem
+            pairs += count_ordered(predicted[alike], data.microseconds[alike])
+            times = data.microseconds[alike & whole]
             if len(times) > 1:
-                ratios.append(times[predicted[(data.alike == problem) & whole].argmin()] / times.min())
+                ratios.append(times[predicted[alike & whole].argmin()] / times.min())
         chosen, worst = (float(np.exp(np.mean(np.log(ratios)))), max(ratios)) if ratios else (np.nan, np.nan)
         correlation = rank_correlation(predicted[these], data.microseconds[these])
         median = float(np.median(errors[these]))
-        found[site, name] = Quality(these.sum(), correlation, median, float((errors[these] < 0.2).mean()), chosen, worst)
+        ordered = pairs[0] / pairs[1] if pairs[1] else np.nan
+        found[site, name] = Quality(these.sum(), correlation, ordered, median, float((errors[these] < 0.2).mean()), chosen, worst)
     return found
 
 
@@ -217,9 +226,10 @@ def main() -> None:
     predicted = predict_unseen(data)
     errors = np.abs(predicted / data.microseconds - 1)
     print(f"\n{len(errors)} kernels: median error {np.median(errors):.0%}, {np.mean(errors < 0.2):.0%} within 20 %\n")
-    print("| site left out | kernel | kernels | rank correlation | error | within 20 % | chosen / best |\n" + "|---" * 7 + "|")
+    print("| site left out | kernel | kernels | rank correlation | in order | error | within 20 % | chosen / best |\n" + "|---" * 8 + "|")
     for (site, name), quality in rate(data, predicted).items():
-        figures = f"{quality.rank_correlation:.2f} | {quality.median_error:.0%} | {quality.within:.0%}"
+        ordered = "" if np.isnan(quality.ordered) else f"{quality.ordered:.0%}"
+        figures = f"{quality.rank_correlation:.2f} | {ordered} | {quality.median_error:.0%} | {quality.within:.0%}"
         chosen = "" if np.isnan(quality.chosen) else f"{quality.chosen:.2f} ({quality.worst:.2f})"
         print(f"| {site} | {name} | {quality.kernels} | {figures} | {chosen} |")
 
