@@ -203,8 +203,8 @@ def _candidates(kernel: KernelName, problem: TileProblem, vectors: tuple[int, ..
         # eight warps have room for the largest tiles, and too little work in the others
         if num_warps == 8 and cells[0] * cells[1] < LARGEST_CELLS:
             continue
-        # both gradients together spill with narrow vectors, except in small tiles
-        if kernel == "backward" and cells[0] * cells[1] > SMALL_CELLS and vector < vectors[-1]:
+        # both gradients together spill without vectors, except in small tiles
+        if kernel == "backward" and cells[0] * cells[1] > SMALL_CELLS and vector == 1 < vectors[-1]:
             continue
         if split == 1 or block_c * split <= problem.channels:
             yield Tile(*cells, vector, block_c, split, num_warps, num_stages)
