@@ -18,6 +18,9 @@ from .geometry import Spec
 class Backend(Protocol):
     """The functions of a module that implements the ops. Both fill the outputs that they are given.
 
+    A module may have `run_forward` and `run_backward` as well, which take logits and their gradient as they are and `execution.Layouts` in
+    place of the `Spec`, for the layouts that are `direct`.
+
     Tensors: x and dx [N, C, H, W], logits and dlogits [N, G * K * K, up, up, Hq, Wq], y and dy [N, C, Ho, Wo], lse [N, G, up, up, Hq, Wq].
     """
 

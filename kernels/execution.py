@@ -1,6 +1,7 @@
 """The ops below autograd: the allocation of results, the views of logits and outputs that a backend works on, and its call."""
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
@@ -68,6 +69,15 @@ class Layouts(NamedTuple):
     cells_shape: tuple[int, ...]  # N, G * K * K, up, up, Hq, Wq
     logit_channels: int  # those of logits in encoder layout that are read
     core: tuple[int, int] | None  # rows and columns of y before it repeats the last ones, unless it repeats none
+    number: int  # a different one for every layout, which takes less time as a key than the others
+
+    @property
+    def direct(self) -> bool:
+        """Whether the cells are a view of the logits, and y is filled as a whole."""
+        return self.core is None and not self.options.at_targets
+
+
+_numbers = itertools.count()
 
 
 # a detector that meets 500 sizes of images at ten sites has 5,000
@@ -82,7 +92,7 @@ def find_layouts(shape: torch.Size, strides: tuple[int, ...], options: Options) 
     cells_shape = (n, spec.groups * spec.taps, spec.up, spec.up, spec.cells(h), spec.cells(w))
     core = (min(rows, y.shape[2]), min(columns, y.shape[3])) if longer else None
     channels = spec.groups * spec.taps * spec.up**2
-    return Layouts(options, spec, tuple(y.shape), y.stride(), tuple(lse.shape), cells_shape, channels, core)
+    return Layouts(options, spec, tuple(y.shape), y.stride(), tuple(lse.shape), cells_shape, channels, core, next(_numbers))
 
 
 def view_cells(logits: Tensor, layouts: Layouts) -> Tensor:
@@ -145,10 +155,14 @@ def compute_outputs(x: Tensor, logits: Tensor, layouts: Layouts) -> tuple[Tensor
 def compute_features(x: Tensor, logits: Tensor, layouts: Layouts, lse: Tensor | None = None) -> Tensor:
     """Compute y, and fill lse unless it is None."""
     y = x.new_empty_strided(layouts.y_shape, layouts.y_strides)
-    if y.numel():
+    if not y.numel():
+        return y
+    backend = implementation(layouts.options.backend, x.device, x.dtype)
+    if layouts.direct and (run := getattr(backend, "run_forward", None)):
+        run(x, logits, y, lse, layouts)
+    else:
         core = y[..., : layouts.core[0], : layouts.core[1]] if layouts.core else y
-        compute = implementation(layouts.options.backend, x.device, x.dtype).forward
-        compute(x, view_cells(logits, layouts), core, lse, layouts.spec)
+        backend.forward(x, view_cells(logits, layouts), core, lse, layouts.spec)
         if layouts.core:
             _repeat_last(y, *layouts.core)
     return y
@@ -163,15 +177,19 @@ def compute_gradients(
         return dx, dlogits.zero_()
     if layouts.core:
         dy = _sum_repeated(dy, *layouts.core)
-    cells, dcells = view_cells(logits, layouts), view_cells(dlogits, layouts) if need_dlogits else None
-    compute = implementation(layouts.options.backend, x.device, x.dtype).backward
-    compute(dy, x, cells, lse, dx if need_dx else None, dcells, layouts.spec)
-    if dcells is None:
+    backend = implementation(layouts.options.backend, x.device, x.dtype)
+    dcells = None
+    if layouts.direct and (run := getattr(backend, "run_backward", None)):
+        run(dy, x, logits, lse, dx if need_dx else None, dlogits if need_dlogits else None, layouts)
+    else:
+        dcells = view_cells(dlogits, layouts) if need_dlogits else None
+        backend.backward(dy, x, view_cells(logits, layouts), lse, dx if need_dx else None, dcells, layouts.spec)
+    if not need_dlogits:
         return dx, dlogits
     if not layouts.options.at_targets:
         if dlogits.shape[1] > layouts.logit_channels:
             dlogits[:, layouts.logit_channels :].zero_()
-    elif dcells.data_ptr() != dlogits.data_ptr():
+    elif dcells is not None and dcells.data_ptr() != dlogits.data_ptr():
         # the cells are a padded copy
         dlogits.copy_(dcells.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)[..., : dlogits.shape[2], : dlogits.shape[3]])
     return dx, dlogits

@@ -5,12 +5,15 @@ are deterministic. In NCHW, a kernel may read a channels_last copy of a large x,
 output. Both exist during the call alone.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..execution import Layouts, view_cells
 from ..geometry import LSE_NORMALIZERS, Spec
 from .launch import Launch, Plan, Plans, distinguish, on_device_of
 from .operator_launches import INTERPRETED, backward_launches, choose_precision, forward_launches
@@ -32,6 +35,31 @@ def backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | No
     _run(backward_launches, (dy, x, logits, lse, dx, dlogits), spec)
 
 
+def run_forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor | None, layouts: Layouts) -> None:
+    """Fill y and lse as `forward` does; the logits [N, channels, Hq, Wq] are viewed as cells only to plan the launches."""
+    check_device(x)
+    if lse is None:
+        lse = x.new_empty(layouts.lse_shape, dtype=torch.float32)
+    key = forward_launches, layouts.number, logits.stride()
+    _start(key, forward_launches, (x, logits, y, lse), lambda: (x, view_cells(logits, layouts), y, lse), layouts.spec)
+
+
+def run_backward(dy: Tensor, x: Tensor, logits: Tensor, lse: Tensor, dx: Tensor | None, dlogits: Tensor | None, layouts: Layouts) -> None:
+    """Fill dx and dlogits as `backward` does; logits and their gradient [N, channels, Hq, Wq] are viewed as cells only to plan."""
+    check_device(x)
+
+    def view() -> tuple[Tensor | None, ...]:
+        dcells = None if dlogits is None else view_cells(dlogits, layouts)
+        return dy, x, view_cells(logits, layouts), lse, dx, dcells
+
+    key = (
+        *(backward_launches, layouts.number, dy.stride(), logits.stride()),
+        None if dx is None else dx.stride(),
+        None if dlogits is None else dlogits.stride(),
+    )
+    _start(key, backward_launches, (dy, x, logits, lse, dx, dlogits), view, layouts.spec)
+
+
 class CallPlan(NamedTuple):
     """The launches of a call, and the memory that they need while they run."""
 
@@ -45,17 +73,27 @@ plans: Plans[CallPlan] = Plans(16384)
 
 
 def _run(build: Callable[..., list[Launch]], tensors: tuple[Any, ...], spec: Spec) -> None:
-    like = tensors[0]
+    key = build, spec, *[None if t is None else (t.shape, t.stride()) for t in tensors]
+    _start(key, build, tensors, lambda: tensors, spec)
+
+
+def _start(
+    key: tuple, build: Callable[..., list[Launch]], tensors: tuple[Any, ...], view: Callable[[], tuple[Any, ...]], spec: Spec
+) -> None:
+    """Run the launches that `build` makes for the tensors of `view`, which begin where `tensors` do; `key` determines their layouts."""
     if INTERPRETED:
-        for launch in build(*tensors, spec):
+        for launch in build(*view(), spec):
             launch.interpret()
         return
+    like = tensors[0]
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
-    layouts = [None if t is None else (t.shape, t.stride()) for t in tensors]
-    aligned = [address % 16 == 0 for address in addresses]
-    key = (build, spec, like.dtype, like.device, choose_precision(), *layouts, *aligned)
+    bits = functools.reduce(operator.or_, addresses)
+    aligned = None if bits % 16 == 0 else tuple([address % 16 == 0 for address in addresses])
+    dtype = like.dtype
+    # only products of float32 have a choice of precision
+    key = (*key, dtype, like.device, aligned, choose_precision() if dtype == torch.float32 else None)
     with on_device_of(like):
-        plan = plans.get(key) or _plan(key, build, tensors, spec)
+        plan = plans.get(key) or _plan(key, build, view(), spec)
         if plan.owned:
             # the allocator gives this memory to later launches of the same stream alone
             memory = torch.empty(plan.own_bytes, dtype=torch.uint8, device=like.device)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from carafepp.kernels.execution import Options, find_layouts, view_cells
 from carafepp.kernels.geometry import Spec
 
 triton = pytest.importorskip("triton")
@@ -127,6 +128,36 @@ def test_a_call_with_one_tensor_in_two_places_plans_for_calls_with_two(planned, 
     # the launch of the weights, and that of the gradient
     assert len(compiled.started) == 4
     assert len(backend.plans) == 1
+
+
+@pytest.mark.parametrize(
+    ("channels", "spec"), [(36, Spec(3, up=2)), (48, Spec(3, up=2)), (50, Spec(5, down=2, groups=2, normalizer="none"))], ids=str
+)
+def test_logits_that_are_no_cells_start_the_same_launches(channels, spec, planned, monkeypatch):
+    """Calls of the operator make no view of the logits, of which there may be more channels than are read."""
+    compiled = Compiled()
+    monkeypatch.setattr(launching, "compile_for_current_device", lambda _: compiled)
+    options = Options((spec.output_size(6), spec.output_size(5)), *spec, False, "triton")
+    for c, stored in ((8, torch.contiguous_format), (16, torch.contiguous_format), (8, torch.channels_last), (8, torch.contiguous_format)):
+        x = torch.empty(2, c, 6, 5).contiguous(memory_format=torch.channels_last)
+        layouts = find_layouts(x.shape, x.stride(), options)
+        logits, dlogits = (torch.empty(2, channels, spec.cells(6), spec.cells(5)).contiguous(memory_format=stored) for _ in range(2))
+        y, dx, lse = x.new_empty_strided(layouts.y_shape, layouts.y_strides), torch.empty_like(x), torch.empty(layouts.lse_shape)
+        cells, dcells = view_cells(logits, layouts), view_cells(dlogits, layouts)
+        for run, given, general, as_cells in (
+            (backend.run_forward, (x, logits, y, lse), backend.forward, (x, cells, y, lse)),
+            (backend.run_backward, (y, x, logits, lse, dx, dlogits), backend.backward, (y, x, cells, lse, dx, dcells)),
+            (backend.run_backward, (y, x, logits, lse, None, dlogits), backend.backward, (y, x, cells, lse, None, dcells)),
+            (backend.run_backward, (y, x, logits, lse, dx, None), backend.backward, (y, x, cells, lse, dx, None)),
+        ):
+            compiled.started.clear()
+            run(*given, layouts)
+            started = list(compiled.started)
+            compiled.started.clear()
+            general(*as_cells, spec)
+            assert started == compiled.started != []
+    # those of cells are others
+    assert len(backend.plans) == 3 * 8
 
 
 def test_every_size_of_images_is_planned_once(planned):
