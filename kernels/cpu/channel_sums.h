@@ -24,7 +24,7 @@ template <class S, class T> struct Terms {
     Index step;  // values from the weights of a pixel to those of the next
 
     // Calls f(channel c of a pixel, weights) for every term.
-    template <class F> void visit(Index c, F&& f) const {
+    template <class F> INLINED void visit(Index c, F&& f) const {
         const T* weight = weights;
         for (Index k = 0; k < count; ++k, weight += step) f(pixels[k] + c, weight);
     }
@@ -39,7 +39,7 @@ template <class S, class T> struct Rectangle {
     Index step, skip;                // values from a pixel to the next, and from the end of a row to the next row
     Index weight_step, weight_skip;  // the same for their weights
 
-    template <class F> void visit(Index c, F&& f) const {
+    template <class F> INLINED void visit(Index c, F&& f) const {
         const S* from = pixel + c;
         const T* weight = weights;
         for (Index i = rows; i > 0; --i, from += skip, weight += weight_skip)

@@ -10,6 +10,8 @@
 
 // Keeps inner loops apart, so that each has the registers to itself.
 #define NOINLINE __attribute__((noinline))
+// Puts a loop into its caller, so that what the caller sums stays in registers.
+#define INLINED __attribute__((always_inline)) inline
 
 namespace carafepp {
 
