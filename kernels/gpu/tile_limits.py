@@ -7,11 +7,25 @@ and 10.0: the chosen tiles do not spill, and only a few of the other tiles that 
 M, P, T: targets, halo and taps of a tile, rounded up to a power of two.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
-from .tile_geometry import COPYING, SMALLEST_EXTENT, KernelName, Tile, TileProblem, as_read, halo, power_of_two, reach, source_bytes, walk
+from .tile_geometry import (
+    COPYING,
+    SMALLEST_EXTENT,
+    KernelName,
+    Tile,
+    TileProblem,
+    as_read,
+    halo,
+    power_of_two,
+    reach,
+    run_alignments,
+    source_bytes,
+    walk,
+)
 
 WARP_SIZE = 32
 REGISTER_BYTES = 4
@@ -67,6 +81,8 @@ WALK_TARGETS, WALK_TARGETS_LAST, WALK_TARGETS_ROWS = 64, 32, 16
 WALK_ELEMENTS, WALK_WEIGHTS, WALK_SUMS = {2: 32, 4: 16}, {2: 4, 4: 4}, {2: 48, 4: 24}
 # share of these sums in tiles of more sources than the smallest
 LARGE_WALK_SUMS = 2 / 3
+# in 16 bits: estimated registers, of which a vector that is loaded or stored takes several for its address
+WALK_ESTIMATE, VECTOR_REGISTERS = 128, 4
 
 
 class SourceBlocks(NamedTuple):
@@ -287,8 +303,15 @@ def fits_walk(problem: TileProblem, tile: Tile) -> bool:
     size, threads = problem.element_size, WARP_SIZE * tile.num_warps
     targets = walk_targets(problem, tile)
     step = walk(problem.spec, tile.cells_h, tile.cells_w, tile.vector, targets)
+    gradients, sources = (extent * tile.block_c / threads for extent in (step.d, step.s))
+    x_align, y_align = run_alignments(problem, tile)
+    if not problem.x_last:
+        # the first column of sources lies half a window before the cells
+        x_align = math.gcd(x_align, problem.spec.kernel_size // 2, step.cols)
+    vectors = gradients / y_align + sources / x_align
     return (
-        step.tiles * step.s * tile.block_c / threads <= WALK_SUMS[size] * (1 if step.s == SMALLEST_EXTENT else LARGE_WALK_SUMS)
+        step.tiles * sources <= WALK_SUMS[size] * (1 if step.s == SMALLEST_EXTENT else LARGE_WALK_SUMS)
+        and (size == 4 or step.tiles * sources + gradients / 2 + VECTOR_REGISTERS * vectors <= WALK_ESTIMATE)
         and step.s * targets / threads <= WALK_WEIGHTS[size]
         and targets * (tile.block_c + step.s) * size * operand_terms(size) <= SHARED_BYTES
     )

@@ -64,6 +64,16 @@ def test_a_walk_reads_the_gradient_of_the_output_once_and_the_columns_around_it(
     assert reads == pytest.approx(36 / 28)
 
 
+# rows of an odd number of pixels, and windows that begin an odd number of pixels before the cells, are loaded and stored in small pieces
+@pytest.mark.parametrize(("width", "kernel_size"), [(41, 5), (41, 3), (42, 3), (42, 7)])
+def test_walks_over_maps_of_narrow_vectors_spill_nothing(width, kernel_size):
+    step = build_training_step(64, 256, 25, width, Spec(kernel_size, up=2), HALF, torch.contiguous_format)
+    tile = rank_tiles("source_gradient", step.problem((9, 0)))[0]
+    assert tile.steps > 1
+    launch = step.build_launches("source_gradient", tile=tile, capability=(9, 0))[-1]
+    assert read_assembly(compile_launch(launch, 90)).spills == 0
+
+
 # a compilation takes seconds
 @pytest.mark.slow
 @pytest.mark.parametrize(
