@@ -27,6 +27,9 @@ class Classification(Task):
         optimizer, schedule: see `Task`; norms and biases have no weight decay.
         inference_transform: crops a photograph to the part that the network is validated on; None keeps the whole photograph.
         mean, std: mean and standard deviation of the images' channels, in [0, 1].
+
+    Raises:
+        ValueError: there are fewer than two classes, or not as many names.
     """
 
     monitor = "val/top1"
@@ -45,6 +48,8 @@ class Classification(Task):
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         super().__init__(model(num_classes=num_classes), optimizer=optimizer, schedule=schedule)
         self.num_classes = num_classes
         self.class_names = list_class_names(class_names or range(num_classes))

@@ -246,8 +246,11 @@ def describe_class_folders(root: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no folder train/, or none of a class in it.
+        ValueError: there is a single class.
     """
     if not (Path(root) / "train").is_dir():
         raise FileNotFoundError(f"data.root={root} should hold train/ and val/, each with a folder for each class")
     names = find_classes(Path(root) / "train")
+    if len(names) < 2:
+        raise ValueError(f"{Path(root) / 'train'} must hold folders of two classes or more, got {names[0]}")
     return {"num_classes": len(names), "task": {"class_names": names}}

@@ -103,7 +103,7 @@ class Segmentation(Task):
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
-        names = list_class_names(class_names)
+        names = list_class_names(class_names, least=2)
         super().__init__(model(num_classes=len(names)), optimizer=optimizer, schedule=schedule)
         self.class_names = names
         self.auxiliary_weight = auxiliary_weight

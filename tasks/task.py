@@ -33,14 +33,14 @@ def register_metrics(named: Mapping[str, Metric]) -> Mapping[str, Metric]:
     return cast(Mapping[str, Metric], nn.ModuleDict(named))
 
 
-def list_class_names(class_names: Sequence[object]) -> list[str]:
+def list_class_names(class_names: Sequence[object], least: int = 1) -> list[str]:
     """Return the names of classes as strings; a command line turns digits into numbers.
 
     Raises:
-        ValueError: there is no name, or the names are a single string instead of a list.
+        ValueError: there are fewer than `least` names, or the names are a single string instead of a list.
     """
-    if isinstance(class_names, str) or not class_names:
-        raise ValueError(f"class_names must be a list of one or more names, such as [cat,dog], got {class_names!r}")
+    if isinstance(class_names, str) or len(class_names) < least:
+        raise ValueError(f"class_names must be a list of {least} or more names, such as [cat,dog], got {class_names!r}")
     return [str(name) for name in class_names]
 
 

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ...models.weights import explain_unreadable, is_whole
 from ...tasks.task import Task
+from .failures import describe_error
 from .trust import check_config
 
 
@@ -81,7 +82,7 @@ def load_task(path: str | Path, options: DictConfig | None = None, trust: str | 
         config.task = OmegaConf.merge(config.task, options or {})
         task = hydra.utils.instantiate(config.task)
     except (InstantiationException, OmegaConfBaseException, TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint={path} holds no configuration of a task with {told}: {error}") from error
+        raise ValueError(f"checkpoint={path} holds no configuration of a task with {told}: {describe_error(error)}") from error
     if not isinstance(task, Task):
         raise ValueError(f"checkpoint={path} holds the configuration of a {type(task).__name__} instead of a task")
     try:

@@ -59,6 +59,8 @@ WRONG = [
     ("train scale=small trainer.val_check_interval=0", r"trainer.val_check_interval must be a number above 0, got 0"),
     ("train scale=small trainer.max_epochs=3", r"trainer.max_epochs must be 1, because data.epochs is the number of passes .*, got 3"),
     ("train scale=small task=detection experiment=table9", r"experiment=table9 has task=segmentation, got task=detection"),
+    ("train scale=small class_names=[a]", r"task: class_names must be a list of 2 or more names, such as \[cat,dog\], got \['a'\]"),
+    ("train scale=small task=classification num_classes=1", r"task: num_classes must be at least 2, got 1"),
     ("train scale=small upsampler=shared", r"upsampler=shared: the slot upsampler@model.NAME=shared takes that of upsampler="),
     ("train scale=small data.epochs=${nokey}", r"data.epochs=\$\{nokey\}: Interpolation key 'nokey' not found"),
     ("train scale=small hydra.run.dir=${nokey}", r"Interpolation key 'nokey' not found"),

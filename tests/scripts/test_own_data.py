@@ -313,6 +313,9 @@ def test_folders_that_do_not_fit_are_answered(tmp_path):
         describe_label_maps(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"should hold train/ and val/, each with a folder for each class"):
         describe_class_folders(tmp_path)
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"train must hold folders of two classes or more, got cat"):
+        describe_class_folders(tmp_path)
 
 
 def test_a_label_that_is_never_trained_is_named(tmp_path, caplog):

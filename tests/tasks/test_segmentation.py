@@ -327,5 +327,5 @@ def test_numbers_are_names_of_classes():
 @pytest.mark.parametrize("names", ["road", "", []])
 @pytest.mark.parametrize("task", [Segmentation, Detection])
 def test_names_of_classes_are_a_list(task, names):
-    with pytest.raises(ValueError, match=r"class_names must be a list of one or more names, such as \[cat,dog\], got "):
+    with pytest.raises(ValueError, match=r"class_names must be a list of [12] or more names, such as \[cat,dog\], got "):
         task(nn.Identity, class_names=names, optimizer=None, schedule=None)
