@@ -16,9 +16,23 @@ fewer registers. The axes m, p, s and t (taps of a window) are rounded up to a p
 import triton
 import triton.language as tl
 
-from .blocks import add_product, align_sizes, align_strides, expand, image, load, product, store
+from .blocks import (
+    add_product,
+    align_sizes,
+    align_strides,
+    expand,
+    find_tile,
+    image,
+    is_inside,
+    load,
+    place_sources,
+    product,
+    split_group,
+    store,
+)
 from .records import Features, Logits, Sizes
 from .window import (
+    align_logits,
     centre,
     group_logits,
     is_left_out,
@@ -26,6 +40,7 @@ from .window import (
     logit_gradient,
     logit_offset,
     lse_address,
+    place_targets,
     split_target,
     weight,
     window_offset,
@@ -54,11 +69,13 @@ def compute_logit_gradient(
     M: tl.constexpr = HALO.m
     P: tl.constexpr = HALO.p
     m = tl.arange(0, M).to(LAYOUT.index)
-    row, col = q0 * UP + m // HALO.cols, r0 * UP + m % HALO.cols
+    mi, mj, u, v, q, r = place_targets(m, HALO, WINDOW, LAYOUT)
+    row, col, q, r = q0 * UP + mi, r0 * UP + mj, q0 + q, r0 + r
     output = (m < HALO.rows * HALO.cols) & (row < sizes.ho) & (col < sizes.wo)
     p = tl.arange(0, P).to(LAYOUT.index)
-    i, j = q0 * WINDOW.down - K // 2 + p // HALO.width, r0 * WINDOW.down - HALO.lead + p % HALO.width
-    inside = (p < HALO.height * HALO.width) & (i >= 0) & (i < sizes.h) & (j >= 0) & (j < sizes.w)
+    pi, pj = place_sources(p, HALO, LAYOUT)
+    i, j = q0 * WINDOW.down - K // 2 + pi, r0 * WINDOW.down - HALO.lead + pj
+    inside = (p < HALO.height * HALO.width) & is_inside(i, j, sizes)
     dw = tl.zeros([P, M], tl.float32)
     for start in range(0, sizes.c, TILE.block_c):
         c = start + tl.arange(0, TILE.block_c).to(LAYOUT.index)
@@ -70,14 +87,13 @@ def compute_logit_gradient(
             gradient = tl.trans(gradient)
         dw += product(source, gradient, PRECISION)
     t = tl.arange(0, HALO.t).to(LAYOUT.index)
-    corner = centre(m // HALO.cols, WINDOW) * HALO.width + centre(m % HALO.cols, WINDOW) + HALO.lead - K // 2
+    corner = centre(mi, WINDOW) * HALO.width + centre(mj, WINDOW) + HALO.lead - K // 2
     band = tl.minimum(corner[None, :] + (t // K * HALO.width + t % K)[:, None], P - 1)
     dw = tl.gather(dw, band.to(tl.int32), axis=0)
-    exists = (m < HALO.rows * HALO.cols) & (row < sizes.hq * UP) & (col < sizes.wq * UP)
+    exists = (m < HALO.rows * HALO.cols) & (q < sizes.hq) & (r < sizes.wq)
     taps = (t < K * K)[:, None] & exists[None, :]
-    u, v, q, r = split_target(row, col, WINDOW)
     l = tl.load(
-        logit_addresses(logits, t[:, None], logit_offset(logits, u, v, q, r)[None, :], LAYOUT.y_axis),
+        logit_addresses(logits, t[:, None], logit_offset(logits, u, v, q, r)[None, :], WINDOW, LAYOUT),
         mask=taps,
         other=-float("inf") if WINDOW.normalized else 0.0,
     ).to(tl.float32)
@@ -90,7 +106,7 @@ def compute_logit_gradient(
     # targets that a rational scale cuts off have a gradient of zero
     dl = logit_gradient(l, w, dw, tl.sum(w * dw, axis=0)[None, :], WINDOW)
     tl.store(
-        logit_addresses(dlogits, t[:, None], logit_offset(dlogits, u, v, q, r)[None, :], LAYOUT.y_axis),
+        logit_addresses(dlogits, t[:, None], logit_offset(dlogits, u, v, q, r)[None, :], WINDOW, LAYOUT),
         dl.to(dlogits.ptr.dtype.element_ty),
         mask=taps,
     )
@@ -196,19 +212,18 @@ def banded_backward(
     pid = tl.program_id(0)
     role = pid % ROLES
     pid = pid // ROLES
-    q0 = (pid // tiles_w) % tiles_h * TILE.cells_h
-    r0 = pid % tiles_w * TILE.cells_w
-    ng = (pid // (tiles_w * tiles_h)).to(tl.int64)
-    n, g = ng // sizes.groups, ng % sizes.groups
+    q0, r0, ng = find_tile(pid, tiles_h, tiles_w)
+    q0 *= TILE.cells_h
+    r0 *= TILE.cells_w
+    n, g = split_group(ng, sizes)
     c = g * sizes.c
     x = image(x, n, c)
     dy = image(dy, n, c)
-    logits = group_logits(logits, n, g, WINDOW)
-    lse_ptr += ng * WINDOW.up * WINDOW.up * sizes.hq * sizes.wq
+    logits = group_logits(align_logits(logits, WINDOW, LAYOUT), n, g, WINDOW)
+    lse_ptr += ng.to(tl.int64) * WINDOW.up * WINDOW.up * sizes.hq * sizes.wq
     if NEED_DLOGITS and role == ROLES - 1:
-        compute_logit_gradient(
-            sizes, x, logits, lse_ptr, dy, group_logits(dlogits, n, g, WINDOW), q0, r0, WINDOW, TILE, HALO, LAYOUT, PRECISION
-        )
+        gradients = group_logits(align_logits(dlogits, WINDOW, LAYOUT), n, g, WINDOW)
+        compute_logit_gradient(sizes, x, logits, lse_ptr, dy, gradients, q0, r0, WINDOW, TILE, HALO, LAYOUT, PRECISION)
     elif NEED_DX:
         if WIDTH:
             matrix_ptr += c

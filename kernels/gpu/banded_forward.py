@@ -10,9 +10,21 @@ weight zero and represents everything outside a window.
 import triton
 import triton.language as tl
 
-from .blocks import align_sizes, align_strides, image, load, product, store
+from .blocks import align_sizes, align_strides, find_tile, image, is_inside, load, place_sources, product, split_group, store
 from .records import Features, Logits, Sizes
-from .window import centre, group_logits, is_left_out, logit_addresses, logit_offset, lse_address, score, split_target, weight
+from .special import exp, log, reciprocal
+from .window import (
+    align_logits,
+    centre,
+    group_logits,
+    is_left_out,
+    logit_addresses,
+    logit_offset,
+    lse_address,
+    place_targets,
+    score,
+    weight,
+)
 
 
 @triton.jit
@@ -38,22 +50,22 @@ def banded_forward(
     tiles_w = tl.cdiv(sizes.wq, TILE.cells_w)
     tiles_h = tl.cdiv(sizes.hq, TILE.cells_h)
     pid = tl.program_id(0)
-    q0 = pid // tiles_w % tiles_h * TILE.cells_h
-    r0 = pid % tiles_w * TILE.cells_w
-    pid = pid // (tiles_w * tiles_h)
+    q0, r0, pid = find_tile(pid, tiles_h, tiles_w)
+    q0 *= TILE.cells_h
+    r0 *= TILE.cells_w
     part = pid % TILE.split
-    ng = (pid // TILE.split).to(tl.int64)
-    n, g = ng // sizes.groups, ng % sizes.groups
+    ng = pid // TILE.split
+    n, g = split_group(ng, sizes)
 
     m = tl.arange(0, HALO.m).to(LAYOUT.index)
-    row, col = q0 * UP + m // HALO.cols, r0 * UP + m % HALO.cols
-    exists = (m < HALO.rows * HALO.cols) & (row < sizes.hq * UP) & (col < sizes.wq * UP)
-    u, v, q, r = split_target(row, col, WINDOW)
+    mi, mj, u, v, q, r = place_targets(m, HALO, WINDOW, LAYOUT)
+    row, col, q, r = q0 * UP + mi, r0 * UP + mj, q0 + q, r0 + r
+    exists = (m < HALO.rows * HALO.cols) & (q < sizes.hq) & (r < sizes.wq)
     t = tl.arange(0, HALO.t).to(LAYOUT.index)
     taps = (t < K * K)[:, None]
-    logits = group_logits(logits, n, g, WINDOW)
+    logits = group_logits(align_logits(logits, WINDOW, LAYOUT), n, g, WINDOW)
     l = tl.load(
-        logit_addresses(logits, t[:, None], logit_offset(logits, u, v, q, r)[None, :], LAYOUT.y_axis),
+        logit_addresses(logits, t[:, None], logit_offset(logits, u, v, q, r)[None, :], WINDOW, LAYOUT),
         mask=taps & exists[None, :],
         other=-float("inf"),
     ).to(tl.float32)
@@ -62,17 +74,18 @@ def banded_forward(
     if WINDOW.normalized:
         s = score(l, WINDOW)
         top = tl.where(exists, tl.max(s, axis=0), 0.0)
-        w = tl.exp(s - top[None, :])
+        w = exp(s - top[None, :])
         total = tl.where(exists, tl.sum(w, axis=0), 1.0)
-        w *= (1.0 / total)[None, :]
+        w *= reciprocal(total)[None, :]
         if part == 0:
-            tl.store(lse_address(lse_ptr, sizes, ng, u, v, q, r, WINDOW), top + tl.log(total), mask=exists)
+            tl.store(lse_address(lse_ptr, sizes, ng.to(tl.int64), u, v, q, r, WINDOW), top + log(total), mask=exists)
     else:
         w = tl.where(taps, weight(l, 0.0, WINDOW), 0.0)
 
     p = tl.arange(0, HALO.p).to(LAYOUT.index)
-    pi, pj = p // HALO.width, p % HALO.width - (HALO.lead - K // 2)
-    ci, cj = centre(m // HALO.cols, WINDOW), centre(m % HALO.cols, WINDOW)
+    pi, pj = place_sources(p, HALO, LAYOUT)
+    pj -= HALO.lead - K // 2
+    ci, cj = centre(mi, WINDOW), centre(mj, WINDOW)
     ky = pi[:, None] - ci[None, :]
     kx = pj[:, None] - cj[None, :]
     band = (ky.to(tl.uint32) < K) & (kx.to(tl.uint32) < K)
@@ -80,7 +93,7 @@ def banded_forward(
     a = tl.gather(w.to(x.ptr.dtype.element_ty), tap.to(tl.int32), axis=0)
 
     i, j = q0 * WINDOW.down - K // 2 + pi, r0 * WINDOW.down - K // 2 + pj
-    inside = (p < HALO.height * HALO.width) & (i >= 0) & (i < sizes.h) & (j >= 0) & (j < sizes.w)
+    inside = (p < HALO.height * HALO.width) & is_inside(i, j, sizes)
     x = image(x, n, g * sizes.c)
     y = image(y, n, g * sizes.c)
     output = (m < HALO.rows * HALO.cols) & (row < sizes.ho) & (col < sizes.wo)

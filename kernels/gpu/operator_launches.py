@@ -1,6 +1,7 @@
 """The launches of the operator for given tensors, on any device: which kernels, with which tiles, and with what compiled in."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,8 +69,19 @@ def choose_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
-def _layout(problem: TileProblem, x_align: int, y_align: int, *tensors: Tensor) -> Layout:
-    return Layout(0 if problem.x_last else 1, 0 if problem.channels_last else 1, x_align, y_align, offset_type(*tensors))
+def _layout(problem: TileProblem, x_align: int, y_align: int, features: Sequence[Tensor], logits: Sequence[Tensor]) -> Layout:
+    # pixels in NCHW are accessed in rows
+    cell_align = math.gcd(*map(_cell_alignment, logits)) if problem.channels_last else 0
+    axes = 0 if problem.x_last else 1, 0 if problem.channels_last else 1
+    return Layout(*axes, x_align, y_align, cell_align, offset_type(*features, *logits))
+
+
+def _cell_alignment(logits: Tensor) -> int:
+    """Return the elements, at most 16 bytes, at whose multiples the logits of a cell begin; 0 if they are not a run."""
+    up = logits.shape[2]  # [N, G * K * K, UP, UP, HQ, WQ]
+    if logits.stride()[1:4] != (up * up, up, 1):
+        return 0
+    return math.gcd(*logits.stride()[:2], *logits.stride()[4:], 16 // logits.element_size())
 
 
 def _window(spec: Spec) -> Window:
@@ -139,7 +151,7 @@ def forward_launches(
         "WINDOW": _window(spec),
         "TILE": tile,
         "HALO": window,
-        "LAYOUT": _layout(problem, x_align, y_align, x, logits, y),
+        "LAYOUT": _layout(problem, x_align, y_align, (x, y), (logits,)),
         "PRECISION": choose_precision(),
         # the targets of a small tile are too few rows for the matrix units of capability 9.0 and later
         "TALL": problem.capability >= (9, 0) and tile.cells_h * tile.cells_w * spec.up**2 < 64,
@@ -249,7 +261,7 @@ def _banded_launch(
     # the gradient to x may have other strides than x
     x_align = math.gcd(problem.x_align, _alignment(dx, problem.channels, problem.x_last))
     x_align, y_align = run_alignments(problem._replace(x_align=x_align), tile)
-    layout = _layout(problem, x_align, y_align, x, logits, dy, dx, dlogits, *(factors or ())[:1])
+    layout = _layout(problem, x_align, y_align, (x, dy, dx, *(factors or ())[:1]), (logits, dlogits))
     added: dict[str, Any] = {"map_ptr": None, "matrix_ptr": None, "WIDTH": 0, "WINDOW": window}
     if factors is not None:
         arguments = arguments | dict(zip(("map_ptr", "matrix_ptr"), factors, strict=True))

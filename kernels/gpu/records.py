@@ -75,6 +75,8 @@ class Layout(NamedTuple):
     y_axis: int  # the same for target features
     x_align: int  # every run of source features begins and ends at a multiple of this number of elements
     y_align: int  # the same for target features
+    # targets are ordered by cells, whose logits are runs that begin at multiples of this number of elements; 0: by rows
+    cell_align: int
     index: tl.dtype  # type of offsets within one image
 
 

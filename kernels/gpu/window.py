@@ -7,15 +7,16 @@ log-sum-exp of the scores of a window. One number per window restores all of its
 import triton
 import triton.language as tl
 
-from .blocks import along_rows
+from .blocks import aligned, along_rows
 from .records import Logits, Sizes
+from .special import exp, log, reciprocal
 
 
 @triton.jit
 def score(logit, WINDOW: tl.constexpr):
     """Return the unnormalised log-weight of a tap."""
     if WINDOW.normalizer == "sigmoid_normalized":
-        return tl.minimum(logit, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logit)))
+        return tl.minimum(logit, 0.0) - log(1.0 + exp(-tl.abs(logit)))
     else:
         return logit
 
@@ -26,9 +27,9 @@ def weight(logit, lse, WINDOW: tl.constexpr):
     if WINDOW.normalizer == "none":
         return logit
     elif WINDOW.normalizer == "sigmoid":
-        return 1.0 / (1.0 + tl.exp(-logit))
+        return reciprocal(1.0 + exp(-logit))
     else:
-        return tl.exp(score(logit, WINDOW) - lse)
+        return exp(score(logit, WINDOW) - lse)
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def logit_gradient(logit, weight, gradient, mean, WINDOW: tl.constexpr):
     elif WINDOW.normalizer == "softmax":
         return weight * (gradient - mean)
     else:
-        return weight * (gradient - mean) / (1.0 + tl.exp(logit))
+        return weight * (gradient - mean) * reciprocal(1.0 + exp(logit))
 
 
 @triton.jit
@@ -60,6 +61,18 @@ def is_left_out(row, col, tap, sizes: Sizes, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def align_logits(logits: Logits, WINDOW: tl.constexpr, LAYOUT: tl.constexpr):
+    """Tell the compiler that the logits of a cell are a run, and at what multiples runs begin, if the host has found this."""
+    if LAYOUT.cell_align > 0:
+        UP: tl.constexpr = WINDOW.up
+        ALIGN: tl.constexpr = LAYOUT.cell_align
+        n, h, w = aligned(logits.stride_n, ALIGN), aligned(logits.stride_h, ALIGN), aligned(logits.stride_w, ALIGN)
+        return Logits(logits.ptr, n, UP * UP, UP, 1, h, w)
+    else:
+        return logits
+
+
+@triton.jit
 def group_logits(logits: Logits, n, g, WINDOW: tl.constexpr):
     """Return the logits of group g of image n."""
     ptr = logits.ptr + n * logits.stride_n + g * (WINDOW.kernel_size * WINDOW.kernel_size) * logits.stride_c
@@ -70,6 +83,25 @@ def group_logits(logits: Logits, n, g, WINDOW: tl.constexpr):
 def split_target(row, col, WINDOW: tl.constexpr):
     """Return the sub-row and sub-column of an output location, and the row and column of its cell."""
     return row % WINDOW.up, col % WINDOW.up, row // WINDOW.up, col // WINDOW.up
+
+
+@triton.jit
+def place_targets(m, HALO: tl.constexpr, WINDOW: tl.constexpr, LAYOUT: tl.constexpr):
+    """Return the rows and columns in a tile of its targets m, and what `split_target` returns, with cells counted from those of the tile.
+
+    Targets are ordered by cells where the logits of a cell are a run, and by rows otherwise.
+    """
+    if LAYOUT.cell_align > 0:
+        UP: tl.constexpr = WINDOW.up
+        CELLS_W: tl.constexpr = HALO.cols // UP
+        sub, cell = m % (UP * UP), m // (UP * UP)
+        q, r = cell // CELLS_W, cell % CELLS_W
+        # the compiler finds contiguous sub-pixels only if they are one axis
+        return q * UP + sub // UP, r * UP + sub % UP, 0, sub, q, r
+    else:
+        i, j = m // HALO.cols, m % HALO.cols
+        u, v, q, r = split_target(i, j, WINDOW)
+        return i, j, u, v, q, r
 
 
 @triton.jit
@@ -89,9 +121,10 @@ def window_offset(logits: Logits, row, col, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def logit_addresses(logits: Logits, tap, offset, AXIS: tl.constexpr):
-    """Return the addresses of taps [T, 1] of windows at offsets [1, M]; AXIS is 1 where columns are the fastest axis, in NCHW."""
-    if AXIS == 1:
+def logit_addresses(logits: Logits, tap, offset, WINDOW: tl.constexpr, LAYOUT: tl.constexpr):
+    """Return the addresses of taps [T, 1] of windows at offsets [1, M]."""
+    # an even number of sub-pixels looks contiguous
+    if LAYOUT.y_axis == 1 or (LAYOUT.cell_align > 0 and WINDOW.up % 2 == 1 and WINDOW.up > 1):
         return along_rows(logits.ptr + offset, tap * logits.stride_c)
     else:
         return logits.ptr + offset + tap * logits.stride_c

@@ -8,7 +8,7 @@ from carafepp.kernels.geometry import NORMALIZERS, Spec
 pytest.importorskip("triton")
 
 from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
-from carafepp.kernels.gpu.tile_geometry import DIRECTIONS
+from carafepp.kernels.gpu.tile_geometry import DIRECTIONS, Tile
 from carafepp.kernels.gpu.training_step import build_training_step
 from operator_cases import TRITON_TOLERANCES
 from ptx.memory import untouched
@@ -51,9 +51,31 @@ def test_results_match_float64(size, spec, dtype, memory_format, capability):
     assert all(value < TRITON_TOLERANCES[dtype] for value in errors.values()), errors
 
 
+TILES_OF_CELLS = {name: Tile(2, 4, 1, 16, 1, 4, 1) for name in ("forward", "logit_gradient", "source_gradient")}
+
+
 @pytest.mark.parametrize("normalizer", [name for name in NORMALIZERS if name != "softmax"])
 def test_every_normalizer(normalizer):
     errors = training_step(1, 16, 4, 9, Spec(3, up=2, normalizer=normalizer)).errors
+    assert all(value < TRITON_TOLERANCES[HALF] for value in errors.values()), errors
+
+
+@pytest.mark.parametrize(("spec", "capability"), [(Spec(5, up=2), 90), (Spec(3, up=4, groups=2), 80)])
+def test_logits_in_channels_last_are_accessed_in_runs(spec, capability):
+    step = training_step(1, 16, 8, 8, spec, HALF, NHWC, capability=capability, tiles=TILES_OF_CELLS)
+    assert all(value < TRITON_TOLERANCES[HALF] for value in step.errors.values()), step.errors
+    least = spec.groups * spec.taps * spec.up**2 * 8 * 8 * HALF.itemsize / 32
+    forward, (gradient, _) = step.forward.stats["banded_forward 0"], step.backward.stats.values()
+    # x, logits, y and the log-sum-exp; x, logits, the log-sum-exp, dy and dlogits
+    read, (_, read_again, *_, written) = list(forward["per_buffer"].values())[1], gradient["per_buffer"].values()
+    for sectors in (read["ld_sectors"], read_again["ld_sectors"], written["st_sectors"]):
+        assert least <= sectors < 3 * least
+
+
+def test_logits_may_have_another_memory_format_than_features():
+    errors = training_step(
+        1, 16, 5, 6, Spec(3, up=2), HALF, NHWC, place=lambda name, size: torch.empty(size) if "logits" in name else None
+    ).errors
     assert all(value < TRITON_TOLERANCES[HALF] for value in errors.values()), errors
 
 
