@@ -19,6 +19,7 @@ import triton.language as tl
 
 from .blocks import along_rows
 from .records import Features, Logits, Sizes
+from .special import exp, log
 from .window import centre, group_logits, is_left_out, logit_gradient, logit_offset, lse_address, score, split_target, weight
 
 
@@ -93,8 +94,8 @@ def tap_forward(
         for tap in range(K * K):
             top = tl.maximum(top, tap_score(l_ptr, tap, logits.stride_c, row, col, mask, sizes, WINDOW))
         for tap in range(K * K):
-            lse += tl.exp(tap_score(l_ptr, tap, logits.stride_c, row, col, mask, sizes, WINDOW) - top)
-        lse = top + tl.log(lse)
+            lse += exp(tap_score(l_ptr, tap, logits.stride_c, row, col, mask, sizes, WINDOW) - top)
+        lse = top + log(lse)
         tl.store(lse_address(lse_ptr, sizes, ng, u, v, q, r, WINDOW), lse, mask=mask)
     mask = mask & (row < sizes.ho) & (col < sizes.wo)
     x_ptr = x.ptr + (n * x.stride_n + g * sizes.c * x.stride_c)

@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .blocks import along_rows
 from .launch import Launch
 from .records import Logits, Sizes, Window, offset_type
 from .tile_geometry import power_of_two
-from .window import group_logits, logit_addresses, logit_offset, lse_address, split_target, weight, window_offset
+from .window import group_logits, logit_offset, lse_address, split_target, weight, window_offset
 
 # rows and columns of targets of a program, and its most taps
 BLOCKS = {"BLOCK_H": 4, "BLOCK_W": 32}
@@ -52,8 +53,8 @@ def weigh(
     exists = (row < rows) & (col < cols)
     mask = (t < TAPS)[:, None] & exists[None, :]
     logits = group_logits(logits, n, g, WINDOW)
-    offset = logit_offset(logits, u, v, q, r)
-    l = tl.load(logit_addresses(logits, t[:, None], offset[None, :], 1), mask=mask, other=0.0).to(tl.float32)
+    address = along_rows(logits.ptr + logit_offset(logits, u, v, q, r)[None, :], (t * logits.stride_c)[:, None])
+    l = tl.load(address, mask=mask, other=0.0).to(tl.float32)
     lse = tl.zeros([BLOCK_H * BLOCK_W], tl.float32)
     if WINDOW.normalized:
         lse = tl.load(lse_address(lse_ptr, sizes, n * sizes.groups + g, u, v, q, r, WINDOW), mask=exists, other=0.0)
