@@ -7,7 +7,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from .tile_geometry import Halo, Reach, Tile, TileProblem
+from .tile_geometry import Halo, Reach, Tile, TileProblem, power_of_two
 from .tile_limits import REGISTER_BYTES, WARP_SIZE
 
 # bytes of a line of memory, and of shared memory that one wavefront moves (CUDA programming guide)
@@ -16,7 +16,7 @@ LINE_BYTES = 128
 SECTOR_BYTES = 32
 # bytes of the widest load of a thread, which are also those of a cheap asynchronous copy, and of the narrowest copy (PTX ISA, cp.async)
 WIDEST_LOAD, NARROWEST_COPY = 16, 4
-# logits in one line of memory if channels_last: those of a tile, and those that the sources of a tile gather
+# logits in one line of memory if channels_last: those of a tile without sub-pixels, and those that the sources of a tile gather
 LOGITS_PER_LINE, LOGITS_PER_GATHER = 4, 8
 # weights in one line of memory that the sources of a tile gather, by the emulator
 WEIGHTS_PER_GATHER = 12
@@ -119,12 +119,17 @@ def count_lines(problem: TileProblem, elements: float) -> float:
 
 def logit_lines(problem: TileProblem, tile: Tile) -> float:
     """Return the lines of the logits of a tile."""
-    spec = problem.spec
-    if problem.channels_last:
+    spec, size = problem.spec, problem.element_size
+    if problem.channels_last and spec.up == 1:
         rows, cols = targets_seen(problem, tile)
         return spec.taps * rows * cols / LOGITS_PER_LINE
     rows, cols = cells_seen(problem, tile)
-    size = problem.element_size
+    if problem.channels_last:
+        # a warp accesses a run of some taps of every cell of a tile
+        subs = spec.up**2
+        places = power_of_two(tile.cells_h * tile.cells_w * subs) // math.gcd(subs, WIDEST_LOAD // size)
+        taps = min(spec.taps, max(1, WARP_SIZE // places))
+        return spec.taps / taps * rows * cols * _run_lines(1, taps * subs * size)
     return spec.taps * spec.up**2 * _plane_lines(rows, cols * size, problem.width * size)
 
 
