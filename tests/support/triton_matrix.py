@@ -174,7 +174,7 @@ def train_module(case: Module, run: Callable[[Launch], Any]) -> dict[str, float]
     layers = module.channel_compressor, module.compressor_norm, module.content_encoder
     exact, source = copy.deepcopy(module).double(), x.double().requires_grad_()
     with torch.autocast("cpu", case.dtype), patch.object(inference, "runs_on", lambda *_: True):
-        planned, given, addresses = find_plan(*layers, x, module.spec, None, trained=True)
+        planned, given, addresses, _ = find_plan(*layers, x, module.spec, None, trained=True)
 
     def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *arguments, **options: allocate(*arguments, **options).fill_(math.nan)
