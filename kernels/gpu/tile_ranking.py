@@ -5,9 +5,10 @@ The tiles that fit (tile_limits.py) are ranked by their predicted time (tile_tim
 
 import math
 from functools import lru_cache
+from itertools import islice
 
 from .tile_geometry import KernelName, Tile, TileProblem, as_read
-from .tile_limits import fitting_tiles, wide_tiles
+from .tile_limits import fitting_tiles, may_transpose, wide_tiles
 from .tile_resources import MOST_REGISTERS, Resources, estimate_resources
 from .tile_time import count_resident, estimate_time, transposition_microseconds, weighing_microseconds
 
@@ -18,6 +19,8 @@ SEPARATE: tuple[KernelName, ...] = ("logit_gradient", "source_gradient")
 MOST_OVER_LIMIT = 1.3
 # predicted time without a copy of features, over that with it, from which on a copy is made: more than the error of the model
 LEAST_ADVANTAGE = 1.1
+# leading bits of the sizes that share a ranking, and the tiles of it that are rated for a size
+LEADING_BITS, RATED_TILES = 3, 24
 
 
 @lru_cache(maxsize=4096)
@@ -35,10 +38,25 @@ def rated_time(kernel: KernelName, problem: TileProblem, tile: Tile, resources: 
     return (time + transposition_microseconds(problem)) * LEAST_ADVANTAGE if tile.transposed else time
 
 
+@lru_cache(maxsize=4096)
 def choose_tile(kernel: KernelName, problem: TileProblem) -> Tile | None:
-    """Return the first tile of the ranking, or None if the window is too large for the banded kernel."""
-    tiles = rank_tiles(kernel, problem)
-    return tiles[0] if tiles else None
+    """Return a tile of about the least predicted time, or None if the window is too large for the banded kernel.
+
+    A ranking takes tens of milliseconds, and a detector meets a new size at every image. Sizes near each other therefore share a ranking,
+    and only its first tiles are rated for the size itself.
+    """
+    tiles = (tile for tile in rank_tiles(kernel, round_sizes(problem)) if not tile.transposed or may_transpose(kernel, problem))
+    return min(islice(tiles, RATED_TILES), key=lambda tile: (rated_time(kernel, problem, tile), tile), default=None)
+
+
+def round_sizes(problem: TileProblem) -> TileProblem:
+    """Return the problem with the height, width and batch rounded to a few leading bits."""
+    return problem._replace(height=_rounded(problem.height), width=_rounded(problem.width), batch=_rounded(problem.batch))
+
+
+def _rounded(size: int) -> int:
+    step = 1 << max(0, size.bit_length() - LEADING_BITS)
+    return (size + step // 2) // step * step
 
 
 def choose_backward(problem: TileProblem) -> tuple[KernelName, ...]:

@@ -4,7 +4,7 @@ import pytest
 from carafepp.kernels.geometry import Spec
 from carafepp.kernels.gpu.tile_geometry import KERNELS, Tile, TileProblem
 from carafepp.kernels.gpu.tile_limits import fitting_tiles
-from carafepp.kernels.gpu.tile_ranking import SEPARATE, choose_backward, choose_tile, rank_tiles, rank_wide_tiles, rated_time
+from carafepp.kernels.gpu.tile_ranking import SEPARATE, choose_backward, choose_tile, rank_tiles, rank_wide_tiles, rated_time, round_sizes
 from carafepp.kernels.gpu.tile_time import estimate_time
 
 PROBLEM = TileProblem(Spec(5, up=2), 256, 25, 42, 1, 2, False, 2, 4, (8, 0))
@@ -29,6 +29,30 @@ def test_ranked_tiles_are_all_that_fit_the_fastest_first(kernel):
     assert len(set(tiles)) == len(tiles) > 10
     times = [rated_time(kernel, PROBLEM, tile) for tile in tiles]
     assert times == sorted(times)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("height", "width", "batch"), [(25, 41, 1), (13, 167, 2), (99, 131, 3), (14, 14, 413), (3, 5, 1)])
+def test_a_chosen_tile_is_nearly_the_first_of_the_ranking(kernel, height, width, batch):
+    for channels_last in (False, True):
+        problem = PROBLEM._replace(height=height, width=width, batch=batch, channels_last=channels_last, x_align=1, y_align=2)
+        chosen, first = (rated_time(kernel, problem, tile) for tile in (choose_tile(kernel, problem), rank_tiles(kernel, problem)[0]))
+        assert chosen < 1.1 * first
+
+
+def test_sizes_near_each_other_share_a_ranking():
+    rank_tiles.cache_clear()
+    for n in range(500):
+        choose_tile("forward", PROBLEM._replace(height=100 + n % 67, width=100 + n % 101, batch=1 + n % 7))
+    # heights, widths and batches
+    assert rank_tiles.cache_info().misses <= 5 * 5 * 7
+    assert round_sizes(PROBLEM._replace(height=7, width=9, batch=511)) == PROBLEM._replace(height=7, width=10, batch=512)
+    # a map that is rounded up to the least size of a copy reads none
+    large = TileProblem(Spec(5, up=2), 256, 128, 64, 1, 2, False, 8, 8, (9, 0))
+    small = large._replace(height=127)
+    assert round_sizes(small) == large
+    assert any(tile.transposed for tile in rank_tiles("logit_gradient", large)[:24])
+    assert not choose_tile("logit_gradient", small).transposed
 
 
 HALF_NHWC = {"channels_last": True, "x_align": 8, "y_align": 8}
