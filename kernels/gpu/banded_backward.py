@@ -219,15 +219,16 @@ def banded_backward(
     c = g * sizes.c
     x = image(x, n, c)
     dy = image(dy, n, c)
-    logits = group_logits(align_logits(logits, WINDOW, LAYOUT), n, g, WINDOW)
     lse_ptr += ng.to(tl.int64) * WINDOW.up * WINDOW.up * sizes.hq * sizes.wq
     if NEED_DLOGITS and role == ROLES - 1:
-        gradients = group_logits(align_logits(dlogits, WINDOW, LAYOUT), n, g, WINDOW)
-        compute_logit_gradient(sizes, x, logits, lse_ptr, dy, gradients, q0, r0, WINDOW, TILE, HALO, LAYOUT, PRECISION)
+        read, written = align_logits(logits, WINDOW, LAYOUT), align_logits(dlogits, WINDOW, LAYOUT)
+        read, written = group_logits(read, n, g, WINDOW), group_logits(written, n, g, WINDOW)
+        compute_logit_gradient(sizes, x, read, lse_ptr, dy, written, q0, r0, WINDOW, TILE, HALO, LAYOUT, PRECISION)
     elif NEED_DX:
         if WIDTH:
             matrix_ptr += c
-        dx = image(dx, n, c)
+        # with strides that are constants, this gradient takes more registers
+        gathered, dx = group_logits(logits, n, g, WINDOW), image(dx, n, c)
         compute_source_gradient(
-            sizes, logits, lse_ptr, dy, dx, map_ptr, matrix_ptr, n, q0, r0, role, WIDTH, WINDOW, TILE, REACH, BLOCKS, LAYOUT, PRECISION
+            sizes, gathered, lse_ptr, dy, dx, map_ptr, matrix_ptr, n, q0, r0, role, WIDTH, WINDOW, TILE, REACH, BLOCKS, LAYOUT, PRECISION
         )
