@@ -162,7 +162,7 @@ def read_converted(
         raise ValueError(f"{kind} {path} cannot be read: there is not enough memory for {size}") from None
     # what Pillow raises for damaged files depends on the decoder
     except Exception as error:
-        raise ValueError(f"{kind} {path} cannot be read: {error or type(error).__name__}") from error
+        raise ValueError(f"{kind} {path} cannot be read: {str(error) or type(error).__name__}") from error
 
 
 def _check_strips(image: ImageFile) -> None:

@@ -157,6 +157,16 @@ def test_image_that_does_not_fit_into_memory_is_named(tmp_path):
         read_converted(tmp_path / "a.png", "mask", convert)
 
 
+def test_an_error_without_a_message_is_named_by_its_type(tmp_path):
+    Image.fromarray(BYTES).save(tmp_path / "a.png")
+
+    def convert(image):
+        raise EOFError
+
+    with pytest.raises(ValueError, match=r"mask .*a.png cannot be read: EOFError$"):
+        read_converted(tmp_path / "a.png", "mask", convert)
+
+
 def test_hidden_folders_hold_no_photographs(tmp_path):
     for name in ("0.png", "a/1.png", *(f"{hidden}/0-checkpoint.png" for hidden in HIDDEN), "a/.ipynb_checkpoints/1-checkpoint.png"):
         picture(tmp_path / ".cache" / "val" / name)
