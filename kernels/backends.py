@@ -18,8 +18,8 @@ from .geometry import Spec
 class Backend(Protocol):
     """The functions of a module that implements the ops. Both fill the outputs that they are given.
 
-    A module may have `run_forward` and `run_backward` as well, which take logits and their gradient as they are and `execution.Layouts` in
-    place of the `Spec`, for the layouts that are `direct`.
+    A module may also have `run_forward` and `run_backward`, for layouts that are `direct`. They take the logits and their gradient
+    [N, channels, Hq, Wq] in place of the cells, and `execution.Layouts` in place of the `Spec`.
 
     Tensors: x and dx [N, C, H, W], logits and dlogits [N, G * K * K, up, up, Hq, Wq], y and dy [N, C, Ho, Wo], lse [N, G, up, up, Hq, Wq].
     """

@@ -69,7 +69,7 @@ class Layouts(NamedTuple):
     cells_shape: tuple[int, ...]  # N, G * K * K, up, up, Hq, Wq
     logit_channels: int  # those of logits in encoder layout that are read
     core: tuple[int, int] | None  # rows and columns of y before it repeats the last ones, unless it repeats none
-    number: int  # a different one for every layout, which takes less time as a key than the others
+    number: int  # distinct for every layout; a key that takes less time than the other fields
 
     @property
     def direct(self) -> bool:

@@ -45,8 +45,8 @@ def is_observed(*tensors: Tensor) -> bool:
 def is_indirect(tensor: Tensor) -> bool:
     """Return whether only the dispatcher knows the values of a tensor.
 
-    The memory of some tensors holds the negation of their values, or nothing. That of several gradients that
-    `torch.autograd.grad(is_grads_batched=True)` stacks is hidden.
+    The memory of some tensors holds the negation of their values, or nothing. Gradients that
+    `torch.autograd.grad(is_grads_batched=True)` stacks hide their memory.
     """
     return (
         type(tensor) not in PLAIN or tensor.is_neg() or tensor._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]

@@ -160,7 +160,7 @@ class CARAFE(nn.Module):
             raise
 
     def _check(self, x: Tensor) -> Tensor:
-        """Check that x has the channels of the first layer, which need not be the one that this class has built."""
+        """Check that x has the channels of the first layer, and return it; the layer need not be the one that this class has built."""
         first = self.content_encoder if isinstance(self.channel_compressor, nn.Identity) else self.channel_compressor
         return check_features(x, getattr(first, "in_channels", None))
 

@@ -133,7 +133,7 @@ class Prepare(torch.autograd.Function):
         return dx, None, *cast_gradients([*dcompressor, *dencoder], ctx.parameters)
 
 
-# the methods of layers that may be replaced, unless a patch of a class replaces one of these
+# the classes of layers that launches may replace, with their methods before any patch
 FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Sequential, nn.Identity)}
 CALL, CONVOLVE = nn.Module.__call__, nn.Conv2d._conv_forward
 

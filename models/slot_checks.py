@@ -99,7 +99,7 @@ def check_features(x: Tensor, channels: int | None, name: str = "x") -> Tensor:
         TypeError: the input is not a tensor.
         ValueError: it has other channels, or not four axes.
     """
-    # a compiler or tracer sees the check that the first layer makes itself
+    # for a compiler or tracer, the first layer makes this check itself
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return x
     if not isinstance(x, Tensor):

@@ -94,7 +94,7 @@ def format_value(value: Any) -> str:
 
 
 def format_entry(entry: str, texts: Sequence[str], width: int) -> str:
-    """Format an entry of the left column, and the texts beside it, each of which starts a line; below an entry that is too long."""
+    """Format an entry of the left column, and texts in the right one; each text starts a line, below the entry if that is too long."""
     first = f"  {entry}"
     room = max(width - KEYS, 30)
     lines = [line for text in texts for line in textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)]
