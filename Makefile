@@ -56,7 +56,7 @@ docs: .venv/installed-docs
 recipes: .venv/installed-recipes
 	$(PYTEST) tests/recipes
 
-# the kernels with every supported version of Triton: compiled for NVIDIA and AMD GPUs, and emulated: 29 minutes on two busy cores
+# the kernels with every supported version of Triton: compiled for NVIDIA and AMD GPUs, and emulated: 5 minutes on two busy cores
 matrix: setup
 	$(BIN)/python docs/matrix.py
 
