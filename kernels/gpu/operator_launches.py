@@ -70,8 +70,9 @@ def choose_precision() -> str:
 
 
 def _layout(problem: TileProblem, x_align: int, y_align: int, features: Sequence[Tensor], logits: Sequence[Tensor]) -> Layout:
-    # pixels in NCHW are accessed in rows
-    cell_align = math.gcd(*map(_cell_alignment, logits)) if problem.channels_last else 0
+    # pixels in NCHW are accessed in rows; a gradient may have another layout than its logits
+    runs = [_cell_alignment(t) for t in logits] if problem.channels_last else [0]
+    cell_align = math.gcd(*runs) if all(runs) else 0
     axes = 0 if problem.x_last else 1, 0 if problem.channels_last else 1
     return Layout(*axes, x_align, y_align, cell_align, offset_type(*features, *logits))
 

@@ -79,6 +79,19 @@ def test_views_are_read_in_place(backend, device):
     assert_matches_definition(backend, x, *(t.transpose(2, 3).contiguous().transpose(2, 3) for t in (logits, dy)), spec)
 
 
+@pytest.mark.parametrize("shared", [(2, 3), (3,)], ids=["pixels", "columns"])
+def test_a_gradient_in_another_memory_format_than_its_logits(shared, backend, device):
+    """PyTorch lays out the gradient of logits that pixels share anew, with another fastest axis."""
+    spec = Spec(3, up=2)
+    x, logits, dy = random_inputs(2, 4, 2, 3, spec, layouts="channels_last", device=device)
+    size = logits.shape
+    for axis in shared:
+        logits = logits.narrow(axis, 0, 1)
+    logits = logits.expand(size)
+    assert logits.stride(1) == 1 < torch.empty_like(logits).stride(1)
+    assert_matches_definition(backend, x, logits, dy, spec)
+
+
 @pytest.mark.parametrize("place", [0, 1, 2], ids=["x", "logits", "dy"])
 @pytest.mark.parametrize("kind", ["negation", "zeros"])
 def test_a_tensor_whose_memory_does_not_hold_its_values(kind, place, backend, device):
