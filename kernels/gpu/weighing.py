@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import along_rows
+from .blocks import along_rows, split_group
 from .launch import Launch
 from .records import Logits, Sizes, Window, offset_type
 from .tile_geometry import power_of_two
@@ -48,7 +48,7 @@ def weigh(
     pid = pid // across
     row = pid % down * BLOCK_H + m // BLOCK_W
     pid = pid // down
-    n, g = (pid // sizes.groups).to(tl.int64), pid % sizes.groups
+    n, g = split_group(pid, sizes)
     u, v, q, r = split_target(row, col, WINDOW)
     exists = (row < rows) & (col < cols)
     mask = (t < TAPS)[:, None] & exists[None, :]
