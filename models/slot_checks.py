@@ -92,7 +92,7 @@ def check_features(x: Tensor, channels: int | None, name: str = "x") -> Tensor:
 
     Args:
         x: the input.
-        channels: those that the first layer takes; None if it does not say.
+        channels: those that the first layer takes; None, or 0 in a lazy layer, if it does not say.
         name: the name of the argument.
 
     Raises:
@@ -104,6 +104,6 @@ def check_features(x: Tensor, channels: int | None, name: str = "x") -> Tensor:
         return x
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor [N, {channels or 'C'}, H, W], got an object of type {type(x).__name__}")
-    if x.dim() != 4 or (channels is not None and x.shape[1] != channels):
+    if x.dim() != 4 or (channels and x.shape[1] != channels):
         raise ValueError(f"{name} must have the shape [N, {channels or 'C'}, H, W], got {tuple(x.shape)}")
     return x

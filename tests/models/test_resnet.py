@@ -28,8 +28,9 @@ def test_resnet_names_images_of_another_shape():
     for shape in ((2, 1, 64, 64), (3, 64, 64)):
         with pytest.raises(ValueError, match=rf"x must have the shape \[N, 3, H, W\], got \({shape[0]}, "):
             network(torch.rand(shape))
-    network.conv1 = nn.Conv2d(4, 16, 7, 2, padding=3)
-    assert len(network(torch.rand(2, 4, 64, 64))) == 4
+    for conv1 in (nn.Conv2d(4, 16, 7, 2, padding=3), nn.LazyConv2d(16, 7, 2, padding=3)):
+        network.conv1 = conv1
+        assert len(network(torch.rand(2, 4, 64, 64))) == 4
 
 
 def test_resnet_initialises_as_torchvision_does():
