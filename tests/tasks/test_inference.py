@@ -109,7 +109,7 @@ from carafepp.tasks.inference import predict_labels
 
 network = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3, stride=2, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(32, 4, 3, padding=1))
 with torch.no_grad():
-    for side, window in ((600, 512), (1536, 512), (1536, None)):
+    for side, window in ((600, 512), (2304, 512), (2304, None)):
         # an image that takes no memory
         predict_labels(network, torch.rand(1, 1, 1, 1).expand(1, 3, side, side), (side, side), window=window)
         # in KiB; getrusage has the peak of the process that started this one, if that is larger
@@ -121,9 +121,9 @@ with torch.no_grad():
 def test_process_stays_small_in_windows():
     done = run_after_torch(PEAKS)
     small, windowed, whole = map(int, done.stdout.split())
-    # labels take 18 MiB; the whole of the network's first map 72, and again after the ReLU
-    assert windowed - small < 18 + 40
-    assert whole - small > 110
+    # labels take 41 MiB; the whole of the network's first map 162, and again after the ReLU; the allocator keeps some 20 to 60 more
+    assert windowed - small < 41 + 90
+    assert whole - small > 260
 
 
 @torch.no_grad()
