@@ -7,6 +7,7 @@ casts all parameters, the compressor is a matrix product that adds its bias, or 
 has as many output channels as the matrix units like.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -133,16 +134,33 @@ class Prepare(torch.autograd.Function):
         return dx, None, *cast_gradients([*dcompressor, *dencoder], ctx.parameters)
 
 
-# the classes of layers that launches may replace, with their methods before any patch
-FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Sequential, nn.Identity)}
+def is_frozen_norm(kind: type[nn.Module]) -> bool:
+    """Return whether a class is torchvision's FrozenBatchNorm2d, which a network that has it has imported: the import takes a second."""
+    return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc"
+
+
+class Forwards(dict[type[nn.Module], Any]):
+    """The classes of layers that launches may replace, with their methods before any patch; others have None."""
+
+    def __missing__(self, kind: type[nn.Module]) -> Any:
+        code = getattr(kind.forward, "__code__", None) if is_frozen_norm(kind) else None
+        # code of another file is a patch
+        if code is None or code.co_filename != sys.modules[kind.__module__].__file__:
+            return None
+        self[kind] = kind.forward
+        return kind.forward
+
+
+LAYERS = nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Sequential, nn.Identity
+FORWARDS = Forwards((kind, kind.forward) for kind in LAYERS)
 CALL, CONVOLVE = nn.Module.__call__, nn.Conv2d._conv_forward
 
 
 def is_hooked(layer: nn.Module) -> bool:
-    """Return whether a hook or a replaced method observes or changes a layer, or its class is not one of those of PyTorch."""
+    """Return whether a hook or a replaced method observes or changes a layer, or its class is none of `FORWARDS`."""
     kind = type(layer)
     return bool(
-        kind.forward is not FORWARDS.get(kind)
+        kind.forward is not FORWARDS[kind]
         or layer._forward_hooks
         or layer._forward_pre_hooks
         or layer._backward_hooks

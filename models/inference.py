@@ -13,7 +13,7 @@ from ..kernels.backends import HAS_TRITON
 from ..kernels.geometry import Spec, is_channels_last
 from ..kernels.observers import PLAIN, is_intercepted
 from ..kernels.reassembly import check_layouts, is_plain_size
-from .half_encoder import find_parameters, is_hooked, padded_channels, read_tensors
+from .half_encoder import find_parameters, is_frozen_norm, is_hooked, padded_channels, read_tensors
 
 
 @functools.cache
@@ -42,15 +42,18 @@ def read_norm(norm: nn.Module) -> Norm | None:
     if len(layers) != 2 or type(layers[1]) is not nn.ReLU or any([is_hooked(cast(nn.Module, layer)) for layer in layers]):
         return None
     affine = layers[0]
-    if type(affine) is nn.Identity:
+    kind = type(affine)
+    if kind is nn.Identity:
         return Norm((None,) * 4, 0.0, True)
-    if type(affine) is not nn.BatchNorm2d:
+    fixed = is_frozen_norm(kind)
+    if not (fixed or kind is nn.BatchNorm2d or (kind is nn.SyncBatchNorm and not affine.training)):
         return None
-    *tensors, batches = read_tensors(affine, "running_mean", "running_var", "weight", "bias", "num_batches_tracked")
+    tensors = read_tensors(affine, "running_mean", "running_var", "weight", "bias")
     if not all([type(tensor) in PLAIN for tensor in tensors]):
         return None
-    if not affine.training:
+    if fixed or not affine.training:
         return Norm(tensors, affine.eps, True)
+    (batches,) = read_tensors(affine, "num_batches_tracked")
     # without a momentum, the running statistics are averages over all batches
     return None if affine.momentum is None or type(batches) is not Tensor else Norm(tensors, affine.eps, True, affine.momentum, batches)
 

@@ -10,6 +10,7 @@ from commands import run_in_interpreter
 from launches import LaunchCounter
 from torch import nn
 from torch.overrides import BaseTorchFunctionMode
+from torchvision.ops import FrozenBatchNorm2d
 
 triton = pytest.importorskip("triton")
 
@@ -17,6 +18,7 @@ from carafepp.kernels.gpu import inference as launching  # noqa: E402
 from carafepp.kernels.gpu import launch as plans  # noqa: E402
 from carafepp.kernels.gpu.operator_launches import forward_launches  # noqa: E402
 from carafepp.models.carafe import CARAFE  # noqa: E402
+from carafepp.models.half_encoder import FORWARDS  # noqa: E402
 
 from carafepp import reassemble  # noqa: E402
 
@@ -268,6 +270,28 @@ def test_other_layers_are_called(change, inferred):
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         expected = reassemble(x, module.logits(x), **module.spec._asdict())
     torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("freeze", layer_changes.FROZEN, ids=lambda freeze: freeze.__name__)
+def test_every_frozen_norm_is_replaced(freeze, inferred):
+    module = make(16, **NORM)
+    freeze(module)
+    infer(module, draw())
+    assert len(inferred) == 1
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_patches_of_frozen_norms_are_called(known, inferred):
+    if not known:
+        FORWARDS.pop(FrozenBatchNorm2d, None)
+    module = make(16, **NORM)
+    layer_changes.freeze_norms(module)
+    with layer_changes.patched(FrozenBatchNorm2d, "forward") as seen:
+        infer(module, draw())
+    assert seen
+    assert not inferred
+    infer(module, draw())
+    assert inferred
 
 
 @pytest.mark.parametrize(("owner", "name"), [*layer_changes.METHODS, *layer_changes.METHODS_OF_NORM])

@@ -58,12 +58,6 @@ def draw(channels=8, *, n=2, height=8, width=6, dtype=torch.float16, device="cpu
     return x.to(device, dtype, memory_format=torch.channels_last)
 
 
-def freeze_norm(module):
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.eval().requires_grad_(False)
-
-
 def call_layers(module):
     """Return a copy of a module whose layers are called."""
     observed = deepcopy(module)
@@ -189,8 +183,17 @@ def test_it_is_as_exact_as_the_layers(options, place, trained, quick_operator):
 @everywhere
 def test_a_frozen_norm(place, trained, quick_operator):
     module, x = make(device="cuda" if place == "cuda" else "cpu", **NORM), draw(device="cuda" if place == "cuda" else "cpu")
-    freeze_norm(module)
+    layer_changes.take_statistics(module)
     assert_as_exact(module.to(memory_format=torch.channels_last), x)
+    assert trained == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("freeze", layer_changes.FROZEN, ids=lambda freeze: freeze.__name__)
+def test_every_frozen_norm_is_replaced(freeze, trained):
+    module = make(**NORM)
+    freeze(module)
+    assert module.training
+    assert_as_exact(module.to(memory_format=torch.channels_last), draw())
     assert trained == ["forward", "backward"]
 
 

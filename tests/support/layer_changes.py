@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
+from carafepp.models.detection import freeze_norms
 from torch import nn
 from torch.nn.utils import prune
 
@@ -136,6 +137,19 @@ def rectify_otherwise(module: nn.Module) -> None:
 CHANGES_OF_NORM = [observe(change, name) for name in NORMS for change in (hook, hook_before, replace_forward, replace_class)]
 CHANGES_OF_NORM += [forget_statistics, leave_out_affine_map, normalize_groups, rectify_otherwise]
 
+
+def take_statistics(module: nn.Module) -> None:
+    for norm in module.compressor_norm:
+        norm.eval().requires_grad_(False)
+
+
+def synchronise_evaluation(module: nn.Module) -> None:
+    module.compressor_norm = nn.SyncBatchNorm.convert_sync_batchnorm(module.compressor_norm)
+    take_statistics(module)
+
+
+# norms with fixed statistics and parameters, which launches replace
+FROZEN = [take_statistics, synchronise_evaluation, freeze_norms]
 
 # methods that a patch of a class may replace
 METHODS = [(nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"), (nn.Module, "__call__")]
