@@ -10,7 +10,15 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from torchvision.ops import deform_conv2d
 
 # torch.fx cannot follow the checks of sizes inside
-torch.fx.wrap("deform_conv2d")
+torch.fx.wrap("deform_conv2d_in_float32")
+
+
+def deform_conv2d_in_float32(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor, **geometry: Any) -> Tensor:
+    """Compute torchvision's `deform_conv2d` of half precision in float32 on a CPU, as torchvision does under autocast on a GPU."""
+    if x.device.type != "cpu" or {t.dtype for t in (x, offset, weight, mask)} <= {torch.float32, torch.float64}:
+        return deform_conv2d(x, offset, weight, mask=mask, **geometry)
+    with torch.autocast("cpu", enabled=False):
+        return deform_conv2d(x.float(), offset.float(), weight.float(), mask=mask.float(), **geometry).to(x.dtype)
 
 
 class DeformConv(nn.Conv2d):
@@ -36,7 +44,8 @@ class DeformConv(nn.Conv2d):
         """Convolve x [N, inputs, H, W] to [N, outputs, ceil(H / stride), ceil(W / stride)]."""
         offset, mask = self.conv_offset(x).split([18, 9], dim=1)
         stride, padding, dilation = (cast(tuple[int, int], pair) for pair in (self.stride, self.padding, self.dilation))
-        return deform_conv2d(x, offset, self.weight, stride=stride, padding=padding, dilation=dilation, mask=mask.sigmoid())
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+        return deform_conv2d_in_float32(x, offset, self.weight, mask.sigmoid(), **geometry)
 
 
 @register_flop_formula(torch.ops.torchvision.deform_conv2d)

@@ -1,11 +1,13 @@
 """Deformable convolutions, alone and in a ResNet."""
 
+import pytest
 import torch
 from carafepp.models.carafe import CARAFE
 from carafepp.models.deform import DeformConv
 from carafepp.models.resnet import resnet50
 from carafepp.tasks.runs import count_flops
 from networks import NORMED_CARAFE, small_resnet
+from torch import nn
 
 
 def test_deformable_convolutions_stand_where_the_paper_has_them():
@@ -42,3 +44,22 @@ def test_deformable_resnet_has_the_sizes_of_the_plain_one():
     for sampler in (None, NORMED_CARAFE):
         levels = small_resnet(downsample=sampler, deformable=(2, 3, 4))(x)
         assert [level.shape for level in levels] == [level.shape for level in plain]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision_on_a_cpu(dtype, autocast):
+    torch.manual_seed(0)
+    layer = DeformConv(4, 6)
+    nn.init.normal_(layer.conv_offset.weight, std=0.1)
+    x = torch.randn(2, 4, 7, 5)
+    expected = layer(x)
+    layer = layer if autocast else layer.to(dtype)
+    x = (x if autocast else x.to(dtype)).requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        y = layer(x)
+    assert y.dtype == x.dtype
+    torch.testing.assert_close(y.float(), expected, atol=0.05, rtol=0.05)
+    y.sum().backward()
+    for tensor in (x, layer.weight, layer.conv_offset.weight):
+        assert tensor.grad.abs().sum() > 0
