@@ -12,19 +12,7 @@ import triton.language as tl
 
 from .blocks import align_sizes, align_strides, find_tile, image, is_inside, load, place_sources, product, split_group, store
 from .records import Features, Logits, Sizes
-from .special import exp, log, reciprocal
-from .window import (
-    align_logits,
-    centre,
-    group_logits,
-    is_left_out,
-    logit_addresses,
-    logit_offset,
-    lse_address,
-    place_targets,
-    score,
-    weight,
-)
+from .window import centre, normalize_tile, place_targets
 
 
 @triton.jit
@@ -58,29 +46,9 @@ def banded_forward(
     n, g = split_group(ng, sizes)
 
     m = tl.arange(0, HALO.m).to(LAYOUT.index)
-    mi, mj, u, v, q, r = place_targets(m, HALO, WINDOW, LAYOUT)
-    row, col, q, r = q0 * UP + mi, r0 * UP + mj, q0 + q, r0 + r
-    exists = (m < HALO.rows * HALO.cols) & (q < sizes.hq) & (r < sizes.wq)
-    t = tl.arange(0, HALO.t).to(LAYOUT.index)
-    taps = (t < K * K)[:, None]
-    logits = group_logits(align_logits(logits, WINDOW, LAYOUT), n, g, WINDOW)
-    l = tl.load(
-        logit_addresses(logits, t[:, None], logit_offset(logits, u, v, q, r)[None, :], WINDOW, LAYOUT),
-        mask=taps & exists[None, :],
-        other=-float("inf"),
-    ).to(tl.float32)
-    if WINDOW.border == "renormalize":
-        l = tl.where(is_left_out(row[None, :], col[None, :], t[:, None], sizes, WINDOW), -float("inf"), l)
-    if WINDOW.normalized:
-        s = score(l, WINDOW)
-        top = tl.where(exists, tl.max(s, axis=0), 0.0)
-        w = exp(s - top[None, :])
-        total = tl.where(exists, tl.sum(w, axis=0), 1.0)
-        w *= reciprocal(total)[None, :]
-        if part == 0:
-            tl.store(lse_address(lse_ptr, sizes, ng.to(tl.int64), u, v, q, r, WINDOW), top + log(total), mask=exists)
-    else:
-        w = tl.where(taps, weight(l, 0.0, WINDOW), 0.0)
+    mi, mj, _, _, _, _ = place_targets(m, HALO, WINDOW, LAYOUT)
+    row, col = q0 * UP + mi, r0 * UP + mj
+    w = normalize_tile(sizes, logits, lse_ptr, ng, n, g, q0, r0, part == 0, WINDOW, HALO, LAYOUT)
 
     p = tl.arange(0, HALO.p).to(LAYOUT.index)
     pi, pj = place_sources(p, HALO, LAYOUT)

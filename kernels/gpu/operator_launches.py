@@ -16,6 +16,7 @@ from .banded_source_gradient import banded_source_gradient
 from .launch import Launch
 from .padded_taps import padded_source_gradient
 from .records import Features, Layout, Logits, Sizes, Window, offset_type
+from .tap_sums import sums_taps, tap_sum_launches
 from .tile_geometry import KernelName, Tile, TileProblem, as_read, halo, reach, run_alignments, run_vector
 from .tile_limits import source_blocks
 from .tile_ranking import SEPARATE, TOGETHER, choose_backward, choose_tile
@@ -130,7 +131,6 @@ def forward_launches(
     `tile` replaces the measured or chosen tile, and `capability` that of the device.
     """
     problem = problem_of(x, logits, y, spec, capability)
-    tile = tile or _find_tile("forward", problem, x)
     arguments = {
         "sizes": _sizes(x, logits, y, spec),
         "x": Features(x, *x.stride()),
@@ -138,6 +138,9 @@ def forward_launches(
         "y": Features(y, *y.stride()),
         "lse_ptr": lse,
     }
+    if tile is None and sums_taps(problem):
+        return tap_sum_launches(arguments, problem, _window(spec), _layout(problem, problem.x_align, problem.y_align, (x, y), (logits,)))
+    tile = tile or _find_tile("forward", problem, x)
     if tile is None:
         return [_tap_launch(taps.tap_forward, arguments, problem, logits.shape[2:].numel())]
     problem = as_read("forward", problem, tile)

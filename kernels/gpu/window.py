@@ -134,3 +134,51 @@ def logit_addresses(logits: Logits, tap, offset, WINDOW: tl.constexpr, LAYOUT: t
 def lse_address(lse_ptr, sizes: Sizes, ng, u, v, q, r, WINDOW: tl.constexpr):
     """Return the address of the log-sum-exp of a window, given what `split_target` returns and its group counted over all images."""
     return lse_ptr + (((ng * WINDOW.up + u) * WINDOW.up + v) * sizes.hq + q) * sizes.wq + r
+
+
+@triton.jit
+def normalize_tile(
+    sizes: Sizes,
+    logits: Logits,
+    lse_ptr,
+    ng,
+    n,
+    g,
+    q0,
+    r0,
+    stores,
+    WINDOW: tl.constexpr,
+    HALO: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    """Return the weights [T, M] of the windows of a tile whose first cell is (q0, r0), and store their log-sum-exp if `stores`.
+
+    Weights are zero from the last tap on, and not defined where a target does not exist.
+    """
+    K: tl.constexpr = WINDOW.kernel_size
+    UP: tl.constexpr = WINDOW.up
+    m = tl.arange(0, HALO.m).to(LAYOUT.index)
+    mi, mj, u, v, q, r = place_targets(m, HALO, WINDOW, LAYOUT)
+    row, col, q, r = q0 * UP + mi, r0 * UP + mj, q0 + q, r0 + r
+    exists = (m < HALO.rows * HALO.cols) & (q < sizes.hq) & (r < sizes.wq)
+    t = tl.arange(0, HALO.t).to(LAYOUT.index)
+    taps = (t < K * K)[:, None]
+    logits = group_logits(align_logits(logits, WINDOW, LAYOUT), n, g, WINDOW)
+    l = tl.load(
+        logit_addresses(logits, t[:, None], logit_offset(logits, u, v, q, r)[None, :], WINDOW, LAYOUT),
+        mask=taps & exists[None, :],
+        other=-float("inf"),
+    ).to(tl.float32)
+    if WINDOW.border == "renormalize":
+        l = tl.where(is_left_out(row[None, :], col[None, :], t[:, None], sizes, WINDOW), -float("inf"), l)
+    if WINDOW.normalized:
+        s = score(l, WINDOW)
+        top = tl.where(exists, tl.max(s, axis=0), 0.0)
+        w = exp(s - top[None, :])
+        total = tl.where(exists, tl.sum(w, axis=0), 1.0)
+        w *= reciprocal(total)[None, :]
+        if stores:
+            tl.store(lse_address(lse_ptr, sizes, ng.to(tl.int64), u, v, q, r, WINDOW), top + log(total), mask=exists)
+        return w
+    else:
+        return tl.where(taps, weight(l, 0.0, WINDOW), 0.0)
