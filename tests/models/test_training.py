@@ -154,6 +154,7 @@ def test_training_in_the_interpreter():
 
 
 PLACES = [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["interpreter"] if INTERPRETED else []
+PLACES = PLACES or [pytest.param("none", marks=pytest.mark.skip(reason="no GPU"))]
 everywhere = pytest.mark.parametrize("place", PLACES)
 
 
