@@ -18,8 +18,8 @@ import triton.language as tl
 
 from ..geometry import PADDED_BORDERS, Spec
 from .blocks import addresses, align_sizes, align_strides, find_tile, image, load, split_group, store
-from .launch import Launch
-from .records import Features, Layout, Logits, Sizes, Window, offset_type
+from .launch import INT32_MAX, Launch
+from .records import Features, Layout, Logits, Sizes, Window
 from .taps import clamp
 from .tile_geometry import Halo, TileProblem, halo, power_of_two
 from .window import centre, normalize_tile, place_targets
@@ -80,8 +80,9 @@ def weigh_sites(
     HALO: tl.constexpr,
     LAYOUT: tl.constexpr,
     SUMS: tl.constexpr,
+    STORES: tl.constexpr,  # whether the log-sum-exp of every window is stored, where weights are normalized
 ):
-    """Fill the weights and, where they are normalized, the log-sum-exp of every window; one program computes those of a tile of cells."""
+    """Fill the weights, those of targets without output with zeros; one program computes those of a tile of cells."""
     K: tl.constexpr = WINDOW.kernel_size
     UP: tl.constexpr = WINDOW.up
     CELLS_H: tl.constexpr = HALO.rows // UP
@@ -90,7 +91,7 @@ def weigh_sites(
     q0 *= CELLS_H
     r0 *= CELLS_W
     n, g = split_group(ng, sizes)
-    w = normalize_tile(sizes, logits, lse_ptr, ng, n, g, q0, r0, True, WINDOW, HALO, LAYOUT)
+    w = normalize_tile(sizes, logits, lse_ptr, ng, n, g, q0, r0, STORES, WINDOW, HALO, LAYOUT)
 
     m = tl.arange(0, HALO.m).to(LAYOUT.index)
     mi, mj, u, v, q, r = place_targets(m, HALO, WINDOW, LAYOUT)
@@ -102,6 +103,7 @@ def weigh_sites(
         i = (centre(row, WINDOW) - K // 2)[None, :] + (t // K)[:, None]
         j = (centre(col, WINDOW) - K // 2)[None, :] + (t % K)[:, None]
         w = tl.where((i >= 0) & (i < sizes.h) & (j >= 0) & (j < sizes.w), w, 0.0)
+    w = tl.where(((row < sizes.ho) & (col < sizes.wo))[None, :], w, 0.0)
     rows, cols = count_sites(sizes, WINDOW, SUMS)
     if SUMS.subs == 1:
         site, sub = row * cols + col, tl.zeros_like(m)
@@ -251,24 +253,31 @@ def tile_of_weights(spec: Spec) -> Halo:
     return halo(spec, cells // cols, cols)
 
 
-def tap_sum_launches(arguments: dict[str, Any], problem: TileProblem, window: Window, layout: Layout) -> list[Launch]:
-    """Return the launches that fill y and the log-sum-exp; `arguments` are those of the operator, by name."""
-    spec, sums = problem.spec, divide_sums(problem)
-    scale = 1 if sums.subs > 1 else spec.up
-    rows, cols = problem.height * scale, problem.width * scale
-    x, logits, y = (arguments[name].ptr for name in ("x", "logits", "y"))
-    places = spec.taps * sums.step * sums.steps
+def weigh_launch(arguments: dict[str, Any], problem: TileProblem, window: Window, layout: Layout, sums: Sums, *, stores: bool) -> Launch:
+    """Return the launch that fills weights, its argument `weights_ptr`, and the log-sum-exp if `stores`."""
+    spec = problem.spec
+    sites = problem.batch * problem.height * problem.width * (1 if sums.subs > 1 else spec.up**2)
     # with places for the site after the last, which the last group may have
-    weights = torch.empty((problem.batch * rows * cols + sums.group - 1) * places, dtype=torch.float32, device=x.device)
-    layout = layout._replace(index=offset_type(x, y, logits, weights[None, : rows * cols * places]))
+    size = (sites + sums.group - 1) * spec.taps * sums.step * sums.steps
+    weights = torch.empty(size, dtype=torch.float32, device=arguments["x"].ptr.device)
     tile = tile_of_weights(spec)
     tiles = triton.cdiv(problem.height, tile.rows // spec.up) * triton.cdiv(problem.width, tile.cols // spec.up)
     given = {name: arguments[name] for name in ("sizes", "logits", "lse_ptr")} | {"weights_ptr": weights}
-    constants = {"WINDOW": window, "HALO": tile, "LAYOUT": layout, "SUMS": sums}
+    constants = {"WINDOW": window, "HALO": tile, "LAYOUT": layout, "SUMS": sums, "STORES": stores}
     warps = min(32, max(WARPS, tile.t * tile.m // WEIGHTS_OF_THREAD // WARP_SIZE))
-    first = Launch(weigh_sites, (problem.batch * tiles, 1, 1), given, constants, warps, 1)
+    return Launch(weigh_sites, (problem.batch * tiles, 1, 1), given, constants, warps, 1)
+
+
+def tap_sum_launches(arguments: dict[str, Any], problem: TileProblem, window: Window, layout: Layout) -> list[Launch]:
+    """Return the launches that fill y and the log-sum-exp; `arguments` are those of the operator, by name."""
+    sums = divide_sums(problem)
+    scale = 1 if sums.subs > 1 else problem.spec.up
+    rows, cols = problem.height * scale, problem.width * scale
+    if rows * cols * problem.spec.taps * sums.step * sums.steps > INT32_MAX:
+        layout = layout._replace(index=tl.int64)
+    first = weigh_launch(arguments, problem, window, layout, sums, stores=True)
     programs = triton.cdiv(rows, sums.rows) * triton.cdiv(cols, sums.cols * sums.group) * sums.steps
     programs *= problem.batch * triton.cdiv(problem.channels, sums.block_c)
-    given = {"sizes": arguments["sizes"], "x": arguments["x"], "weights_ptr": weights, "y": arguments["y"]}
+    given = {"sizes": arguments["sizes"], "x": arguments["x"], "weights_ptr": first.arguments["weights_ptr"], "y": arguments["y"]}
     constants = {"WINDOW": window, "LAYOUT": layout, "SUMS": sums}
     return [first, Launch(sum_taps, (programs, 1, 1), given, constants, WARPS, 1, MAX_REGISTERS)]
