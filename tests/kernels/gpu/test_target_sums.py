@@ -20,7 +20,7 @@ FLOAT = torch.float32
 def always(monkeypatch):
     """Sum for maps of any size."""
     for module in (tap_sums, target_sums):
-        monkeypatch.setattr(module, "SMALLEST", 0, raising=False)
+        monkeypatch.setattr(module, "SMALLEST", 0)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,8 @@ def always(monkeypatch):
         ((1, 4, 1, 2), Spec(5, up=2), 80),
         ((1, 68, 3, 2), Spec(7, up=2, normalizer="sigmoid_normalized"), 80),
         ((3, 5, 2, 11), Spec(1, up=2, normalizer="none"), 90),
-        ((1, 6, 4, 9), Spec(3, up=2, groups=3, normalizer="sigmoid"), 80),
+        ((1, 6, 4, 9), Spec(3, up=3, groups=3, normalizer="sigmoid"), 80),
+        ((1, 20, 3, 6), Spec(3, up=4), 90),
     ],
     ids=str,
 )
@@ -61,12 +62,12 @@ def test_tensors_may_be_parts_of_others(always):
 @pytest.mark.parametrize(
     ("spec", "dtype", "memory_format", "height", "summed"),
     [
-        (Spec(5, up=2), FLOAT, NHWC, 100, True),
-        (Spec(5, up=2), FLOAT, NHWC, 8, False),
+        (Spec(5, up=2), FLOAT, NHWC, 200, True),
+        (Spec(5, up=2), FLOAT, NHWC, 50, False),
         (Spec(5, up=2), torch.bfloat16, NHWC, 200, False),
-        (Spec(5, up=2), FLOAT, torch.contiguous_format, 100, False),
-        (Spec(5, down=2), FLOAT, NHWC, 100, False),
-        (Spec(5, up=2, border="shift"), FLOAT, NHWC, 100, False),
+        (Spec(5, up=2), FLOAT, torch.contiguous_format, 200, False),
+        (Spec(5, down=2), FLOAT, NHWC, 200, False),
+        (Spec(5, up=2, border="shift"), FLOAT, NHWC, 200, False),
     ],
     ids=str,
 )
