@@ -41,7 +41,7 @@ def read_norm(norm: nn.Module) -> Norm | None:
     layers = list(norm._modules.values()) if type(norm) is nn.Sequential else []
     if len(layers) != 2 or type(layers[1]) is not nn.ReLU or any([is_hooked(cast(nn.Module, layer)) for layer in layers]):
         return None
-    affine = layers[0]
+    affine = cast(Any, layers[0])
     kind = type(affine)
     if kind is nn.Identity:
         return Norm((None,) * 4, 0.0, True)
