@@ -122,5 +122,5 @@ def count_launches(table: str, row: str) -> int:
     ],
 )
 def test_launches_of_training_steps(table, baseline, row, more, cleared):
-    """docs/performance.md gives the launches of these steps. CARAFE++ also replaces launches: of pooling, and of other norms."""
+    """docs/performance_networks.md gives the launches of these steps. CARAFE++ also replaces launches: of pooling, and of other norms."""
     assert count_launches(table, row) - count_launches(table, baseline) == more
