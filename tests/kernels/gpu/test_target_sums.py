@@ -30,7 +30,7 @@ def always(monkeypatch):
         ((2, 20, 7, 5), Spec(3, up=2), 80),
         ((1, 12, 5, 7), Spec(5, up=2, groups=2, border="renormalize"), 90),
         ((1, 4, 1, 2), Spec(5, up=2), 80),
-        ((1, 68, 3, 2), Spec(7, up=2, normalizer="sigmoid_normalized"), 80),
+        ((1, 68, 3, 2), Spec(5, up=2, normalizer="sigmoid_normalized"), 80),
         ((3, 5, 2, 11), Spec(1, up=2, normalizer="none"), 90),
         ((1, 6, 4, 9), Spec(3, up=3, groups=3, normalizer="sigmoid"), 80),
         ((1, 20, 3, 6), Spec(3, up=4), 90),
