@@ -35,8 +35,10 @@ CHANNELS, SUMS_OF_THREAD = 64, 8
 # cost of the place of a site in a program, in sources read
 PLACES = 4
 WARPS, WARP_SIZE = 4, 32
-# with more registers, a multiprocessor would hold too few programs
+# with more registers, a multiprocessor would hold too few programs; windows of 7 x 7 spill two or three values, outside the loop
 MAX_REGISTERS = 128
+# Triton 3.4 takes several sums of a loop for one if they differ only in which result of an operation they add, here of tl.split
+MERGES_SUMS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5)
 # weights of a program of the first launch, and the most of a thread
 WEIGHTS, WEIGHTS_OF_THREAD = 1024, 32
 
@@ -170,13 +172,14 @@ def sum_taps(
     K: tl.constexpr = WINDOW.kernel_size
     DOWN: tl.constexpr = WINDOW.down
     M: tl.constexpr = SUMS.rows * SUMS.cols
+    BLOCK_C: tl.constexpr = SUMS.block_c
     sizes = align_sizes(sizes, LAYOUT)
     x = align_strides(x, 0, LAYOUT.x_align)
     y = align_strides(y, 0, LAYOUT.y_align)
     rows, cols = count_sites(sizes, WINDOW, SUMS)
     pid = tl.program_id(0)
-    parts = tl.cdiv(sizes.c, SUMS.block_c)
-    c = pid % parts * SUMS.block_c + tl.arange(0, SUMS.block_c).to(LAYOUT.index)
+    parts = tl.cdiv(sizes.c, BLOCK_C)
+    c = pid % parts * BLOCK_C + tl.arange(0, BLOCK_C).to(LAYOUT.index)
     pid = pid // parts
     sub = pid % SUMS.steps * SUMS.step
     q0, r0, ng = find_tile(pid // SUMS.steps, tl.cdiv(rows, SUMS.rows), tl.cdiv(cols, SUMS.cols * SUMS.group))
@@ -196,7 +199,7 @@ def sum_taps(
     # the second site of a group may be in the next row, or after the map: its sums are not stored
     weights_ptr = first_weight(weights_ptr, ng, rows * cols, near_q * cols + near_r, WINDOW, SUMS) + sub
 
-    zero = tl.zeros([M, SUMS.block_c], tl.float32)
+    zero = tl.zeros([M, BLOCK_C], tl.float32)
     a0, a1, a2, a3 = zero, zero, zero, zero
     b0, b1, b2, b3 = zero, zero, zero, zero
     for ky in range(K):
@@ -218,9 +221,11 @@ def sum_taps(
 
 def sums_taps(problem: TileProblem) -> bool:
     """Return whether forward sums over taps, and has no tile."""
-    targets = problem.batch * problem.channels * problem.height * problem.width * problem.spec.up**2
-    large = targets * problem.element_size >= SMALLEST or problem.spec.border in PADDED_BORDERS
-    return large and problem.channels_last and problem.element_size == 4
+    spec = problem.spec
+    targets = problem.batch * problem.channels * problem.height * problem.width * spec.up**2
+    large = targets * problem.element_size >= SMALLEST or spec.border in PADDED_BORDERS
+    merged = MERGES_SUMS and spec.up > 1 and spec.down == 1
+    return large and not merged and problem.channels_last and problem.element_size == 4
 
 
 def divide_sums(problem: TileProblem) -> Sums:
@@ -233,7 +238,9 @@ def divide_sums(problem: TileProblem) -> Sums:
     # windows at equal distances
     regular = (spec.up == 1 or spec.down == 1) and spec.border != "shift"
     group = GROUP if regular else 1
-    groups = SUMS_OF_THREAD * WARPS * WARP_SIZE // block_c // group
+    # a thread would spill the addresses of as many sites that share no sources and have several sums each
+    sums = SUMS_OF_THREAD if group > 1 or step == 1 else SUMS_OF_THREAD // 2
+    groups = sums * WARPS * WARP_SIZE // block_c // group
 
     def cost(rows: int) -> int:
         """Return the sources that all programs read, and the places of sites."""

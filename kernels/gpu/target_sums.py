@@ -96,21 +96,24 @@ def sum_targets(
     """Fill dx; one program computes a block of channels of GROUPS_H x GROUPS_W groups of 2 x 4 pixels."""
     K: tl.constexpr = WINDOW.kernel_size
     SUBS: tl.constexpr = SUMS.step * SUMS.steps
+    STEPS: tl.constexpr = SUMS.steps
+    M: tl.constexpr = GROUPS_H * GROUPS_W
+    BLOCK_C: tl.constexpr = SUMS.block_c
     sizes = align_sizes(sizes, LAYOUT)
     dy = align_strides(dy, 0, LAYOUT.y_align)
     dx = align_strides(dx, 0, LAYOUT.x_align)
     pid = tl.program_id(0)
-    parts = tl.cdiv(sizes.c, SUMS.block_c)
-    c = pid % parts * SUMS.block_c + tl.arange(0, SUMS.block_c).to(LAYOUT.index)
+    parts = tl.cdiv(sizes.c, BLOCK_C)
+    c = pid % parts * BLOCK_C + tl.arange(0, BLOCK_C).to(LAYOUT.index)
     q0, r0, ng = find_tile(pid // parts, tl.cdiv(sizes.h, 2 * GROUPS_H), tl.cdiv(sizes.w, 4 * GROUPS_W))
     n, g = split_group(ng, sizes)
-    m = tl.arange(0, GROUPS_H * GROUPS_W).to(LAYOUT.index)
+    m = tl.arange(0, M).to(LAYOUT.index)
     i, j = (q0 * GROUPS_H + m // GROUPS_W) * 2, (r0 * GROUPS_W + m % GROUPS_W) * 4
     dy = image(dy, n, g * sizes.c)
     dx = image(dx, n, g * sizes.c)
     weights_ptr = first_weight(weights_ptr, ng, sizes.h * sizes.w, j - K // 2, WINDOW, SUMS)
 
-    zero = tl.zeros([GROUPS_H * GROUPS_W, SUMS.block_c], tl.float32)
+    zero = tl.zeros([M, BLOCK_C], tl.float32)
     a0, a1, a2, a3 = zero, zero, zero, zero
     b0, b1, b2, b3 = zero, zero, zero, zero
     for above in range(K + 1):
@@ -123,7 +126,7 @@ def sum_targets(
             r = j - K // 2 + cell
             exists = (q >= 0) & (q < sizes.h) & (r >= 0) & (r < sizes.w)
             r = clamp(r, 0, sizes.w - 1)
-            for step in tl.static_range(SUMS.steps):
+            for step in tl.static_range(STEPS):
                 g0 = load_target(dy, near, r, 4 * step, c, sizes, WINDOW, SUMS)
                 g1 = load_target(dy, near, r, 4 * step + 1, c, sizes, WINDOW, SUMS)
                 g2 = load_target(dy, near, r, 4 * step + 2, c, sizes, WINDOW, SUMS)
