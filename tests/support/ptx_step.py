@@ -56,6 +56,14 @@ def emulate(launch: Launch, capability: int = 80) -> dict:
     return execute(launch.source(), launch.options, launch.grid, launch.parameters(), capability=capability)
 
 
+def fill_scratch(launches: list[Launch]) -> None:
+    """Fill what launches fill for later ones with NaN, before any of them runs."""
+    for launch in launches:
+        for name in {"copy", "weights", "weights_ptr"} & launch.arguments.keys():
+            scratch = launch.arguments[name]
+            (scratch if isinstance(scratch, torch.Tensor) else scratch.ptr).fill_(math.nan)
+
+
 def training_step(
     n,
     c,
@@ -113,10 +121,8 @@ def training_step(
 
 def _run(launches: list[Launch], tensors, capability: int, run, *, filled: bool) -> Pass:
     stats = {}
+    fill_scratch(launches)
     for launch in launches:
-        # what a launch fills for the next one
-        for name in {"copy", "weights"} & launch.arguments.keys():
-            launch.arguments[name].ptr.fill_(math.nan)
         found = (run or emulate)(launch, capability)
         if filled:
             share = min(1.0, launch.grid[0] / GPUS[capability].multiprocessors)
