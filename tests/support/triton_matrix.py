@@ -12,7 +12,8 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -35,6 +36,7 @@ class Operator(NamedTuple):
     layout: torch.memory_format
     tiles: dict[KernelName, Tile] | None = None  # in place of those that are chosen for many images
     walks: bool = False  # whether the tile of the gradient to the features is the first one that walks
+    sums: bool = False  # whether the kernels take sums in the place of products, as in large maps
 
 
 class Module(NamedTuple):
@@ -70,6 +72,10 @@ CASES: dict[str, Operator | Module] = {
     "up 2, k 5, float32, channels_last, walks": Operator((1, 256, 9, 14), Spec(5, up=2), torch.float32, NHWC, walks=True),
     "up 2, k 5, float16, NCHW, walks": Operator((1, 256, 9, 14), Spec(5, up=2), torch.float16, NCHW, walks=True),
     "up 2, k 5, float16, NCHW, copies": Operator((1, 64, 9, 16), Spec(5, up=2), torch.float16, NCHW, COPIES),
+    "up 2, k 5, float32, channels_last, sums": Operator((1, 64, 12, 16), Spec(5, up=2), torch.float32, NHWC, sums=True),
+    "down 2, k 3, shifted windows, float32, channels_last, sums": Operator(
+        (1, 20, 7, 9), Spec(3, down=2, border="shift"), torch.float32, NHWC, sums=True
+    ),
     "module up 2 without gradients, float16": Module((1, 64, 12, 16), {"up": 2}, torch.float16, many=True),
     "module down 2 with norm without gradients, bfloat16": Module(
         (1, 64, 9, 11), {"down": 2, "compressor_norm": True}, torch.bfloat16, many=False
@@ -120,6 +126,16 @@ def find_tiles(case: Operator, capability: tuple[int, int]) -> dict[KernelName, 
     }
 
 
+@contextmanager
+def choose_sums(case: Operator) -> Iterator[None]:
+    """Let forward and the gradient to the features take sums in maps of any size, or in none."""
+    from carafepp.kernels.gpu import tap_sums, target_sums
+
+    smallest = 0 if case.sums else math.inf
+    with patch.object(tap_sums, "SMALLEST", smallest), patch.object(target_sums, "SMALLEST", smallest):
+        yield
+
+
 def check_nvidia(name: str, capability: int) -> Row:
     """Compile a case for an NVIDIA GPU, read the machine code, and emulate the kernels."""
     from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
@@ -144,7 +160,9 @@ def check_nvidia(name: str, capability: int) -> Row:
             errors = {"y": relative_error(y, exact)}
         else:
             tiles = find_tiles(case, divmod(capability, 10))
-            errors = training_step(*case.size, *case[1:4], capability=capability, images=MANY, tiles=tiles, run=run).errors
+            images = None if case.sums else MANY
+            with choose_sums(case):
+                errors = training_step(*case.size, *case[1:4], capability=capability, images=images, tiles=tiles, run=run).errors
         # a NaN is where nothing was written
         error = max(errors.values(), key=lambda value: (value != value, value))
         equal = error < TRITON_TOLERANCES[case.dtype]
@@ -243,7 +261,8 @@ def list_launches(name: str, capability: tuple[int, int]) -> list[Launch]:
         return build_module(case, capability)[0]
     step = build_training_step(MANY, *case.size[1:], *case[1:4])
     tiles = find_tiles(case, capability) or dict.fromkeys(DIRECTIONS)
-    return [launch for kernel, tile in tiles.items() for launch in step.build_launches(kernel, tile=tile, capability=capability)]
+    with choose_sums(case):
+        return [launch for kernel, tile in tiles.items() for launch in step.build_launches(kernel, tile=tile, capability=capability)]
 
 
 def check_amd(name: str, target: str) -> Row:
