@@ -92,7 +92,7 @@ def read_figures(launch: "Launch", capability: int) -> dict[str, Any]:
 
 
 def predict_microseconds(kernel: Kernel, figures: Mapping[str, Any]) -> int | None:
-    """Return the microseconds of a compiled kernel at its site by the model of time; None for the kernels that work tap by tap."""
+    """Return the microseconds of a compiled kernel at its site by the model of time; None for the kernels that have no tile."""
     from ..kernels.gpu.tile_resources import Resources
     from ..kernels.gpu.tile_time import estimate_time
 

@@ -24,6 +24,7 @@ def main(cfg: DictConfig) -> None:
 
     from ..kernels.gpu import tile_search
     from ..kernels.gpu.residency import RESIDENCY_LIMITS
+    from ..kernels.gpu.tap_sums import sums_taps
     from ..kernels.gpu.tile_geometry import DIRECTIONS, KernelName, Tile
     from ..kernels.gpu.tile_ranking import SEPARATE, TOGETHER
     from ..kernels.gpu.tile_tables import read_table, table_key, table_path
@@ -52,6 +53,8 @@ def main(cfg: DictConfig) -> None:
         shape, spec = read_site(site)
         step = build_training_step(*shape, spec, dtype, memory_format, "cuda" if gpu else "meta")
         problem = step.problem(None if gpu else divmod(capability, 10))
+        if direction == "forward" and sums_taps(problem):
+            continue
         # the kernels of the pass, in each of the ways in which it can be launched
         ways: list[tuple[KernelName, ...]] = [("forward",)] if direction == "forward" else [TOGETHER, SEPARATE]
         known = read_table(path).get(device, {}) if gpu and not options["again"] else {}
