@@ -76,8 +76,8 @@ def test_two_launches_are_stored_where_they_are_faster(tune, tile_table, monkeyp
     assert tune() == []
 
 
-def test_a_forward_without_tiles_is_skipped(tune, tile_table, monkeypatch):
-    from carafepp.kernels.gpu import tap_sums
+def test_kernels_without_tiles_are_skipped(tune, tile_table, monkeypatch):
+    from carafepp.kernels.gpu import tap_sums, target_sums
 
     # the output of the site has 1 MiB
     words = "dtypes=[float32]", "memory_formats=[channels_last]"
@@ -87,6 +87,8 @@ def test_a_forward_without_tiles_is_skipped(tune, tile_table, monkeypatch):
     tile_table.unlink()
     assert tune(*words) == ["backward", *SEPARATE]
     assert not [key for key in json.loads(tile_table.read_text())["A GPU"] if key.startswith("forward")]
+    monkeypatch.setattr(target_sums, "SMALLEST", 2**20)
+    assert tune("again=true", *words) == ["logit_gradient"]
 
 
 def test_tables_of_several_devices_and_jobs_are_merged(tile_table, tmp_path, capsys):
