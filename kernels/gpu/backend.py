@@ -2,7 +2,7 @@
 
 Forward saves one float32 log-sum-exp per window and group for backward, and nothing else. No launch uses atomics, so that both gradients
 are deterministic. In NCHW, a kernel may read a channels_last copy of a large x, and the gradient to x reads weights in the order of the
-output. Both exist during the call alone.
+output. In float32 and channels_last, large maps have weights as well. Copies and weights exist during the call alone.
 """
 
 import functools

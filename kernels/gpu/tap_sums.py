@@ -26,6 +26,8 @@ from .window import centre, normalize_tile, place_targets
 
 # bytes of the output from which the sums are taken: below it, a second launch costs more than they save
 SMALLEST = 2**22
+# most weights of a target over its channels: groups of few channels would need a multiple of the memory of the output
+MOST_WEIGHTS = 2
 # most targets of a site that a program computes
 STEP = 4
 # neighbouring sites in a row that share the sources of a thread
@@ -66,10 +68,10 @@ def count_sites(sizes: Sizes, WINDOW: tl.constexpr, SUMS: tl.constexpr):
 
 
 @triton.jit
-def first_weight(weights_ptr, ng, sites, site, WINDOW: tl.constexpr, SUMS: tl.constexpr):
+def first_weight(weights_ptr, ng, rows, cols, site, WINDOW: tl.constexpr, SUMS: tl.constexpr):
     """Return the address of the first weight of a site, in a group counted over all images; those of a tap are next to each other."""
     PLACES: tl.constexpr = WINDOW.kernel_size * WINDOW.kernel_size * SUMS.step * SUMS.steps
-    return weights_ptr + ng.to(tl.int64) * sites * PLACES + site * PLACES
+    return weights_ptr + ng.to(tl.int64) * rows * cols * PLACES + site * PLACES
 
 
 @triton.jit
@@ -111,7 +113,7 @@ def weigh_sites(
         site, sub = row * cols + col, tl.zeros_like(m)
     else:
         site, sub = q * cols + r, u * UP + v
-    address = first_weight(weights_ptr, ng, rows * cols, site, WINDOW, SUMS)[None, :]
+    address = first_weight(weights_ptr, ng, rows, cols, site, WINDOW, SUMS)[None, :]
     address += (t * (SUMS.step * SUMS.steps))[:, None] + sub[None, :]
     tl.store(address, w, mask=(t < K * K)[:, None] & exists[None, :])
 
@@ -197,7 +199,7 @@ def sum_taps(
     x = image(x, n, g * sizes.c)
     y = image(y, n, g * sizes.c)
     # the second site of a group may be in the next row, or after the map: its sums are not stored
-    weights_ptr = first_weight(weights_ptr, ng, rows * cols, near_q * cols + near_r, WINDOW, SUMS) + sub
+    weights_ptr = first_weight(weights_ptr, ng, rows, cols, near_q * cols + near_r, WINDOW, SUMS) + sub
 
     zero = tl.zeros([M, BLOCK_C], tl.float32)
     a0, a1, a2, a3 = zero, zero, zero, zero
@@ -219,13 +221,23 @@ def sum_taps(
         store_sums(y, q, r + 1, rows, cols, sub, c, b0, b1, b2, b3, sizes, WINDOW, SUMS)
 
 
+def target_bytes(problem: TileProblem) -> int:
+    """Return the bytes of the output of a call, with the last cells whole."""
+    return problem.batch * problem.channels * problem.height * problem.width * problem.spec.up**2 * problem.element_size
+
+
+def has_room(problem: TileProblem) -> bool:
+    """Return whether the weights of a call are not too large beside its output."""
+    return problem.spec.taps <= MOST_WEIGHTS * problem.channels
+
+
 def sums_taps(problem: TileProblem) -> bool:
     """Return whether forward sums over taps, and has no tile."""
     spec = problem.spec
-    targets = problem.batch * problem.channels * problem.height * problem.width * spec.up**2
-    large = targets * problem.element_size >= SMALLEST or spec.border in PADDED_BORDERS
+    padded = spec.border in PADDED_BORDERS
     merged = MERGES_SUMS and spec.up > 1 and spec.down == 1
-    return large and not merged and problem.channels_last and problem.element_size == 4
+    served = problem.channels_last and problem.element_size == 4 and not merged
+    return served and has_room(problem) and (padded or target_bytes(problem) >= SMALLEST)
 
 
 def divide_sums(problem: TileProblem) -> Sums:

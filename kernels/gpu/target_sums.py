@@ -1,8 +1,8 @@
-"""The gradient to float32 features in channels_last of upsampling as a sum over the targets that read a pixel, after their weights.
+"""The gradient to float32 features in channels_last of up 2 as a sum over the targets that read a pixel, after their weights.
 
     dx[p] = sum_t sum_{targets m of the cell p - t} w[m, t] dy[m]
 
-A thread computes 2 x 4 pixels. It loads the gradient of a target once for all of them, and keeps the sums in registers,
+A thread computes 2 x 4 pixels. It loads the gradients of the four targets of a cell once for all of them, and keeps the sums in registers,
 as forward does (tap_sums.py).
 """
 
@@ -14,12 +14,14 @@ import triton.language as tl
 from .blocks import addresses, align_sizes, align_strides, find_tile, image, load, split_group, store
 from .launch import INT32_MAX, Launch
 from .records import Features, Layout, Sizes, Window
-from .tap_sums import MAX_REGISTERS, WARP_SIZE, WARPS, divide_sums, first_weight, weigh_launch
+from .tap_sums import MAX_REGISTERS, WARP_SIZE, WARPS, divide_sums, first_weight, has_room, target_bytes, weigh_launch
 from .taps import clamp
 from .tile_geometry import TileProblem
 
 # bytes of the gradient of the output from which the sums are taken: below it, they have too few programs for a device
 SMALLEST = 2**25
+# side of a window from which the compiler takes half a minute, because all columns of the cells that read a pixel are code of their own
+LARGEST = 7
 # rows and columns of pixels of a thread
 ROWS, COLS = 2, 4
 # sums of a thread for one of its pixels
@@ -27,10 +29,9 @@ SUMS_OF_THREAD = 4
 
 
 @triton.jit
-def load_target(dy: Features, q, r, SUB: tl.constexpr, c, sizes: Sizes, WINDOW: tl.constexpr, SUMS: tl.constexpr):
-    """Return the gradients of target SUB of cells (q, r), or of the last one of the row or column."""
-    UP: tl.constexpr = WINDOW.up
-    row, col = tl.minimum(q * UP + SUB // UP, sizes.ho - 1), tl.minimum(r * UP + SUB % UP, sizes.wo - 1)
+def load_target(dy: Features, row, col, c, sizes: Sizes, SUMS: tl.constexpr):
+    """Return the gradients of targets (row, col), or of the last one of the row or column."""
+    row, col = tl.minimum(row, sizes.ho - 1), tl.minimum(col, sizes.wo - 1)
     if SUMS.whole:
         return tl.load(addresses(dy, row, col, c, 0, 1))
     else:
@@ -38,17 +39,13 @@ def load_target(dy: Features, q, r, SUB: tl.constexpr, c, sizes: Sizes, WINDOW: 
 
 
 @triton.jit
-def add_cell(
-    s, g0, g1, g2, g3, w_ptr, exists, CELL: tl.constexpr, SUB: tl.constexpr, KX: tl.constexpr, WINDOW: tl.constexpr, SUMS: tl.constexpr
-):
-    """Add targets of cells, from SUB on, to the sums of the pixels in column KX of their windows; CELL cells follow those at `w_ptr`."""
+def add_cell(s, g0, g1, g2, g3, w_ptr, exists, CELL: tl.constexpr, KX: tl.constexpr, WINDOW: tl.constexpr):
+    """Add the targets of cells to the sums of the pixels in column KX of their windows; CELL cells follow those at `w_ptr`."""
     K: tl.constexpr = WINDOW.kernel_size
-    SUBS: tl.constexpr = SUMS.step * SUMS.steps
     if KX >= 0 and KX < K:
         # a constant, which is a part of the instruction that loads
-        w_ptr += (CELL * K * K + KX) * SUBS + SUB
-        e = tl.arange(0, 4)[None, :]
-        weights = tl.load(w_ptr[:, None] + e, mask=exists[:, None] & (SUB + e < SUMS.subs), other=0.0)
+        w_ptr += (CELL * K * K + KX) * 4
+        weights = tl.load(w_ptr[:, None] + tl.arange(0, 4)[None, :], mask=exists[:, None], other=0.0)
         even, odd = tl.split(tl.reshape(weights, (w_ptr.shape[0], 2, 2)))
         w0, w2 = tl.split(even)
         w1, w3 = tl.split(odd)
@@ -60,15 +57,13 @@ def add_cell(
 
 
 @triton.jit
-def add_cells(
-    s0, s1, s2, s3, g0, g1, g2, g3, w_ptr, exists, CELL: tl.constexpr, SUB: tl.constexpr, WINDOW: tl.constexpr, SUMS: tl.constexpr
-):
-    """Add targets of cells, from SUB on, to the sums of four neighbouring pixels."""
+def add_cells(s0, s1, s2, s3, g0, g1, g2, g3, w_ptr, exists, CELL: tl.constexpr, WINDOW: tl.constexpr):
+    """Add the targets of cells to the sums of four neighbouring pixels."""
     LAST: tl.constexpr = WINDOW.kernel_size - 1 - CELL
-    s0 = add_cell(s0, g0, g1, g2, g3, w_ptr, exists, CELL, SUB, LAST, WINDOW, SUMS)
-    s1 = add_cell(s1, g0, g1, g2, g3, w_ptr, exists, CELL, SUB, LAST + 1, WINDOW, SUMS)
-    s2 = add_cell(s2, g0, g1, g2, g3, w_ptr, exists, CELL, SUB, LAST + 2, WINDOW, SUMS)
-    s3 = add_cell(s3, g0, g1, g2, g3, w_ptr, exists, CELL, SUB, LAST + 3, WINDOW, SUMS)
+    s0 = add_cell(s0, g0, g1, g2, g3, w_ptr, exists, CELL, LAST, WINDOW)
+    s1 = add_cell(s1, g0, g1, g2, g3, w_ptr, exists, CELL, LAST + 1, WINDOW)
+    s2 = add_cell(s2, g0, g1, g2, g3, w_ptr, exists, CELL, LAST + 2, WINDOW)
+    s3 = add_cell(s3, g0, g1, g2, g3, w_ptr, exists, CELL, LAST + 3, WINDOW)
     return s0, s1, s2, s3
 
 
@@ -84,7 +79,7 @@ def store_pixels(dx: Features, i, j, c, s0, s1, s2, s3, sizes: Sizes):
 @triton.jit
 def sum_targets(
     sizes: Sizes,
-    weights_ptr,  # [N * G, sites, K * K, STEPS * STEP]
+    weights_ptr,  # [N * G, sites, K * K, 4]
     dy: Features,  # [N, G * C, HO, WO]
     dx: Features,  # [N, G * C, H, W]
     WINDOW: tl.constexpr,
@@ -95,8 +90,6 @@ def sum_targets(
 ):
     """Fill dx; one program computes a block of channels of GROUPS_H x GROUPS_W groups of 2 x 4 pixels."""
     K: tl.constexpr = WINDOW.kernel_size
-    SUBS: tl.constexpr = SUMS.step * SUMS.steps
-    STEPS: tl.constexpr = SUMS.steps
     M: tl.constexpr = GROUPS_H * GROUPS_W
     BLOCK_C: tl.constexpr = SUMS.block_c
     sizes = align_sizes(sizes, LAYOUT)
@@ -111,7 +104,7 @@ def sum_targets(
     i, j = (q0 * GROUPS_H + m // GROUPS_W) * 2, (r0 * GROUPS_W + m % GROUPS_W) * 4
     dy = image(dy, n, g * sizes.c)
     dx = image(dx, n, g * sizes.c)
-    weights_ptr = first_weight(weights_ptr, ng, sizes.h * sizes.w, j - K // 2, WINDOW, SUMS)
+    weights_ptr = first_weight(weights_ptr, ng, sizes.h, sizes.w, j - K // 2, WINDOW, SUMS)
 
     zero = tl.zeros([M, BLOCK_C], tl.float32)
     a0, a1, a2, a3 = zero, zero, zero, zero
@@ -120,21 +113,18 @@ def sum_targets(
         q = i - K // 2 + above
         near = clamp(q, 0, sizes.h - 1)
         # the weights of the rows of the windows in which the upper and the lower pixels are
-        upper_ptr = weights_ptr + (near * sizes.w * K + K - 1 - above) * (K * SUBS)
-        lower_ptr = upper_ptr + K * SUBS
+        upper_ptr = weights_ptr + (near * sizes.w * K + K - 1 - above) * (K * 4)
+        lower_ptr = upper_ptr + K * 4
         for cell in tl.static_range(K + 3):
             r = j - K // 2 + cell
             exists = (q >= 0) & (q < sizes.h) & (r >= 0) & (r < sizes.w)
-            r = clamp(r, 0, sizes.w - 1)
-            for step in tl.static_range(STEPS):
-                g0 = load_target(dy, near, r, 4 * step, c, sizes, WINDOW, SUMS)
-                g1 = load_target(dy, near, r, 4 * step + 1, c, sizes, WINDOW, SUMS)
-                g2 = load_target(dy, near, r, 4 * step + 2, c, sizes, WINDOW, SUMS)
-                g3 = load_target(dy, near, r, 4 * step + 3, c, sizes, WINDOW, SUMS)
-                if above < K:
-                    a0, a1, a2, a3 = add_cells(a0, a1, a2, a3, g0, g1, g2, g3, upper_ptr, exists, cell, 4 * step, WINDOW, SUMS)
-                if above > 0:
-                    b0, b1, b2, b3 = add_cells(b0, b1, b2, b3, g0, g1, g2, g3, lower_ptr, exists, cell, 4 * step, WINDOW, SUMS)
+            row, col = near * 2, clamp(r, 0, sizes.w - 1) * 2
+            g0, g1 = load_target(dy, row, col, c, sizes, SUMS), load_target(dy, row, col + 1, c, sizes, SUMS)
+            g2, g3 = load_target(dy, row + 1, col, c, sizes, SUMS), load_target(dy, row + 1, col + 1, c, sizes, SUMS)
+            if above < K:
+                a0, a1, a2, a3 = add_cells(a0, a1, a2, a3, g0, g1, g2, g3, upper_ptr, exists, cell, WINDOW)
+            if above > 0:
+                b0, b1, b2, b3 = add_cells(b0, b1, b2, b3, g0, g1, g2, g3, lower_ptr, exists, cell, WINDOW)
     store_pixels(dx, i, j, c, a0, a1, a2, a3, sizes)
     store_pixels(dx, i + 1, j, c, b0, b1, b2, b3, sizes)
 
@@ -142,15 +132,14 @@ def sum_targets(
 def sums_targets(problem: TileProblem) -> bool:
     """Return whether the gradient to the features sums over targets, and has no tile."""
     spec = problem.spec
-    targets = problem.batch * problem.channels * problem.height * problem.width * spec.up**2
-    regular = spec.up > 1 and spec.down == 1 and spec.border in ("zero", "renormalize")
-    return regular and problem.channels_last and problem.element_size == 4 and targets * problem.element_size >= SMALLEST
+    regular = (spec.up, spec.down) == (2, 1) and spec.kernel_size <= LARGEST and spec.border in ("zero", "renormalize")
+    return regular and problem.channels_last and problem.element_size == 4 and target_bytes(problem) >= SMALLEST and has_room(problem)
 
 
 def target_sum_launches(arguments: dict[str, Any], problem: TileProblem, window: Window, layout: Layout) -> list[Launch]:
     """Return the launches that fill dx; `arguments` are those of the operator, by name."""
     sums = divide_sums(problem)
-    if problem.height * problem.width * problem.spec.taps * sums.step * sums.steps > INT32_MAX:
+    if problem.height * problem.width * problem.spec.taps * sums.step > INT32_MAX:
         layout = layout._replace(index=tl.int64)
     first = weigh_launch(arguments, problem, window, layout, sums, stores=False)
     groups = SUMS_OF_THREAD * WARPS * WARP_SIZE // sums.block_c

@@ -21,6 +21,7 @@ def always(monkeypatch):
     """Sum for maps of any size."""
     for module in (tap_sums, target_sums):
         monkeypatch.setattr(module, "SMALLEST", 0)
+    monkeypatch.setattr(tap_sums, "MOST_WEIGHTS", 1000)
 
 
 @pytest.mark.parametrize(
@@ -32,8 +33,7 @@ def always(monkeypatch):
         ((1, 4, 1, 2), Spec(5, up=2), 80),
         ((1, 68, 3, 2), Spec(5, up=2, normalizer="sigmoid_normalized"), 80),
         ((3, 5, 2, 11), Spec(1, up=2, normalizer="none"), 90),
-        ((1, 6, 4, 9), Spec(3, up=3, groups=3, normalizer="sigmoid"), 80),
-        ((1, 20, 3, 6), Spec(3, up=4), 90),
+        ((1, 6, 4, 9), Spec(3, up=2, groups=3, normalizer="sigmoid"), 80),
     ],
     ids=str,
 )
@@ -68,6 +68,10 @@ def test_tensors_may_be_parts_of_others(always):
         (Spec(5, up=2), FLOAT, torch.contiguous_format, 200, False),
         (Spec(5, down=2), FLOAT, NHWC, 200, False),
         (Spec(5, up=2, border="shift"), FLOAT, NHWC, 200, False),
+        # these would take minutes to compile, and the last one weights of 12 times the memory of the output
+        (Spec(5, up=3), FLOAT, NHWC, 200, False),
+        (Spec(9, up=2), FLOAT, NHWC, 200, False),
+        (Spec(5, up=2, groups=128), FLOAT, NHWC, 200, False),
     ],
     ids=str,
 )
