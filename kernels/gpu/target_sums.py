@@ -20,7 +20,7 @@ from .tile_geometry import TileProblem
 
 # bytes of the gradient of the output from which the sums are taken: below it, they have too few programs for a device
 SMALLEST = 2**25
-# side of a window from which the compiler takes half a minute, because all columns of the cells that read a pixel are code of their own
+# largest side of a window: every column of cells that read a pixel is code of its own, which takes half a minute to compile at 9
 LARGEST = 7
 # rows and columns of pixels of a thread
 ROWS, COLS = 2, 4
