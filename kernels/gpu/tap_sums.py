@@ -119,6 +119,15 @@ def weigh_sites(
 
 
 @triton.jit
+def split_targets(weights):
+    """Return the columns of the weights [M, 4] of four targets, each [M]."""
+    even, odd = tl.split(tl.reshape(weights, (weights.shape[0], 2, 2)))
+    w0, w2 = tl.split(even)
+    w1, w3 = tl.split(odd)
+    return w0, w1, w2, w3
+
+
+@triton.jit
 def add_tap(s0, s1, s2, s3, source, w_ptr, SITE: tl.constexpr, KX: tl.constexpr, WINDOW: tl.constexpr, SUMS: tl.constexpr):
     """Add sources [M, C] to the sums of sites [M], SITE after those at `w_ptr`, if the sources are in column KX of their windows."""
     K: tl.constexpr = WINDOW.kernel_size
@@ -128,10 +137,7 @@ def add_tap(s0, s1, s2, s3, source, w_ptr, SITE: tl.constexpr, KX: tl.constexpr,
         if SUMS.step == 1:
             s0 += tl.load(w_ptr)[:, None] * source
         else:
-            weights = tl.load(w_ptr[:, None] + tl.arange(0, 4)[None, :])
-            even, odd = tl.split(tl.reshape(weights, (w_ptr.shape[0], 2, 2)))
-            w0, w2 = tl.split(even)
-            w1, w3 = tl.split(odd)
+            w0, w1, w2, w3 = split_targets(tl.load(w_ptr[:, None] + tl.arange(0, 4)[None, :]))
             s0 += w0[:, None] * source
             s1 += w1[:, None] * source
             s2 += w2[:, None] * source

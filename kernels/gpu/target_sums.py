@@ -14,7 +14,7 @@ import triton.language as tl
 from .blocks import addresses, align_sizes, align_strides, find_tile, image, load, split_group, store
 from .launch import INT32_MAX, Launch
 from .records import Features, Layout, Sizes, Window
-from .tap_sums import MAX_REGISTERS, WARP_SIZE, WARPS, divide_sums, first_weight, has_room, target_bytes, weigh_launch
+from .tap_sums import MAX_REGISTERS, WARP_SIZE, WARPS, divide_sums, first_weight, has_room, split_targets, target_bytes, weigh_launch
 from .taps import clamp
 from .tile_geometry import TileProblem
 
@@ -46,9 +46,7 @@ def add_cell(s, g0, g1, g2, g3, w_ptr, exists, CELL: tl.constexpr, KX: tl.conste
         # a constant, which is a part of the instruction that loads
         w_ptr += (CELL * K * K + KX) * 4
         weights = tl.load(w_ptr[:, None] + tl.arange(0, 4)[None, :], mask=exists[:, None], other=0.0)
-        even, odd = tl.split(tl.reshape(weights, (w_ptr.shape[0], 2, 2)))
-        w0, w2 = tl.split(even)
-        w1, w3 = tl.split(odd)
+        w0, w1, w2, w3 = split_targets(weights)
         s += w0[:, None] * g0
         s += w1[:, None] * g1
         s += w2[:, None] * g2
