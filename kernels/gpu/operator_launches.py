@@ -16,6 +16,7 @@ from .banded_source_gradient import banded_source_gradient
 from .launch import Launch
 from .padded_taps import padded_source_gradient
 from .records import Features, Layout, Logits, Sizes, Window, offset_type
+from .row_target_sums import row_target_sum_launches, sums_row_targets
 from .tap_sums import sums_taps, tap_sum_launches
 from .target_sums import sums_targets, target_sum_launches
 from .tile_geometry import KernelName, Tile, TileProblem, as_read, halo, reach, run_alignments, run_vector
@@ -227,7 +228,7 @@ def adds_product(dy: Tensor, x: Tensor, logits: Tensor, spec: Spec) -> bool:
 
 def _find_kernels(problem: TileProblem, x: Tensor) -> tuple[KernelName, ...]:
     """Return the kernels that compute both gradients: those that have measured tiles, or else the fastest by the model."""
-    if problem.spec.border not in PADDED_BORDERS and not sums_targets(problem):
+    if problem.spec.border not in PADDED_BORDERS and not sums_targets(problem) and not sums_row_targets(problem):
         for kernels in (SEPARATE, TOGETHER):
             if all(measured_tile(kernel, problem, _device_name(x)) for kernel in kernels):
                 return kernels
@@ -240,12 +241,13 @@ def _kernel_launches(
 ) -> list[Launch]:
     """Return the launch of a kernel of backward, after that of the copy or of the weights that it reads, if it reads any."""
     x, logits = arguments["x"].ptr, arguments["logits"].ptr
-    if kernel == "source_gradient" and tile is None and factors is None and sums_targets(problem):
+    if kernel == "source_gradient" and tile is None and factors is None and (sums_targets(problem) or sums_row_targets(problem)):
         dy, dx = arguments["dy"].ptr, arguments["dx"].ptr
         # the gradient to x may have other strides than x
         x_align = _alignment(dx, problem.channels, problem.channels_last)
         layout = _layout(problem, x_align, problem.y_align, (dy, dx), (logits,))
-        return target_sum_launches(arguments, problem, _window(problem.spec), layout)
+        launches = target_sum_launches if sums_targets(problem) else row_target_sum_launches
+        return launches(arguments, problem, _window(problem.spec), layout)
     tile = tile or _find_tile(kernel, problem, x)
     if tile is None:
         if kernel == "logit_gradient":
