@@ -144,6 +144,6 @@ def test_the_kernels_keep_weights_in_registers(size, spec, dtype, capability):
     step = build_training_step(*size, spec, dtype, NCHW, "meta")
     (launch,) = step.build_launches("source_gradient", capability=divmod(capability, 10))
     assembly = read_assembly(compile_launch(launch, capability))
-    # some values of the start of a program, of some hundred instructions
-    assert assembly.spills <= 16
+    # a few values, before the loop
+    assert assembly.spills <= 24
     assert assembly.registers <= 128
