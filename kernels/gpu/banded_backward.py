@@ -35,13 +35,10 @@ from .window import (
     align_logits,
     centre,
     group_logits,
-    is_left_out,
-    logit_addresses,
-    logit_gradient,
-    logit_offset,
     lse_address,
     place_targets,
     split_target,
+    store_logit_gradient,
     weight,
     window_offset,
 )
@@ -91,25 +88,7 @@ def compute_logit_gradient(
     band = tl.minimum(corner[None, :] + (t // K * HALO.width + t % K)[:, None], P - 1)
     dw = tl.gather(dw, band.to(tl.int32), axis=0)
     exists = (m < HALO.rows * HALO.cols) & (q < sizes.hq) & (r < sizes.wq)
-    taps = (t < K * K)[:, None] & exists[None, :]
-    l = tl.load(
-        logit_addresses(logits, t[:, None], logit_offset(logits, u, v, q, r)[None, :], WINDOW, LAYOUT),
-        mask=taps,
-        other=-float("inf") if WINDOW.normalized else 0.0,
-    ).to(tl.float32)
-    if WINDOW.border == "renormalize":
-        l = tl.where(is_left_out(row[None, :], col[None, :], t[:, None], sizes, WINDOW), -float("inf"), l)
-    lse = tl.zeros([M], tl.float32)
-    if WINDOW.normalized:
-        lse = tl.load(lse_address(lse_ptr, sizes, 0, u, v, q, r, WINDOW), mask=exists, other=0.0)
-    w = weight(l, lse[None, :], WINDOW)
-    # targets that a rational scale cuts off have a gradient of zero
-    dl = logit_gradient(l, w, dw, tl.sum(w * dw, axis=0)[None, :], WINDOW)
-    tl.store(
-        logit_addresses(dlogits, t[:, None], logit_offset(dlogits, u, v, q, r)[None, :], WINDOW, LAYOUT),
-        dl.to(dlogits.ptr.dtype.element_ty),
-        mask=taps,
-    )
+    store_logit_gradient(sizes, logits, lse_ptr, dlogits, dw, row, col, u, v, q, r, exists, WINDOW, HALO, LAYOUT)
 
 
 @triton.jit

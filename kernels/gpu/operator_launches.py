@@ -16,6 +16,7 @@ from .banded_source_gradient import banded_source_gradient
 from .launch import Launch
 from .padded_taps import padded_source_gradient
 from .records import Features, Layout, Logits, Sizes, Window, offset_type
+from .row_sums import row_gradient_launches, row_sum_launches, sums_rows
 from .row_target_sums import row_target_sum_launches, sums_row_targets
 from .tap_sums import sums_taps, tap_sum_launches
 from .target_sums import sums_targets, target_sum_launches
@@ -143,6 +144,9 @@ def forward_launches(
     if tile is None and sums_taps(problem):
         layout = _layout(problem, problem.x_align, problem.y_align, (x, y), (logits,))
         return tap_sum_launches(arguments, problem, _window(spec), layout)
+    if tile is None and sums_rows("forward", problem):
+        layout = _layout(problem, problem.x_align, problem.y_align, (x, y), (logits,))
+        return row_sum_launches(arguments, problem, _window(spec), layout)
     tile = tile or _find_tile("forward", problem, x)
     if tile is None:
         return [_tap_launch(taps.tap_forward, arguments, problem, logits.shape[2:].numel())]
@@ -228,7 +232,8 @@ def adds_product(dy: Tensor, x: Tensor, logits: Tensor, spec: Spec) -> bool:
 
 def _find_kernels(problem: TileProblem, x: Tensor) -> tuple[KernelName, ...]:
     """Return the kernels that compute both gradients: those that have measured tiles, or else the fastest by the model."""
-    if problem.spec.border not in PADDED_BORDERS and not sums_targets(problem) and not sums_row_targets(problem):
+    summed = sums_targets(problem) or sums_row_targets(problem) or sums_rows("logit_gradient", problem)
+    if problem.spec.border not in PADDED_BORDERS and not summed:
         for kernels in (SEPARATE, TOGETHER):
             if all(measured_tile(kernel, problem, _device_name(x)) for kernel in kernels):
                 return kernels
@@ -248,6 +253,10 @@ def _kernel_launches(
         layout = _layout(problem, x_align, problem.y_align, (dy, dx), (logits,))
         launches = target_sum_launches if sums_targets(problem) else row_target_sum_launches
         return launches(arguments, problem, _window(problem.spec), layout)
+    if kernel == "logit_gradient" and tile is None and sums_rows(kernel, problem):
+        dy, dlogits = arguments["dy"].ptr, arguments["dlogits"].ptr
+        layout = _layout(problem, problem.x_align, problem.y_align, (x, dy), (logits, dlogits))
+        return row_gradient_launches(arguments, problem, _window(problem.spec), layout)
     tile = tile or _find_tile(kernel, problem, x)
     if tile is None:
         if kernel == "logit_gradient":

@@ -182,3 +182,45 @@ def normalize_tile(
         return w
     else:
         return tl.where(taps, weight(l, 0.0, WINDOW), 0.0)
+
+
+@triton.jit
+def store_logit_gradient(
+    sizes: Sizes,
+    logits: Logits,
+    lse_ptr,
+    dlogits: Logits,
+    dw,
+    row,
+    col,
+    u,
+    v,
+    q,
+    r,
+    exists,
+    WINDOW: tl.constexpr,
+    HALO: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    """Store the gradient to the logits of windows [M] from that to their weights [T, M]; records are those of a group."""
+    K: tl.constexpr = WINDOW.kernel_size
+    t = tl.arange(0, HALO.t).to(LAYOUT.index)
+    taps = (t < K * K)[:, None] & exists[None, :]
+    l = tl.load(
+        logit_addresses(logits, t[:, None], logit_offset(logits, u, v, q, r)[None, :], WINDOW, LAYOUT),
+        mask=taps,
+        other=-float("inf") if WINDOW.normalized else 0.0,
+    ).to(tl.float32)
+    if WINDOW.border == "renormalize":
+        l = tl.where(is_left_out(row[None, :], col[None, :], t[:, None], sizes, WINDOW), -float("inf"), l)
+    lse = tl.zeros(q.shape, tl.float32)
+    if WINDOW.normalized:
+        lse = tl.load(lse_address(lse_ptr, sizes, 0, u, v, q, r, WINDOW), mask=exists, other=0.0)
+    w = weight(l, lse[None, :], WINDOW)
+    # targets that a rational scale cuts off have a gradient of zero
+    dl = logit_gradient(l, w, dw, tl.sum(w * dw, axis=0)[None, :], WINDOW)
+    tl.store(
+        logit_addresses(dlogits, t[:, None], logit_offset(dlogits, u, v, q, r)[None, :], WINDOW, LAYOUT),
+        dl.to(dlogits.ptr.dtype.element_ty),
+        mask=taps,
+    )
