@@ -23,9 +23,8 @@ def main(cfg: DictConfig) -> None:
     import torch
 
     from ..kernels.gpu import tile_search
+    from ..kernels.gpu.operator_launches import has_tiles
     from ..kernels.gpu.residency import RESIDENCY_LIMITS
-    from ..kernels.gpu.tap_sums import sums_taps
-    from ..kernels.gpu.target_sums import sums_targets
     from ..kernels.gpu.tile_geometry import DIRECTIONS, KernelName, Tile
     from ..kernels.gpu.tile_ranking import SEPARATE, TOGETHER
     from ..kernels.gpu.tile_tables import read_table, table_key, table_path
@@ -54,14 +53,13 @@ def main(cfg: DictConfig) -> None:
         shape, spec = read_site(site)
         step = build_training_step(*shape, spec, dtype, memory_format, "cuda" if gpu else "meta")
         problem = step.problem(None if gpu else divmod(capability, 10))
-        if direction == "forward" and sums_taps(problem):
-            continue
         # the kernels of the pass that have tiles, in each of the ways in which it can be launched
-        ways: list[tuple[KernelName, ...]] = [TOGETHER, SEPARATE]
-        if direction == "forward":
-            ways = [("forward",)]
-        elif sums_targets(problem):
-            ways = [("logit_gradient",)]
+        apart: tuple[KernelName, ...] = ("forward",) if direction == "forward" else SEPARATE
+        ways = [tuple(kernel for kernel in apart if has_tiles(kernel, problem))]
+        if ways == [SEPARATE]:
+            ways = [TOGETHER, SEPARATE]
+        if not ways[0]:
+            continue
         known = read_table(path).get(device, {}) if gpu and not options["again"] else {}
         if table_key(direction, problem) in seen or any(all(table_key(kernel, problem) in known for kernel in way) for way in ways):
             continue

@@ -15,6 +15,7 @@ import triton.language as tl
 from .blocks import align_sizes, align_strides, find_tile, image, split_group
 from .records import Features, Logits, Sizes
 from .taps import clamp
+from .vectors import as_offset, join4, load_vector
 from .window import group_logits, lse_address, weight
 
 
@@ -31,31 +32,6 @@ class Share(NamedTuple):
 
     programs: int
     channels: int  # of each program
-
-
-@triton.jit
-def as_offset(values):
-    """Return offsets that are not negative in the type that takes the fewest instructions to add to a pointer."""
-    if values.dtype == tl.int64:
-        return values
-    else:
-        return values.to(tl.uint32)
-
-
-@triton.jit
-def load_vector(ptr, VECTOR: tl.constexpr):
-    """Return the VECTOR neighbours that begin at each address, in float32."""
-    if VECTOR == 1:
-        return (tl.load(ptr).to(tl.float32),)
-    elif VECTOR == 2:
-        a, b = tl.split(tl.load(ptr[:, None] + tl.arange(0, 2)[None, :]).to(tl.float32))
-        return a, b
-    else:
-        block = tl.load(ptr[:, None] + tl.arange(0, 4)[None, :]).to(tl.float32)
-        even, odd = tl.split(tl.reshape(block, (block.shape[0], 2, 2)))
-        a, c = tl.split(even)
-        b, d = tl.split(odd)
-        return a, b, c, d
 
 
 @triton.jit
@@ -134,12 +110,6 @@ def add_targets(s, targets, weights, ROW: tl.constexpr, PIXEL: tl.constexpr, WIN
             if KX - 2 * b >= 0 and KX - 2 * b < K:
                 s += weights[(CELL * K + KY) * K + KX - 2 * b] * targets[CELL + b]
     return s
-
-
-@triton.jit
-def join4(s0, s1, s2, s3):
-    """Return a block [M, 4] of four columns."""
-    return tl.reshape(tl.join(tl.join(s0, s2), tl.join(s1, s3)), (s0.shape[0], 4))
 
 
 @triton.jit

@@ -94,6 +94,15 @@ def _window(spec: Spec) -> Window:
     return Window(spec.kernel_size, spec.up, spec.down, spec.normalizer, spec.border, spec.normalizer in LSE_NORMALIZERS, weighed=False)
 
 
+def has_tiles(kernel: KernelName, problem: TileProblem) -> bool:
+    """Return whether a kernel works in tiles; those that sum have none."""
+    if kernel == "forward":
+        return not (sums_taps(problem) or sums_rows(kernel, problem))
+    if kernel == "logit_gradient":
+        return not sums_rows(kernel, problem)
+    return not (sums_targets(problem) or sums_row_targets(problem))
+
+
 def _find_tile(kernel: KernelName, problem: TileProblem, x: Tensor) -> Tile | None:
     """Return the measured or ranked tile; None for the kernels that work tap by tap, which alone read pixels of the map outside it."""
     if problem.spec.border in PADDED_BORDERS:
@@ -232,8 +241,7 @@ def adds_product(dy: Tensor, x: Tensor, logits: Tensor, spec: Spec) -> bool:
 
 def _find_kernels(problem: TileProblem, x: Tensor) -> tuple[KernelName, ...]:
     """Return the kernels that compute both gradients: those that have measured tiles, or else the fastest by the model."""
-    summed = sums_targets(problem) or sums_row_targets(problem) or sums_rows("logit_gradient", problem)
-    if problem.spec.border not in PADDED_BORDERS and not summed:
+    if problem.spec.border not in PADDED_BORDERS and all(has_tiles(kernel, problem) for kernel in SEPARATE):
         for kernels in (SEPARATE, TOGETHER):
             if all(measured_tile(kernel, problem, _device_name(x)) for kernel in kernels):
                 return kernels

@@ -4,8 +4,8 @@ A *run* is the targets of a thread: a row of neighbouring targets, whose windows
 to them, stay in registers, and the program loops over channels. Neighbouring threads have neighbouring runs, so that a warp reads and
 writes rows of pixels. Neither shared memory nor matrix units are needed, and sources are read from L2 about once.
 
-Loads of sources need no masks. A window that begins above the map, or ends below it, reads rows that are moved into the map, with the weights
-of the taps that they belong to. A column outside the map is replaced by one inside it, with a weight of zero.
+Loads of sources need no masks. A window that begins above the map, or ends below it, reads rows that are moved into the map, with the
+weights of the taps that they belong to. A column outside the map is replaced by one inside it, with a weight of zero.
 """
 
 import math
@@ -23,6 +23,7 @@ from .tap_sums import MERGES_SUMS, target_bytes, tile_of_weights
 from .taps import clamp
 from .tile_geometry import KernelName, TileProblem, multiple, source_bytes
 from .tile_time import find_device
+from .vectors import as_offset, load_vector, store_vector
 from .window import (
     group_logits,
     is_left_out,
@@ -62,45 +63,6 @@ class Runs(NamedTuple):
     align: int  # every row of logits begins at a multiple of this number of elements
     split: int  # programs of forward that share a run, each for its channels
     parts: int  # warps of a program of the gradient to the logits that do
-
-
-@triton.jit
-def as_offset(values):
-    """Return offsets that are not negative in the type that takes the fewest instructions to add to a pointer."""
-    if values.dtype == tl.int64:
-        return values
-    else:
-        return values.to(tl.uint32)
-
-
-@triton.jit
-def load_vector(ptr, VECTOR: tl.constexpr):
-    """Return the VECTOR neighbours that begin at each address, in float32."""
-    if VECTOR == 1:
-        return (tl.load(ptr).to(tl.float32),)
-    elif VECTOR == 2:
-        a, b = tl.split(tl.load(ptr[:, None] + tl.arange(0, 2)[None, :]).to(tl.float32))
-        return a, b
-    else:
-        block = tl.load(ptr[:, None] + tl.arange(0, 4)[None, :]).to(tl.float32)
-        even, odd = tl.split(tl.reshape(block, (block.shape[0], 2, 2)))
-        a, c = tl.split(even)
-        b, d = tl.split(odd)
-        return a, b, c, d
-
-
-@triton.jit
-def store_vector(ptr, exists, values, FIRST: tl.constexpr, VECTOR: tl.constexpr):
-    """Store VECTOR of the values, from FIRST on, at each address and after it."""
-    if VECTOR == 1:
-        tl.store(ptr, values[FIRST].to(ptr.dtype.element_ty), mask=exists)
-    elif VECTOR == 2:
-        block = tl.join(values[FIRST], values[FIRST + 1])
-        tl.store(ptr[:, None] + tl.arange(0, 2)[None, :], block.to(ptr.dtype.element_ty), mask=exists[:, None])
-    else:
-        even, odd = tl.join(values[FIRST], values[FIRST + 2]), tl.join(values[FIRST + 1], values[FIRST + 3])
-        block = tl.reshape(tl.join(even, odd), (even.shape[0], 4))
-        tl.store(ptr[:, None] + tl.arange(0, 4)[None, :], block.to(ptr.dtype.element_ty), mask=exists[:, None])
 
 
 @triton.jit
@@ -478,13 +440,13 @@ def count_programs(problem: TileProblem, runs: Runs) -> int:
 def split_channels(problem: TileProblem, runs: Runs) -> Runs:
     """Return the division with the number of programs that share the channels of a run, each of which computes all of its weights."""
     multiprocessors, programs = find_device(problem.capability).multiprocessors, count_programs(problem, runs)
-    enough = triton.cdiv(RESIDENT * multiprocessors, programs)
+    enough = min(problem.channels, triton.cdiv(RESIDENT * multiprocessors, programs))
 
     def cost(split: int) -> int:
         """Return the channels that the multiprocessor with the most programs computes."""
         return triton.cdiv(programs * split, multiprocessors) * (WEIGHTS + triton.cdiv(problem.channels, split))
 
-    return runs._replace(split=min(range(enough, 2 * enough + 3), key=cost))
+    return runs._replace(split=min(range(enough, min(problem.channels, 2 * enough + 2) + 1), key=cost))
 
 
 def share_runs(problem: TileProblem, runs: Runs) -> Runs:

@@ -70,7 +70,8 @@ def _run_lines(runs: float, run_bytes: float) -> float:
 
 def _plane_lines(rows: float, row_bytes: float, pitch: float) -> float:
     """Return the lines of memory that rows of bytes touch, which begin `pitch` bytes after each other and may share lines."""
-    return min(_run_lines(rows, row_bytes), 1 + ((rows - 1) * pitch + row_bytes - 1) / LINE_BYTES)
+    # a mean number of rows may be below 1
+    return min(_run_lines(rows, row_bytes), 1 + (max(0.0, rows - 1) * pitch + row_bytes - 1) / LINE_BYTES)
 
 
 def stored_partials(

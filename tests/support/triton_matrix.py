@@ -13,7 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -76,6 +76,8 @@ CASES: dict[str, Operator | Module] = {
     "down 2, k 3, shifted windows, float32, channels_last, sums": Operator(
         (1, 20, 7, 9), Spec(3, down=2, border="shift"), torch.float32, NHWC, sums=True
     ),
+    "up 2, k 5, float32, NCHW, sums": Operator((1, 64, 12, 16), Spec(5, up=2), torch.float32, NCHW, sums=True),
+    "down 2, k 3, float16, NCHW, odd width, sums": Operator((1, 20, 13, 17), Spec(3, down=2), torch.float16, NCHW, sums=True),
     "module up 2 without gradients, float16": Module((1, 64, 12, 16), {"up": 2}, torch.float16, many=True),
     "module down 2 with norm without gradients, bfloat16": Module(
         (1, 64, 9, 11), {"down": 2, "compressor_norm": True}, torch.bfloat16, many=False
@@ -128,11 +130,13 @@ def find_tiles(case: Operator, capability: tuple[int, int]) -> dict[KernelName, 
 
 @contextmanager
 def choose_sums(case: Operator) -> Iterator[None]:
-    """Let forward and the gradient to the features take sums in maps of any size, or in none."""
-    from carafepp.kernels.gpu import tap_sums, target_sums
+    """Let the kernels that have sums take them in maps of any size, or in none."""
+    from carafepp.kernels.gpu import row_sums, tap_sums, target_sums
 
     smallest = 0 if case.sums else math.inf
-    with patch.object(tap_sums, "SMALLEST", smallest), patch.object(target_sums, "SMALLEST", smallest):
+    with ExitStack() as stack:
+        for module in (row_sums, tap_sums, target_sums):
+            stack.enter_context(patch.object(module, "SMALLEST", smallest))
         yield
 
 

@@ -182,8 +182,8 @@ ROWS = SMALLEST // 4 // 64 // 64
         ((4, 64, ROWS, 64), UP, HALF, NCHW, False, False),
         ((4, 64, ROWS, 64), Spec(5), BF16, NCHW, False, False),
         # fewer rows than the window; narrower maps are served
-        ((1, 4, 4, 2**22), UP, FLOAT, NCHW, False, False),
-        ((1, 4, 2**22, 4), UP, FLOAT, NCHW, True, True),
+        ((1, 64, 4, 2**18), UP, FLOAT, NCHW, False, False),
+        ((1, 64, 2**18, 4), UP, FLOAT, NCHW, True, True),
         # more weights than registers
         ((1, 64, ROWS, 64), Spec(7, up=3), FLOAT, NCHW, False, False),
         ((1, 64, ROWS, 64), Spec(7, up=2), FLOAT, NCHW, True, True),

@@ -40,6 +40,15 @@ def test_a_chosen_tile_is_nearly_the_first_of_the_ranking(kernel, height, width,
         assert chosen < 1.1 * first
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("height", "width"), [(8, 16384), (1, 4096), (16384, 8)])
+def test_a_map_much_longer_than_wide_is_ranked(kernel, height, width):
+    for channels_last in (False, True):
+        problem = PROBLEM._replace(height=height, width=width, channels_last=channels_last)
+        for tile in rank_tiles(kernel, problem):
+            assert min(estimate_time(kernel, problem, tile)) > 0
+
+
 def test_sizes_near_each_other_share_a_ranking():
     rank_tiles.cache_clear()
     for n in range(500):
