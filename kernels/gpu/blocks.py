@@ -139,6 +139,18 @@ def store(features: Features, row, col, exists, c, channels, block, AXIS: tl.con
 
 
 @triton.jit
+def join_blocks(left, right):
+    """Lay two blocks of one shape side by side."""
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (left.shape[0], 2 * left.shape[1]))
+
+
+@triton.jit
+def split_block(block):
+    """Return the left and the right half of a block."""
+    return tl.split(tl.permute(tl.reshape(block, (block.shape[0], 2, block.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def add_product(block, map_ptr, matrix_ptr, n, row, col, exists, c, channels, sizes: Sizes, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     """Add the product of a map [N, H, W, WIDTH] and a matrix [WIDTH, G * C] to a block [locations, channels c] of features.
 

@@ -21,7 +21,7 @@ from .row_target_sums import row_target_sum_launches, sums_row_targets
 from .tap_sums import sums_taps, tap_sum_launches
 from .target_sums import sums_targets, target_sum_launches
 from .tile_geometry import KernelName, Tile, TileProblem, as_read, halo, reach, run_alignments, run_vector
-from .tile_limits import source_blocks
+from .tile_limits import is_tall, source_blocks
 from .tile_ranking import SEPARATE, TOGETHER, choose_backward, choose_tile
 from .tile_tables import measured_tile
 from .tile_work import find_walk
@@ -319,5 +319,6 @@ def _walk_launch(arguments: dict[str, Any], added: dict[str, Any], layout: Layou
     walks = triton.cdiv(sizes.h + radius, tile.steps * step.rows) * triton.cdiv(sizes.w + radius, step.cols)
     grid = (problem.batch * walks * triton.cdiv(problem.channels, tile.block_c), 1, 1)
     given = {name: arguments[name] for name in banded_source_gradient.arg_names if name in arguments}
-    constants = added | {"TILE": tile, "WALK": step, "LAYOUT": layout, "PRECISION": choose_precision()}
+    tall = is_tall(problem, tile, tile.block_c)
+    constants = added | {"TILE": tile, "WALK": step, "LAYOUT": layout, "PRECISION": choose_precision(), "TALL": tall}
     return Launch(banded_source_gradient, grid, given, constants, tile.num_warps, tile.num_stages, tile.max_registers)

@@ -28,6 +28,8 @@ from .tile_geometry import (
 )
 
 WARP_SIZE = 32
+# rows of a product by the matrix instruction of four warps, which must all be there
+WARPGROUP_ROWS = 64
 REGISTER_BYTES = 4
 # per program: less than the 99 KiB that a program may take at capabilities 8.6, 8.9 and 12.0 (CUDA programming guide)
 SHARED_BYTES = 96 * 1024
@@ -79,6 +81,8 @@ WIDE_WALK_REGISTERS = (128, 168)
 WALK_TARGETS, WALK_TARGETS_LAST, WALK_TARGETS_ROWS = 64, 32, 16
 # per thread: elements of the gradient in one product, weights of one tile of sources, and sums of all tiles of sources; by element size
 WALK_ELEMENTS, WALK_WEIGHTS, WALK_SUMS = {2: 32, 4: 16}, {2: 4, 4: 4}, {2: 48, 4: 24}
+# the first of these with channels as the fastest axis and as the rows of a product, which leaves more registers
+TALL_WALK_ELEMENTS = 64
 # share of these sums in tiles of more sources than the smallest
 LARGE_WALK_SUMS = 2 / 3
 # in 16 bits: estimated registers, of which a vector that is loaded or stored takes several for its address
@@ -113,8 +117,23 @@ def walk_targets(problem: TileProblem, tile: Tile) -> int:
     """Return the targets of one product of a program that walks."""
     size, threads = problem.element_size, WARP_SIZE * tile.num_warps
     most = WALK_TARGETS if size == 2 else WALK_TARGETS_LAST if problem.channels_last else WALK_TARGETS_ROWS
-    sources = power_of_two(tile.cells_h * tile.cells_w * problem.spec.down**2)
-    return max(SMALLEST_EXTENT, min(most, WALK_ELEMENTS[size] * threads // tile.block_c, WALK_WEIGHTS[size] * threads // sources))
+    sources = count_sources(problem, tile)
+    elements = TALL_WALK_ELEMENTS if problem.x_last and is_tall(problem, tile, tile.block_c) else WALK_ELEMENTS[size]
+    return max(SMALLEST_EXTENT, min(most, elements * threads // tile.block_c, WALK_WEIGHTS[size] * threads // sources))
+
+
+def count_sources(problem: TileProblem, tile: Tile) -> int:
+    """Return the sources of a tile, as an axis of a product."""
+    return power_of_two(tile.cells_h * tile.cells_w * problem.spec.down**2)
+
+
+def is_tall(problem: TileProblem, tile: Tile, channels: int) -> bool:
+    """Return whether the channels are the rows of the products of the gradient to the features, of this many channels.
+
+    In channels_last, they are where the newer matrix units take them and not the sources. These take float32 in one order only.
+    """
+    newer = problem.capability >= (9, 0) and problem.element_size == 2
+    return not problem.x_last or (newer and count_sources(problem, tile) < WARPGROUP_ROWS <= channels)
 
 
 def gradient_registers(problem: TileProblem) -> int:

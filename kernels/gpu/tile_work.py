@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple
 
 from .tile_geometry import KernelName, Tile, TileProblem, Walk, as_read, count_walks, halo, reach, run_alignments, run_vector, walk
-from .tile_limits import REGISTER_BYTES, WARP_SIZE, SourceBlocks, operand_terms, source_blocks, walk_targets
+from .tile_limits import REGISTER_BYTES, WARP_SIZE, WARPGROUP_ROWS, SourceBlocks, is_tall, operand_terms, source_blocks, walk_targets
 from .tile_memory import (
     LINE_BYTES,
     LOGITS_PER_GATHER,
@@ -31,8 +31,6 @@ from .tile_memory import (
 
 # multiply-adds in 16 bits of a multiprocessor in a cycle: by the matrix instruction of a warp, and by that of four warps from 9.0 on
 WARP_PRODUCTS, WARPGROUP_PRODUCTS = 1024, 2048
-# rows of a product of the instruction of four warps, which must all be there
-WARPGROUP_ROWS = 64
 # the time of a float32 product over that in 16 bits: three products in TF32 at half the speed
 FLOAT32_PRODUCTS = 6
 # rows that the older matrix instruction computes
@@ -201,7 +199,7 @@ def count_walk(problem: TileProblem, tile: Tile) -> Work:
     x_align = math.gcd(x_align, radius) if radius else x_align
     result = count_transfer(problem, tile, problem.x_last, sources, step.s, channels, step.cols, x_align, spec.down)
     partials = stored_partials(problem, problem.x_last, sources, channels, spec.down, tile.cells_w * spec.down, radius)
-    rows, columns = (step.s, channels) if problem.x_last else (channels, step.s)
+    rows, columns = (channels, step.s) if is_tall(problem, tile, channels) else (step.s, channels)
     newer = takes_four_warps(problem, tile, rows)
     operands = _operand_passes(problem, tile, rows, columns, step.d, bands=step.tiles)
     # of the targets that the columns share, a tile reads a part of the weights

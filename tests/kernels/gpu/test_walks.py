@@ -27,6 +27,12 @@ ROIS = TileProblem(Spec(5, up=2), 256, 14, 14, 512, 4, True, 4, 4, (9, 0))
         # several walks down and across, the last of them cut off
         ((1, 40, 13, 11), Spec(5, up=2), FLOAT, "channels_last", Tile(2, 4, 1, 32, 1, 4, 1, 128, 3), 80),
         ((1, 72, 9, 10), Spec(5, up=2), HALF, "contiguous", Tile(1, 8, 2, 64, 1, 4, 2, 128, 4), 90),
+        # channels as rows, with two tiles of sources in a product and with an odd number of tiles; in a pipeline, and past the last channel
+        ((1, 72, 13, 11), Spec(5, up=2), HALF, "channels_last", Tile(4, 4, 1, 64, 1, 4, 1, 128, 2), 90),
+        ((2, 264, 7, 9), Spec(5, up=2), BF16, "transposed", Tile(4, 4, 1, 256, 1, 8, 2, 128, 3), 90),
+        ((1, 67, 6, 11), Spec(7, up=2), HALF, "channels_last", Tile(2, 8, 1, 64, 1, 4, 1, 128, 2), 90),
+        ((1, 136, 9, 10), Spec(5, up=2, groups=2), HALF, "channels_last", Tile(2, 8, 1, 128, 1, 8, 1, 128, 4), 90),
+        ((1, 12, 9, 10), Spec(5, up=2), FLOAT, "contiguous", Tile(4, 4, 2, 32, 1, 4, 1, 128, 2), 90),
         ((1, 8, 1, 1), Spec(5, up=2), HALF, "channels_last", Tile(4, 4, 1, 32, 1, 4, 2, 128, 4), 80),
         ((1, 5, 3, 2), Spec(7, up=3), FLOAT, "contiguous", Tile(1, 2, 1, 32, 1, 4, 1, 128, 2), 80),
         ((2, 20, 7, 11), Spec(5, down=2, groups=2), HALF, "transposed", Tile(1, 4, 1, 32, 1, 4, 2, 128, 2), 80),
