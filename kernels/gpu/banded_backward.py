@@ -111,6 +111,7 @@ def compute_source_gradient(
     BLOCKS: tl.constexpr,
     LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    TALL: tl.constexpr,
 ):
     """Store the gradient to the features of the tile whose first cell is (q0, r0), for one of its parts of the channels."""
     K: tl.constexpr = WINDOW.kernel_size
@@ -124,13 +125,13 @@ def compute_source_gradient(
     owned = (s < REACH.rows * REACH.cols) & (i < sizes.h) & (j < sizes.w)
     for start in range(part * BLOCK_C, sizes.c, TILE.split * BLOCK_C):
         c = start + tl.arange(0, BLOCK_C).to(LAYOUT.index)
-        block = tl.zeros([S, BLOCK_C] if AXIS == 0 else [BLOCK_C, S], tl.float32)
+        block = tl.zeros([BLOCK_C, S] if TALL else [S, BLOCK_C], tl.float32)
         for d0 in range(0, REACH.height * REACH.width, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D).to(LAYOUT.index)
             row, col = q0 * UP - REACH.before + d // REACH.width, r0 * UP - REACH.lead + d % REACH.width
             reaching = (d < REACH.height * REACH.width) & (row >= 0) & (row < sizes.ho) & (col >= 0) & (col < sizes.wo)
             gradient = load(dy, row, col, reaching, c, sizes.c, LAYOUT.y_axis, REACH.width)
-            if LAYOUT.y_axis != AXIS:
+            if (LAYOUT.y_axis == 0) == TALL:
                 gradient = tl.trans(gradient)
             row, col = tl.maximum(row, 0), tl.maximum(col, 0)
             ky = expand(i + K // 2, 1 - AXIS) - expand(centre(row, WINDOW), AXIS)
@@ -149,10 +150,14 @@ def compute_source_gradient(
             if WINDOW.normalizer == "sigmoid":
                 b = tl.where(band, b, 0.0)
             b = b.to(dy.ptr.dtype.element_ty)
-            if AXIS == 0:
-                block += product(tl.trans(b), gradient, PRECISION)
+            if AXIS == 1:
+                b = tl.trans(b)
+            if TALL:
+                block += product(gradient, b, PRECISION)
             else:
-                block += product(gradient, tl.trans(b), PRECISION)
+                block += product(tl.trans(b), gradient, PRECISION)
+        if (AXIS == 0) == TALL:
+            block = tl.trans(block)
         if WIDTH:
             block = add_product(block, map_ptr, matrix_ptr, n, i, j, owned, c, sizes.c, sizes, WIDTH, PRECISION)
         store(dx, i, j, owned, c, sizes.c, block, AXIS, REACH.cols)
@@ -179,6 +184,7 @@ def banded_backward(
     PRECISION: tl.constexpr,
     NEED_DX: tl.constexpr,
     NEED_DLOGITS: tl.constexpr,
+    TALL: tl.constexpr,  # whether channels are the rows of the product of the gradient to the features
 ):
     """Fill dx and dlogits if needed; one program computes the gradient to the logits of a tile, or a part of the gradient to x."""
     ROLES: tl.constexpr = NEED_DLOGITS + NEED_DX * TILE.split
@@ -209,5 +215,23 @@ def banded_backward(
         # with strides that are constants, this gradient takes more registers
         gathered, dx = group_logits(logits, n, g, WINDOW), image(dx, n, c)
         compute_source_gradient(
-            sizes, gathered, lse_ptr, dy, dx, map_ptr, matrix_ptr, n, q0, r0, role, WIDTH, WINDOW, TILE, REACH, BLOCKS, LAYOUT, PRECISION
+            sizes,
+            gathered,
+            lse_ptr,
+            dy,
+            dx,
+            map_ptr,
+            matrix_ptr,
+            n,
+            q0,
+            r0,
+            role,
+            WIDTH,
+            WINDOW,
+            TILE,
+            REACH,
+            BLOCKS,
+            LAYOUT,
+            PRECISION,
+            TALL,
         )

@@ -299,15 +299,17 @@ def _banded_launch(
         added = {"WIDTH": factors[0].shape[1], "WINDOW": window}
     if tile.steps > 1:
         return _walk_launch(arguments, added, layout, problem, tile)
+    blocks = source_blocks(kernel, problem, tile)
     constants = added | {
         "TILE": tile,
         "HALO": halo(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, x_align)),
         "REACH": reach(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, y_align)),
-        "BLOCKS": source_blocks(kernel, problem, tile),
+        "BLOCKS": blocks,
         "LAYOUT": layout,
         "PRECISION": choose_precision(),
         "NEED_DX": kernel != "logit_gradient",
         "NEED_DLOGITS": kernel != "source_gradient",
+        "TALL": is_tall(problem, tile, blocks.channels),
     }
     programs = constants["NEED_DLOGITS"] + constants["NEED_DX"] * tile.split
     return _tile_launch(banded_backward, arguments, constants, problem, tile, programs)

@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 from .tile_geometry import KernelName, Tile, TileProblem, as_read, halo, reach, run_alignments, run_vector
-from .tile_limits import REGISTER_BYTES, WARP_SIZE, SourceBlocks, operand_terms, source_blocks
+from .tile_limits import REGISTER_BYTES, WARP_SIZE, SourceBlocks, is_tall, operand_terms, source_blocks
 from .tile_memory import NARROWEST_COPY
 from .tile_work import find_walk, takes_four_warps
 
@@ -34,7 +34,8 @@ def estimate_resources(kernel: KernelName, problem: TileProblem, tile: Tile) -> 
     if kernel != "source_gradient":
         needed.append(logit_gradient_resources(problem, tile))
     if kernel != "logit_gradient":
-        needed.append(source_gradient_resources(problem, tile, source_blocks(kernel, problem, tile)))
+        blocks = source_blocks(kernel, problem, tile)
+        needed.append(source_gradient_resources(problem, tile, blocks, is_tall(problem, tile, blocks.channels)))
     return Resources(*map(max, zip(*needed, strict=True)))
 
 
@@ -72,12 +73,12 @@ def logit_gradient_resources(problem: TileProblem, tile: Tile) -> Resources:
     return _resources(max(loop, end), size * buffered)
 
 
-def source_gradient_resources(problem: TileProblem, tile: Tile, blocks: SourceBlocks) -> Resources:
-    """Return the estimated resources of the gradient to the features."""
+def source_gradient_resources(problem: TileProblem, tile: Tile, blocks: SourceBlocks, tall: bool) -> Resources:
+    """Return the estimated resources of the gradient to the features, with the channels as the rows of its products if `tall`."""
     size, threads = problem.element_size, WARP_SIZE * tile.num_warps
     _, y_align = run_alignments(problem, tile)
     reached = reach(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.y_align))
-    newer = takes_four_warps(problem, tile, reached.s if problem.x_last else blocks.channels)
+    newer = takes_four_warps(problem, tile, blocks.channels if tall else reached.s)
     band, gradients, result = blocks.targets * reached.s, blocks.targets * blocks.channels, reached.s * blocks.channels
     # every warp holds the whole band as operand of its own matrix instruction
     held = 0 if newer else band * size / REGISTER_BYTES / WARP_SIZE * operand_terms(size)

@@ -159,7 +159,7 @@ def count_source_gradient(problem: TileProblem, tile: Tile, blocks: SourceBlocks
     active = min(tile.split, all_blocks)
     share = all_blocks / active
     issued = share * _issued(tile, steps) / steps
-    rows, columns = (reached.s, blocks.channels) if problem.x_last else (blocks.channels, reached.s)
+    rows, columns = (blocks.channels, reached.s) if is_tall(problem, tile, blocks.channels) else (reached.s, blocks.channels)
     newer = takes_four_warps(problem, tile, rows)
     partials = stored_partials(problem, problem.x_last, seen, blocks.channels, spec.down, tile.cells_w * spec.down)
     operands = _operand_passes(problem, tile, rows, columns, blocks.targets, bands=1)

@@ -107,7 +107,8 @@ def estimate_of(kernel: Kernel) -> Resources:
     estimate = {
         "forward": lambda: forward_resources(problem, tile),
         "logit_gradient": lambda: logit_gradient_resources(problem, tile),
-        "source_gradient": lambda: source_gradient_resources(problem, tile, kernel.blocks),
+        # all of them precede channels as the rows of products in channels_last
+        "source_gradient": lambda: source_gradient_resources(problem, tile, kernel.blocks, tall=not problem.x_last),
     }
     registers, shared = map(max, zip(*(estimate[name]() for name in KERNELS_OF[kernel.name]), strict=True))
     return Resources(min(registers, tile.max_registers), shared)
