@@ -69,14 +69,15 @@ SOURCE_CHANNEL_BYTES_LESS_ROOM, SOURCE_TARGET_BYTES, SOURCE_ELEMENTS = 256, 128,
 # features of fewer bytes are read as they are: the launch that copies them takes host time, and the time of a launch
 LEAST_COPIED_BYTES = 4 << 20
 
-# the gradient to the features by programs that walk: cells, channels and number of their steps
+# the gradient to the features by programs that walk: cells, channels and number of their steps; many numbers, because few programs are on
+# a device at the same time, and one that they divide evenly leaves no multiprocessor idle
 WALK_CELLS = ((1, 2), (1, 4), (1, 8), (1, 16), (2, 2), (2, 4), (2, 8), (2, 16), (4, 4), (4, 8))
-WALK_CHANNELS, WALK_STEPS = (256, 128, 64, 32), (4, 8, 16, 32)
+WALK_CHANNELS, WALK_STEPS = (256, 128, 64, 32), (3, 4, 5, 7, 9, 12, 16, 24)
 # a program of more channels has eight warps
 CHANNELS_OF_FOUR_WARPS = 64
 # most registers per thread, with which a multiprocessor holds 16 warps
 WALK_REGISTERS = 128
-WIDE_WALK_REGISTERS = (128, 168)
+WIDE_WALK_REGISTERS, WIDE_WALK_STAGES = (128, 168), (1, 2)
 # most targets of one product in 16 bits, and in float32 with and without the channels as the fastest axis
 WALK_TARGETS, WALK_TARGETS_LAST, WALK_TARGETS_ROWS = 64, 32, 16
 # per thread: elements of the gradient in one product, weights of one tile of sources, and sums of all tiles of sources; by element size
@@ -255,7 +256,7 @@ def walking_tiles(problem: TileProblem, vector: int) -> Iterator[Tile]:
         # a walk need not be longer than the map
         if steps == WALK_STEPS[0] or steps * cells[0] < 2 * problem.height:
             num_warps = 4 if block_c <= CHANNELS_OF_FOUR_WARPS else 8
-            # the compiler makes no pipeline of the loop, so that stages do not matter
+            # the compiler makes a pipeline of products with an even number of tiles alone, which nobody has measured
             yield Tile(*cells, vector, block_c, 1, num_warps, 1, WALK_REGISTERS, steps)
 
 
@@ -268,8 +269,8 @@ def _wide_candidates(kernel: KernelName, problem: TileProblem, vectors: tuple[in
         if split == 1 or block_c * split <= problem.channels:
             yield Tile(*cells, vector, block_c, split, *rest)
     if kernel == "source_gradient":
-        for tile, max_registers in product(walking_tiles(problem, vectors[-1]), WIDE_WALK_REGISTERS):
-            yield tile._replace(max_registers=max_registers)
+        for tile, max_registers, stages in product(walking_tiles(problem, vectors[-1]), WIDE_WALK_REGISTERS, WIDE_WALK_STAGES):
+            yield tile._replace(max_registers=max_registers, num_stages=stages)
 
 
 def fits_forward(problem: TileProblem, tile: Tile) -> bool:
