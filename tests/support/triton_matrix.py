@@ -70,6 +70,7 @@ CASES: dict[str, Operator | Module] = {
     # a window that is too large for a tile
     "down 16, k 3, 2 groups, float16, NCHW": Operator((1, 20, 35, 18), Spec(3, down=16, groups=2), torch.float16, NCHW),
     "up 2, k 5, float32, channels_last, walks": Operator((1, 256, 9, 14), Spec(5, up=2), torch.float32, NHWC, walks=True),
+    "up 2, k 5, float16, channels_last, walks": Operator((1, 256, 9, 14), Spec(5, up=2), torch.float16, NHWC, walks=True),
     "up 2, k 5, float16, NCHW, walks": Operator((1, 256, 9, 14), Spec(5, up=2), torch.float16, NCHW, walks=True),
     "up 2, k 5, float16, NCHW, copies": Operator((1, 64, 9, 16), Spec(5, up=2), torch.float16, NCHW, COPIES),
     "up 2, k 5, float32, channels_last, sums": Operator((1, 64, 12, 16), Spec(5, up=2), torch.float32, NHWC, sums=True),
