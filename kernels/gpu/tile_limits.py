@@ -133,7 +133,7 @@ def is_tall(problem: TileProblem, tile: Tile, channels: int) -> bool:
 
     In channels_last, they are where the newer matrix units take them and not the sources. These take float32 in one order only.
     """
-    newer = problem.capability >= (9, 0) and problem.element_size == 2
+    newer = problem.capability >= (9, 0) and tile.num_warps % 4 == 0 and problem.element_size == 2
     return not problem.x_last or (newer and count_sources(problem, tile) < WARPGROUP_ROWS <= channels)
 
 
