@@ -23,7 +23,7 @@ from .vectors import as_offset
 from .window import group_logits
 
 # bytes of the larger map from which the sums are taken: below it, they have too few programs for a device
-SMALLEST = 2**22
+SMALLEST = 2**24
 # largest sides of windows whose weights fit into registers, up 2 and down 2
 LARGEST_UP, LARGEST_DOWN = 5, 7
 # fewest channels of a program, if its group has more

@@ -1,0 +1,92 @@
+"""Print how many bytes the compiled kernels move between multiprocessors and L2 on an H100, as counted by the emulator, and their registers.
+
+Call: PYTHONPATH=tests/support python tests/kernels/gpu/ptx_traffic.py [WORD ...]
+
+A row is one pass of the operator at one problem. The words choose the rows that contain them all. A row takes seconds to some minutes.
+docs/performance_kernels.md has the table and explains the columns.
+"""
+
+import math
+import sys
+from typing import NamedTuple
+
+import torch
+from carafepp.kernels.geometry import Spec
+from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
+from carafepp.kernels.gpu.launch import Launch
+from carafepp.kernels.gpu.training_step import TrainingStep, build_training_step
+from ptx import run
+from ptx.bounds import GPUS
+
+FORMATS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+PROBLEMS = {
+    "512 RoIs of 256 x 14 x 14, up 2": (512, 256, 14, 14, Spec(5, up=2)),
+    "2 x 256 x 100 x 168, up 2": (2, 256, 100, 168, Spec(5, up=2)),
+    "4 x 512 x 64 x 64, up 2": (4, 512, 64, 64, Spec(5, up=2)),
+    "64 x 64 x 112 x 112, down 2": (64, 64, 112, 112, Spec(5, down=2)),
+    "1 x 128 x 33 x 47, up 3, k 7, 4 groups": (1, 128, 33, 47, Spec(7, up=3, groups=4)),
+}
+HEAD = ["problem", "data type", "memory format", "pass", "dy", "L2 / least", "registers", "occupancy", "spills"]
+CAPABILITY = 90
+# bytes of a sector, which L2 sends whole
+SECTOR = 32
+# pixels, times channels, of a larger image that the counted programs compute
+ENOUGH = 2**24
+
+
+class Traffic(NamedTuple):
+    """What a launch moves and takes."""
+
+    bytes: float  # between multiprocessors and L2, in the whole launch
+    dy: float  # of them, of the gradient of the output
+    registers: int
+    spills: int
+    occupancy: float
+
+
+def count(launch: Launch, dy: torch.Tensor, images: int, size: int) -> Traffic:
+    """Emulate whole images of a launch, or programs in the middle of one, which has `size` pixels times channels."""
+    programs = math.prod(launch.grid)
+    counted = math.ceil(programs / images * min(1, ENOUGH / size))
+    first = (programs // images - counted) // 2
+    compiled, parameters, blocks = compile_launch(launch, CAPABILITY), launch.parameters(), range(first, first + counted)
+    found = run(compiled.asm["ptx"], launch.grid, parameters, shared=compiled.metadata.shared, blocks=blocks, gpu=GPUS[CAPABILITY])
+    scale = SECTOR * programs / counted
+    place = next((i for i, value in enumerate(parameters) if value is dy), None)
+    buffers = list(found["per_buffer"].values())
+    tensors = [i for i, value in enumerate(parameters) if isinstance(value, torch.Tensor)]
+    read = buffers[tensors.index(place)].get("l2_sectors", 0) if place is not None else 0
+    code = read_assembly(compiled)
+    moved = found["l2_sectors_read"] + found["l2_sectors_write"]
+    return Traffic(moved * scale, read * scale, code.registers, code.spills, code.occupancy)
+
+
+def row(problem: str, dtype: str, memory_format: str, direction: str) -> str:
+    """Return a row of the table."""
+    step: TrainingStep = build_training_step(*PROBLEMS[problem], DTYPES[dtype], FORMATS[memory_format], "cpu")
+    launches = step.build_launches(direction, capability=divmod(CAPABILITY, 10))
+    tensors = (step.x, step.logits, step.y) + ((step.x, step.logits) if direction == "backward" else ())
+    least = sum(t.numel() * t.element_size() for t in tensors)
+    images = len(step.x)
+    counts = [count(launch, step.y, images, max(step.x.numel(), step.y.numel()) // images) for launch in launches]
+    dy = f"{sum(found.dy for found in counts) / step.y.numel() / step.y.element_size():.1f}" if direction == "backward" else ""
+    cells = [problem, dtype, memory_format, direction, dy, f"{sum(found.bytes for found in counts) / least:.1f}"]
+    for values in ([found.registers for found in counts], [f"{found.occupancy:.0%}" for found in counts], [found.spills for found in counts]):
+        cells.append(", ".join(map(str, values)))
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(words: list[str]) -> None:
+    torch.set_num_threads(1)
+    print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|")
+    for problem in PROBLEMS:
+        for dtype in DTYPES:
+            for memory_format in FORMATS:
+                for direction in ("forward", "backward"):
+                    if all(word in (problem, dtype, memory_format, direction) or word in problem for word in words):
+                        print(row(problem, dtype, memory_format, direction), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
