@@ -16,7 +16,7 @@ from .blocks import align_sizes, align_strides, find_tile, image, split_group
 from .records import Features, Logits, Sizes
 from .taps import clamp
 from .vectors import as_offset, join4, load_vector
-from .window import group_logits, lse_address, weight
+from .window import group_logits, lse_address, weight, widen_taps
 
 
 class Blocks(NamedTuple):
@@ -142,7 +142,7 @@ def sum_cell_targets(
     m = tl.arange(0, BLOCKS.rows * COLS).to(LAYOUT.index)
     q, r = q0 * BLOCKS.rows + m // COLS, (r0 * COLS + m % COLS) * 2
     exists = (q < sizes.hq) & (r < sizes.wq)
-    logits = group_logits(logits, n, g, WINDOW)
+    logits = widen_taps(group_logits(logits, n, g, WINDOW), LAYOUT)
     weights = weigh_cell(logits, lse_ptr, ng, q, r, exists, sizes, WINDOW)
     weights += weigh_cell(logits, lse_ptr, ng, q, r + 1, exists, sizes, WINDOW)
 

@@ -15,13 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
+from ..geometry import Spec
 from .blocks import align_sizes, align_strides, aligned, find_tile, image, split_group
 from .launch import Launch
 from .records import Features, Layout, Logits, Sizes, Window
 from .special import exp, log
-from .tap_sums import MERGES_SUMS, target_bytes, tile_of_weights
+from .tap_sums import MERGES_SUMS, has_room, target_bytes, tile_of_weights
 from .taps import clamp
-from .tile_geometry import KernelName, TileProblem, multiple, source_bytes
+from .tile_geometry import KernelName, TileProblem, multiple, share_in_map, source_bytes
 from .tile_time import find_device
 from .vectors import as_offset, load_vector, store_vector
 from .window import (
@@ -33,10 +34,13 @@ from .window import (
     score,
     store_logit_gradient,
     weight,
+    widen_taps,
 )
 
 # bytes of the larger map from which on there are enough programs for a device
 SMALLEST = 2**26
+# share of the places of threads that have targets; with fewer, products take fewer instructions
+LEAST_FILLED = 0.6
 # most weights of a thread; more do not fit into its registers
 MOST_WEIGHTS = 100
 MAX_REGISTERS = 128
@@ -66,7 +70,7 @@ class Runs(NamedTuple):
 
 
 @triton.jit
-def find_runs(m, sizes: Sizes, WINDOW: tl.constexpr, LAYOUT: tl.constexpr, RUNS: tl.constexpr):
+def find_runs(m, sizes: Sizes, WINDOW: tl.constexpr, RUNS: tl.constexpr):
     """Return the group of this program counted over all images, its part of the channels, and the sub-row and the first cell of runs m."""
     PROGRAMS: tl.constexpr = WINDOW.up // RUNS.steps
     pid = tl.program_id(0)
@@ -235,11 +239,11 @@ def sum_rows(
     x = align_strides(x, 1, LAYOUT.x_align)
     y = align_strides(y, 1, LAYOUT.y_align)
     m = tl.arange(0, RUNS.rows * RUNS.steps * RUNS.cols).to(LAYOUT.index)
-    ng, part, u, q, r = find_runs(m, sizes, WINDOW, LAYOUT, RUNS)
+    ng, part, u, q, r = find_runs(m, sizes, WINDOW, RUNS)
     n, g = split_group(ng, sizes)
     lse_ptr += ng.to(tl.int64) * WINDOW.up * WINDOW.up * sizes.hq * sizes.wq
     places, moved = find_sources(q, r, sizes, x, 0, WINDOW, RUNS)
-    logits = group_logits(align_rows(logits, RUNS.align), n, g, WINDOW)
+    logits = widen_taps(group_logits(align_rows(logits, RUNS.align), n, g, WINDOW), LAYOUT)
     weights = ()
     for v in tl.static_range(UP):
         first = logit_offset(logits, u, v, q, r)
@@ -305,7 +309,7 @@ def sum_row_gradients(
     M: tl.constexpr = RUNS.rows * RUNS.steps * RUNS.cols
     PARTS: tl.constexpr = RUNS.parts
     m = tl.arange(0, PARTS * M).to(LAYOUT.index)
-    ng, _, u, q, r = find_runs(m % M, sizes, WINDOW, LAYOUT, RUNS)
+    ng, _, u, q, r = find_runs(m % M, sizes, WINDOW, RUNS)
     n, g = split_group(ng, sizes)
     places, _ = find_sources(q, r, sizes, x, m // M, WINDOW, RUNS)
     x = image(x, n, g * sizes.c)
@@ -341,8 +345,8 @@ def sum_row_gradients(
         for i in tl.static_range(TARGETS * K * K):
             totals = totals + (tl.sum(tl.reshape(sums[i], (PARTS, M)), axis=0),)
         sums = totals
-        _, _, u, q, r = find_runs(tl.arange(0, M).to(LAYOUT.index), sizes, WINDOW, LAYOUT, RUNS)
-    gradients = group_logits(align_rows(gradients, RUNS.align), n, g, WINDOW)
+        _, _, u, q, r = find_runs(tl.arange(0, M).to(LAYOUT.index), sizes, WINDOW, RUNS)
+    gradients = widen_taps(group_logits(align_rows(gradients, RUNS.align), n, g, WINDOW), LAYOUT)
     for v in tl.static_range(UP):
         first = logit_offset(gradients, u, v, q, r)
         for ky in tl.static_range(K):
@@ -404,18 +408,28 @@ def sums_rows(kernel: KernelName, problem: TileProblem) -> bool:
     # a window has as many rows in the map
     fits = (problem.height - 1) * spec.down + 1 >= spec.kernel_size
     # in 16 bits, products with matrix units take fewer instructions unless they are few
-    wins = problem.element_size == 4 or (spec.down > 1 and kernel == "logit_gradient")
-    return whole and fits and wins and not MERGES_SUMS and not problem.channels_last and larger_bytes(problem) >= SMALLEST
+    wins = problem.element_size == 4 or (spec.down > 1 and kernel == "logit_gradient" and has_room(problem))
+    if not (whole and fits and wins) or MERGES_SUMS or problem.channels_last or larger_bytes(problem) < SMALLEST:
+        return False
+    rows, cols = divide_threads(problem)
+    return share_in_map(problem, rows, cols * count_cells(spec)) >= LEAST_FILLED
 
 
-def divide_runs(problem: TileProblem, logits: tuple[Logits, ...]) -> Runs:
-    """Return the division of a call among threads and programs, none of which share channels."""
-    spec = problem.spec
-    cells = 2 if 2 * max(spec.up, spec.down) <= 4 and 2 * spec.up * spec.taps <= MOST_WEIGHTS else 1
-    # the number of threads is a power of two
-    steps = spec.up if spec.up & (spec.up - 1) == 0 else 1
+def count_cells(spec: Spec) -> int:
+    """Return the neighbouring cells of a thread."""
+    return 2 if 2 * max(spec.up, spec.down) <= 4 and 2 * spec.up * spec.taps <= MOST_WEIGHTS else 1
+
+
+def count_steps(spec: Spec) -> int:
+    """Return the sub-rows of a program, whose number of threads is a power of two."""
+    return spec.up if spec.up & (spec.up - 1) == 0 else 1
+
+
+def divide_threads(problem: TileProblem) -> tuple[int, int]:
+    """Return the rows of cells of a program, and the runs in each of them."""
+    cells, steps = count_cells(problem.spec), count_steps(problem.spec)
     threads = WARPS * WARP_SIZE // steps
-    width = cells * spec.down * problem.element_size
+    width = cells * problem.spec.down * problem.element_size
 
     def count_lines(cols: int) -> float:
         """Return the lines of memory that a load of x touches in all warps."""
@@ -423,12 +437,19 @@ def divide_runs(problem: TileProblem, logits: tuple[Logits, ...]) -> Runs:
         return programs * max(1, WARP_SIZE // steps // cols) * (1 + min(cols, WARP_SIZE) * width / LINE)
 
     cols = min((cols for cols in (8, 16, 32) if cols <= threads), key=count_lines)
+    return threads // cols, cols
+
+
+def divide_runs(problem: TileProblem, logits: tuple[Logits, ...]) -> Runs:
+    """Return the division of a call among threads and programs, none of which share channels."""
+    spec = problem.spec
+    cells, (rows, cols) = count_cells(spec), divide_threads(problem)
     x_vector, y_vector = math.gcd(problem.x_align, cells * spec.down, 4), math.gcd(problem.y_align, cells * spec.up, 4)
     steps_of_rows = [step for record in logits for step in record[1:-1]] if all(record.stride_w == 1 for record in logits) else [1]
     align = math.gcd(2, problem.width, *steps_of_rows)
     lead = multiple(spec.kernel_size // 2, x_vector)
     vectors = (lead + (cells - 1) * spec.down + spec.kernel_size // 2) // x_vector + 1
-    return Runs(cells, steps, threads // cols, cols, lead, vectors, x_vector, y_vector, align, 1, 1)
+    return Runs(cells, count_steps(spec), rows, cols, lead, vectors, x_vector, y_vector, align, 1, 1)
 
 
 def count_programs(problem: TileProblem, runs: Runs) -> int:
@@ -470,7 +491,7 @@ def row_gradient_launches(arguments: dict[str, Any], problem: TileProblem, windo
     dlogits = gradients = arguments["dlogits"]
     if dlogits.ptr.dtype != torch.float32:
         scratch = torch.empty(dlogits.ptr.shape, dtype=torch.float32, device=dlogits.ptr.device)
-        gradients = Logits(scratch, *scratch.stride()[:2], *scratch.stride()[2:])
+        gradients = Logits(scratch, *scratch.stride())
     arguments = arguments | {"gradients": gradients}
     runs = share_runs(problem, divide_runs(problem, (gradients,)))
     first = _launch(sum_row_gradients, arguments, count_programs(problem, runs), {"WINDOW": window, "LAYOUT": layout, "RUNS": runs})

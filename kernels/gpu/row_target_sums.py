@@ -15,12 +15,13 @@ from .blocks import align_strides, find_tile, image, split_group
 from .cell_target_sums import Blocks, Share, advance, load_lse, load_row, load_weight, sum_cell_targets
 from .launch import Launch
 from .records import Features, Layout, Logits, Sizes, Window
-from .tap_sums import MAX_REGISTERS, WARP_SIZE, WARPS, target_bytes
+from .row_sums import LEAST_FILLED, larger_bytes
+from .tap_sums import MAX_REGISTERS, WARP_SIZE, WARPS
 from .taps import clamp
-from .tile_geometry import TileProblem, source_bytes
+from .tile_geometry import TileProblem, share_in_map
 from .tile_time import find_device
 from .vectors import as_offset
-from .window import group_logits
+from .window import group_logits, widen_taps
 
 # bytes of the larger map from which the sums are taken: below it, they have too few programs for a device
 SMALLEST = 2**24
@@ -60,7 +61,8 @@ def weigh_row(logits: Logits, lse_ptr, ng, row, i, j, exists, sizes: Sizes, WIND
             inside = exists & (r >= 0) & (r < sizes.w)
             for v in tl.static_range(2):
                 address = ptr + (kx * logits.stride_c + v * logits.stride_v + r * logits.stride_w)
-                weights += (load_weight(address, lse[2 * (pixel + K - 1 - kx) + v], inside, WINDOW),)
+                # a size may cut off the last column of targets
+                weights += (load_weight(address, lse[2 * (pixel + K - 1 - kx) + v], inside & (2 * r + v < sizes.wo), WINDOW),)
     return weights
 
 
@@ -115,7 +117,7 @@ def sum_block_targets(
 
     # of the pixels that read the first row of targets of a thread, and of the others of the block
     own, other = i + quarter // 2, i + 1 - quarter // 2
-    logits = group_logits(logits, n, g, WINDOW)
+    logits = widen_taps(group_logits(logits, n, g, WINDOW), LAYOUT)
     row = 2 * i + quarter + tl.where(quarter < 2, -2 * RADIUS, 2 * RADIUS)
     single = weigh_row(logits, lse_ptr, ng, row, own, j, exists, sizes, WINDOW)
     rows = (clamp(row, 0, sizes.ho - 1) * dy.stride_h,)
@@ -156,13 +158,15 @@ def sum_block_targets(
 
 def sums_row_targets(problem: TileProblem) -> bool:
     """Return whether the gradient to the features sums over targets in rows of pixels, and has no tile."""
+    # with Triton 3.4 as well, because no sum is carried from one channel to the next
     spec = problem.spec
     if problem.channels_last or spec.border not in ("zero", "renormalize"):
         return False
-    if max(target_bytes(problem), source_bytes(problem)) < SMALLEST:
+    if larger_bytes(problem) < SMALLEST:
         return False
     if (spec.up, spec.down) == (2, 1):
-        return problem.element_size == 4 and 3 <= spec.kernel_size <= LARGEST_UP
+        filled = share_in_map(problem, 2, 2 * COLS) >= LEAST_FILLED
+        return filled and problem.element_size == 4 and 3 <= spec.kernel_size <= LARGEST_UP
     return (spec.up, spec.down) == (1, 2) and spec.kernel_size <= LARGEST_DOWN
 
 

@@ -141,6 +141,11 @@ def source_bytes(problem: TileProblem) -> int:
     return problem.batch * problem.channels * problem.height * problem.width * problem.spec.down**2 * problem.element_size
 
 
+def share_in_map(problem: TileProblem, rows: int, cols: int) -> float:
+    """Return the share of the cells of tiles of rows x cols that lie in the map."""
+    return problem.height / multiple(problem.height, rows) * problem.width / multiple(problem.width, cols)
+
+
 def power_of_two(n: int) -> int:
     """Return the smallest power of two at or above n, at least 16: the extent of a tile axis in a matrix product."""
     return max(SMALLEST_EXTENT, 1 << (n - 1).bit_length())

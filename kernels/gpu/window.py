@@ -80,6 +80,13 @@ def group_logits(logits: Logits, n, g, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def widen_taps(logits: Logits, LAYOUT: tl.constexpr):
+    """Return logits whose stride of taps has the type of offsets, for taps that have another type."""
+    stride_c = tl.cast(logits.stride_c, LAYOUT.index)
+    return Logits(logits.ptr, logits.stride_n, stride_c, logits.stride_u, logits.stride_v, logits.stride_h, logits.stride_w)
+
+
+@triton.jit
 def split_target(row, col, WINDOW: tl.constexpr):
     """Return the sub-row and sub-column of an output location, and the row and column of its cell."""
     return row % WINDOW.up, col % WINDOW.up, row // WINDOW.up, col // WINDOW.up

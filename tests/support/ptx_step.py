@@ -59,7 +59,7 @@ def emulate(launch: Launch, capability: int = 80) -> dict:
 def fill_scratch(launches: list[Launch]) -> None:
     """Fill what launches fill for later ones with NaN, before any of them runs."""
     for launch in launches:
-        for name in {"copy", "weights", "weights_ptr"} & launch.arguments.keys():
+        for name in {"copy", "weights", "weights_ptr", "gradients"} & launch.arguments.keys():
             scratch = launch.arguments[name]
             (scratch if isinstance(scratch, torch.Tensor) else scratch.ptr).fill_(math.nan)
 

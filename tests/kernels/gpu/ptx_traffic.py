@@ -1,4 +1,4 @@
-"""Print how many bytes the compiled kernels move between multiprocessors and L2 on an H100, as counted by the emulator, and their registers.
+"""Print the bytes that the compiled kernels move between the multiprocessors and L2 of an H100, as the emulator counts them.
 
 Call: PYTHONPATH=tests/support python tests/kernels/gpu/ptx_traffic.py [WORD ...]
 
@@ -70,10 +70,12 @@ def row(problem: str, dtype: str, memory_format: str, direction: str) -> str:
     least = sum(t.numel() * t.element_size() for t in tensors)
     images = len(step.x)
     counts = [count(launch, step.y, images, max(step.x.numel(), step.y.numel()) // images) for launch in launches]
-    dy = f"{sum(found.dy for found in counts) / step.y.numel() / step.y.element_size():.1f}" if direction == "backward" else ""
-    cells = [problem, dtype, memory_format, direction, dy, f"{sum(found.bytes for found in counts) / least:.1f}"]
-    for values in ([found.registers for found in counts], [f"{found.occupancy:.0%}" for found in counts], [found.spills for found in counts]):
-        cells.append(", ".join(map(str, values)))
+    read = sum(found.dy for found in counts) / step.y.numel() / step.y.element_size()
+    cells = [problem, dtype, memory_format, direction, f"{read:.1f}" if direction == "backward" else ""]
+    cells.append(f"{sum(found.bytes for found in counts) / least:.1f}")
+    cells.append(", ".join(str(found.registers) for found in counts))
+    cells.append(", ".join(f"{100 * found.occupancy:.0f} %" for found in counts))
+    cells.append(", ".join(str(found.spills) for found in counts))
     return "| " + " | ".join(cells) + " |"
 
 

@@ -29,6 +29,7 @@ UP, DOWN = Spec(5, up=2), Spec(5, down=2)
 def sums(monkeypatch):
     """Sum over rows in small maps as well."""
     monkeypatch.setattr(row_sums, "SMALLEST", 0)
+    monkeypatch.setattr(row_sums, "LEAST_FILLED", 0)
 
 
 def run(launches, names, capability=80):
@@ -78,9 +79,9 @@ CASES = [
     (1, 3, 11, 20, Spec(3, down=2, border="renormalize"), FLOAT),
     (1, 2, 13, 9, Spec(3, down=3, normalizer="sigmoid"), FLOAT),
     (1, 3, 5, 3, Spec(3), FLOAT),
-    (1, 2, 3, 5, Spec(1, up=2), FLOAT),
-    (1, 3, 12, 16, DOWN, HALF),
-    (2, 4, 9, 10, Spec(3, down=2, groups=2, normalizer="sigmoid_normalized"), BF16),
+    (1, 1, 3, 5, Spec(1, up=2), FLOAT),
+    (1, 13, 12, 16, DOWN, HALF),
+    (2, 10, 9, 10, Spec(3, down=2, groups=2, normalizer="sigmoid_normalized"), BF16),
 ]
 
 
@@ -123,16 +124,17 @@ def columns_of_more(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("view", "logit_layout", "spec", "shorter"),
     [
-        (columns_of_more, "contiguous", Spec(3, up=2), 0),
-        (lambda x: x, "channels_last", Spec(3, down=2), 0),
+        (columns_of_more, "contiguous", Spec(3, up=2), (0, 0)),
+        (lambda x: x, "channels_last", Spec(3, down=2), (0, 0)),
         # as in a pyramid whose finer map has an odd number of rows
-        (lambda x: x, "contiguous", Spec(3, up=2, groups=2), 1),
-        (lambda x: x, "sliced", Spec(3, up=3, border="renormalize"), 2),
+        (lambda x: x, "contiguous", Spec(3, up=2, groups=2), (1, 0)),
+        (lambda x: x, "contiguous", Spec(3, up=2), (1, 1)),
+        (lambda x: x, "sliced", Spec(3, up=3, border="renormalize"), (2, 0)),
     ],
 )
 def test_features_and_logits_of_any_layout(view, logit_layout, spec, shorter):
     x, logits, dy = random_inputs(1, 4, 7, 6, spec, FLOAT, ("contiguous", logit_layout, "contiguous"))
-    check(view(x), logits, dy[:, :, : dy.shape[2] - shorter], spec)
+    check(view(x), logits, dy[:, :, : dy.shape[2] - shorter[0], : dy.shape[3] - shorter[1]], spec)
 
 
 @pytest.mark.usefixtures("sums")
@@ -181,9 +183,14 @@ ROWS = SMALLEST // 4 // 64 // 64
         ((4, 64, ROWS, 64), DOWN, HALF, NCHW, False, True),
         ((4, 64, ROWS, 64), UP, HALF, NCHW, False, False),
         ((4, 64, ROWS, 64), Spec(5), BF16, NCHW, False, False),
-        # fewer rows than the window; narrower maps are served
+        # fewer rows than the window
         ((1, 64, 4, 2**18), UP, FLOAT, NCHW, False, False),
-        ((1, 64, 2**18, 4), UP, FLOAT, NCHW, True, True),
+        # most threads would have no targets
+        ((1, 64, 2**18, 4), UP, FLOAT, NCHW, False, False),
+        ((2048, 256, 7, 7), UP, FLOAT, NCHW, False, False),
+        ((512, 256, 14, 14), UP, FLOAT, NCHW, True, True),
+        # the sums would need more memory than the features
+        ((64, 12, 112, 112), DOWN._replace(groups=2), HALF, NCHW, False, False),
         # more weights than registers
         ((1, 64, ROWS, 64), Spec(7, up=3), FLOAT, NCHW, False, False),
         ((1, 64, ROWS, 64), Spec(7, up=2), FLOAT, NCHW, True, True),

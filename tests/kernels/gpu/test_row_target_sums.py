@@ -1,5 +1,7 @@
 """The gradient to features in NCHW as a sum over targets in rows of pixels: right results, emulated, and where it is taken."""
 
+import math
+
 import pytest
 import torch
 from carafepp.kernels.geometry import Spec
@@ -9,8 +11,10 @@ pytest.importorskip("triton")
 import triton.language as tl
 from carafepp.kernels.gpu import cell_target_sums, row_target_sums
 from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
+from carafepp.kernels.gpu.operator_launches import backward_launches
 from carafepp.kernels.gpu.training_step import build_training_step
-from operator_cases import TRITON_TOLERANCES
+from carafepp.kernels.reference import reassemble_reference
+from operator_cases import TRITON_TOLERANCES, differentiate, log_sum_exp, random_inputs, relative_error
 from ptx_step import emulate, training_step
 
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
@@ -21,6 +25,7 @@ FLOAT, HALF = torch.float32, torch.float16
 def always(monkeypatch):
     """Sum for maps of any size."""
     monkeypatch.setattr(row_target_sums, "SMALLEST", 0)
+    monkeypatch.setattr(row_target_sums, "LEAST_FILLED", 0)
 
 
 def check(step, dtype, kernel):
@@ -35,7 +40,7 @@ def check(step, dtype, kernel):
         ((2, 5, 7, 18), Spec(3, up=2), 80),
         ((1, 4, 7, 13), Spec(3, up=2, border="renormalize"), 90),
         ((1, 12, 5, 7), Spec(5, up=2, groups=2, border="renormalize"), 90),
-        ((1, 4, 1, 2), Spec(5, up=2), 80),
+        ((1, 1, 1, 2), Spec(5, up=2), 80),
         ((2, 3, 3, 1), Spec(3, up=2, normalizer="sigmoid_normalized"), 80),
         ((3, 5, 2, 11), Spec(5, up=2, normalizer="none"), 90),
         ((1, 6, 4, 9), Spec(3, up=2, groups=3, normalizer="sigmoid"), 80),
@@ -44,6 +49,20 @@ def check(step, dtype, kernel):
 )
 def test_gradients_of_up_2_match_float64(size, spec, capability, always):
     check(training_step(*size, spec, FLOAT, NCHW, capability=capability), FLOAT, "sum_block_targets")
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize("spec", [Spec(3, up=2), Spec(5, up=2, border="renormalize")], ids=str)
+def test_targets_that_a_size_cuts_off_add_nothing(rows, columns, spec, always):
+    """As in a pyramid whose finer map has an odd size."""
+    x, logits, dy = random_inputs(1, 3, 4, 6, spec, FLOAT, "contiguous")
+    dy = dy[:, :, : dy.shape[2] - rows, : dy.shape[3] - columns].contiguous()
+    cells = logits.unflatten(1, (spec.taps, 2, 2))
+    dx = torch.full_like(x, math.nan)
+    for launch in backward_launches(dy, x, cells, log_sum_exp(logits.double(), spec, 4, 6).float(), dx, None, spec):
+        emulate(launch)
+    expected = differentiate(reassemble_reference, x.double(), logits.double(), dy.double(), size=dy.shape[2:], **spec._asdict())
+    assert relative_error(dx, expected["dx"]) < TRITON_TOLERANCES[FLOAT]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +143,7 @@ def test_programs_share_channels_and_offsets_may_be_wide(spec, always):
     ids=str,
 )
 def test_where_it_is_taken(spec, dtype, memory_format, height, summed):
-    step = build_training_step(1, 256, height, 64, spec, dtype, memory_format, "meta")
+    step = build_training_step(4, 256, height, 64, spec, dtype, memory_format, "meta")
     names = " ".join(launch.kernel.__name__ for launch in step.build_launches("source_gradient", capability=(9, 0)))
     assert ("sum_block_targets" in names or "sum_cell_targets" in names) == summed
 
