@@ -159,7 +159,7 @@ def format_value(value: object) -> str:
 
 @app("inspect")
 def main(cfg: DictConfig) -> None:
-    """Compile the kernels and print a table; exit with status 1 if a kernel spills registers and its tile was not measured."""
+    """Compile the kernels and print a table; exit with status 1 if one spills registers in a loop and its tile was not measured."""
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("carafepp-inspect needs the triton package, which is not installed (pip install triton; Linux only)")
     from ..kernels.gpu.residency import RESIDENCY_LIMITS
@@ -181,9 +181,9 @@ def main(cfg: DictConfig) -> None:
     if options["json"]:
         Path(options["json"]).write_text(json.dumps(rows, indent=1) + "\n")
     # a measured tile is the fastest even if it spills
-    spilled = [row for kernel, row in zip(work, rows, strict=True) if row["spills"] and not has_measured_tile(kernel)]
+    spilled = [row for kernel, row in zip(work, rows, strict=True) if row["loop_spills"] and not has_measured_tile(kernel)]
     if spilled:
-        raise SystemExit(f"{len(spilled)} of {len(rows)} kernels spill registers:\n{format_table(spilled, width)}")
+        raise SystemExit(f"{len(spilled)} of {len(rows)} kernels spill registers in a loop:\n{format_table(spilled, width)}")
 
 
 if __name__ == "__main__":

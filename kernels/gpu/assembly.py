@@ -28,6 +28,7 @@ class Assembly(NamedTuple):
 
     registers: int  # per thread
     spills: int  # instructions that load or store values that did not fit into registers
+    loop_spills: int  # those of them that are in a loop
     shared: int  # bytes per block
     warps: int  # per block
     blocks: int  # that one multiprocessor holds, 0 if not even one fits
@@ -55,7 +56,8 @@ def read_assembly(compiled: CompiledKernel) -> Assembly:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _run("cuobjdump", "--dump-resource-usage", cubin)
-        code = list(_instructions(_run("nvdisasm", "-c", cubin)))
+        listing = _run("nvdisasm", "-c", cubin)
+    code = list(_instructions(listing))
     (registers,) = re.findall(r"REG:(\d+)", usage)
     opcodes = Counter(name.split(".")[0] for name in code)
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
@@ -63,6 +65,7 @@ def read_assembly(compiled: CompiledKernel) -> Assembly:
     return Assembly(
         registers=int(registers),
         spills=opcodes["LDL"] + opcodes["STL"],
+        loop_spills=count_loop_spills(listing),
         shared=shared,
         warps=warps,
         blocks=blocks,
@@ -85,6 +88,21 @@ def _instructions(listing: str) -> Iterator[str]:
     names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing, re.M)
     last = max((i for i, name in enumerate(names) if name == "EXIT"), default=len(names) - 1)
     yield from names[: last + 1]
+
+
+def count_loop_spills(listing: str) -> int:
+    """Return the instructions that load or store spilled values between a label and a branch back to it."""
+    labels: dict[str, int] = {}
+    spills: list[int] = []
+    looped: set[int] = set()
+    for number, line in enumerate(listing.splitlines()):
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = number
+        elif re.search(r"\b(LDL|STL)\b", line):
+            spills.append(number)
+        elif (branch := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and branch[1] in labels:
+            looped.update(spill for spill in spills if spill > labels[branch[1]])
+    return len(looped)
 
 
 def _width(name: str) -> int:

@@ -45,14 +45,14 @@ def test_table_and_json_hold_every_kernel_of_a_site(monkeypatch, tmp_path, capsy
 
 def test_a_spill_fails(monkeypatch, tmp_path):
     read = assembly.read_assembly
-    monkeypatch.setattr(assembly, "read_assembly", lambda kernel: read(kernel)._replace(spills=1))
-    with pytest.raises(SystemExit, match="spill registers"):
+    monkeypatch.setattr(assembly, "read_assembly", lambda kernel: read(kernel)._replace(spills=1, loop_spills=1))
+    with pytest.raises(SystemExit, match="spill registers in a loop"):
         run(monkeypatch, tmp_path, "architectures=[sm_80]", "memory_formats=[channels_last]")
 
 
 def test_a_measured_tile_may_spill(monkeypatch, tmp_path, tile_table, capsys):
     read = assembly.read_assembly
-    monkeypatch.setattr(assembly, "read_assembly", lambda kernel: read(kernel)._replace(spills=1))
+    monkeypatch.setattr(assembly, "read_assembly", lambda kernel: read(kernel)._replace(spills=1, loop_spills=1))
     step = build_training_step(1, 16, 8, 8, Spec(3, up=2), torch.float16, torch.channels_last)
     tiles = {kernel: choose_tile(kernel, step.problem((9, 0))) for kernel in (*TOGETHER, *SEPARATE, "forward")}
     walk = Tile(2, 8, 1, 16, 1, 4, 1, 128, 4)

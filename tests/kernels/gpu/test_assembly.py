@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from carafepp.kernels.geometry import Spec  # noqa: E402
-from carafepp.kernels.gpu.assembly import compile_launch, read_assembly  # noqa: E402
+from carafepp.kernels.gpu.assembly import compile_launch, count_loop_spills, read_assembly  # noqa: E402
 from carafepp.kernels.gpu.launch import Launch  # noqa: E402
 from carafepp.kernels.gpu.residency import resident_blocks  # noqa: E402
 from carafepp.kernels.gpu.training_step import build_training_step  # noqa: E402
@@ -45,6 +45,23 @@ def test_every_architecture_is_read(capability, name):
 
 def test_a_tile_too_large_for_its_warps_is_seen_to_spill():
     assert assemble(80, block=128, num_warps=1).spills > 0
+
+
+def test_spills_in_loops_are_told_from_others():
+    listing = """
+        /*0000*/                   STL [R1], R4 ;
+.L_x_0:
+        /*0010*/                   LDL.LU R4, [R1] ;
+.L_x_1:
+        /*0020*/                   STL.64 [R1+0x8], R6 ;
+        /*0030*/              @!P0 BRA `(.L_x_1) ;
+        /*0040*/               @P0 BRA `(.L_x_2) ;
+        /*0050*/                   LDL R5, [R1+0x8] ;
+.L_x_2:
+        /*0060*/                   EXIT ;
+"""
+    assert count_loop_spills(listing) == 1
+    assert count_loop_spills(listing.replace("`(.L_x_2)", "`(.L_x_0)")) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
