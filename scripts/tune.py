@@ -55,7 +55,7 @@ def main(cfg: DictConfig) -> None:
         problem = step.problem(None if gpu else divmod(capability, 10))
         # the kernels of the pass that have tiles, in each of the ways in which it can be launched
         apart: tuple[KernelName, ...] = ("forward",) if direction == "forward" else SEPARATE
-        ways = [tuple(kernel for kernel in apart if has_tiles(kernel, problem))]
+        ways: list[tuple[KernelName, ...]] = [tuple(kernel for kernel in apart if has_tiles(kernel, problem))]
         if ways == [SEPARATE]:
             ways = [TOGETHER, SEPARATE]
         if not ways[0]:
