@@ -82,5 +82,6 @@ def test_it_spills_no_more(n, c, side, width):
         codes.append(read_assembly(compile_launch(launch, 90)))
     plain, added = codes
     assert added.spills <= plain.spills
-    assert added.blocks >= plain.blocks - 1
+    # the product has the sources as rows: its registers come on top where the others have the channels
+    assert added.blocks >= plain.blocks - 2
     assert added.widest_load == 128
