@@ -233,6 +233,7 @@ def sum_rows(
     CELLS: tl.constexpr = RUNS.cells
     UP: tl.constexpr = WINDOW.up
     TARGETS: tl.constexpr = CELLS * UP
+    VECTOR: tl.constexpr = RUNS.y_vector
     # columns of the first load before the first window
     AHEAD: tl.constexpr = RUNS.lead - K // 2
     sizes = align_cells(align_sizes(sizes, LAYOUT), RUNS.align)
@@ -266,7 +267,7 @@ def sum_rows(
     channels = tl.cdiv(sizes.c, RUNS.split)
     start = part * channels
     x_plane, y_plane = x.ptr + start.to(LAYOUT.index) * x.stride_c, y.ptr + start.to(LAYOUT.index) * y.stride_c
-    for _ in range(start, tl.minimum(start + channels, sizes.c)):
+    for _c in range(start, tl.minimum(start + channels, sizes.c)):
         sums = ()
         for _ in tl.static_range(TARGETS):
             sums = sums + (tl.zeros(row.shape, tl.float32),)
@@ -279,9 +280,9 @@ def sum_rows(
                     s += weights[((target % UP * K + ky) * K + kx) * CELLS + target // UP] * sources[AHEAD + target // UP * DOWN + kx]
                 added = added + (s,)
             sums = added
-        for target in tl.static_range(0, TARGETS, RUNS.y_vector):
+        for target in tl.static_range(0, TARGETS, VECTOR):
             exists = (row < sizes.ho) & (col + target < sizes.wo)
-            store_vector(y_plane + target * y.stride_w + to, exists, sums, target, RUNS.y_vector)
+            store_vector(y_plane + target * y.stride_w + to, exists, sums, target, VECTOR)
         x_plane += x.stride_c
         y_plane += y.stride_c
 
@@ -302,6 +303,7 @@ def sum_row_gradients(
     CELLS: tl.constexpr = RUNS.cells
     UP: tl.constexpr = WINDOW.up
     TARGETS: tl.constexpr = CELLS * UP
+    VECTOR: tl.constexpr = RUNS.y_vector
     AHEAD: tl.constexpr = RUNS.lead - K // 2
     sizes = align_cells(align_sizes(sizes, LAYOUT), RUNS.align)
     x = align_strides(x, 1, LAYOUT.x_align)
@@ -317,18 +319,18 @@ def sum_row_gradients(
     # targets that do not exist take gradients of others, and their sums are not used
     row, col = tl.minimum(q * UP + u, sizes.ho - 1), r * UP
     starts = ()
-    for target in tl.static_range(0, TARGETS, RUNS.y_vector):
-        last = sizes.wo // RUNS.y_vector * RUNS.y_vector - RUNS.y_vector
+    for target in tl.static_range(0, TARGETS, VECTOR):
+        last = sizes.wo // VECTOR * VECTOR - VECTOR
         near = tl.minimum(col + target, last)
         starts = starts + (as_offset(m // M * dy.stride_c + row * dy.stride_h + near * dy.stride_w),)
     sums = ()
     for _ in tl.static_range(TARGETS * K * K):
         sums = sums + (tl.zeros(row.shape, tl.float32),)
     x_plane, dy_plane = x.ptr, dy.ptr
-    for _ in range(0, sizes.c, PARTS):
+    for _c in range(0, sizes.c, PARTS):
         loaded = ()
-        for p in tl.static_range(TARGETS // RUNS.y_vector):
-            loaded = loaded + load_vector(dy_plane + starts[p], RUNS.y_vector)
+        for p in tl.static_range(TARGETS // VECTOR):
+            loaded = loaded + load_vector(dy_plane + starts[p], VECTOR)
         added = ()
         for ky in tl.static_range(K):
             sources = load_sources(x_plane + ky * x.stride_h, places, RUNS)
