@@ -16,7 +16,9 @@ from .banded_source_gradient import banded_source_gradient
 from .launch import Launch
 from .padded_taps import padded_source_gradient
 from .records import Features, Layout, Logits, Sizes, Window, offset_type
-from .row_sums import row_gradient_launches, row_sum_launches, sums_rows
+from .row_gradients import row_gradient_launches
+from .row_runs import sums_rows
+from .row_sums import row_sum_launches
 from .row_target_sums import row_target_sum_launches, sums_row_targets
 from .tap_sums import sums_taps, tap_sum_launches
 from .target_sums import sums_targets, target_sum_launches

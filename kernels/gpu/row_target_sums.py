@@ -15,7 +15,7 @@ from .blocks import align_strides, find_tile, image, split_group
 from .cell_target_sums import Blocks, Share, advance, load_lse, load_row, load_weight, sum_cell_targets
 from .launch import Launch
 from .records import Features, Layout, Logits, Sizes, Window
-from .row_sums import LEAST_FILLED, larger_bytes
+from .row_runs import LEAST_FILLED, larger_bytes
 from .tap_sums import MAX_REGISTERS, WARP_SIZE, WARPS
 from .taps import clamp
 from .tile_geometry import TileProblem, share_in_map

@@ -132,13 +132,13 @@ def find_tiles(case: Operator, capability: tuple[int, int]) -> dict[KernelName, 
 @contextmanager
 def choose_sums(case: Operator) -> Iterator[None]:
     """Let the kernels that have sums take them in maps of any size, or in none."""
-    from carafepp.kernels.gpu import row_sums, row_target_sums, tap_sums, target_sums
+    from carafepp.kernels.gpu import row_runs, row_target_sums, tap_sums, target_sums
 
     smallest = 0 if case.sums else math.inf
     with ExitStack() as stack:
-        for module in (row_sums, row_target_sums, tap_sums, target_sums):
+        for module in (row_runs, row_target_sums, tap_sums, target_sums):
             stack.enter_context(patch.object(module, "SMALLEST", smallest))
-        for module in (row_sums, row_target_sums):
+        for module in (row_runs, row_target_sums):
             stack.enter_context(patch.object(module, "LEAST_FILLED", 0))
         yield
 

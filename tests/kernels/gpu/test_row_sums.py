@@ -9,10 +9,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from carafepp.kernels.gpu import row_sums
+from carafepp.kernels.gpu import row_gradients, row_runs, row_sums
 from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
 from carafepp.kernels.gpu.operator_launches import INTERPRETED, backward_launches, forward_launches
-from carafepp.kernels.gpu.row_sums import MAX_REGISTERS, SMALLEST, sums_rows
+from carafepp.kernels.gpu.row_runs import MAX_REGISTERS, SMALLEST, sums_rows
 from carafepp.kernels.gpu.training_step import build_training_step
 from carafepp.kernels.reassembly import reassemble
 from carafepp.kernels.reference import reassemble_reference
@@ -28,8 +28,8 @@ UP, DOWN = Spec(5, up=2), Spec(5, down=2)
 @pytest.fixture
 def sums(monkeypatch):
     """Sum over rows in small maps as well."""
-    monkeypatch.setattr(row_sums, "SMALLEST", 0)
-    monkeypatch.setattr(row_sums, "LEAST_FILLED", 0)
+    monkeypatch.setattr(row_runs, "SMALLEST", 0)
+    monkeypatch.setattr(row_runs, "LEAST_FILLED", 0)
 
 
 def run(launches, names, capability=80):
@@ -102,7 +102,7 @@ def test_the_cases_have_every_option():
 @pytest.mark.parametrize("parts", [2, 4])
 def test_warps_that_share_runs_add_their_sums(monkeypatch, parts):
     spec = Spec(3, up=2)
-    monkeypatch.setattr(row_sums, "share_runs", lambda _, runs: runs._replace(parts=parts, rows=runs.rows // parts))
+    monkeypatch.setattr(row_gradients, "share_runs", lambda _, runs: runs._replace(parts=parts, rows=runs.rows // parts))
     check(*random_inputs(1, 8, 9, 20, spec, FLOAT, "contiguous"), spec, 90)
 
 
@@ -208,7 +208,7 @@ def test_large_maps_in_nchw_are_summed(size, spec, dtype, memory_format, forward
 
 
 def test_a_compiler_that_merges_sums_gets_none(monkeypatch):
-    monkeypatch.setattr(row_sums, "MERGES_SUMS", True)
+    monkeypatch.setattr(row_runs, "MERGES_SUMS", True)
     assert not sums_rows("forward", build_training_step(4, 64, ROWS, 64, UP, FLOAT, NCHW).problem())
 
 
