@@ -15,7 +15,7 @@ import triton.language as tl
 from .blocks import align_sizes, align_strides, find_tile, image, split_group
 from .records import Features, Logits, Sizes
 from .taps import clamp
-from .vectors import as_offset, join4, load_vector
+from .vectors import advance, as_offset, join4, load_vector
 from .window import group_logits, lse_address, weight, widen_taps
 
 
@@ -41,15 +41,6 @@ def load_row(ptr, row, cols, VECTOR: tl.constexpr):
     for k in tl.static_range(len(cols)):
         targets += load_vector(ptr + as_offset(row + cols[k]), VECTOR)
     return targets
-
-
-@triton.jit
-def advance(offsets, step):
-    """Return offsets that lie a step after others."""
-    moved = ()
-    for k in tl.static_range(len(offsets)):
-        moved += (offsets[k] + step,)
-    return moved
 
 
 @triton.jit

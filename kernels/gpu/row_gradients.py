@@ -59,7 +59,7 @@ def sum_row_gradients(
     M: tl.constexpr = RUNS.rows * RUNS.steps * RUNS.cols
     PARTS: tl.constexpr = RUNS.parts
     m = tl.arange(0, PARTS * M).to(LAYOUT.index)
-    ng, _, u, q, r = find_runs(m % M, sizes, WINDOW, RUNS)
+    ng, _, u, _v, q, r = find_runs(m % M, sizes, WINDOW, RUNS)
     n, g = split_group(ng, sizes)
     places, _ = find_sources(q, r, sizes, x, m // M, WINDOW, RUNS)
     x = image(x, n, g * sizes.c)
@@ -95,7 +95,7 @@ def sum_row_gradients(
         for i in tl.static_range(TARGETS * K * K):
             totals = totals + (tl.sum(tl.reshape(sums[i], (PARTS, M)), axis=0),)
         sums = totals
-        _, _, u, q, r = find_runs(tl.arange(0, M).to(LAYOUT.index), sizes, WINDOW, RUNS)
+        _, _, u, _v, q, r = find_runs(tl.arange(0, M).to(LAYOUT.index), sizes, WINDOW, RUNS)
     gradients = widen_taps(group_logits(align_rows(gradients, RUNS.align), n, g, WINDOW), LAYOUT)
     for v in tl.static_range(UP):
         first = logit_offset(gradients, u, v, q, r)

@@ -1,7 +1,8 @@
 """The runs of targets that the sums over rows in NCHW share: their places, their loads and stores, and their division among programs.
 
-A *run* is the targets of a thread: a row of neighbouring targets, whose windows share most of their sources. Neighbouring threads have
-neighbouring runs, so that a warp reads and writes rows of pixels.
+A *run* is the targets of a thread: a row of neighbouring targets, whose windows share most of their sources. It has all sub-columns of its
+cells, or a single one where the weights of all do not fit into the registers of a thread. Neighbouring threads have neighbouring runs, so
+that a warp reads and writes rows of pixels.
 
 Loads of sources need no masks. A window that begins above the map, or ends below it, reads rows that are moved into the map, with the
 weights of the taps that they belong to. A column outside the map is replaced by one inside it, with a weight of zero.
@@ -19,11 +20,11 @@ from .launch import Launch
 from .records import Features, Logits, Sizes
 from .tap_sums import MERGES_SUMS, has_room, target_bytes
 from .taps import clamp
-from .tile_geometry import KernelName, TileProblem, multiple, share_in_map, source_bytes
+from .tile_geometry import KernelName, TileProblem, multiple, source_bytes
 from .vectors import as_offset, load_vector
 
-# bytes of the larger map from which on there are enough programs for a device
-SMALLEST = 2**26
+# bytes of the larger map from which on there are enough programs for a device, with runs of all sub-columns and of a single one
+SMALLEST, SMALLEST_SINGLE = 2**26, 2**22
 # share of the places of threads that have targets; with fewer, products take fewer instructions
 LEAST_FILLED = 0.6
 # most weights of a thread; more do not fit into its registers
@@ -40,6 +41,7 @@ class Runs(NamedTuple):
     """The division of the targets among threads and programs. A constant."""
 
     cells: int  # neighbouring cells of a thread
+    subs: int  # sub-columns of a thread: all of them, or one
     steps: int  # sub-rows of a program: all of them, or one
     rows: int  # of cells of a program
     cols: int  # of runs
@@ -54,16 +56,27 @@ class Runs(NamedTuple):
 
 @triton.jit
 def find_runs(m, sizes: Sizes, WINDOW: tl.constexpr, RUNS: tl.constexpr):
-    """Return the group of this program counted over all images, its part of the channels, and the sub-row and the first cell of runs m."""
+    """Return the group of this program counted over all images and its part of the channels, and of runs m what `split_target` returns."""
     PROGRAMS: tl.constexpr = WINDOW.up // RUNS.steps
+    # runs of the same cells
+    PARTS: tl.constexpr = WINDOW.up // RUNS.subs
     pid = tl.program_id(0)
     part = pid % RUNS.split
     pid = pid // RUNS.split
     # the threads of a warp share sources
     u = pid % PROGRAMS * RUNS.steps + m // RUNS.cols % RUNS.steps
-    q0, r0, ng = find_tile(pid // PROGRAMS, tl.cdiv(sizes.hq, RUNS.rows), tl.cdiv(sizes.wq, RUNS.cols * RUNS.cells))
-    q, r = q0 * RUNS.rows + m // (RUNS.cols * RUNS.steps), (r0 * RUNS.cols + m % RUNS.cols) * RUNS.cells
-    return ng, part, u, q, r
+    pid = pid // PROGRAMS
+    if PARTS == 1:
+        q0, r0, ng = find_tile(pid, tl.cdiv(sizes.hq, RUNS.rows), tl.cdiv(sizes.wq, RUNS.cols * RUNS.cells))
+        q, r = q0 * RUNS.rows + m // (RUNS.cols * RUNS.steps), (r0 * RUNS.cols + m % RUNS.cols) * RUNS.cells
+        return ng, part, u, 0, q, r
+    else:
+        # counted from row to row, so that the last program of a map alone has threads without a run
+        width = sizes.wq * PARTS
+        programs = tl.cdiv(sizes.hq * width, RUNS.cols)
+        ng = pid // programs
+        run = (pid - ng * programs) * RUNS.cols + m
+        return ng, part, u, run % width % PARTS, run // width, run % width // PARTS
 
 
 @triton.jit
@@ -147,15 +160,24 @@ def larger_bytes(problem: TileProblem) -> int:
 def sums_rows(kernel: KernelName, problem: TileProblem) -> bool:
     """Return whether forward or the gradient to the logits sums over rows, and has no tile."""
     spec = problem.spec
-    whole = (spec.up == 1 or spec.down == 1) and spec.border in ("zero", "renormalize") and spec.up * spec.taps <= MOST_WEIGHTS
-    # a window has as many rows in the map
-    fits = (problem.height - 1) * spec.down + 1 >= spec.kernel_size
-    # in 16 bits, products with matrix units take fewer instructions unless they are few
-    wins = problem.element_size == 4 or (spec.down > 1 and kernel == "logit_gradient" and has_room(problem))
-    if not (whole and fits and wins) or MERGES_SUMS or problem.channels_last or larger_bytes(problem) < SMALLEST:
+    if MERGES_SUMS or problem.channels_last or spec.border not in ("zero", "renormalize") or min(spec.up, spec.down) > 1:
         return False
-    rows, cols = divide_threads(problem)
-    return share_in_map(problem, rows, cols * count_cells(spec)) >= LEAST_FILLED
+    # a window has as many rows in the map
+    fits = count_subs(spec) * spec.taps <= MOST_WEIGHTS and (problem.height - 1) * spec.down + 1 >= spec.kernel_size
+    single, half = count_subs(spec) < spec.up, problem.element_size == 2
+    if single:
+        # with more channels, products take fewer instructions, and in the gradient to the logits they always do
+        wins = kernel == "forward" and not half and spec.taps > problem.channels
+    else:
+        # in 16 bits, products with matrix units take fewer instructions unless they are few
+        wins = not half or (spec.down > 1 and kernel == "logit_gradient" and has_room(problem))
+    large = larger_bytes(problem) >= (SMALLEST_SINGLE if single else SMALLEST)
+    return fits and wins and large and share_of_places(problem) >= LEAST_FILLED
+
+
+def count_subs(spec: Spec) -> int:
+    """Return the sub-columns of a thread."""
+    return spec.up if spec.up * spec.taps <= MOST_WEIGHTS else 1
 
 
 def count_cells(spec: Spec) -> int:
@@ -165,39 +187,57 @@ def count_cells(spec: Spec) -> int:
 
 def count_steps(spec: Spec) -> int:
     """Return the sub-rows of a program, whose number of threads is a power of two."""
-    return spec.up if spec.up & (spec.up - 1) == 0 else 1
+    return spec.up if spec.up & (spec.up - 1) == 0 and count_subs(spec) == spec.up else 1
+
+
+def count_runs(problem: TileProblem) -> tuple[int, int]:
+    """Return the rows of runs of a map, and the runs of a row; those of single sub-columns are counted from row to row, as one."""
+    spec = problem.spec
+    if count_subs(spec) < spec.up:
+        return 1, problem.height * problem.width * spec.up
+    return problem.height, triton.cdiv(problem.width, count_cells(spec))
 
 
 def divide_threads(problem: TileProblem) -> tuple[int, int]:
-    """Return the rows of cells of a program, and the runs in each of them."""
-    cells, steps = count_cells(problem.spec), count_steps(problem.spec)
+    """Return the rows of runs of a program, and the runs of a row."""
+    steps, cells, (height, width) = count_steps(problem.spec), count_cells(problem.spec), count_runs(problem)
     threads = WARPS * WARP_SIZE // steps
-    width = cells * problem.spec.down * problem.element_size
+    if height == 1:
+        return 1, threads
+    size = cells * problem.spec.down * problem.element_size
 
     def count_lines(cols: int) -> float:
         """Return the lines of memory that a load of x touches in all warps."""
-        programs = triton.cdiv(problem.height, threads // cols) * triton.cdiv(problem.width, cols * cells)
-        return programs * max(1, WARP_SIZE // steps // cols) * (1 + min(cols, WARP_SIZE) * width / LINE)
+        programs = triton.cdiv(height, threads // cols) * triton.cdiv(width, cols)
+        return programs * max(1, WARP_SIZE // steps // cols) * (1 + min(cols, WARP_SIZE) * size / LINE)
 
     cols = min((cols for cols in (8, 16, 32) if cols <= threads), key=count_lines)
     return threads // cols, cols
 
 
+def share_of_places(problem: TileProblem) -> float:
+    """Return the share of the places of threads in rows and columns of cells that are in the map."""
+    (height, width), (rows, cols), cells = count_runs(problem), divide_threads(problem), count_cells(problem.spec)
+    return height / multiple(height, rows) * width / multiple(width, cols) * problem.width / multiple(problem.width, cells)
+
+
 def divide_runs(problem: TileProblem, logits: tuple[Logits, ...]) -> Runs:
     """Return the division of a call among threads and programs, none of which share channels."""
     spec = problem.spec
-    cells, (rows, cols) = count_cells(spec), divide_threads(problem)
-    x_vector, y_vector = math.gcd(problem.x_align, cells * spec.down, 4), math.gcd(problem.y_align, cells * spec.up, 4)
+    cells, subs, (rows, cols) = count_cells(spec), count_subs(spec), divide_threads(problem)
+    neighbours = cells * subs if subs == spec.up else subs
+    x_vector, y_vector = math.gcd(problem.x_align, cells * spec.down, 4), math.gcd(problem.y_align, neighbours, 4)
     steps_of_rows = [step for record in logits for step in record[1:-1]] if all(record.stride_w == 1 for record in logits) else [1]
     align = math.gcd(2, problem.width, *steps_of_rows)
     lead = multiple(spec.kernel_size // 2, x_vector)
     vectors = (lead + (cells - 1) * spec.down + spec.kernel_size // 2) // x_vector + 1
-    return Runs(cells, count_steps(spec), rows, cols, lead, vectors, x_vector, y_vector, align, 1, 1)
+    return Runs(cells, subs, count_steps(spec), rows, cols, lead, vectors, x_vector, y_vector, align, 1, 1)
 
 
 def count_programs(problem: TileProblem, runs: Runs) -> int:
     """Return the programs of a launch without shared channels."""
-    tiles = triton.cdiv(problem.height, runs.rows) * triton.cdiv(problem.width, runs.cols * runs.cells)
+    height, width = count_runs(problem)
+    tiles = triton.cdiv(height, runs.rows) * triton.cdiv(width, runs.cols)
     return problem.batch * tiles * (problem.spec.up // runs.steps)
 
 

@@ -30,7 +30,7 @@ from .special import exp, log
 from .taps import clamp
 from .tile_geometry import TileProblem
 from .tile_time import find_device
-from .vectors import as_offset, store_vector
+from .vectors import advance, as_offset, store_vector
 from .window import group_logits, is_left_out, logit_offset, score, weight, widen_taps
 
 # time to compute the weights of a program, in channels
@@ -64,8 +64,10 @@ def sum_exponentials(first, u, v, q, r, logits: Logits, sizes: Sizes, WINDOW: tl
     found = ()
     for _ in tl.static_range(CELLS):
         found = found + (tl.full(q.shape, -3e38, tl.float32), tl.zeros(q.shape, tl.float32))
-    # a loop that is not unrolled, because the compiler takes a time quadratic in the number of loads
-    for ky in range(K):
+    # a loop that is not unrolled, because the compiler takes a time quadratic in the number of loads; it ends with the taps whose weights
+    # are computed first, so that L1 has them
+    for above in range(K):
+        ky = K - 1 - above
         scores = ()
         for kx in tl.static_range(K):
             scores = scores + tap_scores(first, ky * K + kx, u, v, q, r, logits, sizes, WINDOW, CELLS)
@@ -113,7 +115,8 @@ def sum_rows(
     DOWN: tl.constexpr = WINDOW.down
     CELLS: tl.constexpr = RUNS.cells
     UP: tl.constexpr = WINDOW.up
-    TARGETS: tl.constexpr = CELLS * UP
+    SUBS: tl.constexpr = RUNS.subs
+    TARGETS: tl.constexpr = CELLS * SUBS
     VECTOR: tl.constexpr = RUNS.y_vector
     # columns of the first load before the first window
     AHEAD: tl.constexpr = RUNS.lead - K // 2
@@ -121,19 +124,19 @@ def sum_rows(
     x = align_strides(x, 1, LAYOUT.x_align)
     y = align_strides(y, 1, LAYOUT.y_align)
     m = tl.arange(0, RUNS.rows * RUNS.steps * RUNS.cols).to(LAYOUT.index)
-    ng, part, u, q, r = find_runs(m, sizes, WINDOW, RUNS)
+    ng, part, u, v, q, r = find_runs(m, sizes, WINDOW, RUNS)
     n, g = split_group(ng, sizes)
     lse_ptr += ng.to(tl.int64) * WINDOW.up * WINDOW.up * sizes.hq * sizes.wq
     places, moved = find_sources(q, r, sizes, x, 0, WINDOW, RUNS)
     logits = widen_taps(group_logits(align_rows(logits, RUNS.align), n, g, WINDOW), LAYOUT)
     weights = ()
-    for v in tl.static_range(UP):
-        first = logit_offset(logits, u, v, q, r)
+    for sub in tl.static_range(SUBS):
+        first = logit_offset(logits, u, v + sub, q, r)
         lse = (tl.zeros(q.shape, tl.float32),) * CELLS
         if WINDOW.normalized:
-            lse = sum_exponentials(first, u, v, q, r, logits, sizes, WINDOW, CELLS)
+            lse = sum_exponentials(first, u, v + sub, q, r, logits, sizes, WINDOW, CELLS)
             if part == 0:
-                store_cells(lse_ptr, lse_offset(sizes, u, v, q, r, WINDOW), 1, q, r, lse, sizes, CELLS)
+                store_cells(lse_ptr, lse_offset(sizes, u, v + sub, q, r, WINDOW), 1, q, r, lse, sizes, CELLS)
         for ky in tl.static_range(K):
             for kx in tl.static_range(K):
                 tap, reads = move_tap(moved, ky, kx, r, sizes, WINDOW, CELLS)
@@ -143,35 +146,39 @@ def sum_rows(
 
     x = image(x, n, g * sizes.c)
     y = image(y, n, g * sizes.c)
-    row, col = q * UP + u, r * UP
+    row, col = q * UP + u, r * UP + v
     to = as_offset(row * y.stride_h + col * y.stride_w)
     channels = tl.cdiv(sizes.c, RUNS.split)
     start = part * channels
-    x_plane, y_plane = x.ptr + start.to(LAYOUT.index) * x.stride_c, y.ptr + start.to(LAYOUT.index) * y.stride_c
+    places = advance(places, as_offset(start.to(LAYOUT.index) * x.stride_c))
+    y_plane = y.ptr + start.to(LAYOUT.index) * y.stride_c
     for _c in range(start, tl.minimum(start + channels, sizes.c)):
         sums = ()
         for _ in tl.static_range(TARGETS):
             sums = sums + (tl.zeros(row.shape, tl.float32),)
         for ky in tl.static_range(K):
-            sources = load_sources(x_plane + ky * x.stride_h, places, RUNS)
+            sources = load_sources(x.ptr + ky * x.stride_h, places, RUNS)
             added = ()
             for target in tl.static_range(TARGETS):
                 s = sums[target]
                 for kx in tl.static_range(K):
-                    s += weights[((target % UP * K + ky) * K + kx) * CELLS + target // UP] * sources[AHEAD + target // UP * DOWN + kx]
+                    s += weights[((target % SUBS * K + ky) * K + kx) * CELLS + target // SUBS] * sources[AHEAD + target // SUBS * DOWN + kx]
                 added = added + (s,)
             sums = added
         for target in tl.static_range(0, TARGETS, VECTOR):
-            exists = (row < sizes.ho) & (col + target < sizes.wo)
-            store_vector(y_plane + target * y.stride_w + to, exists, sums, target, VECTOR)
-        x_plane += x.stride_c
+            # columns behind the first target of the run
+            behind = target // SUBS * UP + target % SUBS
+            exists = (row < sizes.ho) & (col + behind < sizes.wo)
+            store_vector(y_plane + behind * y.stride_w + to, exists, sums, target, VECTOR)
+        # offsets change and not the pointer, so that no sums of both wait in registers
+        places = advance(places, x.stride_c)
         y_plane += y.stride_c
 
 
 def split_channels(problem: TileProblem, runs: Runs) -> Runs:
     """Return the division with the number of programs that share the channels of a run, each of which computes all of its weights."""
     multiprocessors, programs = find_device(problem.capability).multiprocessors, count_programs(problem, runs)
-    enough = min(problem.channels, triton.cdiv(RESIDENT * multiprocessors, programs))
+    enough = max(1, min(problem.channels, RESIDENT * multiprocessors // programs))
 
     def cost(split: int) -> int:
         """Return the channels that the multiprocessor with the most programs computes."""

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .blocks import align_strides, find_tile, image, split_group
-from .cell_target_sums import Blocks, Share, advance, load_lse, load_row, load_weight, sum_cell_targets
+from .cell_target_sums import Blocks, Share, load_lse, load_row, load_weight, sum_cell_targets
 from .launch import Launch
 from .records import Features, Layout, Logits, Sizes, Window
 from .row_runs import LEAST_FILLED, larger_bytes
@@ -20,7 +20,7 @@ from .tap_sums import MAX_REGISTERS, WARP_SIZE, WARPS
 from .taps import clamp
 from .tile_geometry import TileProblem, share_in_map
 from .tile_time import find_device
-from .vectors import as_offset
+from .vectors import advance, as_offset
 from .window import group_logits, widen_taps
 
 # bytes of the larger map from which the sums are taken: below it, they have too few programs for a device

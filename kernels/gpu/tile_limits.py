@@ -34,8 +34,9 @@ REGISTER_BYTES = 4
 # per program: less than the 99 KiB that a program may take at capabilities 8.6, 8.9 and 12.0 (CUDA programming guide)
 SHARED_BYTES = 96 * 1024
 
-# the cells of a tile; few, because each is a separate compilation. Seven columns divide the maps of images of 224 and 800 x 1333 pixels
-CELLS = ((1, 1), (1, 2), (1, 4), (1, 8), (1, 14), (1, 16), (2, 2), (2, 4), (2, 7), (2, 8), (3, 4), (4, 4))
+# the cells of a tile; few, because each is a separate compilation. Seven columns divide the maps of images of 224 and 800 x 1333 pixels;
+# three cells of up 3 have 27 targets and read 63 sources in windows of 7 x 7, nearly powers of two
+CELLS = ((1, 1), (1, 2), (1, 3), (1, 4), (1, 8), (1, 14), (1, 16), (2, 2), (2, 4), (2, 7), (2, 8), (3, 4), (4, 4))
 SMALL_CELLS, LARGEST_CELLS = 4, 16
 VECTORS = (1, 2, 4)
 # the widest of forward

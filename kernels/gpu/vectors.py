@@ -17,6 +17,15 @@ def as_offset(values):
 
 
 @triton.jit
+def advance(offsets, step):
+    """Return offsets that lie a step after others."""
+    moved = ()
+    for k in tl.static_range(len(offsets)):
+        moved += (offsets[k] + step,)
+    return moved
+
+
+@triton.jit
 def load_vector(ptr, VECTOR: tl.constexpr):
     """Return the VECTOR neighbours that begin at each address, in float32."""
     if VECTOR == 1:

@@ -28,8 +28,8 @@ UP, DOWN = Spec(5, up=2), Spec(5, down=2)
 @pytest.fixture
 def sums(monkeypatch):
     """Sum over rows in small maps as well."""
-    monkeypatch.setattr(row_runs, "SMALLEST", 0)
-    monkeypatch.setattr(row_runs, "LEAST_FILLED", 0)
+    for limit in ("SMALLEST", "SMALLEST_SINGLE", "LEAST_FILLED"):
+        monkeypatch.setattr(row_runs, limit, 0)
 
 
 def run(launches, names, capability=80):
@@ -54,8 +54,12 @@ def sum_both(x: Tensor, logits: Tensor, dy: Tensor, spec: Spec, capability: int 
     else:
         y.copy_(reassemble_reference(x.float(), logits.float(), **spec._asdict()))
         lse.copy_(log_sum_exp(logits.double(), spec, *x.shape[2:]))
-    launches = backward_launches(dy, x, cells, lse, None, dlogits.unflatten(1, cells.shape[1:4]), spec, capability=pair)
-    run(launches, ["sum_row_gradients", "normalize_gradients"], capability)
+    if sums_rows("logit_gradient", build_training_step(*x.shape, spec, x.dtype, NCHW).problem(pair)):
+        launches = backward_launches(dy, x, cells, lse, None, dlogits.unflatten(1, cells.shape[1:4]), spec, capability=pair)
+        run(launches, ["sum_row_gradients", "normalize_gradients"], capability)
+    else:
+        expected = differentiate(reassemble_reference, x.float(), logits.float(), dy.float(), size=dy.shape[2:], **spec._asdict())
+        dlogits.copy_(expected["dlogits"])
     return {"y": y, "lse": lse, "dlogits": dlogits}
 
 
@@ -80,6 +84,10 @@ CASES = [
     (1, 2, 13, 9, Spec(3, down=3, normalizer="sigmoid"), FLOAT),
     (1, 3, 5, 3, Spec(3), FLOAT),
     (1, 1, 3, 5, Spec(1, up=2), FLOAT),
+    # single sub-columns, whose runs are counted from row to row
+    (1, 3, 9, 5, Spec(7, up=3), FLOAT),
+    (2, 4, 7, 43, Spec(7, up=4, groups=2, border="renormalize", normalizer="sigmoid_normalized"), FLOAT),
+    (1, 2, 11, 1, Spec(9, up=2, normalizer="none"), FLOAT),
     (1, 13, 12, 16, DOWN, HALF),
     (2, 10, 9, 10, Spec(3, down=2, groups=2, normalizer="sigmoid_normalized"), BF16),
 ]
@@ -130,6 +138,7 @@ def columns_of_more(x: Tensor) -> Tensor:
         (lambda x: x, "contiguous", Spec(3, up=2, groups=2), (1, 0)),
         (lambda x: x, "contiguous", Spec(3, up=2), (1, 1)),
         (lambda x: x, "sliced", Spec(3, up=3, border="renormalize"), (2, 0)),
+        (columns_of_more, "channels_last", Spec(7, up=3, groups=2), (2, 1)),
     ],
 )
 def test_features_and_logits_of_any_layout(view, logit_layout, spec, shorter):
@@ -191,8 +200,12 @@ ROWS = SMALLEST // 4 // 64 // 64
         ((512, 256, 14, 14), UP, FLOAT, NCHW, True, True),
         # the sums would need more memory than the features
         ((64, 12, 112, 112), DOWN._replace(groups=2), HALF, NCHW, False, False),
-        # more weights than registers
+        # more weights than registers: a thread has a single target where a group has few channels
         ((1, 64, ROWS, 64), Spec(7, up=3), FLOAT, NCHW, False, False),
+        ((1, 128, 33, 47), Spec(7, up=3, groups=4), FLOAT, NCHW, True, False),
+        ((1, 128, 33, 47), Spec(7, up=3, groups=4), HALF, NCHW, False, False),
+        ((1, 128, 20, 40), Spec(7, up=3, groups=4), FLOAT, NCHW, False, False),
+        ((1, 128, 66, 66), Spec(11, up=3, groups=4), FLOAT, NCHW, False, False),
         ((1, 64, ROWS, 64), Spec(7, up=2), FLOAT, NCHW, True, True),
         ((1, 64, ROWS, 64), Spec(5, up=3, down=2), FLOAT, NCHW, False, False),
         ((1, 64, ROWS, 64), UP._replace(border="replicate"), FLOAT, NCHW, False, False),
@@ -221,21 +234,21 @@ def test_a_compiler_that_merges_sums_gets_none(monkeypatch):
         ((64, 64, 112, 112), DOWN, FLOAT, 80),
         ((64, 64, 112, 112), DOWN, HALF, 90),
         ((4, 512, 64, 64), UP, FLOAT, 90),
+        ((1, 128, 33, 47), Spec(7, up=3, groups=4), FLOAT, 90),
+        ((2, 128, 64, 48), Spec(9, up=2, groups=4), FLOAT, 80),
     ],
     ids=str,
 )
 def test_assembly_spills_nothing(size, spec, dtype, capability):
     step = build_training_step(*size, spec, dtype, NCHW)
-    launches = [
-        launch for kernel in ("forward", "logit_gradient") for launch in step.build_launches(kernel, capability=divmod(capability, 10))
-    ]
-    assert [launch.kernel.__name__ for launch in launches[-2:]] == ["sum_row_gradients", "normalize_gradients"]
-    for launch in launches:
-        if launch.kernel.__name__ in ("sum_rows", "sum_row_gradients", "normalize_gradients"):
-            assembly = read_assembly(compile_launch(launch, capability))
-            assert assembly.spills == 0
-            assert assembly.registers <= MAX_REGISTERS
-            assert assembly.blocks > 0
+    pair = divmod(capability, 10)
+    kernels = [kernel for kernel in ("forward", "logit_gradient") if sums_rows(kernel, step.problem(pair))]
+    assert kernels
+    for launch in (launch for kernel in kernels for launch in step.build_launches(kernel, capability=pair)):
+        assembly = read_assembly(compile_launch(launch, capability))
+        assert assembly.spills == 0
+        assert assembly.registers <= MAX_REGISTERS
+        assert assembly.blocks > 0
 
 
 def test_gradients_of_weights_are_in_the_memory_of_those_of_logits_in_float32():
