@@ -183,13 +183,18 @@ def divide_threads(problem: TileProblem) -> tuple[int, int]:
     return threads // cols, cols
 
 
+def find_row_alignment(problem: TileProblem, logits: tuple[Logits, ...]) -> int:
+    """Return the elements, at most two, at whose multiples every row of logits begins and ends."""
+    steps = [step for record in logits for step in record[1:-1]] if all(record.stride_w == 1 for record in logits) else [1]
+    return math.gcd(2, problem.width, *steps)
+
+
 def divide_runs(problem: TileProblem, logits: tuple[Logits, ...]) -> Runs:
     """Return the division of a call among threads and programs, none of which share channels."""
     spec = problem.spec
     cells, (rows, cols) = count_cells(spec), divide_threads(problem)
     x_vector, y_vector = math.gcd(problem.x_align, cells * spec.down, 4), math.gcd(problem.y_align, cells * spec.up, 4)
-    steps_of_rows = [step for record in logits for step in record[1:-1]] if all(record.stride_w == 1 for record in logits) else [1]
-    align = math.gcd(2, problem.width, *steps_of_rows)
+    align = find_row_alignment(problem, logits)
     lead = multiple(spec.kernel_size // 2, x_vector)
     vectors = (lead + (cells - 1) * spec.down + spec.kernel_size // 2) // x_vector + 1
     return Runs(cells, count_steps(spec), rows, cols, lead, vectors, x_vector, y_vector, align, 1, 1)
