@@ -138,16 +138,21 @@ def sums_targets(problem: TileProblem) -> bool:
     return regular and problem.channels_last and problem.element_size == 4 and target_bytes(problem) >= SMALLEST and has_room(problem)
 
 
+def divide_program(channels: int) -> tuple[int, int]:
+    """Return the rows and columns of groups of 2 x 4 pixels of a program, given its channels."""
+    groups = SUMS_OF_THREAD * WARPS * WARP_SIZE // channels
+    # at least as many columns of pixels as rows: L1 holds what a program reads in a step
+    cols = 1 << (groups.bit_length() - 1) // 2
+    return groups // cols, cols
+
+
 def target_sum_launches(arguments: dict[str, Any], problem: TileProblem, window: Window, layout: Layout) -> list[Launch]:
     """Return the launches that fill dx; `arguments` are those of the operator, by name."""
     sums = divide_sums(problem)
     if problem.height * problem.width * problem.spec.taps * sums.step > INT32_MAX:
         layout = layout._replace(index=tl.int64)
     first = weigh_launch(arguments, problem, window, layout, sums, stores=False)
-    groups = SUMS_OF_THREAD * WARPS * WARP_SIZE // sums.block_c
-    # at least as many columns of pixels as rows: L1 holds what a program reads in a step
-    groups_w = 1 << (groups.bit_length() - 1) // 2
-    groups_h = groups // groups_w
+    groups_h, groups_w = divide_program(sums.block_c)
     programs = triton.cdiv(problem.height, ROWS * groups_h) * triton.cdiv(problem.width, COLS * groups_w)
     programs *= problem.batch * triton.cdiv(problem.channels, sums.block_c)
     given = {"sizes": arguments["sizes"], "weights_ptr": first.arguments["weights_ptr"], "dy": arguments["dy"], "dx": arguments["dx"]}
