@@ -25,6 +25,7 @@ class Blocks(NamedTuple):
     rows: int
     cols: int
     vector: int  # targets of one load
+    align: int  # of up 2: every row of logits begins and ends at a multiple of this number of elements
 
 
 class Share(NamedTuple):

@@ -1,7 +1,7 @@
 """The launches of the operator for given tensors, on any device: which kernels, with which tiles, and with what compiled in."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from . import taps
 from .banded_backward import banded_backward
 from .banded_forward import banded_forward
 from .banded_source_gradient import banded_source_gradient
+from .cell_sums import cell_sum_launches, sums_cells
 from .launch import Launch
 from .padded_taps import padded_source_gradient
 from .records import Features, Layout, Logits, Sizes, Window, offset_type
@@ -34,6 +35,8 @@ TAP_BLOCKS = {"BLOCK_M": 32, "BLOCK_C": 32}
 TAP_OPTIONS = {"num_warps": 4, "num_stages": 2}
 # the capability for which a launch is planned if its tensors are not on a GPU
 DEFAULT_CAPABILITY = (8, 0)
+# from the arguments of the operator, by name
+SumLaunches = Callable[[dict[str, Any], TileProblem, Window, Layout], list[Launch]]
 INTERPRETED = not isinstance(banded_forward, triton.JITFunction)
 
 
@@ -102,7 +105,13 @@ def has_tiles(kernel: KernelName, problem: TileProblem) -> bool:
         return not (sums_taps(problem) or sums_rows(kernel, problem))
     if kernel == "logit_gradient":
         return not sums_rows(kernel, problem)
-    return not (sums_targets(problem) or sums_row_targets(problem))
+    return _find_sums(problem) is None
+
+
+def _find_sums(problem: TileProblem) -> SumLaunches | None:
+    """Return what builds the launches of the gradient to the features as a sum; None if it is a product."""
+    choices = ((sums_targets, target_sum_launches), (sums_cells, cell_sum_launches), (sums_row_targets, row_target_sum_launches))
+    return next((launches for sums, launches in choices if sums(problem)), None)
 
 
 def _find_tile(kernel: KernelName, problem: TileProblem, x: Tensor) -> Tile | None:
@@ -256,13 +265,13 @@ def _kernel_launches(
 ) -> list[Launch]:
     """Return the launch of a kernel of backward, after that of the copy or of the weights that it reads, if it reads any."""
     x, logits = arguments["x"].ptr, arguments["logits"].ptr
-    if kernel == "source_gradient" and tile is None and factors is None and (sums_targets(problem) or sums_row_targets(problem)):
+    sums = _find_sums(problem) if kernel == "source_gradient" and tile is None and factors is None else None
+    if sums is not None:
         dy, dx = arguments["dy"].ptr, arguments["dx"].ptr
         # the gradient to x may have other strides than x
         x_align = _alignment(dx, problem.channels, problem.channels_last)
         layout = _layout(problem, x_align, problem.y_align, (dy, dx), (logits,))
-        launches = target_sum_launches if sums_targets(problem) else row_target_sum_launches
-        return launches(arguments, problem, _window(problem.spec), layout)
+        return sums(arguments, problem, _window(problem.spec), layout)
     if kernel == "logit_gradient" and tile is None and sums_rows(kernel, problem):
         dy, dlogits = arguments["dy"].ptr, arguments["dlogits"].ptr
         layout = _layout(problem, problem.x_align, problem.y_align, (x, dy), (logits, dlogits))

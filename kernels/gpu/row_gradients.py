@@ -15,6 +15,7 @@ from .launch import Launch
 from .records import Features, Layout, Logits, Sizes, Window
 from .row_runs import (
     RESIDENT,
+    WARP_SIZE,
     WARPS,
     Runs,
     align_cells,
@@ -29,10 +30,13 @@ from .row_runs import (
     store_cells,
 )
 from .tap_sums import tile_of_weights
-from .tile_geometry import TileProblem
+from .tile_geometry import TileProblem, multiple
 from .tile_time import find_device
 from .vectors import as_offset, load_vector
 from .window import group_logits, logit_addresses, logit_offset, place_targets, store_logit_gradient, widen_taps
+
+# most rows of programs of twice as many warps, over those of others
+MOST_ROWS = 1.05
 
 
 @triton.jit
@@ -147,13 +151,16 @@ def normalize_gradients(
 
 
 def share_runs(problem: TileProblem, runs: Runs) -> Runs:
-    """Return the division with as many warps that share runs as give every multiprocessor enough programs."""
+    """Return the division with as many warps that share runs as give every multiprocessor enough programs, and then twice as many rows."""
     multiprocessors = find_device(problem.capability).multiprocessors
     while runs.parts < WARPS and runs.rows > 1 and problem.channels % (2 * runs.parts) == 0:
         if count_programs(problem, runs) >= RESIDENT * multiprocessors:
             break
         runs = runs._replace(parts=2 * runs.parts, rows=runs.rows // 2)
-    return runs
+    # a program also reads the rows of x around its own
+    wider = runs._replace(rows=2 * runs.rows)
+    filled = multiple(problem.height, wider.rows) <= MOST_ROWS * multiple(problem.height, runs.rows)
+    return wider if filled and count_programs(problem, wider) >= multiprocessors else runs
 
 
 def row_gradient_launches(arguments: dict[str, Any], problem: TileProblem, window: Window, layout: Layout) -> list[Launch]:
@@ -165,6 +172,7 @@ def row_gradient_launches(arguments: dict[str, Any], problem: TileProblem, windo
     arguments = arguments | {"gradients": gradients}
     runs = share_runs(problem, divide_runs(problem, (gradients,)))
     first = build_launch(sum_row_gradients, arguments, count_programs(problem, runs), {"WINDOW": window, "LAYOUT": layout, "RUNS": runs})
+    first = first._replace(num_warps=runs.parts * runs.rows * runs.steps * runs.cols // WARP_SIZE)
     spec = problem.spec
     tile = tile_of_weights(spec)
     programs = triton.cdiv(problem.height, tile.rows // spec.up) * triton.cdiv(problem.width, tile.cols // spec.up)

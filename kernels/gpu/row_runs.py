@@ -221,14 +221,19 @@ def share_of_places(problem: TileProblem) -> float:
     return height / multiple(height, rows) * width / multiple(width, cols) * problem.width / multiple(problem.width, cells)
 
 
+def find_row_alignment(problem: TileProblem, logits: tuple[Logits, ...]) -> int:
+    """Return the elements, at most two, at whose multiples every row of logits begins and ends."""
+    steps = [step for record in logits for step in record[1:-1]] if all(record.stride_w == 1 for record in logits) else [1]
+    return math.gcd(2, problem.width, *steps)
+
+
 def divide_runs(problem: TileProblem, logits: tuple[Logits, ...]) -> Runs:
     """Return the division of a call among threads and programs, none of which share channels."""
     spec = problem.spec
     cells, subs, (rows, cols) = count_cells(spec), count_subs(spec), divide_threads(problem)
     neighbours = cells * subs if subs == spec.up else subs
     x_vector, y_vector = math.gcd(problem.x_align, cells * spec.down, 4), math.gcd(problem.y_align, neighbours, 4)
-    steps_of_rows = [step for record in logits for step in record[1:-1]] if all(record.stride_w == 1 for record in logits) else [1]
-    align = math.gcd(2, problem.width, *steps_of_rows)
+    align = find_row_alignment(problem, logits)
     lead = multiple(spec.kernel_size // 2, x_vector)
     vectors = (lead + (cells - 1) * spec.down + spec.kernel_size // 2) // x_vector + 1
     return Runs(cells, subs, count_steps(spec), rows, cols, lead, vectors, x_vector, y_vector, align, 1, 1)

@@ -15,13 +15,13 @@ from .blocks import align_strides, find_tile, image, split_group
 from .cell_target_sums import Blocks, Share, load_lse, load_row, load_weight, sum_cell_targets
 from .launch import Launch
 from .records import Features, Layout, Logits, Sizes, Window
-from .row_runs import LEAST_FILLED, larger_bytes
+from .row_runs import LEAST_FILLED, align_cells, align_rows, find_row_alignment, larger_bytes
 from .tap_sums import MAX_REGISTERS, WARP_SIZE, WARPS
 from .taps import clamp
 from .tile_geometry import TileProblem, share_in_map
 from .tile_time import find_device
 from .vectors import advance, as_offset
-from .window import group_logits, widen_taps
+from .window import group_logits, lse_address, weight, widen_taps
 
 # bytes of the larger map from which the sums are taken: below it, they have too few programs for a device
 SMALLEST = 2**24
@@ -44,25 +44,64 @@ FEWER_REGISTERS = 96
 
 
 @triton.jit
-def weigh_row(logits: Logits, lse_ptr, ng, row, i, j, exists, sizes: Sizes, WINDOW: tl.constexpr):
-    """Return the weights of a row of targets for the pixels (i, j) and (i, j + 1), ordered by pixel, tap and column of a cell."""
+def load_pair(ptr, inside):
+    """Return what lies at each address, that of an even cell, and in the next cell, with one instruction; zeros where not `inside`."""
+    a, b = tl.split(tl.load(ptr[:, None] + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0.0).to(tl.float32))
+    return a, b
+
+
+@triton.jit
+def load_row_lse(lse_ptr, ng, u, q, left, exists, sizes: Sizes, WINDOW: tl.constexpr, PAIRS: tl.constexpr):
+    """Return the log-sum-exp of the windows of cells of a row, ordered by sub-column and cell, or zero as in `load_lse`."""
+    lse = ()
+    for v in tl.static_range(2):
+        for cell in tl.static_range(WINDOW.kernel_size + 1):
+            r = left + cell
+            if PAIRS and WINDOW.normalized:
+                if cell % 2 == 0:
+                    inside = exists & (q >= 0) & (q < sizes.hq) & (r >= 0) & (r < sizes.wq)
+                    lse += load_pair(lse_address(lse_ptr, sizes, ng.to(tl.int64), u, v, q, r, WINDOW), inside)
+            else:
+                lse += (load_lse(lse_ptr, ng, u, v, q, r, exists, sizes, WINDOW),)
+    return lse
+
+
+@triton.jit
+def weigh_pair(
+    ptr, stride_w, lse, left, exists, sizes: Sizes, CELL: tl.constexpr, V: tl.constexpr, WINDOW: tl.constexpr, PAIRS: tl.constexpr
+):
+    """Return the weights of a tap of two neighbouring cells of a row, CELL after `left`, in sub-column V; `ptr` is of column 0."""
+    LSE: tl.constexpr = V * (WINDOW.kernel_size + 1) + CELL
+    r = left + CELL
+    ptr += r * stride_w
+    if PAIRS and CELL % 2 == 0:
+        inside = exists & (r >= 0) & (r < sizes.wq)
+        a, b = load_pair(ptr, inside)
+        return tl.where(inside, weight(a, lse[LSE], WINDOW), 0.0), tl.where(inside, weight(b, lse[LSE + 1], WINDOW), 0.0)
+    else:
+        # a size may cut off the last column of targets
+        first = exists & (r >= 0) & (r < sizes.wq) & (2 * r + V < sizes.wo)
+        second = exists & (r >= -1) & (r + 1 < sizes.wq) & (2 * r + 2 + V < sizes.wo)
+        return load_weight(ptr, lse[LSE], first, WINDOW), load_weight(ptr + stride_w, lse[LSE + 1], second, WINDOW)
+
+
+@triton.jit
+def weigh_row(logits: Logits, lse_ptr, ng, row, i, left, exists, sizes: Sizes, WINDOW: tl.constexpr, PAIRS: tl.constexpr):
+    """Return the weights of a row of targets for two neighbouring pixels of row i, ordered by tap, sub-column and pixel.
+
+    The cells of the targets begin in column `left`. With PAIRS, it is even, and one instruction loads what belongs to two cells.
+    """
     K: tl.constexpr = WINDOW.kernel_size
     # also of rows before the map, unlike a division, which rounds towards zero
     q, u = row >> 1, row & 1
-    lse = ()
-    for col in tl.static_range(2 * K + 2):
-        lse += (load_lse(lse_ptr, ng, u, col % 2, q, j - K // 2 + col // 2, exists, sizes, WINDOW),)
+    lse = load_row_lse(lse_ptr, ng, u, q, left, exists, sizes, WINDOW, PAIRS)
     weights = ()
     ptr = logits.ptr + ((i - q + K // 2) * K * logits.stride_c + u * logits.stride_u + q * logits.stride_h)
     exists &= (row >= 0) & (row < sizes.ho)
-    for pixel in tl.static_range(2):
-        for kx in tl.static_range(K):
-            r = j + (pixel + K // 2 - kx)
-            inside = exists & (r >= 0) & (r < sizes.w)
-            for v in tl.static_range(2):
-                address = ptr + (kx * logits.stride_c + v * logits.stride_v + r * logits.stride_w)
-                # a size may cut off the last column of targets
-                weights += (load_weight(address, lse[2 * (pixel + K - 1 - kx) + v], inside & (2 * r + v < sizes.wo), WINDOW),)
+    for kx in tl.static_range(K):
+        for v in tl.static_range(2):
+            of_tap = ptr + (kx * logits.stride_c + v * logits.stride_v)
+            weights += weigh_pair(of_tap, logits.stride_w, lse, left, exists, sizes, K - 1 - kx, v, WINDOW, PAIRS)
     return weights
 
 
@@ -71,8 +110,8 @@ def add_row(s0, s1, targets, weights, FIRST: tl.constexpr, K: tl.constexpr):
     """Add a row of targets to the sums of two neighbouring pixels, with the weights from FIRST on."""
     for kx in tl.static_range(K):
         for v in tl.static_range(2):
-            s0 += weights[FIRST + 2 * kx + v] * targets[2 * (K - 1 - kx) + v]
-            s1 += weights[FIRST + 2 * (K + kx) + v] * targets[2 * (K - kx) + v]
+            s0 += weights[FIRST + 4 * kx + 2 * v] * targets[2 * (K - 1 - kx) + v]
+            s1 += weights[FIRST + 4 * kx + 2 * v + 1] * targets[2 * (K - kx) + v]
     return s0, s1
 
 
@@ -104,6 +143,9 @@ def sum_block_targets(
     VECTOR: tl.constexpr = BLOCKS.vector
     # vectors of four targets begin at even cells, and blocks of windows of 3 x 3 therefore at odd ones
     SHIFT: tl.constexpr = RADIUS % 2 if VECTOR == 4 else 0
+    PAIRS: tl.constexpr = VECTOR == 4 and BLOCKS.align == 2
+    sizes = align_cells(sizes, BLOCKS.align)
+    logits = align_rows(logits, BLOCKS.align)
     dy = align_strides(dy, 1, LAYOUT.y_align)
     pid = tl.program_id(0)
     first = pid % share.programs * share.channels
@@ -112,24 +154,25 @@ def sum_block_targets(
     n, g = split_group(ng, sizes)
     m = tl.arange(0, 4 * ROWS * COLS).to(LAYOUT.index)
     quarter = m // COLS % 4
-    i, j = (i0 * ROWS + m // (4 * COLS)) * 2, (j0 * COLS + m % COLS) * 2 - SHIFT
+    i, left = (i0 * ROWS + m // (4 * COLS)) * 2, (j0 * COLS + m % COLS) * 2 - (SHIFT + RADIUS)
+    j = left + RADIUS
     exists = (i < sizes.h) & (j < sizes.w)
 
     # of the pixels that read the first row of targets of a thread, and of the others of the block
     own, other = i + quarter // 2, i + 1 - quarter // 2
     logits = widen_taps(group_logits(logits, n, g, WINDOW), LAYOUT)
     row = 2 * i + quarter + tl.where(quarter < 2, -2 * RADIUS, 2 * RADIUS)
-    single = weigh_row(logits, lse_ptr, ng, row, own, j, exists, sizes, WINDOW)
+    single = weigh_row(logits, lse_ptr, ng, row, own, left, exists, sizes, WINDOW, PAIRS)
     rows = (clamp(row, 0, sizes.ho - 1) * dy.stride_h,)
     near, far = (), ()
     for k in tl.static_range(RADIUS):
         row = 2 * (i - RADIUS + 1 + 2 * k) + quarter
-        near += weigh_row(logits, lse_ptr, ng, row, own, j, exists, sizes, WINDOW)
-        far += weigh_row(logits, lse_ptr, ng, row, other, j, exists, sizes, WINDOW)
+        near += weigh_row(logits, lse_ptr, ng, row, own, left, exists, sizes, WINDOW, PAIRS)
+        far += weigh_row(logits, lse_ptr, ng, row, other, left, exists, sizes, WINDOW, PAIRS)
         rows += (clamp(row, 0, sizes.ho - 1) * dy.stride_h,)
     cols = ()
     for k in tl.static_range((2 * K + 2) // VECTOR):
-        cols += (clamp((j - RADIUS) * 2 // VECTOR + k, 0, sizes.wo // VECTOR - 1) * VECTOR * dy.stride_w,)
+        cols += (clamp(left * 2 // VECTOR + k, 0, sizes.wo // VECTOR - 1) * VECTOR * dy.stride_w,)
 
     dy = image(dy, n, g * sizes.c)
     dx = image(dx, n, g * sizes.c)
@@ -175,8 +218,10 @@ def row_target_sum_launches(arguments: dict[str, Any], problem: TileProblem, win
     spec, radius = problem.spec, problem.spec.kernel_size // 2
     if spec.up == 2:
         kernel, height, threads, vector = sum_block_targets, 2, 4, min(4, layout.y_align)
-        shapes = [(rows, COLS) for rows in (4, 2, 1)]
+        shapes = [(rows, COLS) for rows in (8, 4, 2, 1)]
+        align = find_row_alignment(problem, (arguments["logits"],))
     else:
+        align = 1
         kernel, height, threads, vector = sum_cell_targets, 1, 1, min(2, layout.y_align)
         shapes = [(WARPS * WARP_SIZE // cols, cols) for cols in (32, 16, 8, 4)]
     # blocks may begin a column before the map
@@ -205,5 +250,5 @@ def row_target_sum_launches(arguments: dict[str, Any], problem: TileProblem, win
     registers = MAX_REGISTERS if spec.up == 2 or spec.kernel_size > 5 else FEWER_REGISTERS
     given = {name: arguments[name] for name in ("sizes", "logits", "lse_ptr", "dy", "dx")}
     given |= {"share": Share(split, triton.cdiv(problem.channels, split))}
-    constants = {"WINDOW": window, "LAYOUT": layout, "BLOCKS": Blocks(rows, cols, vector)}
+    constants = {"WINDOW": window, "LAYOUT": layout, "BLOCKS": Blocks(rows, cols, vector, align)}
     return [Launch(kernel, (count(rows, cols) * split, 1, 1), given, constants, warps, 1, registers)]

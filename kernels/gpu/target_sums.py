@@ -14,7 +14,7 @@ import triton.language as tl
 from .blocks import addresses, align_sizes, align_strides, find_tile, image, load, split_group, store
 from .launch import INT32_MAX, Launch
 from .records import Features, Layout, Sizes, Window
-from .tap_sums import MAX_REGISTERS, WARP_SIZE, WARPS, divide_sums, first_weight, has_room, split_targets, target_bytes, weigh_launch
+from .tap_sums import MAX_REGISTERS, WARP_SIZE, divide_sums, first_weight, has_room, split_targets, target_bytes, weigh_launch
 from .taps import clamp
 from .tile_geometry import TileProblem
 
@@ -26,6 +26,8 @@ LARGEST = 7
 ROWS, COLS = 2, 4
 # sums of a thread for one of its pixels
 SUMS_OF_THREAD = 4
+# half as many programs as of four warps, because a program also reads the targets around its pixels
+WARPS = 8
 
 
 @triton.jit
@@ -107,7 +109,9 @@ def sum_targets(
     zero = tl.zeros([M, BLOCK_C], tl.float32)
     a0, a1, a2, a3 = zero, zero, zero, zero
     b0, b1, b2, b3 = zero, zero, zero, zero
-    for above in range(K + 1):
+    for step in range(K + 1):
+        # every other row, and then the rows between: L1 holds most rows of a step from the step before
+        above = 2 * step - step // (K // 2 + 1) * K
         q = i - K // 2 + above
         near = clamp(q, 0, sizes.h - 1)
         # the weights of the rows of the windows in which the upper and the lower pixels are
@@ -134,16 +138,21 @@ def sums_targets(problem: TileProblem) -> bool:
     return regular and problem.channels_last and problem.element_size == 4 and target_bytes(problem) >= SMALLEST and has_room(problem)
 
 
+def divide_program(channels: int) -> tuple[int, int]:
+    """Return the rows and columns of groups of 2 x 4 pixels of a program, given its channels."""
+    groups = SUMS_OF_THREAD * WARPS * WARP_SIZE // channels
+    # at least as many columns of pixels as rows: L1 holds what a program reads in a step
+    cols = 1 << (groups.bit_length() - 1) // 2
+    return groups // cols, cols
+
+
 def target_sum_launches(arguments: dict[str, Any], problem: TileProblem, window: Window, layout: Layout) -> list[Launch]:
     """Return the launches that fill dx; `arguments` are those of the operator, by name."""
     sums = divide_sums(problem)
     if problem.height * problem.width * problem.spec.taps * sums.step > INT32_MAX:
         layout = layout._replace(index=tl.int64)
     first = weigh_launch(arguments, problem, window, layout, sums, stores=False)
-    groups = SUMS_OF_THREAD * WARPS * WARP_SIZE // sums.block_c
-    # nearly square, because a program also reads the targets around its pixels
-    groups_w = 1 << (groups.bit_length() - 2) // 2
-    groups_h = groups // groups_w
+    groups_h, groups_w = divide_program(sums.block_c)
     programs = triton.cdiv(problem.height, ROWS * groups_h) * triton.cdiv(problem.width, COLS * groups_w)
     programs *= problem.batch * triton.cdiv(problem.channels, sums.block_c)
     given = {"sizes": arguments["sizes"], "weights_ptr": first.arguments["weights_ptr"], "dy": arguments["dy"], "dx": arguments["dx"]}

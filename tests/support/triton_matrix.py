@@ -77,7 +77,9 @@ CASES: dict[str, Operator | Module] = {
     "down 2, k 3, shifted windows, float32, channels_last, sums": Operator(
         (1, 20, 7, 9), Spec(3, down=2, border="shift"), torch.float32, NHWC, sums=True
     ),
+    "down 2, k 3, float32, channels_last, sums": Operator((1, 64, 13, 18), Spec(3, down=2), torch.float32, NHWC, sums=True),
     "up 2, k 5, float32, NCHW, sums": Operator((1, 64, 12, 16), Spec(5, up=2), torch.float32, NCHW, sums=True),
+    "up 3, k 7, 2 groups, float32, NCHW, sums": Operator((1, 16, 9, 11), Spec(7, up=3, groups=2), torch.float32, NCHW, sums=True),
     "down 2, k 3, float16, NCHW, odd width, sums": Operator((1, 20, 13, 17), Spec(3, down=2), torch.float16, NCHW, sums=True),
     "module up 2 without gradients, float16": Module((1, 64, 12, 16), {"up": 2}, torch.float16, many=True),
     "module down 2 with norm without gradients, bfloat16": Module(
@@ -132,12 +134,13 @@ def find_tiles(case: Operator, capability: tuple[int, int]) -> dict[KernelName, 
 @contextmanager
 def choose_sums(case: Operator) -> Iterator[None]:
     """Let the kernels that have sums take them in maps of any size, or in none."""
-    from carafepp.kernels.gpu import row_runs, row_target_sums, tap_sums, target_sums
+    from carafepp.kernels.gpu import cell_sums, row_runs, row_target_sums, tap_sums, target_sums
 
     smallest = 0 if case.sums else math.inf
     with ExitStack() as stack:
-        for module in (row_runs, row_target_sums, tap_sums, target_sums):
+        for module in (cell_sums, row_runs, row_target_sums, tap_sums, target_sums):
             stack.enter_context(patch.object(module, "SMALLEST", smallest))
+        stack.enter_context(patch.object(row_runs, "SMALLEST_SINGLE", smallest))
         for module in (row_runs, row_target_sums):
             stack.enter_context(patch.object(module, "LEAST_FILLED", 0))
         yield

@@ -33,8 +33,8 @@ PROBLEMS = {
 HEAD = ["problem", "data type", "memory format", "pass", "dy", "L2 / least", "registers", "occupancy", "spills", "us", "x copy"]
 CAPABILITY = 90
 DEVICE = find_device((9, 0))
-# a device-to-device copy on an H200 with cold caches: microseconds without bytes, and bytes read and written in a microsecond. Within 6 % of
-# the measured copies of these problems
+# a device-to-device copy on an H200 with cold caches: microseconds without bytes, and bytes read and written in a microsecond. Such times
+# are within 6 % of the measured copies of these problems
 COPY_START, COPY_SPEED = 7.4, 4.46e6
 # bytes of a sector, which L2 sends whole
 SECTOR = 32

@@ -107,10 +107,10 @@ def test_the_cases_have_every_option():
 
 
 @pytest.mark.usefixtures("sums")
-@pytest.mark.parametrize("parts", [2, 4])
-def test_warps_that_share_runs_add_their_sums(monkeypatch, parts):
+@pytest.mark.parametrize(("parts", "warps"), [(2, 4), (4, 4), (1, 8), (2, 8)])
+def test_warps_that_share_runs_add_their_sums(monkeypatch, parts, warps):
     spec = Spec(3, up=2)
-    monkeypatch.setattr(row_gradients, "share_runs", lambda _, runs: runs._replace(parts=parts, rows=runs.rows // parts))
+    monkeypatch.setattr(row_gradients, "share_runs", lambda _, runs: runs._replace(parts=parts, rows=runs.rows * warps // 4 // parts))
     check(*random_inputs(1, 8, 9, 20, spec, FLOAT, "contiguous"), spec, 90)
 
 
@@ -249,6 +249,22 @@ def test_assembly_spills_nothing(size, spec, dtype, capability):
         assert assembly.spills == 0
         assert assembly.registers <= MAX_REGISTERS
         assert assembly.blocks > 0
+
+
+@pytest.mark.parametrize(
+    ("size", "warps"),
+    [
+        ((512, 256, 14, 14), 8),
+        ((2, 256, 100, 168), 8),
+        # the last rows of programs of eight warps would be empty, or multiprocessors
+        ((512, 256, 12, 28), 4),
+        ((1, 1024, 64, 64), 4),
+    ],
+    ids=str,
+)
+def test_programs_of_the_gradient_to_the_logits_have_eight_warps_if_these_are_filled(size, warps):
+    launch, _ = build_training_step(*size, UP, FLOAT, NCHW).build_launches("logit_gradient", capability=(9, 0))
+    assert launch.num_warps == warps
 
 
 def test_gradients_of_weights_are_in_the_memory_of_those_of_logits_in_float32():

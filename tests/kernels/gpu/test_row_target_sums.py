@@ -37,6 +37,7 @@ def check(step, dtype, kernel):
     ("size", "spec", "capability"),
     [
         ((1, 20, 9, 16), Spec(5, up=2), 90),
+        ((1, 3, 31, 20), Spec(5, up=2), 80),
         ((2, 5, 7, 18), Spec(3, up=2), 80),
         ((1, 4, 7, 13), Spec(3, up=2, border="renormalize"), 90),
         ((1, 12, 5, 7), Spec(5, up=2, groups=2, border="renormalize"), 90),
@@ -118,6 +119,15 @@ def test_programs_share_channels_and_offsets_may_be_wide(spec, always):
 
     check(training_step(1, 8, 6, 8, spec, FLOAT, NCHW, run=run), FLOAT, "targets")
     assert len(started) == 1
+
+
+def test_a_program_reads_the_rows_around_sixteen_rows_of_pixels(always):
+    step = build_training_step(1, 4, 32, 32, Spec(5, up=2), FLOAT, NCHW, "cpu")
+    (launch,) = step.build_launches("source_gradient", capability=(9, 0))
+    tensors = [value for value in launch.parameters() if isinstance(value, torch.Tensor)]
+    counts = list(emulate(launch, 90)["per_buffer"].values())[[tensor is step.y for tensor in tensors].index(True)]
+    # four rows around each half of the map, and a sector beside it
+    assert 32 * counts["l2_sectors"] / (step.y.numel() * 4) == 36 / 32 * 40 / 32
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The gradient to float32 features in channels_last as a sum over targets: right results, emulated, and where it is taken."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from carafepp.kernels.geometry import Spec
@@ -10,6 +12,8 @@ from carafepp.kernels.gpu import operator_launches, tap_sums, target_sums
 from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
 from carafepp.kernels.gpu.training_step import build_training_step
 from operator_cases import TRITON_TOLERANCES
+from ptx import run
+from ptx.bounds import H100
 from ptx_step import training_step
 
 NHWC = torch.channels_last
@@ -89,6 +93,18 @@ def test_the_kernels_do_not_spill(size, capability):
         assembly = read_assembly(compile_launch(launch, capability))
         assert not assembly.spills
         assert assembly.registers <= 128
+
+
+def test_a_multiprocessor_reads_the_targets_of_a_program_once(always):
+    """It holds two programs, and its L1 what both read in a step."""
+    step = build_training_step(1, 64, 32, 32, Spec(5, up=2), FLOAT, NHWC, "cpu")
+    launch = step.build_launches("source_gradient", capability=(9, 0))[-1]
+    gpu = replace(H100, multiprocessors=1, threads=2 * 32 * launch.num_warps)
+    found = run(compile_launch(launch, 90).asm["ptx"], launch.grid, launch.parameters(), gpu=gpu)
+    tensors = [value for value in launch.parameters() if isinstance(value, torch.Tensor)]
+    counts = list(found["per_buffer"].values())[[tensor is step.y for tensor in tensors].index(True)]
+    # programs of 8 x 16 pixels, with two pixels around them that are in the map
+    assert 32 * counts["l2_sectors"] / (step.y.numel() * 4) <= 44 / 32 * 36 / 32
 
 
 def test_a_product_is_not_forgotten(always):
