@@ -28,7 +28,7 @@ def estimate_resources(kernel: KernelName, problem: TileProblem, tile: Tile) -> 
     problem = as_read(kernel, problem, tile)
     if kernel == "forward":
         return forward_resources(problem, tile)
-    if tile.steps > 1:
+    if kernel == "source_gradient" and tile.steps > 1:
         return walk_resources(problem, tile)
     needed = []
     if kernel != "source_gradient":

@@ -62,7 +62,7 @@ def count_work(kernel: KernelName, problem: TileProblem, tile: Tile) -> tuple[Wo
     problem = as_read(kernel, problem, tile)
     if kernel == "forward":
         return (count_forward(problem, tile),)
-    if tile.steps > 1:
+    if kernel == "source_gradient" and tile.steps > 1:
         return (count_walk(problem, tile),)
     works = []
     if kernel != "source_gradient":
