@@ -5,6 +5,9 @@ halo:
 
     dw = x dy^T [p, m], summed over channels; every window takes its band of dw; the gradient of the normalizer follows
 
+A program may compute several tiles, one below the other, for every block of channels: most sources of a tile belong to the tile above it as
+well, and come from L1. In NCHW, it stores the weights of its windows for a launch of the gradient to the features (weighing.py).
+
 The others compute the gradient to the features from the sources s of the tile and the targets d whose windows reach into it:
 
     dx = B^T dy [s, c],  B[d, s] = weight with which target d read source s, rebuilt from its logit and the log-sum-exp of its window
@@ -25,7 +28,6 @@ from .blocks import (
     image,
     is_inside,
     load,
-    move,
     place_sources,
     product,
     split_group,
@@ -66,12 +68,13 @@ def compute_logit_gradient(
     PRECISION: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr,
 ):
-    """Store the gradient to the logits of the tiles below each other whose first cell is (q0, r0), and the weights if needed."""
+    """Store the gradient to the logits of TILE.steps tiles, one below the other, from cell (q0, r0) on, and the weights if needed."""
     K: tl.constexpr = WINDOW.kernel_size
     UP: tl.constexpr = WINDOW.up
     M: tl.constexpr = HALO.m
     P: tl.constexpr = HALO.p
     ROWS: tl.constexpr = TILE.cells_h
+    STEPS: tl.constexpr = TILE.steps
     m = tl.arange(0, M).to(LAYOUT.index)
     mi, mj, u, v, q, r = place_targets(m, HALO, WINDOW, LAYOUT)
     row, col, q, r = q0 * UP + mi, r0 * UP + mj, q0 + q, r0 + r
@@ -81,42 +84,37 @@ def compute_logit_gradient(
     i, j = q0 * WINDOW.down - K // 2 + pi, r0 * WINDOW.down - HALO.lead + pj
     near = p < HALO.height * HALO.width
     sums = ()
-    for _ in tl.static_range(TILE.steps):
+    for _ in tl.static_range(STEPS):
         sums = sums + (tl.zeros([P, M], tl.float32),)
     for start in range(0, sizes.c, TILE.block_c):
-        # an address that all threads share moves along the channels, where a thread has too few registers for one of each tile
-        base = start.to(LAYOUT.index) if TILE.steps > 1 else 0
-        c = start - base + tl.arange(0, TILE.block_c).to(LAYOUT.index)
-        # the tiles of a program share the sources between them, which L1 still holds
+        c = start + tl.arange(0, TILE.block_c).to(LAYOUT.index)
         added = ()
-        for step in tl.static_range(TILE.steps):
-            below = step * ROWS * WINDOW.down
-            inside = near & is_inside(i + below, j, sizes)
-            source = load(move(x, base, below), i, j, inside, c, sizes.c - base, LAYOUT.x_axis, HALO.width)
-            below = step * ROWS * UP
-            output = real & (row + below < sizes.ho)
-            gradient = load(move(dy, base, below), row, col, output, c, sizes.c - base, LAYOUT.y_axis, HALO.cols)
+        # the windows of all tiles overlap, so that L1 holds most sources of a tile from the one above it
+        for step in tl.static_range(STEPS):
+            source_row, target_row = i + step * ROWS * WINDOW.down, row + step * ROWS * UP
+            inside, output = near & is_inside(source_row, j, sizes), real & (target_row < sizes.ho)
+            source = load(x, source_row, j, inside, c, sizes.c, LAYOUT.x_axis, HALO.width)
+            gradient = load(dy, target_row, col, output, c, sizes.c, LAYOUT.y_axis, HALO.cols)
             if LAYOUT.x_axis == 1:
                 source = tl.trans(source)
             if LAYOUT.y_axis == 0:
                 gradient = tl.trans(gradient)
             added = added + (sums[step] + product(source, gradient, PRECISION),)
         sums = added
-    # after the loop, which needs the registers
+    # not before the loop, which has no registers for them
     read, written = align_logits(logits, WINDOW, LAYOUT), align_logits(dlogits, WINDOW, LAYOUT)
     read, written = group_logits(read, n, g, WINDOW), group_logits(written, n, g, WINDOW)
     t = tl.arange(0, HALO.t).to(LAYOUT.index)
     corner = centre(mi, WINDOW) * HALO.width + centre(mj, WINDOW) + HALO.lead - K // 2
     band = tl.minimum(corner[None, :] + (t // K * HALO.width + t % K)[:, None], P - 1).to(tl.int32)
-    for step in tl.static_range(TILE.steps):
+    for step in tl.static_range(STEPS):
         dw = tl.gather(sums[step], band, axis=0)
         exists = (m < HALO.rows * HALO.cols) & (q + step * ROWS < sizes.hq) & (r < sizes.wq)
-        below = row + step * ROWS * UP
-        w = store_logit_gradient(
-            sizes, read, lse_ptr, written, dw, below, col, u, v, q + step * ROWS, r, exists, WINDOW, HALO, LAYOUT
-        )
+        target_row = row + step * ROWS * UP
+        w = store_logit_gradient(sizes, read, lse_ptr, written, dw, target_row, col, u, v, q + step * ROWS, r, exists, WINDOW, HALO, LAYOUT)
         if NEED_WEIGHTS:
-            store_weights(group_logits(weights, n, g, WINDOW), w, t, below, col, (t < K * K)[:, None] & exists[None, :])
+            taps = (t < K * K)[:, None] & exists[None, :]
+            store_weights(group_logits(weights, n, g, WINDOW), w, t, target_row, col, taps)
 
 
 @triton.jit
@@ -216,7 +214,7 @@ def banded_backward(
     NEED_WEIGHTS: tl.constexpr,
     TALL: tl.constexpr,  # whether channels are the rows of the product of the gradient to the features
 ):
-    """Fill dx, dlogits and the weights if needed; one program computes the gradient to the logits of a tile, or a part of the gradient to x."""
+    """Fill dx, dlogits and the weights if needed; one program computes the gradient to the logits of its tiles, or a part of that to x."""
     ROLES: tl.constexpr = NEED_DLOGITS + NEED_DX * TILE.split
     sizes = align_sizes(sizes, LAYOUT)
     x = align_strides(x, LAYOUT.x_axis, LAYOUT.x_align)

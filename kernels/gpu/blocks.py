@@ -79,13 +79,6 @@ def image(features: Features, n, c):
 
 
 @triton.jit
-def move(features: Features, c, row):
-    """Return the features from a channel and a row on, by an address that all threads share."""
-    ptr = features.ptr + (c * features.stride_c + row * features.stride_h)
-    return Features(ptr, features.stride_n, features.stride_c, features.stride_h, features.stride_w)
-
-
-@triton.jit
 def place_sources(p, HALO: tl.constexpr, LAYOUT: tl.constexpr):
     """Return the rows and columns of sources p in their halo."""
     WIDTH: tl.constexpr = HALO.width

@@ -305,10 +305,8 @@ def _banded_launch(
     # the gradient to x may have other strides than x
     x_align = math.gcd(problem.x_align, _alignment(dx, problem.channels, problem.x_last))
     x_align, y_align = run_alignments(problem._replace(x_align=x_align), tile)
-    layout = _layout(problem, x_align, y_align, (x, dy, dx, *(factors or ())[:1]), (logits, dlogits))
-    constants: dict[str, Any] = {"NEED_WEIGHTS": kernel == "logit_gradient" and "weights" in arguments}
-    # a kernel that stores no weights does not touch them
-    arguments = {"weights": arguments["logits"]} | arguments
+    weights = [arguments["weights"].ptr] if "weights" in arguments else []
+    layout = _layout(problem, x_align, y_align, (x, dy, dx, *(factors or ())[:1], *weights), (logits, dlogits))
     added: dict[str, Any] = {"map_ptr": None, "matrix_ptr": None, "WIDTH": 0, "WINDOW": window}
     if factors is not None:
         arguments = arguments | dict(zip(("map_ptr", "matrix_ptr"), factors, strict=True))
@@ -316,7 +314,7 @@ def _banded_launch(
     if kernel == "source_gradient" and tile.steps > 1:
         return _walk_launch(arguments, added, layout, problem, tile)
     blocks = source_blocks(kernel, problem, tile)
-    constants |= added | {
+    constants = added | {
         "TILE": tile,
         "HALO": halo(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, x_align)),
         "REACH": reach(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, y_align)),
@@ -325,9 +323,12 @@ def _banded_launch(
         "PRECISION": choose_precision(),
         "NEED_DX": kernel != "logit_gradient",
         "NEED_DLOGITS": kernel != "source_gradient",
+        "NEED_WEIGHTS": kernel == "logit_gradient" and bool(weights),
         "TALL": is_tall(problem, tile, blocks.channels),
     }
     programs = constants["NEED_DLOGITS"] + constants["NEED_DX"] * tile.split
+    # a kernel that stores no weights does not touch them
+    arguments = {"weights": arguments["logits"]} | arguments
     return _tile_launch(banded_backward, arguments, constants, problem, tile, programs)
 
 

@@ -35,7 +35,8 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     max_registers: int = 255  # per thread; values beyond it spill
-    # tiles that a program of the gradient to the features visits, one below the other; with 1, and in the other kernels, it does not walk
+    # tiles of a program, one below the other: the gradient to the features visits one after the other, unless it is 1, and that to the
+    # logits computes all at the same time; 1 in the other kernels
     steps: int = 1
     # 1: source features in NCHW are read in a channels_last copy, which a launch before the kernel makes (COPYING)
     transposed: int = 0

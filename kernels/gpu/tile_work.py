@@ -125,7 +125,7 @@ def count_logit_gradient(problem: TileProblem, tile: Tile) -> Work:
     # a pipeline keeps rows of pixels in shared memory as they are loaded, and the product takes channels
     turned = (window.p * (not problem.x_last) + window.m * (not problem.channels_last)) * tile.block_c if tile.num_stages > 1 else 0
     operands = _operand_passes(problem, tile, window.p, window.m, tile.block_c) + _turned_passes(problem, turned)
-    return Work(
+    one = Work(
         programs=_tiles(problem, tile),
         warps=tile.num_warps,
         steps=steps,
@@ -142,6 +142,8 @@ def count_logit_gradient(problem: TileProblem, tile: Tile) -> Work:
         band=0,
         exchanges=window.t * window.p * window.m / WARP_SIZE**2,
     )
+    # a program does the work of its tiles, and starts once
+    return Work(*(tile.steps * count for count in one))._replace(programs=one.programs, warps=one.warps)
 
 
 def count_source_gradient(problem: TileProblem, tile: Tile, blocks: SourceBlocks) -> Work:
@@ -285,7 +287,7 @@ def takes_four_warps(problem: TileProblem, tile: Tile, rows: int) -> bool:
 
 
 def _tiles(problem: TileProblem, tile: Tile) -> int:
-    return -(-problem.height // tile.cells_h) * -(-problem.width // tile.cells_w) * problem.batch
+    return -(-problem.height // (tile.cells_h * tile.steps)) * -(-problem.width // tile.cells_w) * problem.batch
 
 
 def _issued(tile: Tile, steps: float) -> float:
