@@ -93,7 +93,7 @@ def banded_source_gradient(
             di = d // WALK.width
             row, col = step * WALK.height + di, r0 * UP - WALK.lead + d % WALK.width
             reaching = (d < WALK.height * WALK.width) & (row < sizes.ho) & (col >= 0) & (col < sizes.wo)
-            gradient = load(dy, row, col, reaching, c, sizes.c - c0, LAYOUT.y_axis, WALK.width)
+            gradient = load(dy, row, col, reaching, c, sizes.c - c0, LAYOUT.y_axis, WALK.width, MOVES=True)
             if (LAYOUT.y_axis == 0) == TALL:
                 gradient = tl.trans(gradient)
             col = tl.maximum(col, 0)
@@ -139,7 +139,7 @@ def banded_source_gradient(
         if WIDTH:
             matrix = matrix_ptr + (g * sizes.c + c0)
             block = add_product(block, map_ptr, matrix, n, i, j, complete, c, sizes.c - c0, sizes, WIDTH, PRECISION)
-        store(dx, i, j, complete, c, sizes.c - c0, block, AXIS, WALK.cols)
+        store(dx, i, j, complete, c, sizes.c - c0, block, AXIS, WALK.cols, MOVES=True)
         moved = ()
         for a in tl.static_range(1, TILES):
             moved = moved + (tiles[a],)

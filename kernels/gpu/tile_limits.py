@@ -20,11 +20,11 @@ from .tile_geometry import (
     TileProblem,
     as_read,
     halo,
+    place_walk,
     power_of_two,
     reach,
     run_alignments,
     source_bytes,
-    walk,
 )
 
 WARP_SIZE = 32
@@ -330,7 +330,7 @@ def fits_walk(problem: TileProblem, tile: Tile) -> bool:
     """Return whether programs that walk can run with this tile."""
     size, threads = problem.element_size, WARP_SIZE * tile.num_warps
     targets = walk_targets(problem, tile)
-    step = walk(problem.spec, tile.cells_h, tile.cells_w, tile.vector, targets)
+    step = place_walk(problem, tile, tile.vector, targets)
     gradients, sources = (extent * tile.block_c / threads for extent in (step.d, step.s))
     x_align, y_align = run_alignments(problem, tile)
     if not problem.x_last:

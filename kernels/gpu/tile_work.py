@@ -11,7 +11,7 @@ M, P, T: targets, halo and taps of a tile, rounded up to a power of two; S, D: i
 import math
 from typing import NamedTuple
 
-from .tile_geometry import KernelName, Tile, TileProblem, Walk, as_read, count_walks, halo, reach, run_alignments, run_vector, walk
+from .tile_geometry import KernelName, Tile, TileProblem, Walk, as_read, count_walks, halo, place_walk, reach, run_alignments, run_vector
 from .tile_limits import REGISTER_BYTES, WARP_SIZE, WARPGROUP_ROWS, SourceBlocks, is_tall, operand_terms, source_blocks, walk_targets
 from .tile_memory import (
     LINE_BYTES,
@@ -231,7 +231,7 @@ def count_walk(problem: TileProblem, tile: Tile) -> Work:
 
 def find_walk(problem: TileProblem, tile: Tile) -> Walk:
     """Return the extents of a step of a program that walks."""
-    return walk(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.y_align), walk_targets(problem, tile))
+    return place_walk(problem, tile, run_vector(problem, tile, problem.y_align), walk_targets(problem, tile))
 
 
 def _product_cycles(problem: TileProblem, products: float, newer: bool) -> float:
