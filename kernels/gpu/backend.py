@@ -17,6 +17,7 @@ from ..execution import Layouts, view_cells
 from ..geometry import LSE_NORMALIZERS, Spec
 from .launch import Launch, Plan, Plans, distinguish, on_device_of
 from .operator_launches import INTERPRETED, backward_launches, choose_precision, forward_launches
+from .tile_geometry import multiple
 
 
 def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor | None, spec: Spec) -> None:
@@ -65,9 +66,11 @@ class CallPlan(NamedTuple):
 
     launches: list[Plan]
     own_bytes: int  # that the launches fill and read themselves
-    owned: int  # tensors in this memory, one after the other: none is read after the next is filled
+    offsets: tuple[int, ...]  # of the tensors in this memory; those that are in use at the same time lie apart
 
 
+# bytes at whose multiples the tensors of a call lie in its memory
+OWN_ALIGN = 256
 # A detector that meets 500 sizes of images at ten sites has 10,000 calls, of some 5 KB each.
 plans: Plans[CallPlan] = Plans(16384)
 
@@ -94,10 +97,10 @@ def _start(
     key = (*key, dtype, like.device, aligned, choose_precision() if dtype == torch.float32 else None)
     with on_device_of(like):
         plan = plans.get(key) or _plan(key, build, view(), spec)
-        if plan.owned:
+        if plan.offsets:
             # the allocator gives this memory to later launches of the same stream alone
             memory = torch.empty(plan.own_bytes, dtype=torch.uint8, device=like.device)
-            addresses += [memory.data_ptr()] * plan.owned
+            addresses += [memory.data_ptr() + offset for offset in plan.offsets]
         for launch in plan.launches:
             launch.run(addresses)
 
@@ -111,8 +114,20 @@ def _plan(key: tuple, build: Callable[..., list[Launch]], tensors: tuple[Any, ..
         id(value): value for launch in launches for value in launch.parameters() if isinstance(value, Tensor) and id(value) not in known
     }
     started = [Plan(launch, (*given, *owned.values())) for launch in launches]
-    own_bytes = max((tensor.numel() * tensor.element_size() for tensor in owned.values()), default=0)
-    return plans.keep(key, CallPlan(started, own_bytes, len(owned)))
+    return plans.keep(key, CallPlan(started, *_place(list(owned.values()), launches)))
+
+
+def _place(owned: list[Tensor], launches: list[Launch]) -> tuple[int, tuple[int, ...]]:
+    """Return the size of the memory for tensors in the order in which launches first use them, and their offsets in it."""
+    offsets, ends, lasts = [], [], []
+    for tensor in owned:
+        used = [number for number, launch in enumerate(launches) if any(value is tensor for value in launch.parameters())]
+        # a tensor takes the place of those that no launch reads any more
+        offset = max((end for end, last in zip(ends, lasts, strict=True) if last >= used[0]), default=0)
+        offsets.append(offset)
+        ends.append(multiple(offset + tensor.numel() * tensor.element_size(), OWN_ALIGN))
+        lasts.append(used[-1])
+    return max(ends, default=0), tuple(offsets)
 
 
 def check_device(x: Tensor) -> None:

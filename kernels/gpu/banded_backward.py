@@ -5,6 +5,9 @@ halo:
 
     dw = x dy^T [p, m], summed over channels; every window takes its band of dw; the gradient of the normalizer follows
 
+A program may compute several tiles, one below the other, for every block of channels: most sources of a tile belong to the tile above it as
+well, and come from L1. In NCHW, it stores the weights of its windows for a launch of the gradient to the features (weighing.py).
+
 The others compute the gradient to the features from the sources s of the tile and the targets d whose windows reach into it:
 
     dx = B^T dy [s, c],  B[d, s] = weight with which target d read source s, rebuilt from its logit and the log-sum-exp of its window
@@ -39,6 +42,7 @@ from .window import (
     place_targets,
     split_target,
     store_logit_gradient,
+    store_weights,
     weight,
     window_offset,
 )
@@ -52,6 +56,9 @@ def compute_logit_gradient(
     lse_ptr,
     dy: Features,
     dlogits: Logits,
+    weights: Logits,
+    n,
+    g,
     q0,
     r0,
     WINDOW: tl.constexpr,
@@ -59,36 +66,55 @@ def compute_logit_gradient(
     HALO: tl.constexpr,
     LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr,
 ):
-    """Store the gradient to the logits of the tile whose first cell is (q0, r0)."""
+    """Store the gradient to the logits of TILE.steps tiles, one below the other, from cell (q0, r0) on, and the weights if needed."""
     K: tl.constexpr = WINDOW.kernel_size
     UP: tl.constexpr = WINDOW.up
     M: tl.constexpr = HALO.m
     P: tl.constexpr = HALO.p
+    ROWS: tl.constexpr = TILE.cells_h
+    STEPS: tl.constexpr = TILE.steps
     m = tl.arange(0, M).to(LAYOUT.index)
     mi, mj, u, v, q, r = place_targets(m, HALO, WINDOW, LAYOUT)
     row, col, q, r = q0 * UP + mi, r0 * UP + mj, q0 + q, r0 + r
-    output = (m < HALO.rows * HALO.cols) & (row < sizes.ho) & (col < sizes.wo)
+    real = (m < HALO.rows * HALO.cols) & (col < sizes.wo)
     p = tl.arange(0, P).to(LAYOUT.index)
     pi, pj = place_sources(p, HALO, LAYOUT)
     i, j = q0 * WINDOW.down - K // 2 + pi, r0 * WINDOW.down - HALO.lead + pj
-    inside = (p < HALO.height * HALO.width) & is_inside(i, j, sizes)
-    dw = tl.zeros([P, M], tl.float32)
+    near = p < HALO.height * HALO.width
+    sums = ()
+    for _ in tl.static_range(STEPS):
+        sums = sums + (tl.zeros([P, M], tl.float32),)
     for start in range(0, sizes.c, TILE.block_c):
         c = start + tl.arange(0, TILE.block_c).to(LAYOUT.index)
-        source = load(x, i, j, inside, c, sizes.c, LAYOUT.x_axis, HALO.width)
-        gradient = load(dy, row, col, output, c, sizes.c, LAYOUT.y_axis, HALO.cols)
-        if LAYOUT.x_axis == 1:
-            source = tl.trans(source)
-        if LAYOUT.y_axis == 0:
-            gradient = tl.trans(gradient)
-        dw += product(source, gradient, PRECISION)
+        added = ()
+        # the windows of all tiles overlap, so that L1 holds most sources of a tile from the one above it
+        for step in tl.static_range(STEPS):
+            source_row, target_row = i + step * ROWS * WINDOW.down, row + step * ROWS * UP
+            inside, output = near & is_inside(source_row, j, sizes), real & (target_row < sizes.ho)
+            source = load(x, source_row, j, inside, c, sizes.c, LAYOUT.x_axis, HALO.width)
+            gradient = load(dy, target_row, col, output, c, sizes.c, LAYOUT.y_axis, HALO.cols)
+            if LAYOUT.x_axis == 1:
+                source = tl.trans(source)
+            if LAYOUT.y_axis == 0:
+                gradient = tl.trans(gradient)
+            added = added + (sums[step] + product(source, gradient, PRECISION),)
+        sums = added
+    # not before the loop, which has no registers for them
+    read, written = align_logits(logits, WINDOW, LAYOUT), align_logits(dlogits, WINDOW, LAYOUT)
+    read, written = group_logits(read, n, g, WINDOW), group_logits(written, n, g, WINDOW)
     t = tl.arange(0, HALO.t).to(LAYOUT.index)
     corner = centre(mi, WINDOW) * HALO.width + centre(mj, WINDOW) + HALO.lead - K // 2
-    band = tl.minimum(corner[None, :] + (t // K * HALO.width + t % K)[:, None], P - 1)
-    dw = tl.gather(dw, band.to(tl.int32), axis=0)
-    exists = (m < HALO.rows * HALO.cols) & (q < sizes.hq) & (r < sizes.wq)
-    store_logit_gradient(sizes, logits, lse_ptr, dlogits, dw, row, col, u, v, q, r, exists, WINDOW, HALO, LAYOUT)
+    band = tl.minimum(corner[None, :] + (t // K * HALO.width + t % K)[:, None], P - 1).to(tl.int32)
+    for step in tl.static_range(STEPS):
+        dw = tl.gather(sums[step], band, axis=0)
+        exists = (m < HALO.rows * HALO.cols) & (q + step * ROWS < sizes.hq) & (r < sizes.wq)
+        target_row = row + step * ROWS * UP
+        w = store_logit_gradient(sizes, read, lse_ptr, written, dw, target_row, col, u, v, q + step * ROWS, r, exists, WINDOW, HALO, LAYOUT)
+        if NEED_WEIGHTS:
+            taps = (t < K * K)[:, None] & exists[None, :]
+            store_weights(group_logits(weights, n, g, WINDOW), w, t, target_row, col, taps)
 
 
 @triton.jit
@@ -172,6 +198,7 @@ def banded_backward(
     dy: Features,  # [N, G * C, HO, WO]
     dx: Features,  # [N, G * C, H, W]
     dlogits: Logits,  # [N, G * K * K, UP, UP, HQ, WQ]
+    weights: Logits,  # [N, G * K * K, UP, UP, HQ, WQ], for a launch of the gradient to the features that follows
     map_ptr,  # [N, H, W, WIDTH], whose product with the matrix is added to dx; None without one
     matrix_ptr,  # [WIDTH, G * C]
     WIDTH: tl.constexpr,
@@ -184,21 +211,22 @@ def banded_backward(
     PRECISION: tl.constexpr,
     NEED_DX: tl.constexpr,
     NEED_DLOGITS: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr,
     TALL: tl.constexpr,  # whether channels are the rows of the product of the gradient to the features
 ):
-    """Fill dx and dlogits if needed; one program computes the gradient to the logits of a tile, or a part of the gradient to x."""
+    """Fill dx, dlogits and the weights if needed; one program computes the gradient to the logits of its tiles, or a part of that to x."""
     ROLES: tl.constexpr = NEED_DLOGITS + NEED_DX * TILE.split
     sizes = align_sizes(sizes, LAYOUT)
     x = align_strides(x, LAYOUT.x_axis, LAYOUT.x_align)
     dx = align_strides(dx, LAYOUT.x_axis, LAYOUT.x_align)
     dy = align_strides(dy, LAYOUT.y_axis, LAYOUT.y_align)
     tiles_w = tl.cdiv(sizes.wq, TILE.cells_w)
-    tiles_h = tl.cdiv(sizes.hq, TILE.cells_h)
+    tiles_h = tl.cdiv(sizes.hq, TILE.cells_h * TILE.steps)
     pid = tl.program_id(0)
     role = pid % ROLES
     pid = pid // ROLES
     q0, r0, ng = find_tile(pid, tiles_h, tiles_w)
-    q0 *= TILE.cells_h
+    q0 *= TILE.cells_h * TILE.steps
     r0 *= TILE.cells_w
     n, g = split_group(ng, sizes)
     c = g * sizes.c
@@ -206,9 +234,9 @@ def banded_backward(
     dy = image(dy, n, c)
     lse_ptr += ng.to(tl.int64) * WINDOW.up * WINDOW.up * sizes.hq * sizes.wq
     if NEED_DLOGITS and role == ROLES - 1:
-        read, written = align_logits(logits, WINDOW, LAYOUT), align_logits(dlogits, WINDOW, LAYOUT)
-        read, written = group_logits(read, n, g, WINDOW), group_logits(written, n, g, WINDOW)
-        compute_logit_gradient(sizes, x, read, lse_ptr, dy, written, q0, r0, WINDOW, TILE, HALO, LAYOUT, PRECISION)
+        compute_logit_gradient(
+            sizes, x, logits, lse_ptr, dy, dlogits, weights, n, g, q0, r0, WINDOW, TILE, HALO, LAYOUT, PRECISION, NEED_WEIGHTS
+        )
     elif NEED_DX:
         if WIDTH:
             matrix_ptr += c

@@ -57,14 +57,15 @@ def banded_source_gradient(
     walks = tl.cdiv(sizes.h + K // 2, TILE.steps * WALK.rows)
     pid = tl.program_id(0)
     parts = tl.cdiv(sizes.c, BLOCK_C)
-    c = pid % parts * BLOCK_C + tl.arange(0, BLOCK_C).to(LAYOUT.index)
+    c0 = pid % parts * BLOCK_C
+    c = tl.arange(0, BLOCK_C).to(LAYOUT.index)
     pid = pid // parts
     r0 = pid % tiles_w * TILE.cells_w
     first = pid // tiles_w % walks * TILE.steps
     ng = (pid // (tiles_w * walks)).to(tl.int64)
     n, g = ng // sizes.groups, ng % sizes.groups
-    dx = image(dx, n, g * sizes.c)
-    dy = image(dy, n, g * sizes.c)
+    dx = image(dx, n, g * sizes.c + c0)
+    dy = image(dy, n, g * sizes.c + c0)
     logits = group_logits(logits, n, g, WINDOW)
     lse_ptr += ng * UP * UP * sizes.hq * sizes.wq
 
@@ -92,7 +93,7 @@ def banded_source_gradient(
             di = d // WALK.width
             row, col = step * WALK.height + di, r0 * UP - WALK.lead + d % WALK.width
             reaching = (d < WALK.height * WALK.width) & (row < sizes.ho) & (col >= 0) & (col < sizes.wo)
-            gradient = load(dy, row, col, reaching, c, sizes.c, LAYOUT.y_axis, WALK.width)
+            gradient = load(dy, row, col, reaching, c, sizes.c - c0, LAYOUT.y_axis, WALK.width, MOVES=True)
             if (LAYOUT.y_axis == 0) == TALL:
                 gradient = tl.trans(gradient)
             col = tl.maximum(col, 0)
@@ -136,8 +137,9 @@ def banded_source_gradient(
         if (AXIS == 0) == TALL:
             block = tl.trans(block)
         if WIDTH:
-            block = add_product(block, map_ptr, matrix_ptr + g * sizes.c, n, i, j, complete, c, sizes.c, sizes, WIDTH, PRECISION)
-        store(dx, i, j, complete, c, sizes.c, block, AXIS, WALK.cols)
+            matrix = matrix_ptr + (g * sizes.c + c0)
+            block = add_product(block, map_ptr, matrix, n, i, j, complete, c, sizes.c - c0, sizes, WIDTH, PRECISION)
+        store(dx, i, j, complete, c, sizes.c - c0, block, AXIS, WALK.cols, MOVES=True)
         moved = ()
         for a in tl.static_range(1, TILES):
             moved = moved + (tiles[a],)

@@ -113,29 +113,32 @@ def along_rows(ptr, offset):
 
 
 @triton.jit
-def addresses(features: Features, row, col, c, AXIS: tl.constexpr, WIDTH: tl.constexpr):
-    """Return the addresses of channels c at locations (row, col), WIDTH of them in a row."""
-    ptr = features.ptr + expand(row * features.stride_h + col * features.stride_w, AXIS)
+def addresses(features: Features, row, col, c, AXIS: tl.constexpr, WIDTH: tl.constexpr, MOVES: tl.constexpr = False):
+    """Return the addresses of channels c at locations (row, col), WIDTH of them in a row, which change in the innermost loop if MOVES."""
+    locations = expand(row * features.stride_h + col * features.stride_w, AXIS)
     channels = expand(c * features.stride_c, 1 - AXIS)
     # rows of an even width look contiguous
     if AXIS == 1 and WIDTH % 2 == 1:
-        return along_rows(ptr, channels)
+        return along_rows(features.ptr + locations, channels)
+    elif MOVES:
+        # what the loop does not change are offsets, which take half the registers of addresses
+        return features.ptr + (locations + channels)
     else:
-        return ptr + channels
+        return features.ptr + locations + channels
 
 
 @triton.jit
-def load(features: Features, row, col, exists, c, channels, AXIS: tl.constexpr, WIDTH: tl.constexpr):
+def load(features: Features, row, col, exists, c, channels, AXIS: tl.constexpr, WIDTH: tl.constexpr, MOVES: tl.constexpr = False):
     """Return channels c at locations (row, col); zero where the location does not exist or c is not below `channels`."""
     mask = expand(exists, AXIS) & expand(c < channels, 1 - AXIS)
-    return tl.load(addresses(features, row, col, c, AXIS, WIDTH), mask=mask, other=0.0)
+    return tl.load(addresses(features, row, col, c, AXIS, WIDTH, MOVES), mask=mask, other=0.0)
 
 
 @triton.jit
-def store(features: Features, row, col, exists, c, channels, block, AXIS: tl.constexpr, WIDTH: tl.constexpr):
+def store(features: Features, row, col, exists, c, channels, block, AXIS: tl.constexpr, WIDTH: tl.constexpr, MOVES: tl.constexpr = False):
     """Store channels c at locations (row, col), except where the location does not exist or c is not below `channels`."""
     mask = expand(exists, AXIS) & expand(c < channels, 1 - AXIS)
-    tl.store(addresses(features, row, col, c, AXIS, WIDTH), block.to(features.ptr.dtype.element_ty), mask=mask)
+    tl.store(addresses(features, row, col, c, AXIS, WIDTH, MOVES), block.to(features.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ from .tile_ranking import SEPARATE, TOGETHER, choose_backward, choose_tile
 from .tile_tables import measured_tile
 from .tile_work import find_walk
 from .transposition import transpose_launch
-from .weighing import weigh_launch
+from .weighing import empty_weights, weigh_launch, weighed_window
 
 TAP_BLOCKS = {"BLOCK_M": 32, "BLOCK_C": 32}
 TAP_OPTIONS = {"num_warps": 4, "num_stages": 2}
@@ -125,7 +125,7 @@ def _tile_launch(
     kernel: triton.JITFunction, arguments: dict[str, Any], constants: dict[str, Any], problem: TileProblem, tile: Tile, programs: int
 ) -> Launch:
     """Return a launch with a number of programs for each tile."""
-    rows, cols = triton.cdiv(problem.height, tile.cells_h), triton.cdiv(problem.width, tile.cells_w)
+    rows, cols = triton.cdiv(problem.height, tile.cells_h * tile.steps), triton.cdiv(problem.width, tile.cells_w)
     given = {name: arguments[name] for name in kernel.arg_names if name in arguments}
     grid = (problem.batch * rows * cols * programs, 1, 1)
     return Launch(kernel, grid, given, constants, tile.num_warps, tile.num_stages, tile.max_registers)
@@ -232,11 +232,20 @@ def backward_launches(
     kernels: tuple[KernelName, ...] = ()
     if dx is not None and dlogits is not None:
         kernels = TOGETHER if tile else _find_kernels(problem, x)
+        if _shares_weights(kernels, problem, x):
+            arguments["weights"] = empty_weights(logits, x.dtype)
     elif dlogits is not None:
         kernels = ("logit_gradient",)
     elif dx is not None:
         kernels = ("source_gradient",)
     return [launch for kernel in kernels for launch in _kernel_launches(kernel, arguments, problem, tile, factors)]
+
+
+def _shares_weights(kernels: tuple[KernelName, ...], problem: TileProblem, x: Tensor) -> bool:
+    """Return whether the launch of the gradient to the logits writes the weights that the launch of the gradient to the features reads."""
+    if kernels != SEPARATE or problem.channels_last:
+        return False
+    return all(has_tiles(kernel, problem) and _find_tile(kernel, problem, x) for kernel in kernels)
 
 
 def adds_product(dy: Tensor, x: Tensor, logits: Tensor, spec: Spec) -> bool:
@@ -286,8 +295,10 @@ def _kernel_launches(
     before, arguments = _copy_source(problem, arguments)
     window = _window(problem.spec)
     if problem.weighed:
-        launch, weights, window = weigh_launch(arguments["sizes"], arguments["logits"], arguments["lse_ptr"], window, x.dtype)
-        before, arguments = [launch], arguments | {"logits": weights}
+        if "weights" not in arguments:
+            arguments = arguments | {"weights": empty_weights(arguments["logits"].ptr, x.dtype)}
+            before = [weigh_launch(*(arguments[name] for name in ("sizes", "logits", "lse_ptr", "weights")), window)]
+        arguments, window = arguments | {"logits": arguments["weights"]}, weighed_window(window)
     return [*before, _banded_launch(kernel, arguments, window, problem, tile, factors)]
 
 
@@ -303,12 +314,13 @@ def _banded_launch(
     # the gradient to x may have other strides than x
     x_align = math.gcd(problem.x_align, _alignment(dx, problem.channels, problem.x_last))
     x_align, y_align = run_alignments(problem._replace(x_align=x_align), tile)
-    layout = _layout(problem, x_align, y_align, (x, dy, dx, *(factors or ())[:1]), (logits, dlogits))
+    weights = [arguments["weights"].ptr] if "weights" in arguments else []
+    layout = _layout(problem, x_align, y_align, (x, dy, dx, *(factors or ())[:1], *weights), (logits, dlogits))
     added: dict[str, Any] = {"map_ptr": None, "matrix_ptr": None, "WIDTH": 0, "WINDOW": window}
     if factors is not None:
         arguments = arguments | dict(zip(("map_ptr", "matrix_ptr"), factors, strict=True))
         added = {"WIDTH": factors[0].shape[1], "WINDOW": window}
-    if tile.steps > 1:
+    if kernel == "source_gradient" and tile.steps > 1:
         return _walk_launch(arguments, added, layout, problem, tile)
     blocks = source_blocks(kernel, problem, tile)
     constants = added | {
@@ -320,9 +332,12 @@ def _banded_launch(
         "PRECISION": choose_precision(),
         "NEED_DX": kernel != "logit_gradient",
         "NEED_DLOGITS": kernel != "source_gradient",
+        "NEED_WEIGHTS": kernel == "logit_gradient" and bool(weights),
         "TALL": is_tall(problem, tile, blocks.channels),
     }
     programs = constants["NEED_DLOGITS"] + constants["NEED_DX"] * tile.split
+    # a kernel that stores no weights does not touch them
+    arguments = {"weights": arguments["logits"]} | arguments
     return _tile_launch(banded_backward, arguments, constants, problem, tile, programs)
 
 

@@ -35,7 +35,8 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     max_registers: int = 255  # per thread; values beyond it spill
-    # tiles that a program of the gradient to the features visits, one below the other; with 1, and in the other kernels, it does not walk
+    # tiles of a program, one below the other: the gradient to the features visits one after the other, unless it is 1, and that to the
+    # logits computes all at the same time; 1 in the other kernels
     steps: int = 1
     # 1: source features in NCHW are read in a channels_last copy, which a launch before the kernel makes (COPYING)
     transposed: int = 0
@@ -180,16 +181,25 @@ def reach(spec: Spec, cells_h: int, cells_w: int, vector: int = 1) -> Reach:
 
 
 @lru_cache(maxsize=4096)
-def walk(spec: Spec, cells_h: int, cells_w: int, vector: int, most_targets: int) -> Walk:
-    """Return a step of `cells_h` x `cells_w` cells, with products of the most targets that leave few of their places empty."""
+def walk(spec: Spec, cells_h: int, cells_w: int, vector: int, most_targets: int, *, alone: bool = False) -> Walk:
+    """Return a step of `cells_h` x `cells_w` cells, with products of the most targets that leave few of their places empty.
+
+    A walk that is alone in its rows of the map has no targets before its cells.
+    """
     rows, cols = cells_h * spec.down, cells_w * spec.down
-    lead = multiple(spec.kernel_size // 2 * 2 * spec.up // spec.down, vector)
+    lead = 0 if alone else multiple(spec.kernel_size // 2 * 2 * spec.up // spec.down, vector)
     tiles = -(-halo(spec, cells_h, cells_w).height // rows)
     height, width = cells_h * spec.up, lead + cells_w * spec.up
     d = most_targets
     while d > SMALLEST_EXTENT and multiple(height * width, d) > MOST_PADDING * height * width:
         d //= 2
     return Walk(rows, cols, height, width, lead, tiles, power_of_two(rows * cols), d)
+
+
+def place_walk(problem: TileProblem, tile: Tile, vector: int, most_targets: int) -> Walk:
+    """Return a step of programs that walk over a map."""
+    alone = problem.width * problem.spec.down + problem.spec.kernel_size // 2 <= tile.cells_w * problem.spec.down
+    return walk(problem.spec, tile.cells_h, tile.cells_w, vector, most_targets, alone=alone)
 
 
 def count_walks(problem: TileProblem, tile: Tile, step: Walk) -> Walks:

@@ -20,11 +20,11 @@ from .tile_geometry import (
     TileProblem,
     as_read,
     halo,
+    place_walk,
     power_of_two,
     reach,
     run_alignments,
     source_bytes,
-    walk,
 )
 
 WARP_SIZE = 32
@@ -44,6 +44,8 @@ FORWARD_VECTOR = 2
 # what a search by measurement tries in addition
 WIDE_CELLS = ((1, 7), (2, 16), (4, 7), (4, 8))
 WIDE_CHANNELS, WIDE_WARPS, WIDE_STAGES, WIDE_CAPS = (128, 64, 32), (2, 4, 8), (1, 2, 3, 4), (255, 168, 128)
+# the same for the gradient to the logits by programs that compute several tiles, which need the registers of many warps
+WIDE_STACKS, WIDE_STACK_WARPS = (2, 4, 8), (4, 8, 16)
 SPLITS = (1, 2, 4)
 
 # estimated registers of the forward kernel for each term of an operand, by warps of a program
@@ -78,7 +80,7 @@ WALK_CHANNELS, WALK_STEPS = (256, 128, 64, 32), (3, 4, 5, 7, 9, 12, 16, 24)
 CHANNELS_OF_FOUR_WARPS = 64
 # most registers per thread, with which a multiprocessor holds 16 warps
 WALK_REGISTERS = 128
-WIDE_WALK_REGISTERS, WIDE_WALK_STAGES = (128, 168), (1, 2)
+WIDE_WALK_REGISTERS, WIDE_WALK_STAGES, WIDE_WALK_WARPS = (128, 168), (1, 2), 16
 # most targets of one product in 16 bits, and in float32 with and without the channels as the fastest axis
 WALK_TARGETS, WALK_TARGETS_LAST, WALK_TARGETS_ROWS = 64, 32, 16
 # per thread: elements of the gradient in one product, weights of one tile of sources, and sums of all tiles of sources; by element size
@@ -272,6 +274,12 @@ def _wide_candidates(kernel: KernelName, problem: TileProblem, vectors: tuple[in
     if kernel == "source_gradient":
         for tile, max_registers, stages in product(walking_tiles(problem, vectors[-1]), WIDE_WALK_REGISTERS, WIDE_WALK_STAGES):
             yield tile._replace(max_registers=max_registers, num_stages=stages)
+            if tile.block_c == WALK_CHANNELS[0] and max_registers == WALK_REGISTERS:
+                yield tile._replace(num_warps=WIDE_WALK_WARPS, num_stages=stages)
+    if kernel == "logit_gradient":
+        cells = (*CELLS, *WIDE_CELLS)
+        for cell, vector, block_c, num_warps, cap, steps in product(cells, vectors, channels, WIDE_STACK_WARPS, WIDE_CAPS, WIDE_STACKS):
+            yield Tile(*cell, vector, block_c, 1, num_warps, 1, cap, steps)
 
 
 def fits_forward(problem: TileProblem, tile: Tile) -> bool:
@@ -297,7 +305,7 @@ def fits_logit_gradient(problem: TileProblem, tile: Tile) -> bool:
     terms = operand_terms(size)
     window = halo(problem.spec, tile.cells_h, tile.cells_w, min(tile.vector, problem.x_align))
     features, band = (window.m + window.p) * tile.block_c, window.m * window.p
-    registers = band / threads + operand_registers(features, size) / threads + FLOAT32_REGISTERS * (terms - 1)
+    registers = tile.steps * band / threads + operand_registers(features, size) / threads + FLOAT32_REGISTERS * (terms - 1)
     return (
         registers <= gradient_registers(problem)
         # the gradient of the band is float32
@@ -323,7 +331,7 @@ def fits_walk(problem: TileProblem, tile: Tile) -> bool:
     """Return whether programs that walk can run with this tile."""
     size, threads = problem.element_size, WARP_SIZE * tile.num_warps
     targets = walk_targets(problem, tile)
-    step = walk(problem.spec, tile.cells_h, tile.cells_w, tile.vector, targets)
+    step = place_walk(problem, tile, tile.vector, targets)
     gradients, sources = (extent * tile.block_c / threads for extent in (step.d, step.s))
     x_align, y_align = run_alignments(problem, tile)
     if not problem.x_last:

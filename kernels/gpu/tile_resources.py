@@ -28,7 +28,7 @@ def estimate_resources(kernel: KernelName, problem: TileProblem, tile: Tile) -> 
     problem = as_read(kernel, problem, tile)
     if kernel == "forward":
         return forward_resources(problem, tile)
-    if tile.steps > 1:
+    if kernel == "source_gradient" and tile.steps > 1:
         return walk_resources(problem, tile)
     needed = []
     if kernel != "source_gradient":
@@ -66,8 +66,10 @@ def logit_gradient_resources(problem: TileProblem, tile: Tile) -> Resources:
     loads = _vectors(problem.x_last, features, threads, window.width, x_align)
     loads += _vectors(problem.channels_last, gradients, threads, window.cols, y_align)
     splits = (operand_terms(size) - 1) * (features + gradients) / threads
-    loop = 28 + 1.2 * band / threads + 3 * loads + 1.3 * splits
-    end = 17 + (2.8 * window.t * window.m + 2 * band) / threads
+    # the sums of the tiles that a program computes later
+    kept = (tile.steps - 1) * band / threads
+    loop = 28 + 1.2 * band / threads + kept + 3 * loads + 1.3 * splits
+    end = 17 + (2.8 * window.t * window.m + 2 * band) / threads + kept
     buffered = features * _buffers(problem.x_last, size, tile, newer, window.width, x_align)
     buffered += gradients * (_buffers(problem.channels_last, size, tile, newer, window.cols, y_align) + operand_terms(size) - 1)
     return _resources(max(loop, end), size * buffered)

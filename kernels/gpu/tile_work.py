@@ -11,7 +11,7 @@ M, P, T: targets, halo and taps of a tile, rounded up to a power of two; S, D: i
 import math
 from typing import NamedTuple
 
-from .tile_geometry import KernelName, Tile, TileProblem, Walk, as_read, count_walks, halo, reach, run_alignments, run_vector, walk
+from .tile_geometry import KernelName, Tile, TileProblem, Walk, as_read, count_walks, halo, place_walk, reach, run_alignments, run_vector
 from .tile_limits import REGISTER_BYTES, WARP_SIZE, WARPGROUP_ROWS, SourceBlocks, is_tall, operand_terms, source_blocks, walk_targets
 from .tile_memory import (
     LINE_BYTES,
@@ -62,7 +62,7 @@ def count_work(kernel: KernelName, problem: TileProblem, tile: Tile) -> tuple[Wo
     problem = as_read(kernel, problem, tile)
     if kernel == "forward":
         return (count_forward(problem, tile),)
-    if tile.steps > 1:
+    if kernel == "source_gradient" and tile.steps > 1:
         return (count_walk(problem, tile),)
     works = []
     if kernel != "source_gradient":
@@ -125,7 +125,7 @@ def count_logit_gradient(problem: TileProblem, tile: Tile) -> Work:
     # a pipeline keeps rows of pixels in shared memory as they are loaded, and the product takes channels
     turned = (window.p * (not problem.x_last) + window.m * (not problem.channels_last)) * tile.block_c if tile.num_stages > 1 else 0
     operands = _operand_passes(problem, tile, window.p, window.m, tile.block_c) + _turned_passes(problem, turned)
-    return Work(
+    one = Work(
         programs=_tiles(problem, tile),
         warps=tile.num_warps,
         steps=steps,
@@ -142,6 +142,8 @@ def count_logit_gradient(problem: TileProblem, tile: Tile) -> Work:
         band=0,
         exchanges=window.t * window.p * window.m / WARP_SIZE**2,
     )
+    # a program does the work of its tiles, and starts once
+    return Work(*(tile.steps * count for count in one))._replace(programs=one.programs, warps=one.warps)
 
 
 def count_source_gradient(problem: TileProblem, tile: Tile, blocks: SourceBlocks) -> Work:
@@ -229,7 +231,7 @@ def count_walk(problem: TileProblem, tile: Tile) -> Work:
 
 def find_walk(problem: TileProblem, tile: Tile) -> Walk:
     """Return the extents of a step of a program that walks."""
-    return walk(problem.spec, tile.cells_h, tile.cells_w, run_vector(problem, tile, problem.y_align), walk_targets(problem, tile))
+    return place_walk(problem, tile, run_vector(problem, tile, problem.y_align), walk_targets(problem, tile))
 
 
 def _product_cycles(problem: TileProblem, products: float, newer: bool) -> float:
@@ -285,7 +287,7 @@ def takes_four_warps(problem: TileProblem, tile: Tile, rows: int) -> bool:
 
 
 def _tiles(problem: TileProblem, tile: Tile) -> int:
-    return -(-problem.height // tile.cells_h) * -(-problem.width // tile.cells_w) * problem.batch
+    return -(-problem.height // (tile.cells_h * tile.steps)) * -(-problem.width // tile.cells_w) * problem.batch
 
 
 def _issued(tile: Tile, steps: float) -> float:

@@ -14,7 +14,7 @@ from .blocks import along_rows, split_group
 from .launch import Launch
 from .records import Logits, Sizes, Window, offset_type
 from .tile_geometry import power_of_two
-from .window import group_logits, logit_offset, lse_address, split_target, weight, window_offset
+from .window import group_logits, logit_offset, lse_address, split_target, store_weights, weight
 
 # rows and columns of targets of a program, and its most taps
 BLOCKS = {"BLOCK_H": 4, "BLOCK_W": 32}
@@ -29,7 +29,6 @@ def weigh(
     lse_ptr,  # [N, G, UP, UP, HQ, WQ]
     weights: Logits,  # [N, G * K * K, UP, UP, HQ, WQ]
     WINDOW: tl.constexpr,
-    WEIGHED: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -59,21 +58,28 @@ def weigh(
     if WINDOW.normalized:
         lse = tl.load(lse_address(lse_ptr, sizes, n * sizes.groups + g, u, v, q, r, WINDOW), mask=exists, other=0.0)
     weights = group_logits(weights, n, g, WINDOW)
-    address = weights.ptr + window_offset(weights, row, col, WEIGHED)[None, :] + (t * weights.stride_c)[:, None]
-    tl.store(address, weight(l, lse[None, :], WINDOW).to(weights.ptr.dtype.element_ty), mask=mask)
+    store_weights(weights, weight(l, lse[None, :], WINDOW), t, row, col, mask)
 
 
-def weigh_launch(sizes: Sizes, logits: Logits, lse: Tensor, window: Window, dtype: torch.dtype) -> tuple[Launch, Logits, Window]:
-    """Return the launch that fills weights of a data type, the weights in the place of the logits, and the window in which they are so."""
-    n, channels, up, _, hq, wq = logits.ptr.shape
-    map_of_weights = torch.empty((n, hq * up, wq * up, channels), dtype=dtype, device=logits.ptr.device)
-    stride_n, stride_h, stride_w, stride_c = map_of_weights.stride()
-    weights = Logits(map_of_weights, stride_n, stride_c, stride_h, stride_w, stride_h * up, stride_w * up)
-    weighed = window._replace(normalizer="none", border="zero", normalized=False, weighed=True)
+def empty_weights(logits: Tensor, dtype: torch.dtype) -> Logits:
+    """Return memory for the weights of a data type, in the place of the logits."""
+    n, channels, up, _, hq, wq = logits.shape
+    weights = torch.empty((n, hq * up, wq * up, channels), dtype=dtype, device=logits.device)
+    stride_n, stride_h, stride_w, stride_c = weights.stride()
+    return Logits(weights, stride_n, stride_c, stride_h, stride_w, stride_h * up, stride_w * up)
+
+
+def weighed_window(window: Window) -> Window:
+    """Return the window in which weights are in the place of the logits."""
+    return window._replace(normalizer="none", border="zero", normalized=False, weighed=True)
+
+
+def weigh_launch(sizes: Sizes, logits: Logits, lse: Tensor, weights: Logits, window: Window) -> Launch:
+    """Return the launch that fills the weights."""
+    n, _, up, _, hq, wq = logits.ptr.shape
     arguments = {"sizes": sizes, "logits": logits, "lse_ptr": lse, "weights": weights}
-    index = offset_type(logits.ptr, map_of_weights)
     taps = window.kernel_size**2
     block_t = min(MOST_TAPS, power_of_two(taps))
-    constants = {"WINDOW": window, "WEIGHED": weighed, "INDEX": index, "BLOCK_T": block_t} | BLOCKS
+    constants = {"WINDOW": window, "INDEX": offset_type(logits.ptr, weights.ptr), "BLOCK_T": block_t} | BLOCKS
     blocks = triton.cdiv(taps, block_t) * triton.cdiv(hq * up, BLOCKS["BLOCK_H"]) * triton.cdiv(wq * up, BLOCKS["BLOCK_W"])
-    return Launch(weigh, (n * sizes.groups * blocks, 1, 1), arguments, constants, NUM_WARPS, 1), weights, weighed
+    return Launch(weigh, (n * sizes.groups * blocks, 1, 1), arguments, constants, NUM_WARPS, 1)

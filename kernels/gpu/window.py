@@ -192,6 +192,13 @@ def normalize_tile(
 
 
 @triton.jit
+def store_weights(weights: Logits, w, t, row, col, mask):
+    """Store the weights of taps t of windows [T, M] at the resolution of the output; the record is that of a group."""
+    address = weights.ptr + (row * weights.stride_u + col * weights.stride_v)[None, :] + (t * weights.stride_c)[:, None]
+    tl.store(address, w.to(weights.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def store_logit_gradient(
     sizes: Sizes,
     logits: Logits,
@@ -209,7 +216,10 @@ def store_logit_gradient(
     HALO: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
-    """Store the gradient to the logits of windows [M] from that to their weights [T, M]; records are those of a group."""
+    """Store the gradient to the logits of windows [M] from that to their weights [T, M], and return the weights.
+
+    Records are those of a group.
+    """
     K: tl.constexpr = WINDOW.kernel_size
     t = tl.arange(0, HALO.t).to(LAYOUT.index)
     taps = (t < K * K)[:, None] & exists[None, :]
@@ -231,3 +241,4 @@ def store_logit_gradient(
         dl.to(dlogits.ptr.dtype.element_ty),
         mask=taps,
     )
+    return w

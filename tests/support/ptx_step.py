@@ -59,7 +59,9 @@ def emulate(launch: Launch, capability: int = 80) -> dict:
 def fill_scratch(launches: list[Launch]) -> None:
     """Fill what launches fill for later ones with NaN, before any of them runs."""
     for launch in launches:
-        for name in {"copy", "weights", "weights_ptr", "gradients"} & launch.arguments.keys():
+        # logits are in the place of weights that a launch does not need
+        needless = {"weights"} if launch.constants.get("NEED_WEIGHTS") is False else set()
+        for name in {"copy", "weights", "weights_ptr", "gradients"} & launch.arguments.keys() - needless:
             scratch = launch.arguments[name]
             (scratch if isinstance(scratch, torch.Tensor) else scratch.ptr).fill_(math.nan)
 

@@ -55,6 +55,11 @@ COPIES: dict[KernelName, Tile] = {
     "logit_gradient": Tile(1, 8, 1, 64, 1, 4, 2, 255, 1, 1),
     "source_gradient": Tile(2, 4, 2, 64, 1, 4, 1, 128, 4),
 }
+# kernels that compute several tiles, and write weights for the next launch
+STACKS: dict[KernelName, Tile] = COPIES | {
+    "logit_gradient": Tile(2, 16, 1, 64, 1, 16, 1, 128, 2, 1),
+    "source_gradient": Tile(2, 16, 4, 64, 1, 16, 1, 128, 4),
+}
 CASES: dict[str, Operator | Module] = {
     "up 2, k 5, float16, channels_last": Operator((1, 64, 12, 16), Spec(5, up=2), torch.float16, NHWC),
     "up 2, k 5, float16, NCHW": Operator((1, 64, 12, 16), Spec(5, up=2), torch.float16, NCHW),
@@ -73,6 +78,7 @@ CASES: dict[str, Operator | Module] = {
     "up 2, k 5, float16, channels_last, walks": Operator((1, 256, 9, 14), Spec(5, up=2), torch.float16, NHWC, walks=True),
     "up 2, k 5, float16, NCHW, walks": Operator((1, 256, 9, 14), Spec(5, up=2), torch.float16, NCHW, walks=True),
     "up 2, k 5, float16, NCHW, copies": Operator((1, 64, 9, 16), Spec(5, up=2), torch.float16, NCHW, COPIES),
+    "up 2, k 5, float16, NCHW, stacks": Operator((1, 64, 9, 16), Spec(5, up=2), torch.float16, NCHW, STACKS),
     "up 2, k 5, float32, channels_last, sums": Operator((1, 64, 12, 16), Spec(5, up=2), torch.float32, NHWC, sums=True),
     "down 2, k 3, shifted windows, float32, channels_last, sums": Operator(
         (1, 20, 7, 9), Spec(3, down=2, border="shift"), torch.float32, NHWC, sums=True

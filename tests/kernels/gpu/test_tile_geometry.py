@@ -2,7 +2,7 @@
 
 import pytest
 from carafepp.kernels.geometry import Spec
-from carafepp.kernels.gpu.tile_geometry import Tile, TileProblem, count_walks, halo, reach, walk
+from carafepp.kernels.gpu.tile_geometry import Tile, TileProblem, count_walks, halo, place_walk, reach, walk
 
 
 @pytest.mark.parametrize("spec", [Spec(5, up=2), Spec(3, down=2), Spec(5, up=3, down=2), Spec(3, up=2, down=3), Spec(1)])
@@ -53,6 +53,15 @@ def test_walks_cover_the_map_and_repeat_the_steps_that_they_share():
     assert (found.walks, found.across, found.down, found.visited) == (2, 3, 8, 10)
     # columns of targets: from -8, 8 and 24, 24 of them, in a map of 40
     assert found.columns == pytest.approx((16 + 24 + 16) / 3)
+
+
+def test_a_walk_that_is_alone_in_its_rows_has_no_columns_before_the_map():
+    problem = TileProblem(Spec(5, up=2), 256, 14, 14, 1, 2, False, 2, 4, (9, 0))
+    tile = Tile(2, 16, 4, 256, 1, 16, 1, 128, 9)
+    # the sources of 16 columns begin two before the map
+    assert [place_walk(problem._replace(width=width), tile, 4, 64)[3:5] for width in (14, 15)] == [(32, 0), (40, 8)]
+    step = place_walk(problem, tile, 4, 64)
+    assert count_walks(problem, tile, step)[1:] == (1, 8, 8, 28)
 
 
 def test_a_product_of_a_step_has_few_empty_places():

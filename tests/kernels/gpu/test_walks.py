@@ -38,6 +38,9 @@ ROIS = TileProblem(Spec(5, up=2), 256, 14, 14, 512, 4, True, 4, 4, (9, 0))
         ((2, 20, 7, 11), Spec(5, down=2, groups=2), HALF, "transposed", Tile(1, 4, 1, 32, 1, 4, 2, 128, 2), 80),
         ((1, 4, 7, 5), Spec(5, up=3, down=2), BF16, "sliced", Tile(2, 2, 1, 32, 1, 4, 2, 128, 2), 80),
         ((1, 4, 7, 5), Spec(3, up=2, down=3, normalizer="none"), FLOAT, "channels_last", Tile(1, 2, 1, 32, 1, 4, 1, 128, 2), 80),
+        # walks that are alone in their rows
+        ((1, 12, 7, 9), Spec(5, down=2), HALF, "contiguous", Tile(2, 8, 1, 32, 1, 4, 1, 128, 2), 80),
+        ((1, 4, 7, 5), Spec(5, up=3, down=2), HALF, "contiguous", Tile(2, 4, 1, 32, 1, 4, 1, 128, 2), 80),
         ((1, 4, 5, 6), Spec(1, normalizer="sigmoid"), HALF, "channels_last", Tile(2, 8, 1, 32, 1, 4, 2, 128, 2), 80),
     ],
 )
