@@ -103,12 +103,12 @@ def predict_microseconds(kernel: Kernel, figures: Mapping[str, Any]) -> int | No
     return round(estimate_time(name_of(kernel), kernel.problem, tile, resources).total)
 
 
-def has_measured_tile(kernel: Kernel) -> bool:
-    """Return whether the tile of a kernel is from a table of measured tiles."""
-    from ..kernels.gpu.tile_tables import measured_tile
+def has_listed_tile(kernel: Kernel) -> bool:
+    """Return whether the tile of a kernel is from a table."""
+    from ..kernels.gpu.tile_tables import find_in_tables
 
     tile = kernel.launch.constants.get("TILE")
-    return tile is not None and tile == measured_tile(name_of(kernel), kernel.problem, "meta")
+    return tile is not None and tile == find_in_tables(name_of(kernel), kernel.problem, "meta")
 
 
 def name_of(kernel: Kernel) -> "KernelName":
@@ -159,7 +159,7 @@ def format_value(value: object) -> str:
 
 @app("inspect")
 def main(cfg: DictConfig) -> None:
-    """Compile the kernels and print a table; exit with status 1 if one spills registers in a loop and its tile was not measured."""
+    """Compile the kernels and print a table; exit with status 1 if one spills registers in a loop and its tile is in no table."""
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("carafepp-inspect needs the triton package, which is not installed (pip install triton; Linux only)")
     from ..kernels.gpu.residency import RESIDENCY_LIMITS
@@ -182,8 +182,8 @@ def main(cfg: DictConfig) -> None:
     print(format_table(printed, width))
     if options["json"]:
         Path(options["json"]).write_text(json.dumps(rows, indent=1) + "\n")
-    # a measured tile is the fastest even if it spills
-    in_loops = [row["loop_spills"] and not has_measured_tile(kernel) for kernel, row in zip(work, rows, strict=True)]
+    # a tile in a table is the fastest even if it spills
+    in_loops = [row["loop_spills"] and not has_listed_tile(kernel) for kernel, row in zip(work, rows, strict=True)]
     spilled = [row for row, spills in zip(printed, in_loops, strict=True) if spills]
     if spilled:
         raise SystemExit(f"{len(spilled)} of {len(rows)} kernels spill registers in a loop:\n{format_table(spilled, width)}")

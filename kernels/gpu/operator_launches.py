@@ -26,7 +26,7 @@ from .target_sums import sums_targets, target_sum_launches
 from .tile_geometry import KernelName, Tile, TileProblem, as_read, halo, reach, run_alignments, run_vector
 from .tile_limits import is_tall, source_blocks
 from .tile_ranking import SEPARATE, TOGETHER, choose_backward, choose_tile
-from .tile_tables import measured_tile
+from .tile_tables import find_in_tables
 from .tile_work import find_walk
 from .transposition import transpose_launch
 from .weighing import empty_weights, weigh_launch, weighed_window
@@ -115,10 +115,10 @@ def _find_sums(problem: TileProblem) -> SumLaunches | None:
 
 
 def _find_tile(kernel: KernelName, problem: TileProblem, x: Tensor) -> Tile | None:
-    """Return the measured or ranked tile; None for the kernels that work tap by tap, which alone read pixels of the map outside it."""
+    """Return the tile from a table or the ranking; None for the kernels that work tap by tap, which alone read pixels outside the map."""
     if problem.spec.border in PADDED_BORDERS:
         return None
-    return measured_tile(kernel, problem, _device_name(x)) or choose_tile(kernel, problem)
+    return find_in_tables(kernel, problem, _device_name(x)) or choose_tile(kernel, problem)
 
 
 def _tile_launch(
@@ -151,7 +151,7 @@ def forward_launches(
 ) -> list[Launch]:
     """Return the launches that fill y and lse; arguments as for `forward`, on any device, including "meta".
 
-    `tile` replaces the measured or chosen tile, and `capability` that of the device.
+    `tile` replaces that of a table or of the ranking, and `capability` that of the device.
     """
     problem = problem_of(x, logits, y, spec, capability)
     arguments = {
@@ -214,8 +214,8 @@ def backward_launches(
 ) -> list[Launch]:
     """Return the launches that fill dx and dlogits, unless they are None; arguments as for `backward`, on any device, including "meta".
 
-    `tile` replaces the measured or chosen tiles, and `capability` that of the device. The product of `factors`, a map [N, width, H, W] in
-    channels_last and a matrix [width, C], is added to dx, if `adds_product` and `dlogits` is None.
+    `tile` replaces those of tables or of the ranking, and `capability` that of the device. The product of `factors`, a map
+    [N, width, H, W] in channels_last and a matrix [width, C], is added to dx, if `adds_product` and `dlogits` is None.
     """
     problem = problem_of(x, logits, dy, spec, capability)
     # a kernel does not touch a gradient that is None, so that the input can replace it
@@ -260,10 +260,10 @@ def adds_product(dy: Tensor, x: Tensor, logits: Tensor, spec: Spec) -> bool:
 
 
 def _find_kernels(problem: TileProblem, x: Tensor) -> tuple[KernelName, ...]:
-    """Return the kernels that compute both gradients: those that have measured tiles, or else the fastest by the model."""
+    """Return the kernels that compute both gradients: those that have tiles in tables, or else the fastest by the model."""
     if problem.spec.border not in PADDED_BORDERS and all(has_tiles(kernel, problem) for kernel in SEPARATE):
         for kernels in (SEPARATE, TOGETHER):
-            if all(measured_tile(kernel, problem, _device_name(x)) for kernel in kernels):
+            if all(find_in_tables(kernel, problem, _device_name(x)) for kernel in kernels):
                 return kernels
         return choose_backward(problem)
     return SEPARATE

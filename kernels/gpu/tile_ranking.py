@@ -1,6 +1,6 @@
 """The ranking of tiles by speed: a pure function of the shape, data type and memory format of a problem and the capability of the device.
 
-The tiles that fit (tile_limits.py) are ranked by their predicted time (tile_time.py). A measured tile (tile_tables.py) takes precedence.
+The tiles that fit (tile_limits.py) are ranked by their predicted time (tile_time.py). A tile in a table (tile_tables.py) takes precedence.
 """
 
 import math

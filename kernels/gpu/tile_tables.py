@@ -1,9 +1,14 @@
-"""The tables of measured tiles, which take precedence over the ranking of tile_ranking.py.
+"""The tables of tiles, which take precedence over the ranking of tile_ranking.py.
 
 `carafepp-tune` writes the user's table, a JSON file {device name: {key: tile}} in the cache folder or at the path in CARAFEPP_TILES. The
-shipped table, measured_tiles.json, {architecture: {key: tile}}, serves keys that the user's table lacks. Its tiles for sm_90 were measured
-on an H200. A tile that spills registers is in the table if it was at least 10 % faster than every tile that does not. The key of a tile
-begins with the name of its kernel.
+shipped tables, {architecture: {key: tile}}, serve keys that the user's table lacks:
+
+- measured_tiles.json: its tiles for sm_90 were measured on an H200. A tile that spills registers is in the table if it was at least 10 %
+  faster than every tile that does not.
+- counted_tiles.json: no GPU has timed its tiles. An emulator counts half of the traffic of the best measured tile of an earlier kernel, and
+  the model of time predicts the same time.
+
+The key of a tile begins with the name of its kernel.
 """
 
 import json
@@ -15,7 +20,7 @@ import torch
 
 from .tile_geometry import KernelName, Tile, TileProblem
 
-SHIPPED_TABLE = Path(__file__).with_name("measured_tiles.json")
+SHIPPED_TABLES = tuple(Path(__file__).with_name(name) for name in ("measured_tiles.json", "counted_tiles.json"))
 
 Table = dict[str, dict[str, list[int]]]
 
@@ -67,10 +72,11 @@ def write_table(path: Path, table: Table) -> None:
 load_table = cache(read_table)
 
 
-def measured_tile(kernel: KernelName, problem: TileProblem, device_name: str) -> Tile | None:
-    """Return the measured tile of a kernel on a device of this name, or None if neither table has it."""
+def find_in_tables(kernel: KernelName, problem: TileProblem, device_name: str) -> Tile | None:
+    """Return the tile of a kernel on a device of this name in the tables, or None if none of them has it."""
+    key, architecture = table_key(kernel, problem), "sm_{}{}".format(*problem.capability)
+    tables = [load_table(table_path()).get(device_name, {})]
     # ROCm numbers its devices as NVIDIA does, but the shipped tiles are for NVIDIA's
-    shipped = {} if torch.version.hip else load_table(SHIPPED_TABLE).get("sm_{}{}".format(*problem.capability), {})
-    key = table_key(kernel, problem)
-    found = load_table(table_path()).get(device_name, {}).get(key) or shipped.get(key)
-    return Tile(*found) if found else None
+    if not torch.version.hip:
+        tables += [load_table(path).get(architecture, {}) for path in SHIPPED_TABLES]
+    return next((Tile(*table[key]) for table in tables if key in table), None)

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
 from carafepp.kernels.gpu.operator_launches import adds_product, backward_launches
 from carafepp.kernels.gpu.tile_geometry import Tile
-from carafepp.kernels.gpu.tile_tables import measured_tile
+from carafepp.kernels.gpu.tile_tables import find_in_tables
 from carafepp.kernels.gpu.training_step import build_training_step
 from carafepp.kernels.reference import reassemble_reference
 from operator_cases import TRITON_TOLERANCES, arrange, differentiate, random_inputs, relative_error
@@ -73,7 +73,7 @@ def test_where_it_is_added(spec, layout, added):
 @pytest.mark.parametrize(("n", "c", "side", "width"), [(64, 64, 112, 16), (64, 128, 56, 16), (64, 256, 28, 16), (64, 512, 28, 16)])
 def test_it_spills_no_more(n, c, side, width):
     step = build_training_step(n, c, side, side, Spec(5, down=2), BF16, torch.channels_last)
-    tile = measured_tile("source_gradient", step.problem((9, 0)), "")
+    tile = find_in_tables("source_gradient", step.problem((9, 0)), "")
     features = torch.empty(n, width, side, side, dtype=BF16, device="meta").contiguous(memory_format=torch.channels_last)
     codes = []
     for factors in (None, (features, torch.empty(width, c, dtype=BF16, device="meta"))):

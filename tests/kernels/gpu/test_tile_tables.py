@@ -1,11 +1,11 @@
-"""The tables of measured tiles: the tile that each problem finds, and the error of a broken table."""
+"""The tables of tiles: the tile that each problem finds, and the error of a broken table."""
 
 import pytest
 import torch
 from carafepp.kernels.geometry import Spec
 from carafepp.kernels.gpu.tile_geometry import KERNELS, Tile, TileProblem
-from carafepp.kernels.gpu.tile_ranking import rank_tiles
-from carafepp.kernels.gpu.tile_tables import load_table, measured_tile, table_key, write_table
+from carafepp.kernels.gpu.tile_ranking import SEPARATE, rank_tiles
+from carafepp.kernels.gpu.tile_tables import SHIPPED_TABLES, find_in_tables, load_table, table_key, write_table
 
 PROBLEM = TileProblem(Spec(5, up=2), 256, 25, 42, 1, 2, False, 2, 4, (8, 0))
 TILE = Tile(2, 2, 1, 16, 1, 4, 2)
@@ -13,12 +13,12 @@ TILE = Tile(2, 2, 1, 16, 1, 4, 2)
 
 def test_a_measured_tile_is_found_on_its_device_only(tile_table):
     write_table(tile_table, {"A GPU": {table_key("forward", PROBLEM): list(TILE)}})
-    assert measured_tile("forward", PROBLEM, "A GPU") == TILE
-    assert measured_tile("backward", PROBLEM, "A GPU") is None
-    assert measured_tile("forward", PROBLEM, "another") is None
+    assert find_in_tables("forward", PROBLEM, "A GPU") == TILE
+    assert find_in_tables("backward", PROBLEM, "A GPU") is None
+    assert find_in_tables("forward", PROBLEM, "another") is None
     # images of about one size share a tile
-    assert measured_tile("forward", PROBLEM._replace(height=26), "A GPU") == TILE
-    assert measured_tile("forward", PROBLEM._replace(height=250), "A GPU") is None
+    assert find_in_tables("forward", PROBLEM._replace(height=26), "A GPU") == TILE
+    assert find_in_tables("forward", PROBLEM._replace(height=250), "A GPU") is None
 
 
 @pytest.fixture
@@ -33,17 +33,35 @@ def shipped_problem():
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_shipped_tiles_fit_their_problems(tile_table, shipped_problem, kernel):
     problem = shipped_problem((9, 0))
-    shipped = measured_tile(kernel, problem, "A GPU")
+    shipped = find_in_tables(kernel, problem, "A GPU")
     assert shipped in rank_tiles(kernel, problem)
-    assert measured_tile(kernel, shipped_problem((8, 0)), "A GPU") is None
+    assert find_in_tables(kernel, shipped_problem((8, 0)), "A GPU") is None
+
+
+@pytest.mark.parametrize("kernel", SEPARATE)
+def test_counted_tiles_serve_the_maps_of_a_mask_head(tile_table, kernel):
+    pytest.importorskip("triton")
+    from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
+    from carafepp.kernels.gpu.training_step import build_training_step
+
+    step = build_training_step(512, 256, 14, 14, Spec(5, up=2), torch.float16, torch.contiguous_format)
+    counted, measured = (table["sm_90"] for table in map(load_table, reversed(SHIPPED_TABLES)))
+    key = table_key(kernel, step.problem((9, 0)))
+    assert key in counted
+    assert not counted.keys() & measured.keys()
+    launch = step.build_launches(kernel, capability=(9, 0))[-1]
+    assert launch.constants["TILE"] == Tile(*counted[key])
+    assembly = read_assembly(compile_launch(launch, 90))
+    assert assembly.loop_spills == 0
+    assert assembly.occupancy >= 0.25
 
 
 def test_the_users_tiles_go_before_the_shipped_ones(tile_table, shipped_problem):
     problem = shipped_problem((9, 0))
     write_table(tile_table, {"A GPU": {table_key("forward", problem): list(TILE)}})
-    assert measured_tile("forward", problem, "A GPU") == TILE
-    assert measured_tile("forward", problem, "another") != TILE
-    assert measured_tile("backward", problem, "A GPU") == measured_tile("backward", problem, "another") is not None
+    assert find_in_tables("forward", problem, "A GPU") == TILE
+    assert find_in_tables("forward", problem, "another") != TILE
+    assert find_in_tables("backward", problem, "A GPU") == find_in_tables("backward", problem, "another") is not None
 
 
 def test_measured_tiles_decide_whether_the_gradients_share_a_launch(tile_table, shipped_problem):
@@ -64,9 +82,9 @@ def test_measured_tiles_decide_whether_the_gradients_share_a_launch(tile_table, 
 
 
 def test_a_table_is_read_once(tile_table):
-    assert measured_tile("forward", PROBLEM, "A GPU") is None
+    assert find_in_tables("forward", PROBLEM, "A GPU") is None
     write_table(tile_table, {"A GPU": {table_key("forward", PROBLEM): list(TILE)}})
-    assert measured_tile("forward", PROBLEM, "A GPU") is None
+    assert find_in_tables("forward", PROBLEM, "A GPU") is None
 
 
 @pytest.mark.parametrize(
@@ -86,4 +104,4 @@ def test_a_table_is_read_once(tile_table):
 def test_a_broken_table_is_named(tile_table, text):
     tile_table.write_bytes(text)
     with pytest.raises(ValueError, match=r"tiles\.json is not a table.*carafepp-tune"):
-        measured_tile("forward", PROBLEM, "A GPU")
+        find_in_tables("forward", PROBLEM, "A GPU")

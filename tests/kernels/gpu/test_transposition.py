@@ -107,7 +107,7 @@ def test_the_plan_of_a_call_does_not_keep_its_copy(monkeypatch):
     monkeypatch.setattr(backend, "INTERPRETED", False)
     monkeypatch.setattr(backend, "check_device", lambda _: None)
     monkeypatch.setattr(backend, "plans", launching.Plans(4))
-    monkeypatch.setattr(operator_launches, "measured_tile", lambda *_: None)
+    monkeypatch.setattr(operator_launches, "find_in_tables", lambda *_: None)
     monkeypatch.setattr(operator_launches, "choose_tile", lambda *_: Tile(1, 8, 1, 64, 1, 4, 2, transposed=1))
     monkeypatch.setattr(operator_launches, "choose_backward", lambda *_: ("logit_gradient", "source_gradient"))
     step = build_training_step(2, 64, 8, 16, Spec(5, up=2), HALF, torch.contiguous_format, "cpu")
