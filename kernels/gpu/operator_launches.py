@@ -297,7 +297,8 @@ def _kernel_launches(
     if problem.weighed:
         if "weights" not in arguments:
             arguments = arguments | {"weights": empty_weights(arguments["logits"].ptr, x.dtype)}
-            before = [weigh_launch(*(arguments[name] for name in ("sizes", "logits", "lse_ptr", "weights")), window)]
+            sizes, lse, weights = (arguments[name] for name in ("sizes", "lse_ptr", "weights"))
+            before = [weigh_launch(sizes, arguments["logits"], lse, weights, window)]
         arguments, window = arguments | {"logits": arguments["weights"]}, weighed_window(window)
     return [*before, _banded_launch(kernel, arguments, window, problem, tile, factors)]
 
