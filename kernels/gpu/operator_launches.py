@@ -26,7 +26,7 @@ from .target_sums import sums_targets, target_sum_launches
 from .tile_geometry import KernelName, Tile, TileProblem, as_read, halo, reach, run_alignments, run_vector
 from .tile_limits import is_tall, source_blocks
 from .tile_ranking import SEPARATE, TOGETHER, choose_backward, choose_tile
-from .tile_tables import find_in_tables
+from .tile_tables import find_in_tables, find_kernels
 from .tile_work import find_walk
 from .transposition import transpose_launch
 from .weighing import empty_weights, weigh_launch, weighed_window
@@ -262,10 +262,7 @@ def adds_product(dy: Tensor, x: Tensor, logits: Tensor, spec: Spec) -> bool:
 def _find_kernels(problem: TileProblem, x: Tensor) -> tuple[KernelName, ...]:
     """Return the kernels that compute both gradients: those that have tiles in tables, or else the fastest by the model."""
     if problem.spec.border not in PADDED_BORDERS and all(has_tiles(kernel, problem) for kernel in SEPARATE):
-        for kernels in (SEPARATE, TOGETHER):
-            if all(find_in_tables(kernel, problem, _device_name(x)) for kernel in kernels):
-                return kernels
-        return choose_backward(problem)
+        return find_kernels((SEPARATE, TOGETHER), problem, _device_name(x)) or choose_backward(problem)
     return SEPARATE
 
 

@@ -31,6 +31,8 @@ LEAST_FILLED = 0.6
 MOST_WEIGHTS = 100
 MAX_REGISTERS = 128
 WARPS, WARP_SIZE = 4, 32
+# most sub-rows of a program, with which a row of it has eight threads
+MOST_STEPS = 16
 # bytes of a line of memory
 LINE = 128
 # programs that a multiprocessor holds with this number of registers
@@ -72,7 +74,7 @@ def find_runs(m, sizes: Sizes, WINDOW: tl.constexpr, RUNS: tl.constexpr):
         return ng, part, u, 0, q, r
     else:
         # counted from row to row, so that the last program of a map alone has threads without a run
-        width = sizes.wq * PARTS
+        width = sizes.wq.to(m.dtype) * PARTS
         programs = tl.cdiv(sizes.hq * width, RUNS.cols)
         ng = pid // programs
         run = (pid - ng * programs) * RUNS.cols + m
@@ -187,7 +189,8 @@ def count_cells(spec: Spec) -> int:
 
 def count_steps(spec: Spec) -> int:
     """Return the sub-rows of a program, whose number of threads is a power of two."""
-    return spec.up if spec.up & (spec.up - 1) == 0 and count_subs(spec) == spec.up else 1
+    whole = spec.up & (spec.up - 1) == 0 and count_subs(spec) == spec.up
+    return spec.up if whole and spec.up <= MOST_STEPS else 1
 
 
 def count_runs(problem: TileProblem) -> tuple[int, int]:

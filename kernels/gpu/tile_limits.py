@@ -178,7 +178,7 @@ def fits(kernel: KernelName, problem: TileProblem, tile: Tile) -> bool:
     problem = as_read(kernel, problem, tile)
     if kernel == "forward":
         return fits_forward(problem, tile)
-    if tile.steps > 1:
+    if kernel == "source_gradient" and tile.steps > 1:
         return fits_walk(problem, tile)
     logits = kernel == "source_gradient" or fits_logit_gradient(problem, tile)
     return logits and (kernel == "logit_gradient" or fits_source_gradient(problem, tile, source_blocks(kernel, problem, tile)))

@@ -79,7 +79,8 @@ def rank_wide_tiles(kernel: KernelName, problem: TileProblem) -> list[Tile]:
     for tile in wide_tiles(kernel, problem):
         registers, shared = estimate_resources(kernel, problem, tile)
         # programs that walk were made for their limit
-        limited = tile.max_registers < MOST_REGISTERS and tile.steps == 1
+        walks = kernel == "source_gradient" and tile.steps > 1
+        limited = tile.max_registers < MOST_REGISTERS and not walks
         if registers >= MOST_REGISTERS or (limited and not tile.max_registers < registers <= MOST_OVER_LIMIT * tile.max_registers):
             continue
         resources = Resources(min(registers, tile.max_registers), shared)

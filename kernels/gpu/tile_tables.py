@@ -8,7 +8,8 @@ shipped tables, {architecture: {key: tile}}, serve keys that the user's table la
 - counted_tiles.json: no GPU has timed its tiles. An emulator counts half of the traffic of the best measured tile of an earlier kernel, and
   the model of time predicts the same time.
 
-The key of a tile begins with the name of its kernel.
+The key of a tile begins with the name of its kernel. It may end with the height and the width of the map in cells, and is then that of this
+size alone.
 """
 
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .tile_geometry import KernelName, Tile, TileProblem
+from .tile_geometry import KERNELS, KernelName, Tile, TileProblem
 
 SHIPPED_TABLES = tuple(Path(__file__).with_name(name) for name in ("measured_tiles.json", "counted_tiles.json"))
 
@@ -72,11 +73,31 @@ def write_table(path: Path, table: Table) -> None:
 load_table = cache(read_table)
 
 
-def find_in_tables(kernel: KernelName, problem: TileProblem, device_name: str) -> Tile | None:
-    """Return the tile of a kernel on a device of this name in the tables, or None if none of them has it."""
-    key, architecture = table_key(kernel, problem), "sm_{}{}".format(*problem.capability)
+def list_tiles(problem: TileProblem, device_name: str) -> list[dict[KernelName, Tile]]:
+    """Return the tiles that each table has for the kernels of a problem on a device of this name; the user's table is the first."""
     tables = [load_table(table_path()).get(device_name, {})]
     # ROCm numbers its devices as NVIDIA does, but the shipped tiles are for NVIDIA's
     if not torch.version.hip:
+        architecture = "sm_{}{}".format(*problem.capability)
         tables += [load_table(path).get(architecture, {}) for path in SHIPPED_TABLES]
-    return next((Tile(*table[key]) for table in tables if key in table), None)
+    size = f" {problem.height}x{problem.width}"
+    found = []
+    for table in tables:
+        keys = {kernel: table_key(kernel, problem) for kernel in KERNELS}
+        tiles = {kernel: table.get(key + size) or table.get(key) for kernel, key in keys.items()}
+        found.append({kernel: Tile(*tile) for kernel, tile in tiles.items() if tile})
+    return found
+
+
+def find_in_tables(kernel: KernelName, problem: TileProblem, device_name: str) -> Tile | None:
+    """Return the tile of a kernel in the first table that has one, or None if none of them has it."""
+    return next((tiles[kernel] for tiles in list_tiles(problem, device_name) if kernel in tiles), None)
+
+
+def find_kernels(choices: tuple[tuple[KernelName, ...], ...], problem: TileProblem, device_name: str) -> tuple[KernelName, ...] | None:
+    """Return the first choice of kernels of which one table has all tiles, or None; an earlier table goes before an earlier choice."""
+    for tiles in list_tiles(problem, device_name):
+        for kernels in choices:
+            if all(kernel in tiles for kernel in kernels):
+                return kernels
+    return None

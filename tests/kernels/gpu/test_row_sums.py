@@ -220,6 +220,13 @@ def test_large_maps_in_nchw_are_summed(size, spec, dtype, memory_format, forward
     assert ("sum_row_gradients" in [launch.kernel.__name__ for launch in step.build_launches("backward")]) is gradient
 
 
+def test_scales_whose_sub_rows_are_more_than_threads_of_a_program():
+    step = build_training_step(1, 64, 16, 16, Spec(1, up=32), FLOAT, NCHW)
+    (launch,) = step.build_launches("forward", capability=(9, 0))
+    assert launch.kernel.__name__ == "sum_rows"
+    assert launch.constants["RUNS"].steps == 1
+
+
 def test_a_compiler_that_merges_sums_gets_none(monkeypatch):
     monkeypatch.setattr(row_runs, "MERGES_SUMS", True)
     assert not sums_rows("forward", build_training_step(4, 64, ROWS, 64, UP, FLOAT, NCHW).problem())

@@ -8,8 +8,8 @@ pytest.importorskip("triton")
 
 from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
 from carafepp.kernels.gpu.tile_geometry import KERNELS, Tile, TileProblem
-from carafepp.kernels.gpu.tile_ranking import SEPARATE, choose_tile, rank_tiles, rank_wide_tiles
-from carafepp.kernels.gpu.tile_resources import estimate_resources
+from carafepp.kernels.gpu.tile_ranking import MOST_OVER_LIMIT, SEPARATE, choose_tile, rank_tiles, rank_wide_tiles
+from carafepp.kernels.gpu.tile_resources import MOST_REGISTERS, estimate_resources
 from carafepp.kernels.gpu.tile_search import (
     RESULTS,
     UnusableTileError,
@@ -71,6 +71,14 @@ def test_the_search_ends_after_slower_tiles_and_counts_those_that_cannot_run():
     assert timed == sorted((times[tile], tile) for tile in tiles[:10] if times[tile])
     assert timed[0] == (3, tiles[6])
     assert skipped == {"a reason": 2}
+
+
+def test_the_wide_search_limits_registers_where_that_saves_some():
+    limited = [tile for tile in rank_wide_tiles("logit_gradient", PROBLEM) if tile.max_registers < MOST_REGISTERS]
+    assert any(tile.steps > 1 for tile in limited)
+    for tile in limited:
+        registers = estimate_resources("logit_gradient", PROBLEM, tile._replace(max_registers=MOST_REGISTERS)).registers
+        assert tile.max_registers < registers <= MOST_OVER_LIMIT * tile.max_registers
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from carafepp.kernels.geometry import Spec
 from carafepp.kernels.gpu.tile_geometry import KERNELS, Tile, TileProblem
-from carafepp.kernels.gpu.tile_ranking import SEPARATE, rank_tiles
-from carafepp.kernels.gpu.tile_tables import SHIPPED_TABLES, find_in_tables, load_table, table_key, write_table
+from carafepp.kernels.gpu.tile_ranking import SEPARATE, TOGETHER, rank_tiles
+from carafepp.kernels.gpu.tile_tables import SHIPPED_TABLES, find_in_tables, find_kernels, load_table, table_key, write_table
 
 PROBLEM = TileProblem(Spec(5, up=2), 256, 25, 42, 1, 2, False, 2, 4, (8, 0))
 TILE = Tile(2, 2, 1, 16, 1, 4, 2)
@@ -38,22 +38,43 @@ def test_shipped_tiles_fit_their_problems(tile_table, shipped_problem, kernel):
     assert find_in_tables(kernel, shipped_problem((8, 0)), "A GPU") is None
 
 
-@pytest.mark.parametrize("kernel", SEPARATE)
-def test_counted_tiles_serve_the_maps_of_a_mask_head(tile_table, kernel):
+def test_counted_tiles_serve_the_maps_of_a_mask_head_alone(tile_table):
     pytest.importorskip("triton")
     from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
     from carafepp.kernels.gpu.training_step import build_training_step
 
-    step = build_training_step(512, 256, 14, 14, Spec(5, up=2), torch.float16, torch.contiguous_format)
+    def build(*size):
+        return build_training_step(*size, Spec(5, up=2), torch.float16, torch.contiguous_format)
+
     counted, measured = (table["sm_90"] for table in map(load_table, reversed(SHIPPED_TABLES)))
-    key = table_key(kernel, step.problem((9, 0)))
-    assert key in counted
+    problem = build(512, 256, 14, 14).problem((9, 0))
+    keys = [f"{table_key(kernel, problem)} 14x14" for kernel in SEPARATE]
+    assert counted.keys() == set(keys)
     assert not counted.keys() & measured.keys()
-    launch = step.build_launches(kernel, capability=(9, 0))[-1]
-    assert launch.constants["TILE"] == Tile(*counted[key])
-    assembly = read_assembly(compile_launch(launch, 90))
-    assert assembly.loop_spills == 0
-    assert assembly.occupancy >= 0.25
+    launches = build(512, 256, 14, 14).build_launches("backward", capability=(9, 0))
+    assert [launch.constants["TILE"] for launch in launches] == [Tile(*counted[key]) for key in keys]
+    for launch in launches:
+        assembly = read_assembly(compile_launch(launch, 90))
+        assert assembly.loop_spills == 0
+        assert assembly.occupancy >= 0.25
+    # of the same area
+    wide = build(4, 256, 100, 166).problem((9, 0))
+    assert [table_key(kernel, wide) for kernel in SEPARATE] == [table_key(kernel, problem) for kernel in SEPARATE]
+    assert [find_in_tables(kernel, wide, "A GPU") for kernel in SEPARATE] == [None, None]
+
+
+def test_a_users_launch_of_both_gradients_goes_before_shipped_launches_of_each(tile_table):
+    pytest.importorskip("triton")
+    from carafepp.kernels.gpu.training_step import build_training_step
+
+    step = build_training_step(512, 256, 14, 14, Spec(5, up=2), torch.float16, torch.contiguous_format)
+    problem = step.problem((9, 0))
+    assert find_kernels((SEPARATE, TOGETHER), problem, "meta") == SEPARATE
+    write_table(tile_table, {"meta": {table_key("backward", problem): list(TILE)}})
+    load_table.cache_clear()
+    assert find_kernels((SEPARATE, TOGETHER), problem, "meta") == TOGETHER
+    (launch,) = step.build_launches("backward", capability=(9, 0))
+    assert launch.constants["TILE"] == TILE
 
 
 def test_the_users_tiles_go_before_the_shipped_ones(tile_table, shipped_problem):

@@ -8,7 +8,7 @@ from carafepp.kernels.geometry import LSE_NORMALIZERS, Spec
 
 pytest.importorskip("triton")
 
-from carafepp.kernels.gpu import backend, operator_launches
+from carafepp.kernels.gpu import backend, operator_launches, tile_tables
 from carafepp.kernels.gpu import launch as launching
 from carafepp.kernels.gpu.operator_launches import INTERPRETED, backward_launches, forward_launches
 from carafepp.kernels.gpu.tile_geometry import Tile
@@ -107,7 +107,7 @@ def test_the_plan_of_a_call_does_not_keep_its_copy(monkeypatch):
     monkeypatch.setattr(backend, "INTERPRETED", False)
     monkeypatch.setattr(backend, "check_device", lambda _: None)
     monkeypatch.setattr(backend, "plans", launching.Plans(4))
-    monkeypatch.setattr(operator_launches, "find_in_tables", lambda *_: None)
+    monkeypatch.setattr(tile_tables, "list_tiles", lambda *_: [])
     monkeypatch.setattr(operator_launches, "choose_tile", lambda *_: Tile(1, 8, 1, 64, 1, 4, 2, transposed=1))
     monkeypatch.setattr(operator_launches, "choose_backward", lambda *_: ("logit_gradient", "source_gradient"))
     step = build_training_step(2, 64, 8, 16, Spec(5, up=2), HALF, torch.contiguous_format, "cpu")
