@@ -80,10 +80,9 @@ def list_tiles(problem: TileProblem, device_name: str) -> list[dict[KernelName, 
     if not torch.version.hip:
         architecture = "sm_{}{}".format(*problem.capability)
         tables += [load_table(path).get(architecture, {}) for path in SHIPPED_TABLES]
-    size = f" {problem.height}x{problem.width}"
+    keys, size = {kernel: table_key(kernel, problem) for kernel in KERNELS}, f" {problem.height}x{problem.width}"
     found = []
     for table in tables:
-        keys = {kernel: table_key(kernel, problem) for kernel in KERNELS}
         tiles = {kernel: table.get(key + size) or table.get(key) for kernel, key in keys.items()}
         found.append({kernel: Tile(*tile) for kernel, tile in tiles.items() if tile})
     return found

@@ -17,6 +17,7 @@ A row is [problem, kernel, tile, measured us, issue us, load and store us, copy 
 """
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +78,7 @@ def fit(measured: Measured, used: np.ndarray) -> Costs:
     return Costs(*map(float, np.exp(least_squares(residuals, [0, 0, 0, 1], loss="soft_l1", f_scale=0.2).x)))
 
 
+@cache
 def fit_all() -> Costs:
     """Return the costs that fit all kernels."""
     measured = read_counts()
