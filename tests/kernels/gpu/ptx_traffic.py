@@ -59,13 +59,14 @@ def count(launch: Launch, dy: torch.Tensor, images: int, size: int) -> Traffic:
     counted = math.ceil(programs / images * min(1, ENOUGH / size))
     first = (programs // images - counted) // 2
     compiled, parameters, blocks = compile_launch(launch, CAPABILITY), launch.parameters(), range(first, first + counted)
-    found = run(compiled.asm["ptx"], launch.grid, parameters, shared=compiled.metadata.shared, blocks=blocks, gpu=GPUS[CAPABILITY])
+    code = read_assembly(compiled)
+    shared, resident = compiled.metadata.shared, code.blocks
+    found = run(compiled.asm["ptx"], launch.grid, parameters, shared=shared, blocks=blocks, gpu=GPUS[CAPABILITY], resident=resident)
     whole = programs / counted
     place = next((i for i, value in enumerate(parameters) if value is dy), None)
     buffers = list(found["per_buffer"].values())
     tensors = [i for i, value in enumerate(parameters) if isinstance(value, torch.Tensor)]
     read = buffers[tensors.index(place)].get("l2_sectors", 0) if place is not None else 0
-    code = read_assembly(compiled)
     moved = found["l2_sectors_read"] + found["l2_sectors_write"]
     warps = min(code.occupancy * RESIDENCY_LIMITS[CAPABILITY].warps, programs * launch.num_warps / DEVICE.multiprocessors)
     copy = found["dram_bytes_compulsory"] * whole / DEVICE.copy * 1e-6

@@ -68,6 +68,16 @@ def test_reuse_is_served_by_the_caches():
     assert stats["l1_hit_rate"] == 0.5
 
 
+def test_blocks_share_the_first_cache_with_those_alone_that_registers_leave_room_for():
+    # every thread reads a line of its own twice: 16 KiB for each block
+    twice = COPY.replace("ld.global.b32 %r6, [%rd4];", "ld.global.b32 %r6, [%rd4]; bar.sync 0; ld.global.b32 %r6, [%rd4];")
+    x, y = np.zeros(1080 * 128 * 32, np.uint32), np.zeros(1080 * 128, np.uint32)
+    alone, together = (run(kernel(twice), 1080, [x, y, 128], resident=resident)["l1_hit_rate"] for resident in (1, 32))
+    assert alone == 0.5
+    # the last blocks are few
+    assert together < 0.05
+
+
 @pytest.mark.parametrize(("stride", "wavefronts"), [(4, 1), (8, 2), (12, 1), (64, 16), (128, 32), (132, 1), (0, 1)])
 def test_bank_conflicts_of_a_strided_access(stride, wavefronts):
     body = """

@@ -22,13 +22,13 @@ class GPU:
     l1_size: int  # bytes per multiprocessor, shared memory included
     threads: int  # per multiprocessor
 
-    def resident(self, threads: int, shared: int) -> int:
-        """Number of blocks, with these threads and bytes of shared memory, that one multiprocessor holds, regardless of registers."""
-        return max(1, min(32, self.threads // threads, (self.l1_size - (16 << 10)) // max(1, shared + 1024)))
+    def resident(self, threads: int, shared: int, most: int = 32) -> int:
+        """Number of blocks, with these threads and bytes of shared memory, that one multiprocessor holds; registers allow `most`."""
+        return max(1, min(most, self.threads // threads, (self.l1_size - (16 << 10)) // max(1, shared + 1024)))
 
-    def l1(self, threads: int, shared: int) -> int:
+    def l1(self, threads: int, shared: int, most: int = 32) -> int:
         """Bytes that the shared memory of the resident blocks leaves for caching."""
-        taken = self.resident(threads, shared) * (shared + 1024 if shared else 0)
+        taken = self.resident(threads, shared, most) * (shared + 1024 if shared else 0)
         return max(16 << 10, self.l1_size - taken)
 
 

@@ -16,7 +16,7 @@ from .parser import parse
 BATCH = 1 << 16
 
 
-def run(ptx: str, grid, args: list, *, block=None, shared: int = 0, blocks=None, gpu: GPU = A100) -> dict:
+def run(ptx: str, grid, args: list, *, block=None, shared: int = 0, blocks=None, gpu: GPU = A100, resident: int = 32) -> dict:
     """Execute a kernel in place on NumPy arrays or CPU tensors of any strides, and count what a GPU would do.
 
     Args:
@@ -27,6 +27,7 @@ def run(ptx: str, grid, args: list, *, block=None, shared: int = 0, blocks=None,
         shared: bytes of dynamic shared memory (`metadata.shared` of Triton).
         blocks: linear indices of the blocks to run, by default all; the bounds are scaled to the whole grid.
         gpu: what to count for.
+        resident: blocks that the registers of a multiprocessor hold, which PTX does not tell.
 
     Returns:
         warp_insts, warp_insts_by_class: warp instructions executed, of PTX.
@@ -60,10 +61,10 @@ def run(ptx: str, grid, args: list, *, block=None, shared: int = 0, blocks=None,
         _view(memory.bytes, offset, array)[...] = array
     threads = -(-math.prod(block) // 32) * 32
     shared += -(-kernel.static_shared // 16) * 16
-    traffic = Traffic(memory, gpu.l1(threads, shared), gpu.l2_size, gpu.multiprocessors)
+    traffic = Traffic(memory, gpu.l1(threads, shared, resident), gpu.l2_size, gpu.multiprocessors)
     machine = Machine(kernel, grid, block, shared, parameters, memory, traffic)
     todo = list(range(math.prod(grid)) if blocks is None else blocks)
-    together = max(1, min(gpu.multiprocessors * gpu.resident(threads, shared), BATCH // threads))
+    together = max(1, min(gpu.multiprocessors * gpu.resident(threads, shared, resident), BATCH // threads))
     with np.errstate(all="ignore"):
         for start in range(0, len(todo), together):
             machine.run(todo[start : start + together])
