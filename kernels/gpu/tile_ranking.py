@@ -10,7 +10,7 @@ from itertools import islice
 from .tile_geometry import KernelName, Tile, TileProblem, as_read
 from .tile_limits import fitting_tiles, may_transpose, wide_tiles
 from .tile_resources import MOST_REGISTERS, Resources, estimate_resources
-from .tile_time import count_resident, estimate_time, transposition_microseconds, weighing_microseconds
+from .tile_time import count_resident, estimate_time, transposition_microseconds, weighing_microseconds, writing_microseconds
 
 # the kernels of a backward pass: one for both gradients, or one for each
 TOGETHER: tuple[KernelName, ...] = ("backward",)
@@ -65,9 +65,11 @@ def choose_backward(problem: TileProblem) -> tuple[KernelName, ...]:
     for kernel in (*TOGETHER, *SEPARATE):
         if tile := choose_tile(kernel, problem):
             times[kernel] = rated_time(kernel, problem, tile)
-    if "backward" in times and times["backward"] <= sum(times.get(kernel, math.inf) for kernel in SEPARATE):
-        return TOGETHER
-    return SEPARATE
+    apart = sum(times.get(kernel, math.inf) for kernel in SEPARATE)
+    if not problem.channels_last:
+        # the launch of the gradient to the logits writes the weights for the other one
+        apart -= weighing_microseconds(problem) - writing_microseconds(problem)
+    return TOGETHER if "backward" in times and times["backward"] <= apart else SEPARATE
 
 
 def rank_wide_tiles(kernel: KernelName, problem: TileProblem) -> list[Tile]:

@@ -172,9 +172,14 @@ def transposition_microseconds(problem: TileProblem) -> float:
 
 def weighing_microseconds(problem: TileProblem) -> float:
     """Return the microseconds of the launch that computes weights in the place of logits."""
-    logits = problem.batch * problem.height * problem.width * problem.spec.taps * problem.spec.up**2 * problem.element_size
     # it reads the logits and writes as many weights, in another order
-    return LAUNCH + 2 * logits / find_device(problem.capability).copy * 1e-6 / TRANSPOSITION_SPEED
+    return LAUNCH + 2 * writing_microseconds(problem)
+
+
+def writing_microseconds(problem: TileProblem) -> float:
+    """Return the microseconds in which weights are written in the place of logits."""
+    logits = problem.batch * problem.height * problem.width * problem.spec.taps * problem.spec.up**2 * problem.element_size
+    return logits / find_device(problem.capability).copy * 1e-6 / TRANSPOSITION_SPEED
 
 
 def combine(

@@ -5,7 +5,7 @@ from carafepp.kernels.geometry import Spec
 from carafepp.kernels.gpu.tile_geometry import KERNELS, Tile, TileProblem
 from carafepp.kernels.gpu.tile_limits import fitting_tiles
 from carafepp.kernels.gpu.tile_ranking import SEPARATE, choose_backward, choose_tile, rank_tiles, rank_wide_tiles, rated_time, round_sizes
-from carafepp.kernels.gpu.tile_time import estimate_time
+from carafepp.kernels.gpu.tile_time import estimate_time, weighing_microseconds
 
 PROBLEM = TileProblem(Spec(5, up=2), 256, 25, 42, 1, 2, False, 2, 4, (8, 0))
 
@@ -160,6 +160,14 @@ def test_a_copy_must_save_more_than_its_own_time():
     rows = estimate_time("logit_gradient", problem, tile._replace(transposed=0)).total
     pixels = estimate_time("logit_gradient", problem._replace(channels_last=True), tile._replace(transposed=0)).total
     assert pixels < alone < rows
+
+
+def test_a_launch_for_each_gradient_in_nchw_costs_no_launch_for_the_weights():
+    problem = TileProblem(Spec(5, up=2), 256, 64, 64, 1, 2, False, 8, 8, (9, 0))
+    together, *apart = (rated_time(kernel, problem, choose_tile(kernel, problem)) for kernel in ("backward", *SEPARATE))
+    # alone, the gradient to the features needs that launch
+    assert together < sum(apart) < together + weighing_microseconds(problem)
+    assert choose_backward(problem) == SEPARATE
 
 
 def test_small_maps_have_one_launch_for_both_gradients_and_large_ones_have_two():
