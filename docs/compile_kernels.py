@@ -15,7 +15,7 @@ import torch
 import triton
 import yaml
 from carafepp.kernels.geometry import Spec
-from carafepp.kernels.gpu.tile_geometry import DIRECTIONS, Direction
+from carafepp.kernels.gpu.tiles.geometry import DIRECTIONS, Direction
 from carafepp.kernels.gpu.training_step import build_training_step
 
 OPS = Path(__file__).parent.parent / "conf" / "op"

@@ -19,7 +19,7 @@ from .half_encoder import find_parameters, is_frozen_norm, is_hooked, padded_cha
 @functools.cache
 def _launches() -> Any:
     """Import the launches, which need Triton."""
-    return importlib.import_module("..kernels.gpu.inference", __package__)
+    return importlib.import_module("..kernels.gpu.layer.inference", __package__)
 
 
 class Norm(NamedTuple):
@@ -64,7 +64,7 @@ class Found(NamedTuple):
     planned: Any
     given: list[Tensor | None]  # the parameters, and the number of batches
     addresses: list[int]  # theirs
-    trained: bool  # whether the plan is a `kernels.gpu.training.Training`, not a `kernels.gpu.inference.Inference`
+    trained: bool  # whether the plan is a `kernels.gpu.layer.training.Training`, not a `kernels.gpu.layer.inference.Inference`
 
 
 def find_plan(
@@ -72,7 +72,8 @@ def find_plan(
 ) -> Found | None:
     """Return the plan of the module for an x [N, C, H, W] that suits matrix units; None if its layers and the operator must be called.
 
-    `trained` asks for a `kernels.gpu.training.Training` in place of a `kernels.gpu.inference.Inference`, unless nothing needs a gradient.
+    `trained` asks for a `kernels.gpu.layer.training.Training` in place of a `kernels.gpu.layer.inference.Inference`, unless nothing needs a
+    gradient.
 
     Raises:
         ValueError: `size` is wrong, or the logits of the encoder do not fit.
@@ -163,5 +164,5 @@ def _plan(
     if layers.rectified and not layers.compressed:
         return False
     if trained:
-        return importlib.import_module("..kernels.gpu.training", __package__).Training(x, layers, layouts)
+        return importlib.import_module("..kernels.gpu.layer.training", __package__).Training(x, layers, layouts)
     return launching.Inference(x, launching.Parameters(*parameters), layers, layouts)

@@ -38,7 +38,7 @@ class Train(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, found: Any, x: Tensor, *parameters: Tensor | None) -> Tensor:
-        """Return the output; the parameters are those of `kernels.gpu.training.Gradients`."""
+        """Return the output; the parameters are those of `kernels.gpu.layer.training.Gradients`."""
         ctx.planned = found.planned
         y, kept = found.planned.forward(x, found.given, found.addresses)
         ctx.save_for_backward(kept, x, *found.given[:8])

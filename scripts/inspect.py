@@ -21,7 +21,7 @@ from .common.options import look_up, read_options
 
 if TYPE_CHECKING:
     from ..kernels.gpu.launch import Launch
-    from ..kernels.gpu.tile_geometry import KernelName, TileProblem
+    from ..kernels.gpu.tiles.geometry import KernelName, TileProblem
 
 LABELS = ("site", "dtype", "memory_format", "normalizer", "kernel", "architecture")
 
@@ -49,7 +49,7 @@ class Kernel(NamedTuple):
 
 def find_kernels(options: Mapping[str, Any], capability: int) -> Iterator[Kernel]:
     """Yield every distinct kernel that the operator launches at the sites."""
-    from ..kernels.gpu.tile_geometry import DIRECTIONS
+    from ..kernels.gpu.tiles.geometry import DIRECTIONS
     from ..kernels.gpu.training_step import build_training_step
     from .common.sites import DTYPES, MEMORY_FORMATS, read_site
 
@@ -76,7 +76,8 @@ def read_figures(launch: "Launch", capability: int) -> dict[str, Any]:
     import triton
 
     from ..kernels.cpu.build import cache_directory
-    from ..kernels.gpu import assembly, residency
+    from ..kernels.gpu import assembly
+    from ..kernels.gpu.tiles import residency
 
     # the source, its compiler, and the code that reads the result
     readers = [Path(path).read_text() for path in (assembly.__file__, residency.__file__)]
@@ -93,8 +94,8 @@ def read_figures(launch: "Launch", capability: int) -> dict[str, Any]:
 
 def predict_microseconds(kernel: Kernel, figures: Mapping[str, Any]) -> int | None:
     """Return the microseconds of a compiled kernel at its site by the model of time; None for the kernels that have no tile."""
-    from ..kernels.gpu.tile_resources import Resources
-    from ..kernels.gpu.tile_time import estimate_time
+    from ..kernels.gpu.tiles.resources import Resources
+    from ..kernels.gpu.tiles.time_model import estimate_time
 
     tile = kernel.launch.constants.get("TILE")
     if tile is None:
@@ -105,7 +106,7 @@ def predict_microseconds(kernel: Kernel, figures: Mapping[str, Any]) -> int | No
 
 def has_listed_tile(kernel: Kernel) -> bool:
     """Return whether the tile of a kernel is from a table."""
-    from ..kernels.gpu.tile_tables import find_in_tables
+    from ..kernels.gpu.tiles.tables import find_in_tables
 
     tile = kernel.launch.constants.get("TILE")
     return tile is not None and tile == find_in_tables(name_of(kernel), kernel.problem, "meta")
@@ -162,7 +163,7 @@ def main(cfg: DictConfig) -> None:
     """Compile the kernels and print a table; exit with status 1 if one spills registers in a loop and its tile is in no table."""
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("carafepp-inspect needs the triton package, which is not installed (pip install triton; Linux only)")
-    from ..kernels.gpu.residency import RESIDENCY_LIMITS
+    from ..kernels.gpu.tiles.residency import RESIDENCY_LIMITS
 
     options = read_options(cfg)
     capabilities = look_up("architectures", options["architectures"], {f"sm_{number}": number for number in RESIDENCY_LIMITS})

@@ -24,10 +24,10 @@ def main(cfg: DictConfig) -> None:
 
     from ..kernels.gpu import tile_search
     from ..kernels.gpu.operator_launches import has_tiles
-    from ..kernels.gpu.residency import RESIDENCY_LIMITS
-    from ..kernels.gpu.tile_geometry import DIRECTIONS, KernelName, Tile
-    from ..kernels.gpu.tile_ranking import SEPARATE, TOGETHER
-    from ..kernels.gpu.tile_tables import read_table, table_key, table_path
+    from ..kernels.gpu.tiles.geometry import DIRECTIONS, KernelName, Tile
+    from ..kernels.gpu.tiles.ranking import SEPARATE, TOGETHER
+    from ..kernels.gpu.tiles.residency import RESIDENCY_LIMITS
+    from ..kernels.gpu.tiles.tables import read_table, table_key, table_path
     from ..kernels.gpu.training_step import build_training_step
     from .common.sites import DTYPES, MEMORY_FORMATS, read_site
 
@@ -112,7 +112,7 @@ def format_duration(seconds: float) -> str:
 
 def store_tiles(path: Path, device: str, tiles: dict[str, list[int]]) -> None:
     """Write the fastest tiles of kernels to the table, which other processes may also write."""
-    from ..kernels.gpu.tile_tables import read_table, write_table
+    from ..kernels.gpu.tiles.tables import read_table, write_table
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
@@ -128,7 +128,7 @@ def merge_tables(path: Path, others: list[Path]) -> str:
         FileNotFoundError: one of the other tables does not exist.
         ValueError: a file is not a table of tiles.
     """
-    from ..kernels.gpu.tile_tables import read_table, write_table
+    from ..kernels.gpu.tiles.tables import read_table, write_table
 
     for other in others:
         if not other.is_file():

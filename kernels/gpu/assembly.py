@@ -16,8 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from .launch import Launch
-from .residency import RESIDENCY_LIMITS, resident_blocks
-from .tile_limits import WARP_SIZE
+from .tiles.limits import WARP_SIZE
+from .tiles.residency import RESIDENCY_LIMITS, resident_blocks
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTC\w*MMA")

@@ -17,7 +17,7 @@ from ..execution import Layouts, view_cells
 from ..geometry import LSE_NORMALIZERS, Spec
 from .launch import Launch, Plan, Plans, distinguish, on_device_of
 from .operator_launches import INTERPRETED, backward_launches, choose_precision, forward_launches
-from .tile_geometry import multiple
+from .tiles.geometry import multiple
 
 
 def forward(x: Tensor, logits: Tensor, y: Tensor, lse: Tensor | None, spec: Spec) -> None:

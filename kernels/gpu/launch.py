@@ -44,7 +44,7 @@ class Launch(NamedTuple):
 
     kernel: Any  # triton.JITFunction, or the function that replaces it in the interpreter
     grid: tuple[int, int, int]  # programs in x, y, z
-    arguments: dict[str, Any]  # tensors and records (records.py) by name, in the order of the parameters
+    arguments: dict[str, Any]  # tensors and records (common/records.py) by name, in the order of the parameters
     constants: dict[str, Any]  # compile-time parameters, in their order after the arguments
     num_warps: int
     num_stages: int

@@ -9,27 +9,27 @@ import triton
 from torch import Tensor
 
 from ..geometry import LSE_NORMALIZERS, PADDED_BORDERS, Spec, is_channels_last
-from . import taps
-from .banded_backward import banded_backward
-from .banded_forward import banded_forward
-from .banded_source_gradient import banded_source_gradient
-from .cell_sums import cell_sum_launches, sums_cells
+from .banded.backward import banded_backward
+from .banded.forward import banded_forward
+from .banded.source_gradient import banded_source_gradient
+from .banded.transposition import transpose_launch
+from .banded.weighing import empty_weights, weigh_launch, weighed_window
+from .common.records import Features, Layout, Logits, Sizes, Window, offset_type
 from .launch import Launch
-from .padded_taps import padded_source_gradient
-from .records import Features, Layout, Logits, Sizes, Window, offset_type
-from .row_gradients import row_gradient_launches
-from .row_runs import sums_rows
-from .row_sums import row_sum_launches
-from .row_target_sums import row_target_sum_launches, sums_row_targets
-from .tap_sums import sums_taps, tap_sum_launches
-from .target_sums import sums_targets, target_sum_launches
-from .tile_geometry import KernelName, Tile, TileProblem, as_read, halo, reach, run_alignments, run_vector
-from .tile_limits import is_tall, source_blocks
-from .tile_ranking import SEPARATE, TOGETHER, choose_backward, choose_tile
-from .tile_tables import find_in_tables, find_kernels
-from .tile_work import find_walk
-from .transposition import transpose_launch
-from .weighing import empty_weights, weigh_launch, weighed_window
+from .sums import taps
+from .sums.cell_sums import cell_sum_launches, sums_cells
+from .sums.padded_taps import padded_source_gradient
+from .sums.row_gradients import row_gradient_launches
+from .sums.row_runs import sums_rows
+from .sums.row_sums import row_sum_launches
+from .sums.row_target_sums import row_target_sum_launches, sums_row_targets
+from .sums.tap_sums import sums_taps, tap_sum_launches
+from .sums.target_sums import sums_targets, target_sum_launches
+from .tiles.geometry import KernelName, Tile, TileProblem, as_read, halo, reach, run_alignments, run_vector
+from .tiles.limits import is_tall, source_blocks
+from .tiles.ranking import SEPARATE, TOGETHER, choose_backward, choose_tile
+from .tiles.tables import find_in_tables, find_kernels
+from .tiles.work import find_walk
 
 TAP_BLOCKS = {"BLOCK_M": 32, "BLOCK_C": 32}
 TAP_OPTIONS = {"num_warps": 4, "num_stages": 2}

@@ -15,8 +15,8 @@ from ..reference import reassemble_reference
 from .assembly import compile_launch, read_assembly
 from .clock import measure_milliseconds
 from .launch import Launch, compile_for_current_device
-from .tile_geometry import KernelName, Tile
-from .tile_ranking import rank_tiles, rank_wide_tiles
+from .tiles.geometry import KernelName, Tile
+from .tiles.ranking import rank_tiles, rank_wide_tiles
 from .training_step import TrainingStep
 
 # measurements of a tile; the result is their median

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..geometry import Spec
 from .launch import Launch
 from .operator_launches import backward_launches, forward_launches, problem_of
-from .tile_geometry import KernelName, Tile, TileProblem
+from .tiles.geometry import KernelName, Tile, TileProblem
 
 
 class TrainingStep(NamedTuple):

@@ -11,9 +11,9 @@ def trained(monkeypatch):
     Without an interpreter, PyTorch's functions compute what the launches would.
     """
     pytest.importorskip("triton")
-    from carafepp.kernels.gpu import inference as launching
-    from carafepp.kernels.gpu import training as kernels
     from carafepp.kernels.gpu.launch import Plans
+    from carafepp.kernels.gpu.layer import inference as launching
+    from carafepp.kernels.gpu.layer import training as kernels
     from carafepp.models import training
 
     calls = []

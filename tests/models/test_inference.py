@@ -15,8 +15,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 triton = pytest.importorskip("triton")
 
-from carafepp.kernels.gpu import inference as launching  # noqa: E402
 from carafepp.kernels.gpu import launch as plans  # noqa: E402
+from carafepp.kernels.gpu.layer import inference as launching  # noqa: E402
 from carafepp.kernels.gpu.operator_launches import forward_launches  # noqa: E402
 from carafepp.models.half_encoder import FORWARDS  # noqa: E402
 

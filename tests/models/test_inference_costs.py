@@ -9,8 +9,8 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from carafepp.kernels.gpu import inference as launching
 from carafepp.kernels.gpu import launch as plans
+from carafepp.kernels.gpu.layer import inference as launching
 
 ON_GPU = torch.cuda.is_available() and not launching.INTERPRETED
 

@@ -15,8 +15,8 @@ from training_calls import NORM, call_layers, draw, make, relative_error, run
 triton = pytest.importorskip("triton")
 
 from carafepp.kernels.cpu import backend as cpu  # noqa: E402
-from carafepp.kernels.gpu import inference as launching  # noqa: E402
-from carafepp.kernels.gpu import training as kernels  # noqa: E402
+from carafepp.kernels.gpu.layer import inference as launching  # noqa: E402
+from carafepp.kernels.gpu.layer import training as kernels  # noqa: E402
 
 INTERPRETED = launching.INTERPRETED
 ON_GPU = torch.cuda.is_available() and not INTERPRETED

@@ -9,8 +9,8 @@ from training_calls import NORM, call_layers, draw, make, relative_error, run
 
 pytest.importorskip("triton")
 
-from carafepp.kernels.gpu import inference as launching
 from carafepp.kernels.gpu.launch import Plans
+from carafepp.kernels.gpu.layer import inference as launching
 
 from carafepp import reassemble
 

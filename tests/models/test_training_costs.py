@@ -9,9 +9,9 @@ from launches import LaunchCounter, count_bytes
 
 pytest.importorskip("triton")
 
-from carafepp.kernels.gpu import inference as launching
-from carafepp.kernels.gpu import training as kernels
 from carafepp.kernels.gpu.launch import Plans
+from carafepp.kernels.gpu.layer import inference as launching
+from carafepp.kernels.gpu.layer import training as kernels
 from carafepp.models import carafe, inference, training
 from carafepp.models.carafe import CARAFE
 from carafepp.scripts.benching.networks import NetworkCalls, build_network

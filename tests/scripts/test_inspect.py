@@ -11,9 +11,9 @@ pytest.importorskip("triton")
 
 from carafepp.kernels.geometry import Spec
 from carafepp.kernels.gpu import assembly
-from carafepp.kernels.gpu.tile_geometry import Tile
-from carafepp.kernels.gpu.tile_ranking import SEPARATE, TOGETHER, choose_tile
-from carafepp.kernels.gpu.tile_tables import table_key, write_table
+from carafepp.kernels.gpu.tiles.geometry import Tile
+from carafepp.kernels.gpu.tiles.ranking import SEPARATE, TOGETHER, choose_tile
+from carafepp.kernels.gpu.tiles.tables import table_key, write_table
 from carafepp.kernels.gpu.training_step import build_training_step
 
 ONE_SITE = ["~sites", "+sites.one={n: 1, channels: 16, height: 8, width: 8, kernel_size: 3, up: 2}"]

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from carafepp.kernels.geometry import Spec
-from carafepp.kernels.gpu.tile_geometry import DIRECTIONS, KERNELS, TileProblem
-from carafepp.kernels.gpu.tile_ranking import SEPARATE, rank_tiles
-from carafepp.kernels.gpu.tile_tables import read_table, table_key, write_table
+from carafepp.kernels.gpu.tiles.geometry import DIRECTIONS, KERNELS, TileProblem
+from carafepp.kernels.gpu.tiles.ranking import SEPARATE, rank_tiles
+from carafepp.kernels.gpu.tiles.tables import read_table, table_key, write_table
 from carafepp.scripts.tune import choose_sites, store_tiles
 from commands import call
 
@@ -77,7 +77,7 @@ def test_two_launches_are_stored_where_they_are_faster(tune, tile_table, monkeyp
 
 
 def test_kernels_without_tiles_are_skipped(tune, tile_table, monkeypatch):
-    from carafepp.kernels.gpu import tap_sums, target_sums
+    from carafepp.kernels.gpu.sums import tap_sums, target_sums
 
     # the output of the site has 1 MiB
     words = "dtypes=[float32]", "memory_formats=[channels_last]"

@@ -366,8 +366,8 @@ def weights(rng: np.random.Generator, folder: Path) -> None:
 
 def tiles(rng: np.random.Generator, folder: Path) -> None:
     """Read a damaged table of tiles."""
-    from carafepp.kernels.gpu.tile_geometry import Tile
-    from carafepp.kernels.gpu.tile_tables import read_table
+    from carafepp.kernels.gpu.tiles.geometry import Tile
+    from carafepp.kernels.gpu.tiles.tables import read_table
 
     path = folder / "tiles.json"
     tile = [4, 8, 4, 32, 1, 4, 2]

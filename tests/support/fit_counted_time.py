@@ -2,7 +2,7 @@
 
 Call: python tests/support/fit_counted_time.py
 
-The model of tile_time.py counts the work of tiles. This one describes any kernel, also those that sum and have no tile:
+The model of tiles/time_model.py counts the work of tiles. This one describes any kernel, also those that sum and have no tile:
 
     time = norm(issue + load_store, copy) * (1 + few / warps) + launch
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from carafepp.kernels.gpu.tile_time import LAUNCH
+from carafepp.kernels.gpu.tiles.time_model import LAUNCH
 from scipy.optimize import least_squares
 
 DATA = Path(__file__).with_name("h200_counts.json")

@@ -1,4 +1,4 @@
-"""Fit the model of time (kernels/gpu/tile_time.py) to measured kernels, and print its costs and how well it predicts unseen problems.
+"""Fit the model of time (kernels/gpu/tiles/time_model.py) to measured kernels, and print its costs and how well it predicts unseen ones.
 
 Call: python tests/support/fit_tile_time.py [count]
 
@@ -8,7 +8,7 @@ blind search of tiles at one problem; "operator" kernels are those that the oper
 registers of operator kernels are those of Triton 3.8. "tiles" kernels are the first tiles of the wide search at five problems, with
 commit 3cfb41d. "rows" kernels are later ones, which access logits in NCHW along the rows of cells.
 
-`works` is the work of each kind of program of a kernel: the fields of tile_work.Work, as tile_work.py counted them for the code that was
+`works` is the work of each kind of program of a kernel: the fields of Work, as tiles/work.py counted them for the code that was
 measured. The kernels and their counts may therefore change later. A newly measured kernel is added without `works`; the argument `count`
 counts its work with the code present, and stores it.
 
@@ -22,17 +22,26 @@ from typing import NamedTuple
 
 import numpy as np
 from carafepp.kernels.geometry import Spec
-from carafepp.kernels.gpu.tile_geometry import KERNELS, Tile, TileProblem
-from carafepp.kernels.gpu.tile_limits import SourceBlocks
-from carafepp.kernels.gpu.tile_resources import (
+from carafepp.kernels.gpu.tiles.geometry import KERNELS, Tile, TileProblem
+from carafepp.kernels.gpu.tiles.limits import SourceBlocks
+from carafepp.kernels.gpu.tiles.resources import (
     Resources,
     forward_resources,
     logit_gradient_resources,
     source_gradient_resources,
     walk_resources,
 )
-from carafepp.kernels.gpu.tile_time import COSTS, PRODUCTS, Costs, combine, copy_microseconds, count_resident, count_stages, find_device
-from carafepp.kernels.gpu.tile_work import Work, count_work
+from carafepp.kernels.gpu.tiles.time_model import (
+    COSTS,
+    PRODUCTS,
+    Costs,
+    combine,
+    copy_microseconds,
+    count_resident,
+    count_stages,
+    find_device,
+)
+from carafepp.kernels.gpu.tiles.work import Work, count_work
 from scipy.optimize import least_squares
 
 DATA = Path(__file__).with_name("h200_kernels.json")

@@ -7,8 +7,8 @@ import torch
 from carafepp.kernels.geometry import LSE_NORMALIZERS, PADDED_BORDERS, Spec
 from carafepp.kernels.gpu import operator_launches
 from carafepp.kernels.gpu.launch import Launch
-from carafepp.kernels.gpu.tile_geometry import DIRECTIONS, KernelName, Tile
-from carafepp.kernels.gpu.tile_ranking import choose_backward, choose_tile
+from carafepp.kernels.gpu.tiles.geometry import DIRECTIONS, KernelName, Tile
+from carafepp.kernels.gpu.tiles.ranking import choose_backward, choose_tile
 from carafepp.kernels.reference import reassemble_reference
 from operator_cases import differentiate, random_inputs, relative_error
 from ptx import GPU, dram_microseconds

@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 from carafepp.kernels.geometry import Spec
 from carafepp.kernels.gpu.launch import Launch
-from carafepp.kernels.gpu.tile_geometry import DIRECTIONS, KernelName, Tile
+from carafepp.kernels.gpu.tiles.geometry import DIRECTIONS, KernelName, Tile
 from operator_cases import TRITON_TOLERANCES, relative_error
 from torch import Tensor, nn
 
@@ -125,7 +125,7 @@ def list_cases(target: str) -> tuple[str, ...]:
 
 def find_tiles(case: Operator, capability: tuple[int, int]) -> dict[KernelName, Tile] | None:
     """Return the tiles of forward and of the kernels of backward that differ from the choice for many images, or None."""
-    from carafepp.kernels.gpu.tile_ranking import SEPARATE, rank_tiles
+    from carafepp.kernels.gpu.tiles.ranking import SEPARATE, rank_tiles
     from carafepp.kernels.gpu.training_step import build_training_step
 
     if not case.walks:
@@ -140,7 +140,7 @@ def find_tiles(case: Operator, capability: tuple[int, int]) -> dict[KernelName, 
 @contextmanager
 def choose_sums(case: Operator) -> Iterator[None]:
     """Let the kernels that have sums take them in maps of any size, or in none."""
-    from carafepp.kernels.gpu import cell_sums, row_runs, row_target_sums, tap_sums, target_sums
+    from carafepp.kernels.gpu.sums import cell_sums, row_runs, row_target_sums, tap_sums, target_sums
 
     smallest = 0 if case.sums else math.inf
     with ExitStack() as stack:
@@ -193,7 +193,7 @@ def check_nvidia(name: str, capability: int) -> Row:
 
 def train_module(case: Module, run: Callable[[Launch], Any]) -> dict[str, float]:
     """Run every launch of a training step of a module, and return the errors of the output and of all gradients."""
-    from carafepp.kernels.gpu import inference
+    from carafepp.kernels.gpu.layer import inference
     from carafepp.models.carafe import CARAFE
     from carafepp.models.inference import find_plan
 
@@ -227,7 +227,7 @@ def train_module(case: Module, run: Callable[[Launch], Any]) -> dict[str, float]
 
 def build_module(case: Module, capability: tuple[int, int]) -> tuple[list[Launch], Tensor, Tensor]:
     """Return the launches of a module, its output, which is full of NaN as all maps between the launches are, and what it should become."""
-    from carafepp.kernels.gpu import encoder
+    from carafepp.kernels.gpu.layer import encoder
     from carafepp.kernels.gpu.operator_launches import forward_launches
     from carafepp.models.carafe import CARAFE
 

@@ -14,8 +14,8 @@ import torch
 from carafepp.kernels.geometry import Spec
 from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
 from carafepp.kernels.gpu.launch import Launch
-from carafepp.kernels.gpu.residency import RESIDENCY_LIMITS
-from carafepp.kernels.gpu.tile_time import find_device
+from carafepp.kernels.gpu.tiles.residency import RESIDENCY_LIMITS
+from carafepp.kernels.gpu.tiles.time_model import find_device
 from carafepp.kernels.gpu.training_step import TrainingStep, build_training_step
 from fit_counted_time import Counts, fit_all, predict
 from ptx import run

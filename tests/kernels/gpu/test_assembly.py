@@ -12,7 +12,7 @@ import triton.language as tl  # noqa: E402
 from carafepp.kernels.geometry import Spec  # noqa: E402
 from carafepp.kernels.gpu.assembly import compile_launch, count_loop_spills, read_assembly  # noqa: E402
 from carafepp.kernels.gpu.launch import Launch  # noqa: E402
-from carafepp.kernels.gpu.residency import resident_blocks  # noqa: E402
+from carafepp.kernels.gpu.tiles.residency import resident_blocks  # noqa: E402
 from carafepp.kernels.gpu.training_step import build_training_step  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402

@@ -10,8 +10,8 @@ triton = pytest.importorskip("triton")
 from carafepp.kernels.gpu import backend, operator_launches  # noqa: E402
 from carafepp.kernels.gpu import launch as launching  # noqa: E402
 from carafepp.kernels.gpu.launch import Launch, Plan  # noqa: E402
-from carafepp.kernels.gpu.tile_geometry import DIRECTIONS  # noqa: E402
-from carafepp.kernels.gpu.tile_ranking import choose_tile  # noqa: E402
+from carafepp.kernels.gpu.tiles.geometry import DIRECTIONS  # noqa: E402
+from carafepp.kernels.gpu.tiles.ranking import choose_tile  # noqa: E402
 from carafepp.kernels.gpu.training_step import build_training_step  # noqa: E402
 
 SPECS = (Spec(5, up=2), Spec(5, up=2, groups=2), Spec(3, up=12))

@@ -8,7 +8,7 @@ from carafepp.kernels.geometry import NORMALIZERS, Spec
 pytest.importorskip("triton")
 
 from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
-from carafepp.kernels.gpu.tile_geometry import DIRECTIONS, Tile
+from carafepp.kernels.gpu.tiles.geometry import DIRECTIONS, Tile
 from carafepp.kernels.gpu.training_step import build_training_step
 from operator_cases import TRITON_TOLERANCES
 from ptx.memory import untouched

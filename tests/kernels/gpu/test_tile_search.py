@@ -7,9 +7,6 @@ from carafepp.kernels.geometry import Spec
 pytest.importorskip("triton")
 
 from carafepp.kernels.gpu.assembly import compile_launch, read_assembly
-from carafepp.kernels.gpu.tile_geometry import KERNELS, Tile, TileProblem
-from carafepp.kernels.gpu.tile_ranking import MOST_OVER_LIMIT, SEPARATE, choose_tile, rank_tiles, rank_wide_tiles
-from carafepp.kernels.gpu.tile_resources import MOST_REGISTERS, estimate_resources
 from carafepp.kernels.gpu.tile_search import (
     RESULTS,
     UnusableTileError,
@@ -18,6 +15,9 @@ from carafepp.kernels.gpu.tile_search import (
     count_instructions,
     find_fastest,
 )
+from carafepp.kernels.gpu.tiles.geometry import KERNELS, Tile, TileProblem
+from carafepp.kernels.gpu.tiles.ranking import MOST_OVER_LIMIT, SEPARATE, choose_tile, rank_tiles, rank_wide_tiles
+from carafepp.kernels.gpu.tiles.resources import MOST_REGISTERS, estimate_resources
 from carafepp.kernels.gpu.training_step import build_training_step
 
 

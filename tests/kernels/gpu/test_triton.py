@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 from carafepp.kernels import reassemble, reassemble_reference  # noqa: E402
 from carafepp.kernels.geometry import NORMALIZERS, Spec  # noqa: E402
 from carafepp.kernels.gpu.operator_launches import backward_launches, forward_launches  # noqa: E402
-from carafepp.kernels.gpu.tile_geometry import DIRECTIONS  # noqa: E402
+from carafepp.kernels.gpu.tiles.geometry import DIRECTIONS  # noqa: E402
 from carafepp.kernels.gpu.training_step import build_training_step  # noqa: E402
 from commands import run_in_interpreter  # noqa: E402
 from operator_cases import AWKWARD, TRITON_TOLERANCES, assert_matches_definition, describe, random_inputs  # noqa: E402

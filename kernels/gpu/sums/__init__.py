@@ -1,0 +1,1 @@
+"""The operator as sums over taps, without matrix products."""
