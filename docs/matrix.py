@@ -27,7 +27,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "matrix"
-CODE = ("kernels/*.py", "kernels/gpu/*", "tests/support/triton_matrix.py", "tests/support/ptx_step.py", "tests/support/ptx/*.py")
+CODE = (
+    *("kernels/*.py", "kernels/gpu/**/*.py", "kernels/gpu/**/*.json"),
+    *("tests/support/triton_matrix.py", "tests/support/ptx_step.py", "tests/support/ptx/*.py"),
+)
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT)]
 
 Row = dict[str, Any]

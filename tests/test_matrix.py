@@ -72,8 +72,8 @@ def test_a_case_has_every_kernel(matrix):
     """A kernel is a compiled function that no other one calls."""
     triton = pytest.importorskip("triton")
     cases = import_module("triton_matrix")
-    folder = ROOT / "kernels" / "gpu"
-    modules = [import_module(f"carafepp.kernels.gpu.{path.stem}") for path in folder.glob("*.py") if "@triton.jit" in path.read_text()]
+    files = [path.relative_to(ROOT) for path in (ROOT / "kernels" / "gpu").rglob("*.py") if "@triton.jit" in path.read_text()]
+    modules = [import_module(".".join(["carafepp", *path.with_suffix("").parts])) for path in files]
     functions = {name: value for module in modules for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
     called = {name for name in functions for function in functions.values() if re.search(rf"(?<!def )(?<!\.)\b{name}\(", function.src)}
     launched = {launch.kernel.__name__ for name in cases.list_cases("sm_90") for launch in cases.list_launches(name, (9, 0))}
