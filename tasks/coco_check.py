@@ -116,6 +116,10 @@ def read_annotations(path: str | Path) -> dict:
     ids = [category.get("id") for category in content["categories"]]
     if not all(_is_integer(i) for i in ids) or len(set(ids)) < len(ids):
         raise ValueError(f"annotations={path} must give every category a distinct integer id, got {show(ids)}")
+    names = [str(category.get("name")) for category in content["categories"]]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        shared = [i for i, name in zip(ids, names, strict=True) if name == twice]
+        raise ValueError(f"annotations={path} must give every category a name of its own, got {show(twice)} for ids {shared}: rename or merge")
     for annotation in content["annotations"]:
         annotation.setdefault("iscrowd", 0)
         shape = annotation.get("segmentation")

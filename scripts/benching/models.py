@@ -38,8 +38,10 @@ def choose_rows(tables: dict, table: str, rows: Sequence[str] | None) -> dict[st
     known: dict[str, float | None] = {}
     for figures in list_rows(tables, table):
         known.setdefault(figures["row"], figures.get("fps"))
-    look_up("rows", rows or (), known)
-    wanted = set(rows or known)
+    wanted = set(known)
+    if rows is not None:
+        look_up("rows", rows, known)
+        wanted = set(rows)
     wanted |= {find_baseline(tables[table], row) for row in wanted}
     return {row: fps for row, fps in known.items() if row in wanted}
 

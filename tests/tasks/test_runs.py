@@ -141,4 +141,4 @@ def test_a_loss_that_is_not_a_number_is_named(tmp_path, caplog):
     record = RunRecord(tmp_path, 1, {})
     record._add(SimpleNamespace(callback_metrics=losses, global_step=20, is_global_zero=True), "train/", {})
     (warning,) = [each for each in caplog.records if each.levelname == "WARNING"]
-    assert warning.getMessage().startswith("step 20: train/loss is NaN; if it stays so, the training has diverged")
+    assert warning.getMessage().startswith("step 20: train/loss is NaN or infinite; if it stays so, the training has diverged")
