@@ -119,7 +119,9 @@ def read_annotations(path: str | Path) -> dict:
     names = [str(category.get("name")) for category in content["categories"]]
     if twice := next((name for name in names if names.count(name) > 1), None):
         shared = [i for i, name in zip(ids, names, strict=True) if name == twice]
-        raise ValueError(f"annotations={path} must give every category a name of its own, got {show(twice)} for ids {shared}: rename or merge")
+        raise ValueError(
+            f"annotations={path} must give every category a name of its own, got {show(twice)} for ids {shared}: rename or merge"
+        )
     for annotation in content["annotations"]:
         annotation.setdefault("iscrowd", 0)
         shape = annotation.get("segmentation")

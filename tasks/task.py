@@ -16,7 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from .data import get_data
 from .exportable import Exportable
+from .image_files import ImageFiles
 from .images import read_image
 from .optimization import group_parameters
 from .prediction_files import PredictionFiles
@@ -42,6 +44,22 @@ def list_class_names(class_names: Sequence[object], least: int = 1) -> list[str]
     if isinstance(class_names, str) or len(class_names) < least:
         raise ValueError(f"class_names must be a list of {least} or more names, such as [cat,dog], got {class_names!r}")
     return [str(name) for name in class_names]
+
+
+def check_classes(trainer: L.Trainer, option: str, count: int) -> None:
+    """Check that a network has enough classes for the data sets that know the number of theirs.
+
+    Raises:
+        ValueError: a data set has more than `count` classes; the message names the option that gives their number.
+    """
+    for name in ("train", "val"):
+        data = getattr(get_data(trainer), name)
+        classes = getattr(data, "num_classes", 0)
+        if classes > count:
+            hint = (
+                f"; if the files have no more classes than that, set +data.{name}.classes={count}" if isinstance(data, ImageFiles) else ""
+            )
+            raise ValueError(f"{option} must cover the {classes} classes of data.{name}, got {count}{hint}")
 
 
 class View(NamedTuple):
@@ -70,6 +88,9 @@ class Task(L.LightningModule, ABC):
         schedule: maps (optimizer, total_iters=steps of the training) to a schedule, which is stepped after every optimizer step; None
             keeps the learning rate constant.
 
+    Raises:
+        TypeError: `optimizer` or `schedule` is not a function.
+
     Attributes:
         monitor: the score that selects best.ckpt, such as "val/mIoU".
         direction: whether the "max" or the "min" of the monitor is best.
@@ -88,6 +109,9 @@ class Task(L.LightningModule, ABC):
 
     def __init__(self, model: nn.Module, *, optimizer: MakeOptimizer, schedule: MakeSchedule | None) -> None:
         super().__init__()
+        for name, function in (("optimizer", optimizer), ("schedule", schedule)):
+            if not callable(function) and not (name == "schedule" and function is None):
+                raise TypeError(f"{name} must be a function that builds one, with _partial_: true in a configuration, got {function!r}")
         self.model = model
         self.optimizer, self.schedule = optimizer, schedule
         self.flops_size: tuple[int, int] | None = None

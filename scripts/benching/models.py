@@ -53,7 +53,8 @@ class Networks:
         cfg: the configuration of `carafepp-bench models`.
 
     Raises:
-        ValueError: the configuration names a table, a row, a mode, a dtype or a clock that does not exist, or a CUDA graph without a GPU.
+        ValueError: the configuration names a table, a row, a mode, a dtype or a clock that does not exist, a CUDA graph without a GPU, or a
+            size that is not a height and a width.
     """
 
     def __init__(self, cfg: DictConfig):
@@ -71,6 +72,8 @@ class Networks:
             "memory_format": torch.channels_last if cfg.channels_last else torch.contiguous_format,
         }
         tasks = {row: build_network(cfg.table, row, cfg.overrides) for row in self.fps}
+        if cfg.size is not None and (not isinstance(cfg.size, Sequence) or len(cfg.size) != 2):
+            raise ValueError(f"size must be [height, width] in pixels, or null, got {cfg.size}")
         self.size = tuple(cfg.size or next(iter(tasks.values())).bench_size)
         for task in tasks.values():
             keep_size(task, self.size)

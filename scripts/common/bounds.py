@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 
 class Bound(NamedTuple):
-    """The values that some keys may have. A list is held to it item by item."""
+    """The values that some keys may have, and the items of those in LISTS."""
 
     wording: str
     holds: Callable[[Any], bool]
@@ -111,27 +112,44 @@ BOUNDS = (
         ("model.box_positive_fraction",),
     ),
 )
+# these may be null
+NULLABLE = ("threads", "batch", "size", "model.allowed_border")
 # the length of lists whose items a library takes by position
 LENGTHS = {"optimizer.betas": 2, "task.sides": 2, "model.anchor_sizes": 5}
+# whose values are lists, or mappings, of such numbers, or may be
+LISTS = (*LENGTHS, "op.shape", "size", "batch", "seconds")
+
+
+ABSENT = object()
+
+
+def select(cfg: DictConfig, key: str) -> Any:
+    """Return the value of a key, or ABSENT if the configuration lacks it or it cannot be resolved."""
+    try:
+        return OmegaConf.select(cfg, key, default=ABSENT)
+    # whoever needs the value reports this
+    except InterpolationResolutionError:
+        return ABSENT
 
 
 def check_bounds(cfg: DictConfig) -> None:
-    """Check the numbers of a configuration; keys that it lacks, that cannot be resolved, and null, are passed over.
+    """Check the numbers of a configuration; keys that it lacks, or that cannot be resolved, are passed over.
 
     Raises:
         ValueError: a number is outside its bounds; the message names the key.
     """
     for wording, holds, keys in BOUNDS:
         for key in keys:
-            value = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
-            if value is None:
+            value = select(cfg, key)
+            if value is ABSENT or (value is None and key in NULLABLE):
                 continue
-            items = [*value.values()] if isinstance(value, DictConfig) else [*value] if isinstance(value, ListConfig) else [value]
+            several = [*value.values()] if isinstance(value, DictConfig) else [*value] if isinstance(value, ListConfig) else [value]
+            items = several if key in LISTS else [value]
             if not items or not all(map(holds, items)):
                 raise ValueError(f"{key} must be {wording}, got {value}")
     for key, length in LENGTHS.items():
-        value = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
-        if value is not None and (not isinstance(value, ListConfig) or len(value) != length):
+        value = select(cfg, key)
+        if value is not ABSENT and (not isinstance(value, ListConfig) or len(value) != length):
             raise ValueError(f"{key} must be a list of {length} numbers, got {value}")
-    if (rounds := OmegaConf.select(cfg, "trainer.max_epochs")) not in (None, 1):
+    if (rounds := select(cfg, "trainer.max_epochs")) not in (ABSENT, 1):
         raise ValueError(f"trainer.max_epochs must be 1, because data.epochs is the number of passes over the data, got {rounds}")

@@ -219,6 +219,10 @@ def test_undamaged_files_have_no_problem(folder):
         ('{"images": [], "categories": []}', "lists no images"),
         ('{"images": [{"id": 1}], "annotations": 5, "categories": []}', "list of objects 'annotations'"),
         ('{"images": [{"id": 1}], "categories": [{"name": "car"}]}', "integer id"),
+        (
+            '{"images": [{"id": 1}], "categories": [{"id": 0, "name": "car"}, {"id": 4, "name": "car"}]}',
+            r"a name of its own, got 'car' for ids \[0, 4\]",
+        ),
     ],
 )
 def test_file_that_is_no_annotation_file_is_an_error(tmp_path, text, message):
