@@ -88,9 +88,6 @@ class Task(L.LightningModule, ABC):
         schedule: maps (optimizer, total_iters=steps of the training) to a schedule, which is stepped after every optimizer step; None
             keeps the learning rate constant.
 
-    Raises:
-        TypeError: `optimizer` or `schedule` is not a function.
-
     Attributes:
         monitor: the score that selects best.ckpt, such as "val/mIoU".
         direction: whether the "max" or the "min" of the monitor is best.
@@ -109,9 +106,6 @@ class Task(L.LightningModule, ABC):
 
     def __init__(self, model: nn.Module, *, optimizer: MakeOptimizer, schedule: MakeSchedule | None) -> None:
         super().__init__()
-        for name, function in (("optimizer", optimizer), ("schedule", schedule)):
-            if not callable(function) and not (name == "schedule" and function is None):
-                raise TypeError(f"{name} must be a function that builds one, with _partial_: true in a configuration, got {function!r}")
         self.model = model
         self.optimizer, self.schedule = optimizer, schedule
         self.flops_size: tuple[int, int] | None = None
@@ -130,7 +124,14 @@ class Task(L.LightningModule, ABC):
         return group_parameters(self.model)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimizer and, if there is one, the schedule."""
+        """Build the optimizer and, if there is one, the schedule.
+
+        Raises:
+            TypeError: one of them is not a function. A task that is not trained needs none.
+        """
+        for name, function in (("optimizer", self.optimizer), ("schedule", self.schedule)):
+            if not callable(function) and not (name == "schedule" and function is None):
+                raise TypeError(f"{name} must be a function that builds one, with _partial_: true in a configuration, got {function!r}")
         optimizer = self.optimizer(self.parameter_groups())
         if self.schedule is None:
             return optimizer

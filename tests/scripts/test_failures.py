@@ -70,7 +70,7 @@ WRONG = [
     ("train scale=small optimizer.lr=-1", r"optimizer.lr must be a number of at least 0, got -1"),
     ("train scale=small optimizer.lr=nan", r"optimizer.lr must be a number of at least 0, got nan"),
     ("train scale=small +optimizer.betas=[0.9,1.5]", r"optimizer.betas must be a number of at least 0 and below 1, got \[0.9, 1.5\]"),
-    ("train scale=small optimizer=null", r"task: TypeError: optimizer must be a function that builds one, .* got None"),
+    ("train scale=small optimizer=null", r"TypeError: optimizer must be a function that builds one, .* got None"),
     ("train scale=small task.schedule.power=-1", r"task.schedule.power must be a number of at least 0, got -1"),
     ("train scale=small task.inference_resize=3", r"task: TypeError: inference_resize must be a function of images, .* got 3"),
     ("train scale=small backbone.deformable=[7]", r"task.model.backbone: deformable must be a list of layers, of 1 to 4, got \[7\]"),
