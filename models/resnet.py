@@ -119,7 +119,7 @@ class ResNet(nn.Module):
         untrained: names of the tensors that start at random, all without `weights`.
 
     Raises:
-        ValueError: `output_stride` is not 8, 16 or 32.
+        ValueError: `output_stride` is not 8, 16 or 32, or `deformable` names a layer that does not exist.
         FileNotFoundError, ValueError: `weights` cannot be read, or does not fit the network.
     """
 
@@ -140,6 +140,8 @@ class ResNet(nn.Module):
         super().__init__()
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
+        if not isinstance(deformable, Sequence) or not {*deformable} <= {*range(1, len(depths) + 1)}:
+            raise ValueError(f"deformable must be a list of layers, of 1 to {len(depths)}, got {deformable}")
         self.deep_stem = deep_stem
         if deep_stem:
             channels = 2 * width

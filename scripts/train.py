@@ -5,7 +5,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -15,8 +15,7 @@ from ..tasks.writing import write_atomically
 from .common import sweep_folder
 from .common.app import app, dispatch
 from .common.arguments import NULLABLE, parse_override
-from .common.bounds import check_bounds
-from .common.comments import read_defaults
+from .common.comments import list_choices, read_defaults
 from .common.jobs import check_interruption, interruptible_sweep, is_job, read_repeated_job, shares_process, train_in_subprocess
 from .common.options import read_options
 from .common.own_data import make_paths_absolute, read_own_data
@@ -40,8 +39,8 @@ def start_run(cfg: DictConfig, folder: Path) -> DictConfig:
 
     Raises:
         RuntimeError: the folder already holds a run.
-        ValueError: a mandatory key has no value, the row is not one of the experiment, the experiment is one of another task, or a number
-            is out of its bounds.
+        ValueError: a mandatory key has no value, the row is not one of the experiment, or the experiment, the setting or the network is
+            one of another task.
     """
     first = is_first_process()
     if first and (folder / "config.yaml").exists():
@@ -49,18 +48,17 @@ def start_run(cfg: DictConfig, folder: Path) -> DictConfig:
     with record_failure(folder):
         OmegaConf.set_struct(cfg, False)
         del cfg.resume, cfg.trust
-        if missing := find_missing_keys(OmegaConf.to_container(cfg)):
-            own = str(HydraConfig.get().runtime.choices.get("setting")).endswith("_own")
-            hint = "it is the folder of your own data" if own else "scale=small needs no data set"
-            raise ValueError(f"this configuration needs {', '.join(f'{key}=...' for key in missing)}; {hint}")
-        read_own_data(cfg)
         choices = {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if not group.startswith("hydra/")}
         choices |= {group: None for group in NULLABLE if choices.get(group) == "none"}
         check_row(choices.get("experiment"), choices.get("row"))
-        check_task(choices.get("experiment"), choices.get("task"))
+        check_task(choices, cfg.pop("networks", ()))
+        if missing := find_missing_keys(OmegaConf.to_container(cfg)):
+            own = str(choices.get("setting")).endswith("_own")
+            hint = "it is the folder of your own data" if own else "scale=small needs no data set"
+            raise ValueError(f"this configuration needs {', '.join(f'{key}=...' for key in missing)}; {hint}")
+        read_own_data(cfg)
         cfg.run = {"choices": choices, "overrides": list(HydraConfig.get().overrides.task)}
         OmegaConf.resolve(cfg)
-        check_bounds(cfg)
         make_paths_absolute(cfg)
         if first:
             write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg))
@@ -78,15 +76,27 @@ def check_row(experiment: str | None, row: str | None) -> None:
         raise ValueError(f"row={row} needs experiment={table}, got experiment={experiment or 'null'}")
 
 
-def check_task(experiment: str | None, task: str | None) -> None:
-    """Check that the task is that of the experiment, whose table would otherwise get a run without its scores.
+def check_task(choices: Mapping[str, str | None], networks: Sequence[str]) -> None:
+    """Check that the task is that of the experiment, of the setting and of the network; choices of your own are not checked.
+
+    Args:
+        choices: the choice of every group.
+        networks: the choices of `model` that learn the task.
 
     Raises:
-        ValueError: another task is given.
+        ValueError: the experiment, whose table would otherwise get a run without its scores, the setting or the network is that of another
+            task.
     """
+    task, experiment, setting, model = (choices.get(group) for group in ("task", "experiment", "setting", "model"))
     for entry in read_defaults(f"experiment/{experiment}"):
         if isinstance(entry, dict) and entry.get("override /task", task) != task:
             raise ValueError(f"experiment={experiment} has task={entry['override /task']}, got task={task}")
+    if task not in list_choices("task"):
+        return
+    if setting in list_choices("setting") and setting.partition("_")[0] != task:
+        raise ValueError(f"setting={setting} needs task={setting.partition('_')[0]}, got task={task}")
+    if model in list_choices("model") and model not in networks:
+        raise ValueError(f"model must be a network for task={task}, one of {', '.join(networks)}, got {model}")
 
 
 def check_resume(arguments: Sequence[str]) -> None:
@@ -187,8 +197,6 @@ planned: list[tuple[list[list[str]], Path]] = []
 @app("train_paper")
 def plan_paper(cfg: DictConfig) -> None:
     """Print the plan of all tables, and keep it for `train_paper`, because Hydra cannot start a sweep inside another command."""
-    if cfg.jobs < 1:
-        raise ValueError(f"jobs must be a number of trainings of at least 1, got {cfg.jobs}")
     out, sweeps = Path(cfg.out), plan_sweeps(cfg.tables, cfg.seeds)
     print(describe_plan(sweeps, out, cfg.seconds, cfg.jobs), flush=True)
     if not cfg.plan:

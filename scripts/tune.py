@@ -32,8 +32,8 @@ def main(cfg: DictConfig) -> None:
     from .common.sites import DTYPES, MEMORY_FORMATS, read_site
 
     options = read_options(cfg)
-    if options["merge"]:
-        print(merge_tables(table_path(), [Path(file) for file in options["merge"]]))
+    if options["merge"] is not None:
+        print(merge_tables(table_path(), options["merge"]))
         return
     dtypes = look_up("dtypes", options["dtypes"], DTYPES)
     formats = look_up("memory_formats", options["memory_formats"], MEMORY_FORMATS)
@@ -101,7 +101,7 @@ def choose_sites(sites: dict[str, Any], only: list[str] | None, gpu: bool) -> di
     Raises:
         ValueError: a name is not that of a site.
     """
-    names = only or [*sites][: None if gpu else 1]
+    names = [*sites][: None if gpu else 1] if only is None else only
     return dict(zip(names, look_up("only", names, sites), strict=True))
 
 
@@ -121,19 +121,21 @@ def store_tiles(path: Path, device: str, tiles: dict[str, list[int]]) -> None:
         write_table(path, table)
 
 
-def merge_tables(path: Path, others: list[Path]) -> str:
+def merge_tables(path: Path, others: Sequence[str | Path]) -> str:
     """Add the tiles of other tables to the table at `path`, which keeps its own where both have one, and say what was added.
 
     Raises:
         FileNotFoundError: one of the other tables does not exist.
-        ValueError: a file is not a table of tiles.
+        ValueError: a file is not a table of tiles, or no list of files is given.
     """
     from ..kernels.gpu.tiles.tables import read_table, write_table
 
-    for other in others:
+    if isinstance(others, str) or not others:
+        raise ValueError(f"merge must be a list of one or more tables of carafepp-tune, such as [tiles.json], got {others}")
+    for other in map(Path, others):
         if not other.is_file():
             raise FileNotFoundError(f"merge must name tables of carafepp-tune, and {other} does not exist")
-    tables = [read_table(other) for other in others]
+    tables = [read_table(Path(other)) for other in others]
     path.parent.mkdir(parents=True, exist_ok=True)
     added = 0
     with FileLock(f"{path}.lock"):

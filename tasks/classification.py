@@ -12,7 +12,7 @@ from .exportable import Exportable, Normalized
 from .lettering import caption
 from .pictures import enlarge
 from .prediction_files import ClassTable
-from .task import MakeOptimizer, MakeSchedule, Task, View, list_class_names, register_metrics
+from .task import MakeOptimizer, MakeSchedule, Task, View, check_classes, list_class_names, register_metrics
 
 
 class Classification(Task):
@@ -64,6 +64,14 @@ class Classification(Task):
     def forward(self, images: Tensor) -> Tensor:
         """Map images [N, 3, H, W] in [0, 1] to logits [N, classes]."""
         return self.model(normalize(images, self.mean, self.std))
+
+    def setup(self, stage: str) -> None:
+        """Check that the network has enough classes for the data.
+
+        Raises:
+            ValueError: the data has more classes than the network.
+        """
+        check_classes(self.trainer, "num_classes", self.num_classes)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross-entropy of images [N, 3, H, W] in [0, 1] with labels [N]."""

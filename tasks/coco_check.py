@@ -32,6 +32,7 @@ CONSEQUENCES = {
 RULES = {
     "image without id, file_name, width or height": FATAL,
     "image id used before": FATAL,
+    "image file used before": FATAL,
     "file_name leaves the image folder": FATAL,
     "image file missing": FATAL,
     "image file unreadable": FATAL,
@@ -116,6 +117,15 @@ def read_annotations(path: str | Path) -> dict:
     ids = [category.get("id") for category in content["categories"]]
     if not all(_is_integer(i) for i in ids) or len(set(ids)) < len(ids):
         raise ValueError(f"annotations={path} must give every category a distinct integer id, got {show(ids)}")
+    named = [category.get("name") for category in content["categories"]]
+    if unnamed := [i for i, name in zip(ids, named, strict=True) if not isinstance(name, str | int) or name == ""]:
+        raise ValueError(f"annotations={path} must give every category a name, which is a text, and not those with the ids {show(unnamed)}")
+    names = [str(name) for name in named]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        shared = [i for i, name in zip(ids, names, strict=True) if name == twice]
+        raise ValueError(
+            f"annotations={path} must give every category a name of its own, got {show(twice)} for ids {shared}: rename or merge"
+        )
     for annotation in content["annotations"]:
         annotation.setdefault("iscrowd", 0)
         shape = annotation.get("segmentation")
@@ -134,10 +144,16 @@ def check_annotations(content: dict, images: str | Path, *, allow_outside: bool 
     folder = Path(images)
     present = {file.name for file in os.scandir(folder)} if folder.is_dir() else set()
     problems = list(_check_image_entries(content["images"]))
+    files = {}
     for entry in content["images"]:
         name = entry.get("file_name")
         if not isinstance(name, str):
             continue
+        # the objects of one entry would be background in the other
+        other = files.setdefault(os.path.normpath(name), entry)
+        if other is not entry and other.get("id") != entry.get("id"):
+            detail = f"{show(name)} is also that of image {show(other.get('id'))}"
+            problems.append(Violation(entry.get("id"), None, "image file used before", detail))
         if not allow_outside and leaves_folder(name):
             detail = f"{show(name)}; allow_outside=true reads it nonetheless"
             problems.append(Violation(entry.get("id"), None, "file_name leaves the image folder", detail))

@@ -1,11 +1,12 @@
 """Batches keyed by (epoch, index): independent of the number of workers and devices, and resumable at any batch."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, Protocol
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 
 class SizedDataset(Protocol):
@@ -113,6 +114,19 @@ class EvalIndices(Sampler[int]):
         return iter(self.indices)
 
 
+def merge(samples: Sequence[Any], collate: Callable) -> Any:
+    """Merge samples into a batch by `collate`.
+
+    Raises:
+        ValueError: a sample does not begin with an image [3, H, W]; normalisation would broadcast one channel to three without a word.
+    """
+    for sample in samples:
+        image = sample[0] if isinstance(sample, Sequence) else sample
+        if image.ndim != 3 or len(image) != 3:
+            raise ValueError(f"a data set must give images [3, height, width], got one of shape {list(image.shape)}: convert it to RGB")
+    return collate(samples)
+
+
 class Data(L.LightningDataModule):
     """Training and validation sets of one task.
 
@@ -165,7 +179,8 @@ class Data(L.LightningDataModule):
         # with its own generator, an iterator does not draw from torch's global generator, which the checkpoint restores
         generator = torch.Generator().manual_seed(self.seed)
         pin_memory = torch.cuda.is_available()
-        return DataLoader(data, num_workers=self.workers, collate_fn=self.collate, generator=generator, pin_memory=pin_memory, **options)
+        collate = functools.partial(merge, collate=self.collate or default_collate)
+        return DataLoader(data, num_workers=self.workers, collate_fn=collate, generator=generator, pin_memory=pin_memory, **options)
 
     def train_dataloader(self) -> DataLoader:
         """Return a loader whose single pass is the whole training."""

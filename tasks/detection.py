@@ -19,7 +19,7 @@ from .exportable import Exportable, Normalized
 from .image_files import to_plain
 from .pictures import draw_instances, enlarge, pick_colors, write_note
 from .prediction_files import DetectionFile
-from .task import MakeOptimizer, MakeSchedule, Task, View, list_class_names
+from .task import MakeOptimizer, MakeSchedule, Task, View, check_classes, list_class_names
 from .writing import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -154,8 +154,10 @@ class Detection(Task):
         """Read the ground truth, and check that the data suffices for training and validation.
 
         Raises:
-            ValueError: the validation set of a training has no objects, or the network predicts masks and the annotations have none.
+            ValueError: the data has more classes than the network, the validation set of a training has no objects, or the network predicts
+                masks and the annotations have none.
         """
+        check_classes(self.trainer, "class_names", len(self.class_names))
         data, fits = get_data(self.trainer), stage == "fit"
         self.truth = read_ground_truth(data.val, self.class_names)
         objects = any(not annotation["iscrowd"] for annotation in self.truth["annotations"])

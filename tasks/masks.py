@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -43,9 +43,9 @@ class FreeForm:
     """
 
     def __init__(self, width: tuple[int, int] = (12, 40), strokes: tuple[int, int] = (1, 3), turns: tuple[int, int] = (4, 11)) -> None:
-        for name, (low, high) in (("width", width), ("strokes", strokes), ("turns", turns)):
-            if not 1 <= low <= high:
-                raise ValueError(f"{name} must be (least, largest) with 1 <= least <= largest, got {low}, {high}")
+        for name, limits in (("width", width), ("strokes", strokes), ("turns", turns)):
+            if not isinstance(limits, Sequence) or len(limits) != 2 or not 1 <= limits[0] <= limits[1]:
+                raise ValueError(f"{name} must be (least, largest) with 1 <= least <= largest, got {limits}")
         self.width, self.strokes, self.turns = tuple(width), tuple(strokes), tuple(turns)
 
     def __call__(self, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -86,8 +86,8 @@ class Box:
     """
 
     def __init__(self, side: tuple[float, float] = (0.25, 0.5)) -> None:
-        if not 0 < side[0] <= side[1] <= 1:
-            raise ValueError(f"side must be (least, largest) with 0 < least <= largest <= 1, got {side[0]}, {side[1]}")
+        if not isinstance(side, Sequence) or len(side) != 2 or not 0 < side[0] <= side[1] <= 1:
+            raise ValueError(f"side must be (least, largest) with 0 < least <= largest <= 1, got {side}")
         self.side = tuple(side)
 
     def __call__(self, rng: np.random.Generator, height: int, width: int) -> np.ndarray:

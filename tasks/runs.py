@@ -216,8 +216,13 @@ class RunRecord(L.Callback):
     def _add(self, trainer: L.Trainer, prefix: str, more: dict) -> None:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
         self.rows.append({"step": trainer.global_step, **metrics, **more})
-        if lost := [name for name, value in metrics.items() if math.isnan(value) and name.endswith("loss")]:
-            log.warning("step %d: %s is NaN; if it stays so, the training has diverged: lower optimizer.lr", trainer.global_step, lost[0])
+        # scores may be undefined
+        if lost := [name for name, value in metrics.items() if prefix == "train/" and not math.isfinite(value)]:
+            log.warning(
+                "step %d: %s is NaN or infinite; if it stays so, the training has diverged: lower optimizer.lr",
+                trainer.global_step,
+                lost[0],
+            )
         log.info("step %d: %s", trainer.global_step, ", ".join(f"{name} {value:.6g}" for name, value in (metrics | more).items()))
         if trainer.is_global_zero:
             write_csv(self.folder / "metrics.csv", self.rows)

@@ -7,6 +7,7 @@ surroundings. Training and validation share no scan, no photograph and nearly no
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -233,6 +234,9 @@ class Scenes(Dataset):
             `carafepp.tasks.cutouts`); None means digits.
         classes: the names of the classes, in the order of their labels; with `cutouts`, those of their folders.
 
+    Attributes:
+        num_classes: the number of classes in the maps of the segmentation view, and of objects in the others.
+
     Raises:
         ValueError: an argument is out of its domain.
         FileNotFoundError: `cutouts` has no folder of a class.
@@ -251,19 +255,20 @@ class Scenes(Dataset):
         classes: Sequence[str] = CLASSES[1:],
     ) -> None:
         check_split(split)
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        if len(sides) != 2 or min(sides) < SMALLEST_SIDE:
+        sides = tuple(size) if isinstance(size, Sequence) else (size, size)
+        if len(sides) != 2 or not all(isinstance(side, Integral) and side >= SMALLEST_SIDE for side in sides):
             raise ValueError(f"size must be a side or (height, width) of at least {SMALLEST_SIDE} pixels, got {size}")
         self.size = sides[0], sides[1]
         if view not in VIEWS:
             raise ValueError(f"view must be one of {', '.join(VIEWS)}, got {view!r}")
-        limits = (0, 0) if view == "photograph" else tuple(objects)
+        given = tuple(objects) if isinstance(objects, Sequence) else (objects,)
+        limits = (0, 0) if view == "photograph" else given
         least = 1 if view == "classification" else 0
-        if len(limits) != 2 or not least <= limits[0] <= limits[1] <= 255:
+        if len(limits) != 2 or not all(isinstance(limit, Integral) for limit in limits) or not least <= limits[0] <= limits[1] <= 255:
             raise ValueError(f"objects must be (least, largest) with {least} <= least <= largest <= 255 for {view}, got {objects}")
         self.objects = limits[0], limits[1]
-        if length < 1 or seed < 0:
-            raise ValueError(f"length must be at least 1 and seed at least 0, got length={length}, seed={seed}")
+        if not (isinstance(length, Integral) and isinstance(seed, Integral)) or length < 1 or seed < 0:
+            raise ValueError(f"length must be at least 1 and seed at least 0, both whole numbers, got length={length}, seed={seed}")
         self.split, self.length, self.seed, self.view = split, length, seed, view
         # loaded here, so that a missing package is reported at once and forked workers share the images
         load_photographs(split)
@@ -272,6 +277,9 @@ class Scenes(Dataset):
             load_digit_scans(split)
         elif view != "photograph":
             self.cutouts = load_cutouts(cutouts, tuple(map(str, classes)), split)
+        # the background has a class in the segmentation view
+        objects_known = len(CLASSES) - 1 if self.cutouts is None else len(self.cutouts)
+        self.num_classes = objects_known + (view == "segmentation")
 
     def __len__(self) -> int:
         return self.length

@@ -12,14 +12,13 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms.v2.functional import normalize
 
 from .boundaries import BoundaryIoU
-from .data import get_data
 from .exportable import Exportable, Normalized
 from .inference import check_inference, predict_labels
 from .label_maps import IGNORED
 from .lettering import draw_legend
 from .pictures import enlarge, overlay, pick_colors
 from .prediction_files import LabelMapFiles
-from .task import MakeOptimizer, MakeSchedule, Task, View, list_class_names
+from .task import MakeOptimizer, MakeSchedule, Task, View, check_classes, list_class_names
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +105,10 @@ class Segmentation(Task):
         names = list_class_names(class_names, least=2)
         super().__init__(model(num_classes=len(names)), optimizer=optimizer, schedule=schedule)
         self.class_names = names
+        if inference_resize is not None and not callable(inference_resize):
+            raise TypeError(
+                f"inference_resize must be a function of images, such as torchvision's Resize, or null, got {inference_resize!r}"
+            )
         self.auxiliary_weight = auxiliary_weight
         check_inference(scales, window)
         self.inference = {"base": inference_resize, "scales": list(scales), "flip": flip, "window": window}
@@ -126,13 +129,7 @@ class Segmentation(Task):
         Raises:
             ValueError: the data has more classes than the network.
         """
-        for name in ("train", "val"):
-            classes = getattr(getattr(get_data(self.trainer), name), "num_classes", 0)
-            if classes > len(self.class_names):
-                raise ValueError(
-                    f"class_names must name the {classes} classes of data.{name}, got {len(self.class_names)} names; "
-                    f"if the files have no more classes than that, set +data.{name}.classes={len(self.class_names)}"
-                )
+        check_classes(self.trainer, "class_names", len(self.class_names))
 
     def on_fit_start(self) -> None:
         """Warn about a backbone that starts at random weights, unless this is intended."""

@@ -16,7 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from .data import get_data
 from .exportable import Exportable
+from .image_files import ImageFiles
 from .images import read_image
 from .optimization import group_parameters
 from .prediction_files import PredictionFiles
@@ -42,6 +44,22 @@ def list_class_names(class_names: Sequence[object], least: int = 1) -> list[str]
     if isinstance(class_names, str) or len(class_names) < least:
         raise ValueError(f"class_names must be a list of {least} or more names, such as [cat,dog], got {class_names!r}")
     return [str(name) for name in class_names]
+
+
+def check_classes(trainer: L.Trainer, option: str, count: int) -> None:
+    """Check that a network has enough classes for the data sets that know the number of theirs.
+
+    Raises:
+        ValueError: a data set has more than `count` classes; the message names the option that gives their number.
+    """
+    for name in ("train", "val"):
+        data = getattr(get_data(trainer), name)
+        classes = getattr(data, "num_classes", 0)
+        if classes > count:
+            hint = (
+                f"; if the files have no more classes than that, set +data.{name}.classes={count}" if isinstance(data, ImageFiles) else ""
+            )
+            raise ValueError(f"{option} must cover the {classes} classes of data.{name}, got {count}{hint}")
 
 
 class View(NamedTuple):
@@ -106,7 +124,14 @@ class Task(L.LightningModule, ABC):
         return group_parameters(self.model)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimizer and, if there is one, the schedule."""
+        """Build the optimizer and, if there is one, the schedule.
+
+        Raises:
+            TypeError: one of them is not a function. A task that is not trained needs none.
+        """
+        for name, function in (("optimizer", self.optimizer), ("schedule", self.schedule)):
+            if not callable(function) and not (name == "schedule" and function is None):
+                raise TypeError(f"{name} must be a function that builds one, with _partial_: true in a configuration, got {function!r}")
         optimizer = self.optimizer(self.parameter_groups())
         if self.schedule is None:
             return optimizer

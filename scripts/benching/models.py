@@ -38,8 +38,10 @@ def choose_rows(tables: dict, table: str, rows: Sequence[str] | None) -> dict[st
     known: dict[str, float | None] = {}
     for figures in list_rows(tables, table):
         known.setdefault(figures["row"], figures.get("fps"))
-    look_up("rows", rows or (), known)
-    wanted = set(rows or known)
+    wanted = set(known)
+    if rows is not None:
+        look_up("rows", rows, known)
+        wanted = set(rows)
     wanted |= {find_baseline(tables[table], row) for row in wanted}
     return {row: fps for row, fps in known.items() if row in wanted}
 
@@ -51,7 +53,8 @@ class Networks:
         cfg: the configuration of `carafepp-bench models`.
 
     Raises:
-        ValueError: the configuration names a table, a row, a mode, a dtype or a clock that does not exist, or a CUDA graph without a GPU.
+        ValueError: the configuration names a table, a row, a mode, a dtype or a clock that does not exist, a CUDA graph without a GPU, or a
+            size that is not a height and a width.
     """
 
     def __init__(self, cfg: DictConfig):
@@ -69,6 +72,8 @@ class Networks:
             "memory_format": torch.channels_last if cfg.channels_last else torch.contiguous_format,
         }
         tasks = {row: build_network(cfg.table, row, cfg.overrides) for row in self.fps}
+        if cfg.size is not None and (not isinstance(cfg.size, Sequence) or len(cfg.size) != 2):
+            raise ValueError(f"size must be [height, width] in pixels, or null, got {cfg.size}")
         self.size = tuple(cfg.size or next(iter(tasks.values())).bench_size)
         for task in tasks.values():
             keep_size(task, self.size)

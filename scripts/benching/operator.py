@@ -99,10 +99,11 @@ def measure_operator(cfg: DictConfig, spec: Spec) -> Iterator[dict]:
     logits = logits.contiguous(memory_format=memory_format).requires_grad_()
 
     found = list_providers(spec, (n, c, h, w), cfg.device, cfg.max_unfold_gb * 1e9)
-    look_up("providers", cfg.providers or (), {**found, COPY: None})
+    if cfg.providers is not None:
+        look_up("providers", cfg.providers, {**found, COPY: None})
     sizes = x.nbytes + logits.nbytes, n * c * spec.output_size(h) * spec.output_size(w) * x.element_size()
     calls: dict[tuple[str, str], Callable[[], tuple[Tensor | None, ...]]] = {}
-    for name in cfg.providers or (*found, COPY):
+    for name in (*found, COPY) if cfg.providers is None else cfg.providers:
         if name == COPY:
             copies = CopyCalls(*sizes, cfg.device)
             calls |= {(COPY, mode): functools.partial(copies.copy, mode) for mode in MODES}

@@ -168,7 +168,8 @@ def measure_samplers(cfg: DictConfig) -> list[dict]:
     """
     look_up("clock", [cfg.clock], CLOCKS)
     look_up("groups", cfg.groups, SITES)
-    look_up("names", cfg.names or (), dict.fromkeys(sorted({name for group in SITES for name in load_slots(group)})))
+    if cfg.names is not None:
+        look_up("names", cfg.names, dict.fromkeys(sorted({name for group in SITES for name in load_slots(group)})))
     layout = "channels_last" if cfg.channels_last else "contiguous"
     print(f"batch {cfg.batch}, {cfg.dtype}, {layout}, {describe_hardware(cfg.device)}, torch {torch.__version__}, {cfg.clock} time")
     print("FLOPs of a forward pass per output pixel; median ms of forward, and of forward and backward, with")

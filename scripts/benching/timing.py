@@ -71,7 +71,12 @@ def time_in_turns(
 
     Returns:
         Milliseconds by key, in the order of the rounds.
+
+    Raises:
+        ValueError: there is no round.
     """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
     times = defaultdict[Key, list[float]](list)
     for _ in range(rounds):
         for key, call in calls.items():

@@ -14,6 +14,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from .arguments import expand_home, name_empty_choices
+from .bounds import check_bounds
+from .device import check_device
 from .failures import describe_failure, record_stack
 from .help import format_help
 from .hints import find_problems
@@ -70,7 +72,7 @@ def app(
 
 
 def make_job(task: Callable[[DictConfig], None], config_name: str, given: Sequence[str], raises: bool) -> Callable[[DictConfig], None]:
-    """Return the function that Hydra runs: the task, whose exceptions are recorded in error.txt.
+    """Return the function that Hydra runs: checks of the configuration and the task, whose exceptions are recorded in error.txt.
 
     A launcher may run it in another process, which inherits the variable that `main` has set.
     """
@@ -79,6 +81,9 @@ def make_job(task: Callable[[DictConfig], None], config_name: str, given: Sequen
     def job(cfg: DictConfig) -> None:
         try:
             with full_errors(raises):
+                check_bounds(cfg)
+                if "device" in cfg:
+                    check_device(cfg.device)
                 admit_own_code(cfg)
                 task(cfg)
         except Exception as error:

@@ -19,6 +19,8 @@ from .comments import list_groups, read_comments
 
 # keys without a value that a command works without
 OPTIONAL = {"resume"}
+# lists that may be given as a single item
+SINGLE = {"trust"}
 # options of Hydra with which the command shows something and does not run
 SHOWING = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc"}
 
@@ -123,14 +125,20 @@ def refers(node: Any) -> bool:
 
 
 def explain_type(override: Override, config: dict[str, Any]) -> list[str]:
-    """Say what an override must be that sets a text, or true or false, where the configuration has a number, true or false."""
+    """Say what an override must be that sets a text, or true or false, where the configuration has a number, true or false, and what one
+    must be that sets a single value where it has a list.
+    """
     node: Any = config
     for part in override.key_or_group.split("."):
         if not isinstance(node, dict) or part not in node:
             return []
         node = node[part]
-    if override.is_sweep_override() or not isinstance(node, bool | int | float) or refers(given := override.value()):
+    if override.is_sweep_override() or not isinstance(node, bool | int | float | list) or refers(given := override.value()):
         return []
+    if isinstance(node, list):
+        single = isinstance(given, str | bool | int | float) and override.key_or_group not in SINGLE
+        told = f"{override.input_line}: {override.key_or_group} takes a list, such as {override.key_or_group}=[{given}]"
+        return [told] if single else []
     wanted, wrong = ("true or false", str) if isinstance(node, bool) else ("a number", str | bool)
     line = f"{override.input_line}: {override.key_or_group} takes {wanted}, such as {str(node).lower()}"
     return [line] if isinstance(given, wrong) else []

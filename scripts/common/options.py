@@ -21,8 +21,10 @@ def look_up(option: str, names: Iterable[str], choices: Mapping[str, Value]) -> 
     """Look up the values whose names an option gives.
 
     Raises:
-        ValueError: a name is not among the choices.
+        ValueError: there is no name, a single name is given instead of a list, or a name is not among the choices.
     """
+    if isinstance(names, str) or not [*names]:
+        raise ValueError(f"{option} must be a list of one or more of {', '.join(choices)}, got {names}")
     found = []
     for name in names:
         if name not in choices:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from omegaconf import OmegaConf
 
+from .options import look_up
 from .paper import list_equal_rows, read_paper, read_pretraining
 from .results import is_finished
 
@@ -90,13 +91,12 @@ def plan_sweeps(tables: Iterable[str], seeds: Mapping[str, int]) -> list[Sweep]:
         seeds: number of seeds by table.
 
     Raises:
-        ValueError: a table is unknown, or has no positive number of seeds.
+        ValueError: there is no table, a table is unknown, or has no positive number of seeds.
     """
     known = list(read_paper()[0])
-    if unknown := [table for table in tables if table not in known]:
-        raise ValueError(f"tables must be among {', '.join(known)}, got {', '.join(map(str, unknown))}")
-    if wrong := [table for table in tables if seeds.get(table, 0) < 1]:
-        raise ValueError(f"seeds must give every table a number of at least 1, got {seeds.get(wrong[0])} for {wrong[0]}")
+    look_up("tables", tables, dict.fromkeys(known))
+    if wrong := [table for table in tables if not isinstance(seeds.get(table), int) or seeds[table] < 1]:
+        raise ValueError(f"seeds must give every table a whole number of at least 1, got {seeds.get(wrong[0])} for {wrong[0]}")
     # seeds of every row
     planned: dict[str, int] = {}
     for table in sorted(tables, key=lambda table: (-seeds[table], known.index(table))):

@@ -1,9 +1,7 @@
 """Runs that continue with another `data.epochs`: their files, and the schedule of the learning rate."""
 
 import json
-import math
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
@@ -14,16 +12,14 @@ from ...tasks.writing import write_atomically
 from .results import is_finished
 
 
-def change_length(cfg: DictConfig, epochs: Any, folder: Path) -> bool:
+def change_length(cfg: DictConfig, epochs: float, folder: Path) -> bool:
     """Set `data.epochs` in the configuration of the run in a folder, and label the run; return whether the length differs.
 
     Raises:
         FileNotFoundError: the run is finished and its last checkpoint is missing.
-        ValueError: `epochs` is not a positive number, or the run is finished and longer.
+        ValueError: the run is finished and longer.
     """
     before = cfg.data.epochs
-    if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not 0 < epochs < math.inf:
-        raise ValueError(f"data.epochs must be a positive number, got {epochs!r}")
     if epochs == before:
         return False
     if is_finished(folder):

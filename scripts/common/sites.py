@@ -8,6 +8,8 @@ import torch
 from ...kernels.geometry import Spec, check_spec
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# the keys of a site besides the fields of the specification
+SIDES = ("n", "channels", "height", "width")
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -19,10 +21,14 @@ def read_site(site: Mapping[str, Any], **options: Any) -> tuple[tuple[int, int, 
         options: further fields of the specification.
 
     Raises:
-        ValueError: the specification is not valid.
+        ValueError: a side is missing or below 1, a key is unknown, or the specification is not valid.
     """
+    if wrong := [name for name in SIDES if not isinstance(site.get(name), int) or site[name] < 1]:
+        raise ValueError(f"a site must have {', '.join(SIDES)} that are whole numbers of at least 1, got {wrong[0]}={site.get(wrong[0])}")
+    if unknown := [name for name in site if name not in (*SIDES, *Spec._fields)]:
+        raise ValueError(f"a site must have no other keys than {', '.join((*SIDES, *Spec._fields))}, got {unknown[0]}")
     shape = site["n"], site["channels"], site["height"], site["width"]
-    fields: dict[str, Any] = {name: value for name, value in site.items() if name not in ("n", "channels", "height", "width")}
+    fields: dict[str, Any] = {name: value for name, value in site.items() if name not in SIDES}
     spec = Spec(**fields | options)
     check_spec(spec)
     return shape, spec

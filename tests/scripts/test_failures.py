@@ -7,6 +7,7 @@ import pytest
 from carafepp.scripts.common import failures
 from carafepp.scripts.common.comments import list_choices, list_groups, read_all_comments, read_comments
 from carafepp.scripts.common.hints import find_hints
+from carafepp.scripts.train import check_task
 from commands import call, run_command
 from configurations import CONF
 from hydra.errors import InstantiationException
@@ -57,6 +58,30 @@ WRONG = [
     ("train scale=small seed=-1", r"seed must be a whole number of at least 0, got -1"),
     ("train scale=small log_every_n_steps=0", r"log_every_n_steps must be a whole number of at least 1, got 0"),
     ("train scale=small trainer.val_check_interval=0", r"trainer.val_check_interval must be a number above 0, got 0"),
+    ("train scale=small decoder.dim=0", r"decoder.dim must be a whole number of at least 1, got 0"),
+    ("train scale=small decoder.ppm_dim=1.5", r"decoder.ppm_dim must be a whole number of at least 1, got 1.5"),
+    ("train scale=small decoder.dim=null", r"decoder.dim must be a whole number of at least 1, got None"),
+    ("train scale=small task=detection model.fpn_dim=-4", r"model.fpn_dim must be a whole number of at least 1, got -4"),
+    ("train scale=small task=detection model.min_size=[64,96]", r"model.min_size must be a whole number of at least 1, got \[64, 96\]"),
+    ("train scale=small task=detection model.anchor_sizes=[8,16]", r"model.anchor_sizes must be a list of 5 numbers, got \[8, 16\]"),
+    ("train scale=small task=detection task.sides=[24]", r"task.sides must be a list of 2 numbers, got \[24\]"),
+    ("train scale=small task=detection task.sides=24", r"task.sides takes a list, such as task.sides=\[24\]"),
+    ("train scale=small task=inpainting task.hole_weight=-1", r"task.hole_weight must be a number of at least 0, got -1"),
+    ("train scale=small optimizer.lr=-1", r"optimizer.lr must be a number of at least 0, got -1"),
+    ("train scale=small optimizer.lr=nan", r"optimizer.lr must be a number of at least 0, got nan"),
+    ("train scale=small +optimizer.betas=[0.9,1.5]", r"optimizer.betas must be a number of at least 0 and below 1, got \[0.9, 1.5\]"),
+    ("train scale=small optimizer=null", r"TypeError: optimizer must be a function that builds one, .* got None"),
+    ("train scale=small task.schedule.power=-1", r"task.schedule.power must be a number of at least 0, got -1"),
+    ("train scale=small task.inference_resize=3", r"task: TypeError: inference_resize must be a function of images, .* got 3"),
+    ("train scale=small backbone.deformable=[7]", r"task.model.backbone: deformable must be a list of layers, of 1 to 4, got \[7\]"),
+    ("train scale=small model=faster_rcnn", r"model must be a network for task=segmentation, one of upernet, pspnet, psanet, got faster"),
+    ("train scale=small task=detection model=upernet", r"model must be a network for task=detection, one of faster_rcnn, .*, got upernet"),
+    ("train scale=small setting=detection_small", r"setting=detection_small needs task=detection, got task=segmentation"),
+    ("train scale=small class_names=[a,b,c]", r"class_names must cover the 11 classes of data.train, got 3"),
+    ("train scale=small task=detection class_names=[a,b]", r"class_names must cover the 10 classes of data.train, got 2"),
+    ("train scale=small task=classification num_classes=3", r"num_classes must cover the 10 classes of data.train, got 3"),
+    ("train scale=small trainer.max_epochs=null", r"trainer.max_epochs must be 1, because .*, got None"),
+    ("train scale=small data.train.size=64.5", r"data.train: size must be a side or \(height, width\) of at least 16 pixels, got 64.5"),
     ("train scale=small trainer.max_epochs=3", r"trainer.max_epochs must be 1, because data.epochs is the number of passes .*, got 3"),
     ("train scale=small task=detection experiment=table9", r"experiment=table9 has task=segmentation, got task=detection"),
     ("train scale=small class_names=[a]", r"task: class_names must be a list of 2 or more names, such as \[cat,dog\], got \['a'\]"),
@@ -87,6 +112,10 @@ WRONG = [
     ("predict checkpoint=file images=.", r"checkpoint=file cannot be read \([^\n]*\); give the last.ckpt or best.ckpt of a run folder"),
     ("predict checkpoint=. images=.", r"checkpoint=. is a folder"),
     ("predict checkpoint=file images=. max_side=0", r"max_side must be at least 1 pixel, got 0"),
+    ("predict checkpoint=file images=. device=foo", r"device must be cpu, or a device .*, got foo: Expected one of cpu, cuda"),
+    ("export checkpoint=file format=onnx device=meta", r"device must be cpu, or a device .*, got meta: it computes nothing"),
+    ("report paper digits=-1", r"digits must be a whole number of at least 0, got -1"),
+    ("report runs=. metrics=AP", r"metrics takes a list, such as metrics=\[AP\]"),
     ("report runs=nowhere", r"runs=nowhere is not a folder"),
     ("report runs=. digits=x", r"digits takes a number, such as 4"),
     ("report paper format=pdf", r"format must be one of terminal, markdown, latex, or csv for runs, got 'pdf'"),
@@ -96,14 +125,34 @@ WRONG = [
     ("scenes", r"give layout=... out=...\n  layout: coco, ade20k, imagenet or places365"),
     ("scenes layout=coc out=x", r"layout must be one of coco, ade20k, imagenet, places365, got 'coc'"),
     ("scenes layout=coco out=file/x", r"NotADirectoryError: .*file"),
+    ("scenes layout=coco out=x train=0", r"train must be a whole number of at least 1, got 0"),
+    ("bench device=foo", r"device must be cpu, or a device .*, got foo"),
+    ("bench threads=0", r"threads must be a whole number of at least 1, got 0"),
+    ("bench op.shape=[1,0,8,8]", r"op.shape must be a whole number of at least 1, got \[1, 0, 8, 8\]"),
+    ("bench providers=[]", r"providers must be a list of one or more of cpu, .*, got \[\]"),
+    ("bench samplers rounds=0 names=[nearest] groups=[upsampler]", r"rounds must be at least 1, got 0"),
+    ("bench models size=8 table=table9 rows=[fpn]", r"size must be \[height, width\] in pixels, or null, got 8"),
     ("bench op=up9", r"op=up9 does not exist; did you mean 'up2'\?\n  choices: down2, up2,"),
     ("bench op.shape=[1,2,3]", r"op.shape must be \[N, C, H, W\], got \[1, 2, 3\]"),
     ("bench dtype=float12", r"dtype must be among float16, .*, got 'float12'"),
     ("bench samplers names=[foo]", r"names must be among a2u, .*, got 'foo'"),
     ("bench models table=table99", r"table must be among table1, .*, got 'table99'"),
     ("inspect architectures=[sm_12]", r"architectures must be among sm_80, .*, got 'sm_12'"),
+    ("inspect architectures=[]", r"architectures must be a list of one or more of sm_80, .*, got \[\]"),
+    ("inspect +sites.x={n:1}", r"a site must have n, channels, height, width that are whole numbers of at least 1, got channels=None"),
+    ("tune limit=0", r"limit must be a whole number of at least 1, got 0"),
+    ("tune merge=tiles.json", r"merge must be a list of one or more tables of carafepp-tune, such as \[tiles.json\], got tiles.json"),
     ("tune dtypes=[int8]", r"dtypes must be among float16, bfloat16, float32, got 'int8'"),
 ]
+
+
+# choices of your own are not known to the checks of tasks
+OWN_CHOICES = {"task": "mine", "setting": "detection_small", "model": "upernet"}
+
+
+@pytest.mark.parametrize("choices", [OWN_CHOICES, OWN_CHOICES | {"task": "detection", "model": "mine"}])
+def test_tasks_and_networks_of_your_own_are_not_refused(choices):
+    check_task(choices, ["faster_rcnn"])
 
 
 @pytest.mark.parametrize(("line", "message"), WRONG, ids=[line for line, _ in WRONG])

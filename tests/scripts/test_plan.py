@@ -110,9 +110,9 @@ def test_the_plan_states_the_hours_of_what_is_left(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["tables=[table4,table15]"], "tables must be among table1, .*, table14, got table15"),
-        (["seeds.table4=0"], "seeds must give every table a number of at least 1, got 0 for table4"),
-        (["jobs=0"], "jobs must be a number of trainings of at least 1, got 0"),
+        (["tables=[table4,table15]"], "tables must be among table1, .*, table14, got 'table15'"),
+        (["seeds.table4=0"], "seeds must give every table a whole number of at least 1, got 0 for table4"),
+        (["jobs=0"], "jobs must be a whole number of at least 1, got 0"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_trained(tmp_path, arguments, problem):

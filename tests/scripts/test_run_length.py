@@ -182,13 +182,13 @@ def test_best_checkpoint_of_a_moved_run_stays_the_best(run, monkeypatch):
     ("override", "message"),
     [
         ("data.epochs=0.5", r"data\.epochs=0\.5 is less than .*run has trained, data\.epochs=1: give more than 1"),
-        ("data.epochs=0", "must be a positive number, got 0"),
-        ("data.epochs=-1", "must be a positive number, got -1"),
-        ("data.epochs=inf", "must be a positive number, got inf"),
-        ("data.epochs=nan", "must be a positive number, got nan"),
+        ("data.epochs=0", "data.epochs must be a number above 0, got 0"),
+        ("data.epochs=-1", "data.epochs must be a number above 0, got -1"),
+        ("data.epochs=inf", "data.epochs must be a number above 0, got inf"),
+        ("data.epochs=nan", "data.epochs must be a number above 0, got nan"),
         ("data.epochs=many", r"data\.epochs=many: data\.epochs takes a number, such as"),
         ("data.epochs=true", r"data\.epochs=true: data\.epochs takes a number, such as"),
-        ("data.epochs=null", "must be a positive number, got None"),
+        ("data.epochs=null", "data.epochs must be a number above 0, got None"),
         ("data.batch_size=8", r"no other override except trust= and data\.epochs=, got data\.batch_size=8"),
     ],
 )

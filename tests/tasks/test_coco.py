@@ -152,6 +152,7 @@ DAMAGE = [
     (change(file_name="../val2017/000000000285.jpg"), 285, None, "file_name leaves the image folder"),
     (change(file_name="a/../../secret.jpg"), 285, None, "file_name leaves the image folder"),
     (change(file_name="/etc/secret.jpg"), 285, None, "file_name leaves the image folder"),
+    (change(file_name="./000000000139.jpg"), 285, None, "image file used before"),
     (change(id=139), 139, None, "image id used before"),
     (change(width="60"), 285, None, "image without id, file_name, width or height"),
     (change(width=60.5), 285, None, "image without id, file_name, width or height"),
@@ -219,6 +220,12 @@ def test_undamaged_files_have_no_problem(folder):
         ('{"images": [], "categories": []}', "lists no images"),
         ('{"images": [{"id": 1}], "annotations": 5, "categories": []}', "list of objects 'annotations'"),
         ('{"images": [{"id": 1}], "categories": [{"name": "car"}]}', "integer id"),
+        ('{"images": [{"id": 1}], "categories": [{"id": 7}]}', r"every category a name, .* ids \[7\]"),
+        ('{"images": [{"id": 1}], "categories": [{"id": 7, "name": ["car"]}]}', r"every category a name, .* ids \[7\]"),
+        (
+            '{"images": [{"id": 1}], "categories": [{"id": 0, "name": "car"}, {"id": 4, "name": "car"}]}',
+            r"a name of its own, got 'car' for ids \[0, 4\]",
+        ),
     ],
 )
 def test_file_that_is_no_annotation_file_is_an_error(tmp_path, text, message):

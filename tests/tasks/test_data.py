@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from carafepp.tasks.data import EvalIndices, TrainBatches
+from carafepp.tasks import detection
+from carafepp.tasks.data import EvalIndices, TrainBatches, merge
 from carafepp.tasks.optimization import group_parameters
-from carafepp.tasks.segmentation import segmentation_scores
+from carafepp.tasks.segmentation import PadToStride, segmentation_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import default_collate
 
 
 def steps(length, batch, **options):
@@ -55,6 +57,14 @@ def test_global_batch_that_does_not_divide_is_refused_with_the_numbers():
 def test_every_evaluation_sample_counts_once(length, world):
     seen = [index for rank in range(world) for index in EvalIndices(range(length), rank, world)]
     assert sorted(seen) == list(range(length))
+
+
+def test_an_image_of_one_channel_is_refused_instead_of_broadcast():
+    for collate in (PadToStride(8), detection.collate, default_collate):
+        samples = [(torch.zeros(channels, 9, 9), torch.zeros(9, 9, dtype=torch.int64)) for channels in (3, 1)]
+        with pytest.raises(ValueError, match=r"must give images \[3, height, width\], got one of shape \[1, 9, 9\]"):
+            merge(samples, collate)
+    assert merge([torch.zeros(3, 9, 9)] * 2, default_collate).shape == (2, 3, 9, 9)
 
 
 def test_scores_equal_a_plain_count():

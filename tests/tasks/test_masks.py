@@ -65,9 +65,11 @@ def test_holes_are_fixed_by_the_key_alone():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FreeForm(width=(0, 4)), "width must be .* got 0, 4"),
-        (lambda: FreeForm(strokes=(3, 1)), "strokes must be .* got 3, 1"),
-        (lambda: Box((0.5, 1.5)), "side must be .* got 0.5, 1.5"),
+        (lambda: FreeForm(width=(0, 4)), "width must be .* got \\(0, 4\\)"),
+        (lambda: FreeForm(strokes=(3, 1)), "strokes must be .* got \\(3, 1\\)"),
+        (lambda: FreeForm(turns=(4,)), "turns must be .* got \\(4,\\)"),
+        (lambda: Box((0.5,)), "side must be .* got \\(0.5,\\)"),
+        (lambda: Box((0.5, 1.5)), "side must be .* got \\(0.5, 1.5\\)"),
     ],
 )
 def test_ranges_are_checked(make, message):

@@ -136,9 +136,11 @@ def test_predict_takes_any_photographs(whole_run, tmp_path, capsys):
     assert any(sizes[name][1] > height for name, height in heights.items())
 
 
-def test_a_loss_that_is_not_a_number_is_named(tmp_path, caplog):
-    losses = {"train/loss": torch.tensor(float("nan")), "train/loss_box_reg": torch.tensor(1.0)}
+# the losses of inpainting have other names than the others
+@pytest.mark.parametrize(("name", "value"), [("train/loss", "nan"), ("train/loss", "inf"), ("train/adversarial", "nan")])
+def test_a_loss_that_is_not_a_number_is_named(name, value, tmp_path, caplog):
+    losses = {name: torch.tensor(float(value)), "train/loss_box_reg": torch.tensor(1.0)}
     record = RunRecord(tmp_path, 1, {})
     record._add(SimpleNamespace(callback_metrics=losses, global_step=20, is_global_zero=True), "train/", {})
     (warning,) = [each for each in caplog.records if each.levelname == "WARNING"]
-    assert warning.getMessage().startswith("step 20: train/loss is NaN; if it stays so, the training has diverged")
+    assert warning.getMessage().startswith(f"step 20: {name} is NaN or infinite; if it stays so, the training has diverged")

@@ -261,7 +261,7 @@ def test_every_class_of_the_data_has_a_name(tmp_path):
     sets = [ADE20K(tmp_path, split, classes=classes) for split, classes in (("train", 3), ("val", 150))]
     task = stub(nn.Conv2d(3, 3, 1), ["a", "b", "c"])
     task.trainer = SimpleNamespace(datamodule=Data(*sets, batch_size=1, epochs=1))
-    with pytest.raises(ValueError, match=r"the 150 classes of data\.val, got 3 names; .*\+data\.val\.classes=3"):
+    with pytest.raises(ValueError, match=r"the 150 classes of data\.val, got 3; .*\+data\.val\.classes=3"):
         task.setup("fit")
 
 
