@@ -46,8 +46,13 @@ def is_indirect(tensor: Tensor) -> bool:
     """Return whether only the dispatcher knows the values of a tensor.
 
     The memory of some tensors holds the negation of their values, or nothing. Gradients that
-    `torch.autograd.grad(is_grads_batched=True)` stacks hide their memory.
+    `torch.autograd.grad(is_grads_batched=True)` stacks hide their memory, and so do tensors that a transform of torch.func leaves behind.
     """
+    functorch = torch._C._functorch
     return (
-        type(tensor) not in PLAIN or tensor.is_neg() or tensor._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+        type(tensor) not in PLAIN
+        or tensor.is_neg()
+        or tensor._is_zerotensor()
+        or functorch.is_legacy_batchedtensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+        or functorch.is_functorch_wrapped_tensor(tensor)
     )
