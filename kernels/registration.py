@@ -122,7 +122,14 @@ def _differentiate(ctx, dy):
     return dx if need_dx else None, dlogits if need_dlogits else None, None
 
 
-class _UnobservedReassemble(_SingleLevelFunction):
+class SingleLevelFunction(_SingleLevelFunction):
+    """An autograd function whose `apply` takes less host time: it does not ask for the levels of torch.func."""
+
+    # compiled autograd asks for it; PyTorch defines it one class below
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _UnobservedReassemble(SingleLevelFunction):
     """The differentiable call that only autograd sees: y alone, without what transforms and forward mode need."""
 
     @staticmethod
@@ -137,7 +144,7 @@ class _UnobservedReassemble(_SingleLevelFunction):
         return _differentiate(ctx, dy)
 
 
-class _Reassemble(_SingleLevelFunction):
+class _Reassemble(SingleLevelFunction):
     @staticmethod
     def forward(x, logits, options):
         return _forward_below_autograd(x, logits, options)
@@ -186,7 +193,7 @@ def _differentiable_backward(
     return dx, F.pad(dlogits, (0, 0, 0, 0, 0, unread)) if unread else dlogits
 
 
-class _ReassembleBackward(_SingleLevelFunction):
+class _ReassembleBackward(SingleLevelFunction):
     @staticmethod
     def forward(dy, x, weights, lse, options, need_dx, need_dlogits):
         return _backward_below_autograd(dy, x, weights, lse, options, need_dx, need_dlogits)
