@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
@@ -46,8 +47,12 @@ def is_indirect(tensor: Tensor) -> bool:
     """Return whether only the dispatcher knows the values of a tensor.
 
     The memory of some tensors holds the negation of their values, or nothing. Gradients that
-    `torch.autograd.grad(is_grads_batched=True)` stacks hide their memory.
+    `torch.autograd.grad(is_grads_batched=True)` stacks hide their memory, and so do tensors that a transform of torch.func leaves behind.
     """
     return (
-        type(tensor) not in PLAIN or tensor.is_neg() or tensor._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+        type(tensor) not in PLAIN
+        or tensor.is_neg()
+        or tensor._is_zerotensor()
+        or is_legacy_batchedtensor(tensor)
+        or is_functorch_wrapped_tensor(tensor)
     )

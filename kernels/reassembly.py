@@ -100,7 +100,8 @@ def _call(x: Tensor, weights: Tensor, spec: Spec, size: Sequence[int] | None, ba
     """Check a call and run it, unless the definition runs instead."""
     if not is_observed(x, weights) and _can_be_remembered(spec, size, backend):
         dtype, device = x.dtype, x.device
-        if weights.dtype == dtype and weights.device == device:
+        # tensors of other dtypes, such as quantised ones, need not exist on the device "meta"
+        if weights.dtype == dtype and weights.device == device and dtype.is_floating_point:
             layouts = check_layouts(x.shape, x.stride(), dtype, device, weights.shape, spec, size, backend, name)
             return layouts and reassemble_unobserved(x, weights, layouts)
     options = _check_call(x, weights, spec, size, backend, name)

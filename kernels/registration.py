@@ -49,13 +49,16 @@ for schema in SCHEMAS:
 reassemble_op = torch.ops.carafepp.reassemble.default
 reassemble_backward_op = torch.ops.carafepp.reassemble_backward.default
 
+# PyTorch has one level of forward mode; a compiled graph enters it without setting `forward_ad._current_level`, the default
+LEVEL = 0
+
 
 def _apply_to_tangents(jvp):
     """Let the outer levels of torch.func see what the `jvp` of an autograd function does; forward mode is switched off inside one."""
 
     @functools.wraps(jvp)
     def run(ctx, *tangents):
-        saved = [forward_ad.unpack_dual(tensor).primal for tensor in ctx.saved_tensors]
+        saved = [forward_ad.unpack_dual(tensor, level=LEVEL).primal for tensor in ctx.saved_tensors]
         if not torch._C._are_functorch_transforms_active():
             return jvp(ctx, *saved, *tangents)
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
@@ -119,7 +122,14 @@ def _differentiate(ctx, dy):
     return dx if need_dx else None, dlogits if need_dlogits else None, None
 
 
-class _UnobservedReassemble(_SingleLevelFunction):
+class SingleLevelFunction(_SingleLevelFunction):
+    """An autograd function whose `apply` takes less host time: it does not ask for the levels of torch.func."""
+
+    # compiled autograd asks for it; PyTorch defines it one class below
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _UnobservedReassemble(SingleLevelFunction):
     """The differentiable call that only autograd sees: y alone, without what transforms and forward mode need."""
 
     @staticmethod
@@ -134,7 +144,7 @@ class _UnobservedReassemble(_SingleLevelFunction):
         return _differentiate(ctx, dy)
 
 
-class _Reassemble(_SingleLevelFunction):
+class _Reassemble(SingleLevelFunction):
     @staticmethod
     def forward(x, logits, options):
         return _forward_below_autograd(x, logits, options)
@@ -183,7 +193,7 @@ def _differentiable_backward(
     return dx, F.pad(dlogits, (0, 0, 0, 0, 0, unread)) if unread else dlogits
 
 
-class _ReassembleBackward(_SingleLevelFunction):
+class _ReassembleBackward(SingleLevelFunction):
     @staticmethod
     def forward(dy, x, weights, lse, options, need_dx, need_dlogits):
         return _backward_below_autograd(dy, x, weights, lse, options, need_dx, need_dlogits)
@@ -239,30 +249,32 @@ def _fold(tensor: Tensor, dim: int | None, batch_size: int) -> Tensor:
     return stacked.flatten(0, 1) if tensor.dim() > 1 or dim is not None else tensor
 
 
-def _unfold(results: tuple[Tensor, Tensor], batch_size: int) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """Undo `_fold` for the results of an op, and say where their batch is; an empty result stays one."""
+def _unfold(results: tuple[Tensor, Tensor], batch_size: int, n: int) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """Undo `_fold` for the results of an op on N = `n`, and say where their batch is; an empty result stays one."""
     batched = [result.dim() > 1 for result in results]
     unfolded = tuple(
-        result.unflatten(0, (batch_size, result.shape[0] // batch_size)) if has_batch else result
-        for result, has_batch in zip(results, batched, strict=True)
+        result.unflatten(0, (batch_size, n)) if has_batch else result for result, has_batch in zip(results, batched, strict=True)
     )
     return unfolded, tuple(0 if has_batch else None for has_batch in batched)
 
 
 def _batch_forward(info, in_dims, x, logits, *options):
     """Compute a batch of problems as one problem of a larger N."""
+    n = x.shape[in_dims[0] == 0]
     x, logits = (_fold(t, dim, info.batch_size) for t, dim in zip((x, logits), in_dims[:2], strict=True))
-    return _unfold(reassemble_op(x, logits, *options), info.batch_size)
+    return _unfold(reassemble_op(x, logits, *options), info.batch_size, n)
 
 
 def _batch_backward(info, in_dims, dy, x, logits, lse, *options):
+    n = x.shape[in_dims[1] == 0]
     tensors = (_fold(t, dim, info.batch_size) for t, dim in zip((dy, x, logits, lse), in_dims[:4], strict=True))
-    return _unfold(reassemble_backward_op(*tensors, *options), info.batch_size)
+    return _unfold(reassemble_backward_op(*tensors, *options), info.batch_size, n)
 
 
-def _records() -> bool:
-    """Return whether derivatives may be asked for: autograd records, or tangents are pushed forward."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+def _records(*tensors: Tensor) -> bool:
+    """Return whether a call on these tensors is differentiated: autograd records it, or one of them has a tangent."""
+    recorded = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
+    return recorded or any([forward_ad.unpack_dual(tensor, level=LEVEL).tangent is not None for tensor in tensors])
 
 
 def _apply(function, *arguments):
@@ -277,16 +289,20 @@ def _apply(function, *arguments):
 
 
 def _autograd_forward(x, logits, *options):
-    if _records():
+    if _records(x, logits):
         return _apply(_Reassemble, x, logits, Options.read(*options))
     return _forward_below_autograd(x, logits, Options.read(*options))
 
 
 def _autograd_backward(dy, x, logits, lse, *options):
     *given, need_dx, need_dlogits = options
-    if _records():
-        return _apply(_ReassembleBackward, dy, x, logits, lse, Options.read(*given), need_dx, need_dlogits)
-    return _backward_below_autograd(dy, x, logits, lse, Options.read(*given), need_dx, need_dlogits)
+    read = Options.read(*given)
+    if not _records(dy, x, logits):
+        return _backward_below_autograd(dy, x, logits, lse, read, need_dx, need_dlogits)
+    if read.normalizer != "none":
+        # a level of torch.func that records nothing, or a traced graph, hands the gradients of logits to one that differentiates them
+        return _differentiable_backward(dy, x, logits, lse, read, need_dx, need_dlogits)
+    return _apply(_ReassembleBackward, dy, x, logits, lse, read, need_dx, need_dlogits)
 
 
 def reassemble_unobserved(x: Tensor, logits: Tensor, layouts: Layouts) -> Tensor:

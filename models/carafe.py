@@ -8,6 +8,7 @@ from typing import Literal, ParamSpec
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 from ..kernels.geometry import Spec, check_spec, is_scale, write_scale
 from ..kernels.reassembly import autocast, reassemble, reassemble_padded
@@ -177,8 +178,9 @@ class CARAFE(nn.Module):
         """
         # unless a subclass, or a patch of the class or of this module, replaces the method
         if type(self).logits is CALL_LAYERS and "logits" not in self.__dict__:
-            # once for the layers and the operator
-            (x,) = autocast(x)
+            # once for the layers and the operator; autocast casts nothing for layers that vmap calls
+            if isinstance(x, Tensor) and not is_batchedtensor(x):
+                (x,) = autocast(x)
             if suits_matrix_units(x):
                 layers = self.channel_compressor, self.compressor_norm, self.content_encoder
                 y = (train if torch.is_grad_enabled() else infer)(*layers, x, self.spec, size)

@@ -7,11 +7,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
 
 from ..kernels.geometry import Spec
 from ..kernels.observers import is_indirect, is_intercepted
 from ..kernels.reassembly import reassemble
+from ..kernels.registration import SingleLevelFunction
 from .inference import find_plan
 
 
@@ -33,7 +33,7 @@ def compute_layers(planned: Any, x: Tensor, given: Sequence[Tensor | None]) -> T
     return reassemble(x, logits, **layouts.spec._asdict(), size=layouts.y_shape[2:])
 
 
-class Train(_SingleLevelFunction):
+class Train(SingleLevelFunction):
     """The module as one differentiable call that only autograd sees."""
 
     @staticmethod

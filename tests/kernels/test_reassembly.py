@@ -1,5 +1,7 @@
 """The public functions: errors for wrong arguments, inputs that are read in place, autocast."""
 
+import warnings
+
 import pytest
 import torch
 from carafepp.kernels import reassemble, reassemble_reference, reassemble_weights, torch_backend
@@ -7,6 +9,9 @@ from carafepp.kernels.geometry import Spec
 from operator_cases import random_inputs
 
 X, LOGITS, _ = random_inputs(1, 8, 5, 6, Spec(3, up=2))
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", ".*quantized tensor creation functions", UserWarning)
+    QUANTISED = torch.quantize_per_tensor(X, 0.1, 0, torch.quint8)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +37,7 @@ X, LOGITS, _ = random_inputs(1, 8, 5, 6, Spec(3, up=2))
         (X[:, :0], LOGITS, {}, ValueError, r"x must have C, H, W of at least 1"),
         (X.numpy(), LOGITS, {}, TypeError, r"x must be a tensor, got ndarray"),
         (X.long(), LOGITS, {}, TypeError, r"x must be of a floating-point dtype, got torch\.int64"),
+        (QUANTISED, QUANTISED, {}, TypeError, r"x must be of a floating-point dtype, got torch\.quint8"),
         (X, LOGITS.double(), {}, TypeError, r"same dtype, got torch\.float32 and torch\.float64"),
         (X.to_sparse(), LOGITS, {}, TypeError, r"x must be a dense tensor, got layout torch\.sparse_coo"),
         (X, LOGITS.to_mkldnn(), {}, TypeError, r"logits must be a dense tensor, got layout torch\._mkldnn"),

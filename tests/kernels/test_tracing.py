@@ -152,3 +152,12 @@ def test_programs_of_both_exporters_run_in_another_process(tmp_path):
         """,
         cwd=tmp_path,
     )
+
+
+def test_compiled_autograd_takes_a_backward_pass():
+    torch.compiler.reset()
+    x, logits = draw(5, 4)
+    dy = compute(x, logits).cos()
+    expected = step(compute, x, logits, dy)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        torch.testing.assert_close(step(compute, x, logits, dy), expected)

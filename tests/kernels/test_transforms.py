@@ -10,6 +10,7 @@ from carafepp.kernels.geometry import Spec
 from operator_cases import random_inputs
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 SPECS = [
     Spec(3, up=2),
@@ -83,6 +84,60 @@ def test_transforms_give_what_they_give_for_the_definition(transform, spec, back
         warnings.filterwarnings("error", message=".*performance drop")
         actual = TRANSFORMS[transform](functools.partial(reassemble, backend=backend, **spec._asdict()), *draw_stacks(spec))
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"up{spec.up}-down{spec.down}-{spec.normalizer}")
+@pytest.mark.parametrize("transform", [name for name in TRANSFORMS if name != "forward mode"])
+def test_transforms_do_not_depend_on_the_mode_of_autograd(transform, spec, backend):
+    """Without gradients outside, the backward of an inner level is not recorded, and an outer level differentiates it all the same."""
+    with torch.no_grad():
+        actual = TRANSFORMS[transform](functools.partial(reassemble, backend=backend, **spec._asdict()), *draw_stacks(spec))
+    torch.testing.assert_close(actual, transform_definition(transform, spec), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_traced_gradients_can_be_differentiated(spec):
+    """A graph of gradients that were not recorded holds the op of the gradients with the normalizer of the call."""
+    x, logits = (t.requires_grad_() for t in random_inputs(1, 2, 3, 2, spec, torch.float64)[:2])
+    call, define = (functools.partial(function, **spec._asdict()) for function in (reassemble, reassemble_reference))
+    gradients = make_fx(lambda *inputs: torch.autograd.grad(loss(call)(*inputs), inputs))(x, logits)
+    actual = torch.autograd.grad([g.sin().sum() for g in gradients(x, logits)], (x, logits))
+    expected = grad(lambda *inputs: sum(g.sin().sum() for g in grad(loss(define), BOTH)(*inputs)), BOTH)(x, logits)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def push_compiled_duals(function, x, logits):
+    """Compute the tangent of the output in forward mode without torch.func."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, x.cos()), logits)).tangent
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["gradients", "no gradients"])
+@pytest.mark.parametrize("transform", ["jvp", "jvp of logits", "jacfwd", "hessian of logits", "jvp of grad", "forward mode"])
+def test_compiled_graphs_have_forward_mode(transform, recorded):
+    """A compiled graph enters forward mode without PyTorch's variable of Python that says so."""
+    spec = SPECS[1]
+    function = functools.partial(reassemble, **spec._asdict())
+    run = TRANSFORMS[transform] if transform != "forward mode" else lambda f, xs, ls: push_compiled_duals(f, xs[0], ls[0])
+    torch.compiler.reset()
+    # slices of one tensor have different offsets, which AOTAutograd refuses for a primal and its tangent
+    samples = [[sample.clone() for sample in stack] for stack in draw_stacks(spec)]
+    with torch.set_grad_enabled(recorded):
+        actual = torch.compile(functools.partial(run, function), backend="aot_eager", fullgraph=True)(*samples)
+    expected = run(functools.partial(reassemble_reference, **spec._asdict()), *samples)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0), (3, 0), (0, None), (None, 2)], ids=str)
+def test_an_empty_batch_of_vmap(in_dims):
+    shapes = (2, 4, 3, 5), (2, 36, 3, 5)
+    stacks = [shape if dim is None else (*shape[:dim], 0, *shape[dim:]) for shape, dim in zip(shapes, in_dims, strict=True)]
+    x, logits = map(torch.rand, stacks)
+    function = functools.partial(reassemble, kernel_size=3, up=2)
+    assert vmap(function, in_dims)(x, logits).shape == (0, 2, 4, 6, 10)
+    gradients = vmap(grad(loss(function), BOTH), in_dims)(x, logits)
+    assert [g.shape for g in gradients] == [(0, *shape) for shape in shapes]
 
 
 @pytest.mark.parametrize("spec", SPECS[:2], ids=str)

@@ -167,3 +167,13 @@ def test_gradients_per_sample_in_training_need_norms_without_running_statistics(
     replace_all_batch_norm_modules_(module)
     gradients = differentiate(dict(module.named_parameters()), xs)
     assert all(stack.isfinite().all() for stack in gradients.values())
+
+
+@pytest.mark.parametrize("options", [dict(up=2), dict(down=2), dict(up=2, compressed_channels=None)], ids=str)
+def test_autocast_below_vmap(options):
+    """PyTorch leaves layers below vmap in float32; their input must then stay so, too."""
+    module, xs = CARAFE(8, **options), torch.randn(SAMPLES, 1, 8, 4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = vmap(module)(xs), torch.stack([module(x) for x in xs])
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)

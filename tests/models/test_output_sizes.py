@@ -187,6 +187,33 @@ def test_an_exported_program_takes_levels_of_every_parity(sampler):
         torch.testing.assert_close(program(*levels), module(*levels))
 
 
+class Skipped(nn.Module):
+    """A skip connection around a coarser map."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = CARAFE(8, down=2), CARAFE(8, up=2)
+
+    def forward(self, x):
+        return x + self.up(self.down(x), size=x.shape[2:])
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+@torch.no_grad()
+def test_an_exported_program_takes_named_sizes_that_it_checks_when_it_runs(strict):
+    module, (height, width) = Skipped().eval(), (torch.export.Dim(name, min=3, max=64) for name in ("height", "width"))
+    program = torch.export.export(
+        module,
+        (torch.rand(1, 8, 12, 10),),
+        dynamic_shapes=({2: height, 3: width},),
+        strict=strict,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    ).module()
+    for size in ((12, 10), (7, 7), (13, 11)):
+        x = torch.rand(1, 8, *size)
+        torch.testing.assert_close(program(x), module(x))
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_samplers_without_a_size_are_cut_or_repeated(size):
     x = torch.rand(1, 8, H, W)
