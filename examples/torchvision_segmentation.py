@@ -27,8 +27,7 @@ class Network(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        small_resnet = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
-        backbone = feature_extraction.create_feature_extractor(small_resnet, {"layer1": "low", "layer2": "high"})
+        backbone = feature_extraction.create_feature_extractor(resnet.ResNet(resnet.BasicBlock, 4 * [1]), dict(layer1="low", layer2="high"))
         self.lraspp = segmentation.LRASPP(backbone, low_channels=64, high_channels=128, num_classes=num_classes, inter_channels=64)
         image = torch.rand(1, 3, SIDE, SIDE)
         print(carafepp.replace(self.lraspp, up="carafe", down="carafe", example=image))
@@ -42,6 +41,8 @@ class Network(nn.Module):
 
 class Digits(Scenes):
     """Scenes with two classes: background, and digits."""
+
+    num_classes = 2
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
         image, labels = super().__getitem__(key)
@@ -69,8 +70,7 @@ def main(steps: int, folder: Path) -> None:
     network, images = task.cpu().exportable().network.eval(), torch.stack([data.val[index][0] for index in range(4)])
     file = folder / "network.onnx"
     torch.onnx.export(network, (images,), file, dynamo=True, external_data=False, dynamic_shapes=({0: "batch"},))
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    (logits,) = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, {"images": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), network(images), rtol=1e-3, atol=1e-3)
     rows = [draw(task, *data.val[index]) for index in (3, 6, 8)]
     save_image(arrange([[*row.values()] for row in rows], columns=[*rows[0]]), folder / "figure.png")

@@ -234,9 +234,6 @@ class Scenes(Dataset):
             `carafepp.tasks.cutouts`); None means digits.
         classes: the names of the classes, in the order of their labels; with `cutouts`, those of their folders.
 
-    Attributes:
-        num_classes: the number of classes in the maps of the segmentation view, and of objects in the others.
-
     Raises:
         ValueError: an argument is out of its domain.
         FileNotFoundError: `cutouts` has no folder of a class.
@@ -277,9 +274,12 @@ class Scenes(Dataset):
             load_digit_scans(split)
         elif view != "photograph":
             self.cutouts = load_cutouts(cutouts, tuple(map(str, classes)), split)
-        # the background has a class in the segmentation view
-        objects_known = len(CLASSES) - 1 if self.cutouts is None else len(self.cutouts)
-        self.num_classes = objects_known + (view == "segmentation")
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes in the maps of the segmentation view, and of objects in the others."""
+        objects = len(CLASSES) - 1 if self.cutouts is None else len(self.cutouts)
+        return objects + (self.view == "segmentation")
 
     def __len__(self) -> int:
         return self.length
