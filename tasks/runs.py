@@ -216,8 +216,9 @@ class RunRecord(L.Callback):
     def _add(self, trainer: L.Trainer, prefix: str, more: dict) -> None:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
         self.rows.append({"step": trainer.global_step, **metrics, **more})
-        # scores may be undefined
-        if lost := [name for name, value in metrics.items() if prefix == "train/" and not math.isfinite(value)]:
+        # the scores of a validation may be undefined, and its losses may not
+        losses = {name: value for name, value in metrics.items() if prefix == "train/" or name.endswith("loss")}
+        if lost := [name for name, value in losses.items() if not math.isfinite(value)]:
             log.warning(
                 "step %d: %s is NaN or infinite; if it stays so, the training has diverged: lower optimizer.lr",
                 trainer.global_step,

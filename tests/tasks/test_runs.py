@@ -136,11 +136,14 @@ def test_predict_takes_any_photographs(whole_run, tmp_path, capsys):
     assert any(sizes[name][1] > height for name, height in heights.items())
 
 
-# the losses of inpainting have other names than the others
-@pytest.mark.parametrize(("name", "value"), [("train/loss", "nan"), ("train/loss", "inf"), ("train/adversarial", "nan")])
+# the losses of inpainting have other names than the others, and a task of one's own may log a loss of its validation
+@pytest.mark.parametrize(
+    ("name", "value"), [("train/loss", "nan"), ("train/loss", "inf"), ("train/adversarial", "nan"), ("val/loss", "nan")]
+)
 def test_a_loss_that_is_not_a_number_is_named(name, value, tmp_path, caplog):
-    losses = {name: torch.tensor(float(value)), "train/loss_box_reg": torch.tensor(1.0)}
+    prefix = f"{name.split('/')[0]}/"
+    metrics = {name: torch.tensor(float(value)), "train/loss_box_reg": torch.tensor(1.0), "val/AP": torch.tensor(float("nan"))}
     record = RunRecord(tmp_path, 1, {})
-    record._add(SimpleNamespace(callback_metrics=losses, global_step=20, is_global_zero=True), "train/", {})
+    record._add(SimpleNamespace(callback_metrics=metrics, global_step=20, is_global_zero=True), prefix, {})
     (warning,) = [each for each in caplog.records if each.levelname == "WARNING"]
     assert warning.getMessage().startswith(f"step 20: {name} is NaN or infinite; if it stays so, the training has diverged")

@@ -1,4 +1,4 @@
-"""The tables of tiles, which take precedence over that of ranking.py.
+"""The tables of tiles, which take precedence over the choice of ranking.py.
 
 `carafepp-tune` writes the user's table, a JSON file {device name: {key: tile}} in the cache folder or at the path in CARAFEPP_TILES. The
 shipped tables, {architecture: {key: tile}}, serve keys that the user's table lacks:
